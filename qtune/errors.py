@@ -1,0 +1,60 @@
+"""Every way qtune refuses.
+
+    QtuneError                 exit 1: our fault, or a run that could not be finished
+    ├── TrainingDiverged       a loss or gradient stopped being a number; raised before the step is taken
+    ├── VerificationFailed     a merge that is not the model that was trained
+    └── UserError              exit 2: something the user wrote, named or has; the message says what would work
+        ├── RecipeError        a recipe or a --set that does not hold; carries every fault, not the first
+        ├── DataError          rows that cannot be trained on, by file and line
+        ├── ModelError         a base, tokenizer, template or adapter that does not fit the job
+        ├── RunFolderError     a run folder that exists, is missing, or is not complete
+        └── MachineError       no space, no network, no device for what was asked
+
+Messages are written for the person at the terminal: where (file and line, or key), what was found, what would work.
+"""
+
+from collections.abc import Sequence
+
+
+class QtuneError(Exception):
+    """What qtune raises on purpose; `exit_code` is the exit status of the command line."""
+
+    exit_code = 1
+
+
+class TrainingDiverged(QtuneError):
+    """The loss or a gradient is not finite."""
+
+
+class VerificationFailed(QtuneError):
+    """The merged model does not reproduce the trained one."""
+
+
+class UserError(QtuneError):
+    """Something the user can put right."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """One or more faults of a recipe, each a full sentence that starts with its place (`file:line: ...`)."""
+
+    def __init__(self, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class DataError(UserError):
+    """Rows that cannot be read or trained on."""
+
+
+class ModelError(UserError):
+    """A base, tokenizer, chat template or adapter that does not fit."""
+
+
+class RunFolderError(UserError):
+    """A run folder that exists already, is missing, or lacks a file."""
+
+
+class MachineError(UserError):
+    """The machine lacks what was asked for: disk, memory, network, device."""

@@ -1,0 +1,104 @@
+"""What happens in a run, as frozen values: training sends them, the journal and the dashboard listen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Started:
+    """Training begins: `steps` optimizer steps over `train_rows` rows."""
+
+    steps: int
+    train_rows: int
+    held_out_rows: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step. `loss` is nats per trained token over the step's tokens; `tokens` counts all of them
+    (padding never), `trained_tokens` those with a label; `wait_seconds` is the part of `step_seconds` spent on data."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    step_seconds: float
+    wait_seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The held-out loss after `step` steps, in nats per trained token."""
+
+    step: int
+    loss: float
+    is_best: bool
+    eval_seconds: float
+
+
+@dataclass(frozen=True)
+class MemoryMeasured:
+    """Bytes held on the device after `step` steps: `parts` by name, in the order of `memory.ledger.PARTS`.
+
+    `total_bytes` is what the device has and `peak_bytes` the most this run has held. On the CPU the device is the
+    host's RAM and the parts sum to this process's resident size.
+    """
+
+    step: int
+    parts: tuple[tuple[str, int], ...]
+    peak_bytes: int
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Base (`who="base"`) or tuned (`who="tuned"`) on the held-out rows; `score` is None where no metric was asked."""
+
+    who: str
+    loss: float | None
+    metric: str
+    score: float | None
+    rows: int
+    score_seconds: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Something was written to the run folder."""
+
+    what: str
+    bytes: int
+    save_seconds: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A plain sentence the user should read once."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Training ended after `steps` steps."""
+
+    steps: int
+    train_seconds: float
+
+
+Event = Started | StepDone | Evaluated | MemoryMeasured | Scored | Saved | Notice | Finished
+Listener = Callable[[Event], None]
+EVENT_BY_NAME = {
+    "started": Started,
+    "step": StepDone,
+    "held_out": Evaluated,
+    "memory": MemoryMeasured,
+    "score": Scored,
+    "saved": Saved,
+    "notice": Notice,
+    "finished": Finished,
+}

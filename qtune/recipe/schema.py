@@ -1,0 +1,205 @@
+"""What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys are faults, values never change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, str_strip_whitespace=True)
+
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
+Metric = Literal["none", "exact_match", "token_f1"]
+
+
+class Model(Table):
+    """The frozen base."""
+
+    base: NonEmpty = Field(
+        description="Hub name or local folder of the base model; `demo` is the small one inside qtune."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a hub model; unset takes the default branch and records its commit."
+    )
+    quantization: Literal["nf4", "none"] = Field(
+        "nf4", description="How the base's linear layers are held; nf4 takes 4.13 bits a weight and is why a card fits."
+    )
+    double_quantization: bool = Field(
+        True, description="Quantise the NF4 block scales too; saves 0.37 bits a weight at no measured loss (QLoRA)."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="What the arithmetic runs in; auto is bfloat16 where the machine has it, else float32."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file used in place of the tokenizer's chat template; unset keeps the model's own."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model; off, because it can do anything you can."
+    )
+
+
+class Lora(Table):
+    """The adapter that is trained."""
+
+    rank: int = Field(16, ge=1, le=1024, description="Inner dimension of each adapter pair; 16 is enough for most tasks.")
+    alpha: float = Field(
+        32.0, gt=0, le=4096, description="Strength: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of adapter inputs zeroed in training; 0, since few epochs seldom overfit."
+    )
+    targets: Literal["all-linear"] | tuple[NonEmpty, ...] = Field(
+        "all-linear",
+        description="Names of the linear layers that get an adapter; all of them but the head learns best (QLoRA).",
+    )
+    rslora: bool = Field(False, description="Scale by alpha/sqrt(rank), which keeps high ranks learning (rsLoRA).")
+    dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA); a little better, and slower.")
+    master_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What adapter weights are kept in; bfloat16 loses half of the small updates at 2e-5."
+    )
+
+
+class Columns(Table):
+    """Which column of the data holds what; only needed where the names are not recognised."""
+
+    prompt: str | None = Field(None, description="Column with what the user asks.")
+    completion: str | None = Field(None, description="Column with what the model is to answer.")
+    input: str | None = Field(None, description="Column with extra input, put under the prompt (alpaca).")
+    system: str | None = Field(None, description="Column with the row's own system prompt.")
+    messages: str | None = Field(None, description="Column with the list of messages.")
+    text: str | None = Field(None, description="Column with plain text.")
+
+
+class Data(Table):
+    """What is learned from."""
+
+    train: NonEmpty = Field(description="A .jsonl, .json, .csv, .tsv or .parquet file, or a hub dataset's name.")
+    train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")
+    subset: str | None = Field(None, description="Configuration of a hub dataset; unset takes its only one.")
+    held_out: str | None = Field(
+        None, description="A file (or hub dataset) never trained on; unset takes held_out_fraction of the training rows."
+    )
+    held_out_split: NonEmpty = Field("test", description="Split of a hub dataset named in held_out.")
+    held_out_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of the training rows kept apart when held_out is unset; 0 keeps none."
+    )
+    format: DataFormat = Field("auto", description="How a row is read; auto recognises it by its columns.")
+    columns: Columns = Field(Columns(), description="Maps this data's column names to the ones qtune knows.")
+    system: str | None = Field(None, description="A system prompt put before every row that has none of its own.")
+    max_rows: int | None = Field(None, ge=1, description="Read at most this many rows; unset reads all.")
+    max_tokens: int = Field(
+        2048, ge=8, le=4_194_304, description="Longest sequence in tokens, and the size of a pack; memory grows with it."
+    )
+    on_long: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="What to do with a row over max_tokens; drop, because a cut answer teaches not to finish."
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error", description="What to do with a row that cannot be used; error, because it seldom comes alone."
+    )
+    packing: bool = Field(
+        True, description="Join short rows into full sequences that cannot see one another; often twice as fast."
+    )
+
+
+class Train(Table):
+    """How long, how fast, in what portions."""
+
+    epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training rows; max_steps may end it sooner.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps at the most; unset leaves it to epochs.")
+    learning_rate: float = Field(2e-4, gt=0, le=0.1, description="Peak step size of the adapter; 2e-4 is QLoRA's own.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after warm-up."
+    )
+    warmup_fraction: float = Field(
+        0.03, ge=0, le=0.5, description="Share of the steps in which the learning rate rises from 0."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decay; 0, as adapters are small already.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm; tames odd batches.")
+    micro_batch: int = Field(
+        1, ge=1, le=4096, description="Sequences (packs, with packing) in one forward pass; memory grows with it."
+    )
+    gradient_accumulation: int = Field(
+        8, ge=1, le=4096, description="Forward passes per optimizer step; costs no memory."
+    )
+    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = Field(
+        "paged_adamw_8bit", description="Paged 8-bit AdamW holds 2 bytes a trained weight and can spill to the host."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute each layer in the backward pass; a third more time for most of the memory."
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between held-out losses; unset measures ten times in a run."
+    )
+    log_every: int = Field(1, ge=1, description="Steps between log lines and dashboard points.")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the split, the data order and the adapter's start.")
+
+
+class Evaluate(Table):
+    """The score before and after."""
+
+    metric: Metric = Field(
+        "token_f1", description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences."
+    )
+    rows: int = Field(100, ge=0, description="Held-out rows that are answered and scored; 0 leaves the score out.")
+    max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer in tokens.")
+    samples: int = Field(5, ge=0, le=100, description="Answers shown side by side in the summary.")
+
+
+class DemoModel(Table):
+    """What --demo puts in [model]."""
+
+    base: str = Field("demo", description="Base used by --demo.")
+
+
+class DemoData(Table):
+    """What --demo puts in [data]: other rows, and how to read them."""
+
+    train: NonEmpty = Field(description="Training rows of --demo.")
+    held_out: str | None = Field(None, description="Held-out rows of --demo.")
+    format: DataFormat = Field("auto", description="Format of the demo rows.")
+    columns: Columns = Field(Columns(), description="Column names of the demo rows.")
+    max_tokens: int = Field(512, ge=8, le=4_194_304, description="Longest sequence of --demo, in tokens.")
+
+
+class DemoTrain(Table):
+    """What --demo puts in [train]: the length of the run, and the step size so small a base needs."""
+
+    epochs: float = Field(gt=0, le=1000, description="Passes over the demo rows.")
+    learning_rate: float | None = Field(None, gt=0, le=0.1, description="Step size; unset keeps the recipe's.")
+    gradient_accumulation: int | None = Field(None, ge=1, le=4096, description="Unset keeps the recipe's.")
+
+
+class DemoEvaluate(Table):
+    """What --demo puts in [evaluate]: a metric that suits the demo rows."""
+
+    metric: Metric = Field(description="How a demo answer is scored.")
+    rows: int = Field(100, ge=0, description="Held-out demo rows that are answered and scored.")
+    max_new_tokens: int = Field(16, ge=1, le=8192, description="Longest demo answer in tokens.")
+
+
+class Demo(Table):
+    """What `--demo` replaces so that the recipe runs in minutes on any machine; nothing else changes."""
+
+    model: DemoModel = Field(DemoModel(), description="Base of the demo.")
+    data: DemoData = Field(description="Rows of the demo.")
+    train: DemoTrain = Field(description="Length of the demo.")
+    evaluate: DemoEvaluate | None = Field(None, description="Score of the demo.")
+
+
+class Recipe(Table):
+    """One fine-tuning run, as the user asks for it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")] = Field(
+        description="Short name of the run: a-z, 0-9, - and _; run folders start with it."
+    )
+    about: str = Field("", description="One sentence on what the adapter is for.")
+    model: Model = Field(description="The frozen base.")
+    lora: Lora = Field(Lora(), description="The adapter.")
+    data: Data = Field(description="What is learned from.")
+    train: Train = Field(Train(), description="How it is trained.")
+    evaluate: Evaluate = Field(Evaluate(), description="How it is scored.")
+    demo: Demo | None = Field(None, description="What --demo replaces.")

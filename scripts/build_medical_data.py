@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Write the medical sample data: recipes/data/medical_train.jsonl and medical_held_out.jsonl.
+
+Two small tasks whose answers follow rules a model can *learn*, so that a held-out score shows generalisation:
+
+* The stem of an international non-proprietary drug name decides the drug's class (WHO, "The use of stems in the
+  selection of INN for pharmaceutical substances", 2018). Every fourth drug of a class is held out.
+* The place of a complaint decides the medical specialty. Places are seen in training, the held-out pairs of place
+  and complaint are not.
+
+The held-out questions are also phrased in ways training never uses. The sentences were written for this project;
+the facts are public.
+"""
+
+import json
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+
+DRUGS_BY_CLASS = {
+    "ACE inhibitor": "captopril enalapril lisinopril ramipril quinapril benazepril fosinopril moexipril perindopril"
+    " trandolapril cilazapril imidapril zofenopril spirapril temocapril",
+    "angiotensin receptor blocker": "losartan valsartan irbesartan candesartan telmisartan olmesartan eprosartan"
+    " azilsartan fimasartan tasosartan pratosartan",
+    "beta blocker": "propranolol atenolol metoprolol bisoprolol nebivolol nadolol pindolol timolol acebutolol"
+    " betaxolol carteolol esmolol penbutolol sotalol oxprenolol alprenolol celiprolol bopindolol",
+    "calcium channel blocker": "amlodipine nifedipine felodipine nicardipine nimodipine isradipine nisoldipine"
+    " lercanidipine lacidipine benidipine cilnidipine manidipine nitrendipine azelnidipine efonidipine clevidipine",
+    "alpha blocker": "prazosin doxazosin terazosin alfuzosin bunazosin trimazosin silodosin tamsulosin",
+    "statin": "atorvastatin simvastatin pravastatin lovastatin fluvastatin rosuvastatin pitavastatin cerivastatin"
+    " mevastatin",
+    "DPP-4 inhibitor": "sitagliptin saxagliptin linagliptin alogliptin vildagliptin teneligliptin anagliptin"
+    " trelagliptin gemigliptin evogliptin omarigliptin",
+    "SGLT2 inhibitor": "canagliflozin dapagliflozin empagliflozin ertugliflozin ipragliflozin luseogliflozin"
+    " tofogliflozin sotagliflozin bexagliflozin remogliflozin",
+    "GLP-1 receptor agonist": "exenatide liraglutide semaglutide dulaglutide albiglutide lixisenatide taspoglutide",
+    "proton pump inhibitor": "omeprazole lansoprazole pantoprazole rabeprazole esomeprazole dexlansoprazole"
+    " ilaprazole tenatoprazole",
+    "H2 blocker": "cimetidine ranitidine famotidine nizatidine roxatidine lafutidine",
+    "azole antifungal": "fluconazole itraconazole ketoconazole voriconazole posaconazole clotrimazole miconazole"
+    " econazole isoconazole tioconazole sertaconazole butoconazole ravuconazole",
+    "fluoroquinolone": "ciprofloxacin levofloxacin moxifloxacin ofloxacin norfloxacin gatifloxacin gemifloxacin"
+    " lomefloxacin sparfloxacin enoxacin delafloxacin pefloxacin besifloxacin",
+    "penicillin": "amoxicillin ampicillin oxacillin dicloxacillin nafcillin piperacillin ticarcillin cloxacillin"
+    " flucloxacillin methicillin carbenicillin mezlocillin azlocillin bacampicillin",
+    "tetracycline": "doxycycline minocycline tigecycline demeclocycline omadacycline eravacycline oxytetracycline"
+    " lymecycline meclocycline",
+    "cephalosporin": "cefazolin ceftriaxone cefuroxime cefixime cefepime cefotaxime ceftazidime cefaclor cefadroxil"
+    " cefprozil cefdinir cefpodoxime cefditoren ceftaroline cefoxitin",
+    "carbapenem": "imipenem meropenem ertapenem doripenem faropenem biapenem panipenem tebipenem",
+    "antiviral": "aciclovir ganciclovir valaciclovir famciclovir penciclovir cidofovir tenofovir oseltamivir zanamivir"
+    " ritonavir lopinavir darunavir atazanavir sofosbuvir ledipasvir daclatasvir",
+    "benzodiazepine": "diazepam lorazepam clonazepam temazepam oxazepam nitrazepam flurazepam bromazepam"
+    " flunitrazepam prazepam quazepam",
+    "barbiturate": "phenobarbital pentobarbital secobarbital amobarbital butabarbital mephobarbital aprobarbital"
+    " hexobarbital cyclobarbital",
+    "local anaesthetic": "lidocaine bupivacaine ropivacaine mepivacaine prilocaine procaine tetracaine benzocaine"
+    " articaine levobupivacaine chloroprocaine etidocaine",
+    "neuromuscular blocker": "atracurium cisatracurium mivacurium rocuronium vecuronium pancuronium pipecuronium"
+    " rapacuronium",
+    "triptan": "sumatriptan rizatriptan zolmitriptan naratriptan eletriptan almotriptan frovatriptan",
+    "5-HT3 antagonist": "ondansetron granisetron dolasetron palonosetron tropisetron ramosetron",
+    "beta agonist": "salmeterol formoterol indacaterol olodaterol vilanterol fenoterol bambuterol clenbuterol"
+    " levalbuterol pirbuterol bitolterol procaterol",
+    "corticosteroid": "prednisolone methylprednisolone dexamethasone betamethasone budesonide fluticasone mometasone"
+    " beclometasone hydrocortisone triamcinolone ciclesonide flunisolide",
+    "monoclonal antibody": "rituximab trastuzumab bevacizumab adalimumab infliximab cetuximab pembrolizumab nivolumab"
+    " ipilimumab denosumab omalizumab tocilizumab natalizumab ustekinumab",
+    "kinase inhibitor": "imatinib erlotinib gefitinib sorafenib sunitinib dasatinib nilotinib lapatinib pazopanib"
+    " crizotinib ruxolitinib tofacitinib ibrutinib afatinib",
+    "anthracycline": "doxorubicin daunorubicin epirubicin idarubicin valrubicin pirarubicin aclarubicin zorubicin",
+    "platinum compound": "cisplatin carboplatin oxaliplatin nedaplatin satraplatin lobaplatin picoplatin",
+    "factor Xa inhibitor": "rivaroxaban apixaban edoxaban betrixaban otamixaban letaxaban",
+    "low-molecular-weight heparin": "enoxaparin dalteparin tinzaparin nadroparin bemiparin certoparin reviparin"
+    " parnaparin",
+    "PDE5 inhibitor": "sildenafil tadalafil vardenafil avanafil udenafil mirodenafil lodenafil",
+    "bisphosphonate": "alendronate risedronate ibandronate zoledronate pamidronate etidronate clodronate tiludronate",
+}
+
+PLACES_BY_SPECIALTY = {
+    "ophthalmology": "eye, eyelid, cornea, retina, tear duct",
+    "dermatology": "skin, scalp, fingernail, birthmark, mole",
+    "cardiology": "heart, aorta, heart valve, coronary artery, heart muscle",
+    "gastroenterology": "stomach, bowel, liver, gallbladder, oesophagus",
+    "pulmonology": "lung, airway, windpipe, bronchus, lung tissue",
+    "nephrology": "kidney, renal artery, renal pelvis, kidney tissue, left kidney",
+    "orthopaedics": "knee, hip, shoulder, ankle, wrist",
+    "otolaryngology": "ear, nose, throat, tonsil, sinus",
+    "neurology": "brain, nerve, spinal cord, brain stem, cerebellum",
+    "dentistry": "tooth, gum, molar, dental crown, wisdom tooth",
+    "endocrinology": "thyroid, pituitary gland, adrenal gland, thyroid gland, parathyroid",
+    "urology": "bladder, prostate, urethra, ureter, testicle",
+}
+COMPLAINTS = ("pain in", "a problem with", "an infection of", "an injury to", "trouble with", "an inflammation of")
+
+ASK_CLASS_TRAIN = (
+    "Which class of drug is {}?",
+    "To what drug class does {} belong?",
+    "{}: what kind of medicine is it?",
+    "What type of drug is {}?",
+)
+ASK_CLASS_HELD_OUT = ("Name the drug class of {}.", "My doctor prescribed {}. Which class of medicine is that?")
+ASK_SPECIALTY_TRAIN = (
+    "Which specialty treats {} the {}?",
+    "I have {} the {}. Which department should I visit?",
+)
+ASK_SPECIALTY_HELD_OUT = "A patient reports {} the {}. Which specialty is right?"
+
+
+def drug_rows() -> tuple[list[dict], list[dict]]:
+    """One row per training drug and phrasing; one row per held-out drug and held-out phrasing."""
+    train, held_out = [], []
+    for drug_class, names in DRUGS_BY_CLASS.items():
+        for position, drug in enumerate(names.split()):
+            is_held_out = position % 4 == 2
+            rows, phrasings = (held_out, ASK_CLASS_HELD_OUT) if is_held_out else (train, ASK_CLASS_TRAIN)
+            for phrasing in phrasings:
+                rows.append({"question": phrasing.format(drug), "answer": drug_class, "about": drug})
+    return train, held_out
+
+
+def specialty_rows() -> tuple[list[dict], list[dict]]:
+    """Each place with four complaints in training, and with one of the two it never met there held out."""
+    train, held_out = [], []
+    for number, (specialty, places) in enumerate(PLACES_BY_SPECIALTY.items()):
+        for position, place in enumerate(places.split(", ")):
+            offset = (number + position) % len(COMPLAINTS)
+            complaints = COMPLAINTS[offset:] + COMPLAINTS[:offset]
+            for turn, complaint in enumerate(complaints[:4]):
+                question = ASK_SPECIALTY_TRAIN[turn % 2].format(complaint, place)
+                train.append({"question": question, "answer": specialty, "about": place})
+            question = ASK_SPECIALTY_HELD_OUT.format(complaints[4], place)
+            held_out.append({"question": question, "answer": specialty, "about": place})
+    return train, held_out
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path.name}: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    drugs, specialties = drug_rows(), specialty_rows()
+    DATA.mkdir(parents=True, exist_ok=True)
+    write_jsonl(DATA / "medical_train.jsonl", drugs[0] + specialties[0])
+    write_jsonl(DATA / "medical_held_out.jsonl", drugs[1] + specialties[1])

@@ -1,0 +1,74 @@
+"""The house keeps its shape: rooms import upwards only, there is no cycle, and the front door is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "qtune"
+
+# A room may import itself and any room before it.
+ROOMS = (
+    "errors units events recipe rundir data memory model plan train evaluate report deploy run doctor cli".split()
+)
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" and path.name != "__main__.py")
+
+
+def room_of(dotted: str) -> str:
+    return dotted.split(".")[1]
+
+
+def qtune_imports(path: Path) -> set[str]:
+    """Every `qtune.x` that the file names, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.startswith("qtune."))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qtune":
+            if node.module == "qtune":
+                found.update(f"qtune.{alias.name}" for alias in node.names)
+            else:
+                found.add(node.module)
+    return found
+
+
+def dotted_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=dotted_name)
+def test_a_room_imports_only_itself_and_rooms_before_it(path: Path) -> None:
+    here = ROOMS.index(room_of(dotted_name(path)))
+    against = [name for name in qtune_imports(path) if ROOMS.index(room_of(name)) > here]
+    assert not against
+
+
+def test_there_is_no_import_cycle() -> None:
+    imports = {dotted_name(path): qtune_imports(path) for path in modules()}
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        for target in imports.get(name, ()):
+            walk(target, (*trail, name))
+
+    for name in imports:
+        walk(name, ())
+
+
+def test_no_package_is_deeper_than_one_level_and_inner_init_files_are_empty() -> None:
+    for init in PACKAGE.rglob("__init__.py"):
+        depth = len(init.relative_to(PACKAGE).parts)
+        assert depth <= 2, init
+        if depth == 2:
+            assert init.read_text(encoding="utf-8") == "", init
+
+
+@pytest.mark.parametrize("module", ["qtune.cli", "qtune.recipe.load"])
+def test_the_front_door_does_not_load_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
