@@ -1,11 +1,11 @@
 """The run folder: its file names, its only reader and its only writer.
 
-    recipe.toml      the recipe as given, byte for byte      data.json       rows, tokens, what was cut or dropped
-    plan.json        every settled choice, with its reason   scores.json     before and after, with sample answers
-    lock.json        base, data and template hashes,         summary.md      the run on one page
-                     versions, seed                          log.txt         what the libraries said
-    metrics.jsonl    one event a line                        adapter/        a standard PEFT folder
-    memory.jsonl     bytes by part, one step a line          merge.json      the verdict of the last merge
+recipe.toml      the recipe as given, byte for byte      data.json       rows, tokens, what was cut or dropped
+plan.json        every settled choice, with its reason   scores.json     before and after, with sample answers
+lock.json        base, data and template hashes,         summary.md      the run on one page
+                 versions, seed                          log.txt         what the libraries said
+metrics.jsonl    one event a line                        adapter/        a standard PEFT folder
+memory.jsonl     bytes by part, one step a line          merge.json      the verdict of the last merge
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ class RunDir:
     def create(cls, path: Path, recipe_text: str) -> "RunDir":
         """Make a new folder with the recipe in it; one that holds anything already is refused."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(f"{path}: exists already, and runs are never mixed. Name another --output, or remove it.")
+            raise RunFolderError(
+                f"{path}: exists already, and runs are never mixed. Name another --output, or remove it."
+            )
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as fault:

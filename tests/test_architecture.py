@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qtune"
 
 # A room may import itself and any room before it.
 ROOMS = (
-    "errors units events recipe rundir data memory model plan train evaluate report deploy run doctor cli".split()
+    "errors units events logs recipe rundir data memory model plan train evaluate report deploy run doctor cli".split()
 )
 
 

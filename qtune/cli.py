@@ -1,0 +1,318 @@
+"""The verbs. The only file with imports inside functions, so that help and a wrong recipe answer before torch loads.
+
+Exit codes: 0 done, 2 something the user can put right, 1 our fault or a run that could not be finished,
+130 and 143 after Ctrl-C and SIGTERM.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtune import __version__
+from qtune.errors import QtuneError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qtune.recipe.schema import Recipe
+
+EXAMPLES = """\
+start here:
+  qtune run medical --demo          a real QLoRA run in minutes, on any machine, nothing downloaded
+  qtune recipes copy medical my.toml
+  qtune check my.toml               is the recipe right, is the data?
+  qtune run my.toml                 train it, watch it, score it
+  qtune chat runs/my-...            talk to it
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.verb is None:
+        parser.print_help()
+        return 0
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return options.act(options) or 0
+    except QtuneError as fault:
+        print(fault, file=sys.stderr)
+        return fault.exit_code
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as fault:
+        return _our_fault(fault)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def _our_fault(fault: Exception) -> int:
+    """Keep the traceback in a file, and say where; bytes run out for everyone, so that is said plainly."""
+    with tempfile.NamedTemporaryFile("w", prefix="qtune-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(fault, file=file)
+    kind = type(fault).__name__
+    print(f"qtune failed, and the fault is ours: {kind}: {fault}\nThe details are in {file.name}.", file=sys.stderr)
+    return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, as argparse sees it; shell completion is made from it."""
+    parser = argparse.ArgumentParser(
+        prog="qtune",
+        description="QLoRA fine-tuning on one consumer GPU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qtune {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb")
+
+    run = _verb(verbs, "run", run_recipe, "train a recipe: check, score, train, score again")
+    _recipe_arguments(run)
+    run.add_argument("--output", type=Path, metavar="FOLDER", help="run folder; default runs/NAME-DATE-TIME")
+
+    check = _verb(verbs, "check", check_recipe, "validate a recipe and its data, and train nothing")
+    _recipe_arguments(check)
+
+    recipes = _verb(verbs, "recipes", list_recipes, "list, show or copy the recipes inside qtune", as_json=False)
+    actions = recipes.add_subparsers(dest="action", metavar="action")
+    _verb(actions, "ls", list_recipes, "list them")
+    show = _verb(actions, "show", show_recipe, "print one", as_json=False)
+    show.add_argument("name", help="a shipped recipe, such as medical")
+    copy = _verb(actions, "copy", copy_recipe, "copy one, with its sample data, to make it yours", as_json=False)
+    copy.add_argument("name", help="a shipped recipe, such as medical")
+    copy.add_argument("target", type=Path, help="the file to write, such as my.toml")
+
+    chat = _verb(verbs, "chat", chat_with_run, "talk to a finished run", as_json=False)
+    chat.add_argument("run", type=Path, help="run folder")
+    chat.add_argument("--compare", action="store_true", help="answer with base and tuned, side by side")
+    chat.add_argument("--prompt", metavar="TEXT", help="ask this one thing and exit")
+    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+
+    merge = _verb(verbs, "merge", merge_run, "fold the adapter into its base: a plain Hugging Face folder")
+    merge.add_argument("run", type=Path, help="run folder")
+    merge.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the merged model")
+    merge.add_argument(
+        "--onto",
+        choices=("auto", "dequantised", "original"),
+        default="auto",
+        help="base to fold into: the one trained on, the original weights, or whichever measures closer (auto)",
+    )
+    merge.add_argument(
+        "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="dtype of the result (auto)"
+    )
+
+    report = _verb(verbs, "report", report_run, "a run again, as tables")
+    report.add_argument("run", type=Path, help="run folder")
+
+    _verb(verbs, "doctor", examine_machine, "what this machine has, and what that means")
+    _verb(verbs, "schema", print_schema, "JSON schema of a recipe, for editors", as_json=False)
+    completion = _verb(verbs, "completion", print_completion, "shell completion script", as_json=False)
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="source what this prints")
+    return parser
+
+
+def _verb(verbs: Any, name: str, act: Any, text: str, as_json: bool = True) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    verb.set_defaults(act=act)
+    if as_json:
+        verb.add_argument("--json", action="store_true", help="print the answer as JSON")
+    return verb
+
+
+def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a recipe file, or the name of a shipped one such as medical")
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, such as train.learning_rate=1e-4; may be given again",
+    )
+    verb.add_argument("--demo", action="store_true", help="use what the recipe's [demo] says: small base, small data")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, and is {value}")
+    return value
+
+
+def _load_recipe(options: argparse.Namespace) -> tuple["Recipe", Path]:
+    """The recipe of the command line, with its faults reported before any heavy import."""
+    from qtune import logs
+    from qtune.recipe import library, load
+
+    path = library.find(options.recipe)
+    recipe = load.load(path, options.set, options.demo)
+    logs.hold()
+    _stay_offline_when_local(recipe)
+    return recipe, path
+
+
+def _stay_offline_when_local(recipe: "Recipe") -> None:
+    """Without a hub name in the recipe no library may ask the network for anything."""
+    sources = (recipe.model.base, recipe.data.train, recipe.data.held_out)
+    if all(source is None or source == "demo" or Path(source).is_absolute() for source in sources):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _console(options: argparse.Namespace) -> "Console":
+    """Standard output for people; standard error where standard output carries JSON."""
+    from rich.console import Console
+
+    return Console(stderr=getattr(options, "json", False), highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def run_recipe(options: argparse.Namespace) -> int:
+    recipe, path = _load_recipe(options)
+    console = _console(options)
+    from qtune import run as story
+    from qtune.report import summary, tables
+
+    ready = story.get_ready(recipe)
+    story.show(ready, console)
+    folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), options.output)
+    fitted = story.run(ready, folder, console)
+    console.print(tables.end_of_run(folder))
+    if options.json:
+        _print_json(summary.as_json(folder))
+    return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by
+
+
+def check_recipe(options: argparse.Namespace) -> int:
+    recipe, _ = _load_recipe(options)
+    console = _console(options)
+    import dataclasses
+
+    from qtune import run as story
+
+    ready = story.get_ready(recipe)
+    if options.json:
+        _print_json({"data": dataclasses.asdict(ready.prepared.report), "plan": ready.plan.as_json()})
+    else:
+        story.show(ready, console)
+    return 0
+
+
+def list_recipes(options: argparse.Namespace) -> int:
+    from qtune.recipe import library
+
+    rows = library.rows()
+    if getattr(options, "json", False):
+        _print_json(rows)
+        return 0
+    from rich.table import Table
+
+    table = Table("recipe", "about", "base", "data", box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(row["name"], row["about"], row["base"], row["data"])
+    _console(options).print(table)
+    return 0
+
+
+def show_recipe(options: argparse.Namespace) -> int:
+    from qtune.recipe import library
+
+    print(library.find(options.name).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def copy_recipe(options: argparse.Namespace) -> int:
+    from qtune.recipe import library
+
+    target = library.copy(options.name, options.target)
+    print(f"{target} is yours to change. Next: qtune check {target}")
+    return 0
+
+
+def chat_with_run(options: argparse.Namespace) -> int:
+    from qtune import logs
+    from qtune.rundir import RunDir
+
+    run = RunDir.open(options.run)
+    logs.hold()
+    console = _console(options)
+    from qtune.deploy.chat import Chat, converse
+
+    with console.status("loading the model"):
+        chat = Chat.open(run, options.max_new_tokens)
+    converse(chat, console, options.compare, options.prompt)
+    return 0
+
+
+def merge_run(options: argparse.Namespace) -> int:
+    from qtune import logs
+    from qtune.rundir import RunDir
+
+    run = RunDir.open(options.run)
+    logs.hold()
+    console = _console(options)
+    from qtune import run as story
+
+    report = story.merge_and_verify(run, options.output, options.onto, options.dtype, console)
+    if options.json:
+        _print_json(report)
+    return 0
+
+
+def report_run(options: argparse.Namespace) -> int:
+    from qtune.report import summary
+    from qtune.rundir import RunDir
+
+    run = RunDir.open(options.run)
+    if options.json:
+        _print_json(summary.as_json(run))
+    else:
+        _console(options).print(summary.report(run))
+    return 0
+
+
+def examine_machine(options: argparse.Namespace) -> int:
+    from qtune import logs
+
+    logs.hold()
+    from qtune import doctor
+
+    findings = doctor.examine()
+    if options.json:
+        _print_json([finding.as_json() for finding in findings])
+    else:
+        _console(options).print(doctor.table(findings))
+    return 0 if all(finding.is_fine for finding in findings) else UserError.exit_code
+
+
+def print_schema(options: argparse.Namespace) -> int:
+    from qtune.recipe import load
+
+    _print_json(load.json_schema())
+    return 0
+
+
+def print_completion(options: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(build_parser(), shell=options.shell))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Talk to a run: the tuned model, or base and tuned side by side."""
+
+from dataclasses import dataclass, field
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from qtune.evaluate.answer import answer
+from qtune.memory.device import find_device
+from qtune.model import adapter, base
+from qtune.recipe.schema import Model
+from qtune.rundir import RunDir, read_json
+
+Turns = list[dict[str, str]]
+
+
+@dataclass
+class Chat:
+    """A conversation with one run. The base is the same model with its adapter switched off."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+    device: str
+    compute_dtype: str
+    system: str | None = None
+    max_new_tokens: int = 256
+    turns: Turns = field(default_factory=list)
+
+    @classmethod
+    def open(cls, run: RunDir, max_new_tokens: int) -> "Chat":
+        """Load the run's base as it was trained on, and its adapter."""
+        lock = read_json(run.lock)
+        spec, device, dtype = Model(**lock["model"]), find_device(), lock["compute_dtype"]
+        loaded = base.load_base(spec, device.name, dtype)
+        tuned = adapter.load(loaded, run.adapter).eval()
+        return cls(
+            tuned,
+            base.load_tokenizer(spec),
+            lock["stop_token_ids"],
+            device.name,
+            dtype,
+            lock["recipe"]["data"]["system"],
+            max_new_tokens,
+        )
+
+    def ask(self, question: str) -> str:
+        """The tuned model's answer; question and answer join the conversation."""
+        self.turns.append({"role": "user", "content": question})
+        reply = self._answer()
+        self.turns.append({"role": "assistant", "content": reply})
+        return reply
+
+    def ask_both(self, question: str) -> tuple[str, str]:
+        """Base and tuned, both after the same conversation; the tuned answer is the one that joins it."""
+        self.turns.append({"role": "user", "content": question})
+        with self.model.disable_adapter():
+            plain = self._answer()
+        self.turns.pop()
+        return plain, self.ask(question)
+
+    def forget(self) -> None:
+        self.turns.clear()
+
+    def _answer(self) -> str:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        text = self.tokenizer.apply_chat_template(system + self.turns, tokenize=False, add_generation_prompt=True)
+        prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return answer(
+            self.model,
+            self.tokenizer,
+            [prompt],
+            self.stop_token_ids,
+            self.max_new_tokens,
+            self.device,
+            self.compute_dtype,
+        )[0]
+
+
+def converse(chat: Chat, console: Console, compare: bool, prompt: str | None) -> None:
+    """Answer `prompt`, or what is typed line by line until an empty line, Ctrl-D or /quit; /forget starts over."""
+    if prompt is not None:
+        _reply(chat, console, compare, prompt)
+        return
+    console.print("Type a message. /forget starts over, /quit or Ctrl-D ends.", style="dim")
+    while True:
+        try:
+            question = console.input("[bold]you[/] ").strip()
+        except EOFError:
+            return
+        if question in ("/quit", "/exit"):
+            return
+        if question == "/forget":
+            chat.forget()
+        elif question:
+            _reply(chat, console, compare, question)
+
+
+def _reply(chat: Chat, console: Console, compare: bool, question: str) -> None:
+    if not compare:
+        console.print(Text(chat.ask(question)))
+        return
+    plain, tuned = chat.ask_both(question)
+    side_by_side = Table("base", "tuned", expand=True)
+    side_by_side.add_row(Text(plain), Text(tuned))
+    console.print(side_by_side)

@@ -1,0 +1,105 @@
+"""What this machine has, and what that means for a run."""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional
+import torch
+from packaging.requirements import Requirement
+from rich.table import Table
+
+from qtune.memory.device import find_device
+from qtune.units import GIB, format_bytes
+
+COMFORTABLE_DISK_BYTES = 20 * GIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was found, what it means, and whether a run can live with it."""
+
+    what: str
+    found: str
+    meaning: str
+    is_fine: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    return [_python(), *_packages(), _device(), _memory(), _four_bits(), _disk()]
+
+
+def _python() -> Finding:
+    return Finding("python", platform.python_version(), f"{sys.executable}")
+
+
+def _packages() -> Iterator[Finding]:
+    """The packages that decide how a run goes, held against what this qtune asks for."""
+    for text in importlib.metadata.requires("qtune") or ():
+        wanted = Requirement(text)
+        if wanted.marker is not None:
+            continue
+        try:
+            found = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(wanted.name, "missing", f"pip install '{wanted}'", is_fine=False)
+            continue
+        is_fine = wanted.specifier.contains(found, prereleases=True)
+        yield Finding(wanted.name, found, "fine" if is_fine else f"qtune needs {wanted.specifier}", is_fine)
+
+
+def _device() -> Finding:
+    device = find_device()
+    if device.is_cuda:
+        return Finding("device", device.label, f"runs compute in {device.compute_dtype}")
+    build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA card"
+    return Finding(
+        "device",
+        device.label,
+        f"{build}: the demo runs here in {device.compute_dtype}; a model of billions of weights wants a card",
+    )
+
+
+def _memory() -> Finding:
+    device = find_device()
+    where = "card" if device.is_cuda else "host"
+    return Finding(
+        f"{where} memory",
+        f"{format_bytes(device.free_bytes)} free of {format_bytes(device.total_bytes)}",
+        "close other programs that use it before a run" if device.free_bytes < device.total_bytes / 2 else "fine",
+    )
+
+
+def _four_bits() -> Finding:
+    """Quantise and restore one block, for real."""
+    weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64)
+    try:
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
+    except Exception as fault:  # a broken native library can fail in any way
+        return Finding("4-bit weights", type(fault).__name__, f"bitsandbytes does not work here: {fault}", False)
+    return Finding("4-bit weights", f"work, largest error {error:.3f} of 1", "NF4 by bitsandbytes")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    meaning = "fine" if free >= COMFORTABLE_DISK_BYTES else "a 7B base needs about 15 GiB, its merge as much again"
+    return Finding("disk here", f"{format_bytes(free)} free", meaning)
+
+
+def table(findings: list[Finding]) -> Table:
+    """The findings, one a line; what is wrong is marked in words and in red."""
+    result = Table("", "found", "meaning", box=None, padding=(0, 2, 0, 0))
+    for finding in findings:
+        style = "" if finding.is_fine else "red"
+        mark = "" if finding.is_fine else "! "
+        result.add_row(finding.what, finding.found, mark + finding.meaning, style=style)
+    return result

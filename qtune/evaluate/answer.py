@@ -1,0 +1,58 @@
+"""Greedy answers to many prompts at once."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from qtune.model.base import autocast
+
+BATCH_PROMPTS = 32
+
+
+@torch.no_grad()
+def answer(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    device: str,
+    compute_dtype: str,
+) -> list[str]:
+    """One text per prompt (token ids, BOS included), in the prompts' order, special tokens left out."""
+    was_training = model.training
+    model.eval()
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = [""] * len(prompts)
+    for indices in batches_of_like_length(prompts):
+        ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, device)
+        with autocast(device, compute_dtype):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, use_cache=True)
+        for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
+            texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+    model.train(was_training)
+    return texts
+
+
+def batches_of_like_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of the prompts, shortest first, in batches: little of a batch is padding."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), BATCH_PROMPTS):
+        yield order[start : start + BATCH_PROMPTS]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, longest) ids and mask, every prompt ending at the right edge, where generation goes on."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)

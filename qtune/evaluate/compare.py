@@ -1,0 +1,107 @@
+"""Before and after: base and tuned on the same held-out rows, scored and set side by side."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.packing import PackedRow
+from qtune.data.tokens import Example
+from qtune.evaluate.answer import answer
+from qtune.evaluate.loss import held_out_loss
+from qtune.evaluate.metrics import METRICS, interval
+from qtune.events import Scored
+from qtune.recipe.schema import Evaluate
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What both models are asked: packed rows for the loss, and examples for the score."""
+
+    packs: Sequence[PackedRow]
+    examples: Sequence[Example]
+    stop_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model's result; `scores` and `answers` are empty where no metric was asked for."""
+
+    who: str
+    loss: float
+    answers: tuple[str, ...]
+    scores: tuple[float, ...]
+    seconds: float
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.scores) / len(self.scores) if self.scores else None
+
+    def event(self, metric: str) -> Scored:
+        return Scored(self.who, self.loss, metric, self.mean, len(self.scores), self.seconds)
+
+    def figures(self) -> dict[str, Any]:
+        low, high = interval(self.scores) if self.scores else (None, None)
+        return {"held_out_loss": self.loss, "score": self.mean, "low": low, "high": high}
+
+
+def score(
+    who: str,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: HeldOut,
+    wanted: Evaluate,
+    device: str,
+    compute_dtype: str,
+) -> Score:
+    """The held-out loss over all rows, and the metric over the first `wanted.rows` that ask something."""
+    start = time.monotonic()
+    loss = held_out_loss(model, held_out.packs, device, compute_dtype)
+    asked = scored_examples(held_out, wanted)
+    answers = answer(
+        model,
+        tokenizer,
+        [example.prompt_ids for example in asked],
+        held_out.stop_token_ids,
+        wanted.max_new_tokens,
+        device,
+        compute_dtype,
+    )
+    metric = METRICS.get(wanted.metric)
+    scores = [metric(a, e.answer) for a, e in zip(answers, asked, strict=True)] if metric else []
+    return Score(who, loss, tuple(answers), tuple(scores), time.monotonic() - start)
+
+
+def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
+    """The rows that are answered: those with a prompt, up to `rows`, none without a metric."""
+    if wanted.metric == "none":
+        return []
+    return [example for example in held_out.examples if example.prompt_ids][: wanted.rows]
+
+
+def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate) -> dict[str, Any]:
+    """What scores.json holds: figures of both, and sample answers spread evenly over the rows."""
+    asked = scored_examples(held_out, wanted)
+    stride = max(1, len(asked) // max(1, wanted.samples))
+    picked = range(0, len(asked), stride)[: wanted.samples]
+    samples = [
+        {
+            "prompt": asked[i].prompt_text,
+            "reference": asked[i].answer,
+            "base": base.answers[i],
+            "tuned": tuned.answers[i],
+            "base_score": base.scores[i],
+            "tuned_score": tuned.scores[i],
+        }
+        for i in picked
+    ]
+    return {
+        "metric": wanted.metric,
+        "rows": len(asked),
+        "base": base.figures(),
+        "tuned": tuned.figures(),
+        "samples": samples,
+    }

@@ -1,0 +1,25 @@
+"""What the libraries say goes to one file in the run folder; the terminal is for what qtune says."""
+
+import logging
+import logging.handlers
+from pathlib import Path
+
+_held = logging.handlers.MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def hold() -> None:
+    """Keep every log record and warning in memory until there is a file. Call before a library is imported."""
+    root = logging.getLogger()
+    root.handlers = [_held]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def write_to(path: Path) -> None:
+    """Write what was held, and all that follows, to `path`."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(_FORMAT)
+    _held.setTarget(file)
+    _held.flush()
+    logging.getLogger().handlers = [file]

@@ -1,0 +1,122 @@
+"""Attention over packed documents without a mask.
+
+Held less of: the T x T mask that SDPA would need to keep documents apart, and every padded position outside attention.
+Costs: inside attention a document is padded to the next power of two, at most twice its tokens; and one SDPA call per
+distinct power of two among the documents of a pack.
+Refuses: soft-capped attention and learned sinks, which SDPA cannot express.
+
+How: the documents of a pack lie one after another in a row of T tokens. Documents of like length are gathered into a
+(documents, heads, longest, head_dim) batch and run causally. Padding stands on the right, where causality hides it, so
+no mask is built and the flash kernels apply. No FlashAttention package is needed, and no token sees another document.
+
+Letters: T tokens of the row, D documents of a bucket, S longest of them, H query heads, K key/value heads, E head_dim.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "qtune_documents"
+
+
+def register() -> None:
+    """Make `attn_implementation="qtune_documents"` known to transformers."""
+    AttentionInterface.register(NAME, document_attention)
+    AttentionMaskInterface.register(NAME, _mask_unless_packed)
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    document_lengths: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each document of a packed row.
+
+    `query` is (1, H, T, E), `key` and `value` (1, K, T, E); `document_lengths` sum to T. Returns (1, T, H, E) and no
+    weights. Without `document_lengths` (generation, padded batches) it is transformers' own SDPA.
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("soft-capped attention and attention sinks need another attention implementation")
+    longest = max(document_lengths or [0])
+    one_document = document_lengths is not None and len(document_lengths) == 1
+    if document_lengths is None or (one_document and _sliding_band(longest, sliding_window, query.device) is None):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert sum(document_lengths) == query.shape[2], "document lengths must cover the row"
+    buckets, back = bucket_documents(tuple(document_lengths), query.device)
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (T, H or K, E)
+    outputs = []
+    for bucket in buckets:
+        shape = bucket.positions.shape
+        q, k, v = (
+            row.index_select(0, bucket.positions.flatten()).unflatten(0, shape).transpose(1, 2) for row in rows
+        )  # (D, H or K, S, E)
+        band = _sliding_band(shape[1], sliding_window, query.device)
+        attended = scaled_dot_product_attention(
+            q, k, v, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, bucket.real))
+    return torch.cat(outputs).index_select(0, back)[None], None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of like length: `positions` (D, S) in the row, and which of the D * S flattened places are `real`."""
+
+    positions: torch.Tensor
+    real: torch.Tensor
+
+
+@lru_cache(maxsize=8)
+def bucket_documents(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
+    """One bucket per power of two, and the (T,) index that brings their real places back into row order.
+
+    Kept between calls, as every layer asks for the same pack. Padding repeats a document's last position.
+    """
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    members: dict[int, list[int]] = defaultdict(list)
+    for index, length in enumerate(lengths):
+        members[(length - 1).bit_length()].append(index)
+    buckets, order = [], []
+    for indices in members.values():
+        first = torch.tensor([starts[i] for i in indices])[:, None]
+        size = torch.tensor([lengths[i] for i in indices])[:, None]
+        offsets = torch.arange(int(size.max()))[None]
+        positions = first + torch.minimum(offsets, size - 1)
+        real = (offsets < size).flatten().nonzero().flatten()
+        buckets.append(Bucket(positions.to(device), real.to(device)))
+        order.append(positions.flatten()[real])
+    return buckets, torch.cat(order).argsort().to(device)
+
+
+def _sliding_band(longest: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """The (S, S) causal band of a sliding window, or None where the window reaches over the whole document."""
+    if window is None or longest <= window:
+        return None
+    distance = torch.arange(longest, device=device)[:, None] - torch.arange(longest, device=device)[None]
+    return (distance >= 0) & (distance < window)
+
+
+def _mask_unless_packed(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """No mask for rows that come without a padding mask: those are packed, or causal as they stand."""
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

@@ -1,0 +1,98 @@
+"""The LoRA adapter: attached, kept in its master dtype, saved as a standard PEFT folder, and loaded again."""
+
+import warnings
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from qtune.errors import ModelError
+from qtune.recipe.schema import Lora
+
+
+def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+    """`model` with a fresh adapter: A random from `seed`, B zero, so that the first output is the base's.
+
+    Raises ModelError for a target that matches no linear layer.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(resolve_targets(model, lora)),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
+    """The last parts of the names of the linears that get an adapter, sorted; every target asked for must match."""
+    there = linear_names(model)
+    if lora.targets == "all-linear":
+        return tuple(sorted(there))
+    missing = [target for target in lora.targets if target not in there]
+    if missing:
+        raise ModelError("\n".join(_no_such_target(target, there) for target in missing))
+    return tuple(sorted(set(lora.targets)))
+
+
+def _no_such_target(target: str, there: set[str]) -> str:
+    near = get_close_matches(target, there, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"lora.targets: no linear layer is named {target!r}.{hint} This base has {', '.join(sorted(there))}."
+
+
+def linear_names(model: PreTrainedModel) -> set[str]:
+    """The last part of the name of every linear layer except the output head, which the fused loss reads directly."""
+    head = model.get_output_embeddings()
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def use_master_dtype(model: torch.nn.Module, dtype: str) -> None:
+    """Keep every trained weight in `dtype`.
+
+    Call after the trainer is built: it casts the adapter of a quantised model to bfloat16, which loses small updates.
+    """
+    for parameter in trained_parameters(model):
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def trained_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save(model: PeftModel, folder: Path, base_name: str) -> int:
+    """Write the adapter as `PeftModel.from_pretrained` and servers read it; returns its bytes.
+
+    `base_name` is what adapter_config.json will call the base.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_name
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card template says nothing about this run
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def load(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The saved adapter on `model`, frozen, for answering and merging.
+
+    Raises ModelError where the folder holds no adapter or one whose shapes do not fit this base.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: holds no adapter, it has no adapter_config.json.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError) as fault:
+        raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None

@@ -1,0 +1,178 @@
+"""The frozen base: where its files are, its tokenizer, and the model itself, in 4 bits or not."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from jinja2 import TemplateError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qtune.errors import MachineError, ModelError
+from qtune.memory import document_attention
+from qtune.recipe.schema import Model
+
+DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
+WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+
+
+def base_folder(model: Model) -> Path:
+    """The local folder with the base's files; a hub model is downloaded once and then found in the cache.
+
+    Raises ModelError for a folder that holds no model, MachineError where the hub cannot be reached.
+    """
+    if model.base == "demo":
+        return DEMO_BASE
+    path = Path(model.base)
+    if path.is_absolute():
+        return _checked(path)
+    return _checked(_download(model))
+
+
+def _download(model: Model) -> Path:
+    patterns = [*WEIGHT_FILES, *SMALL_FILES, *(["*.py"] if model.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.base: the hub has no model {model.base!r} that you may read. Check the name, log in with"
+            " `hf auth login` for a gated model, or give a local folder."
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        raise MachineError(
+            f"model.base: {model.base!r} is not on this machine and the hub cannot be reached"
+            f" ({type(fault).__name__}). Download it where there is a network (`hf download {model.base}"
+            ' --local-dir base`) and write base = "./base", or try this recipe with --demo.'
+        ) from None
+
+
+def _checked(folder: Path) -> Path:
+    """`folder`, if a causal language model in safetensors is in it."""
+    config = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelError(f"model.base: there is no folder {folder}.")
+    if not config.is_file():
+        raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model.base: {folder} has no .safetensors file. Other weight formats can run code when they are opened;"
+            " save the model with `save_pretrained` first."
+        )
+    return folder
+
+
+def read_config(model: Model) -> AutoConfig:
+    """The base's configuration; ModelError unless it is a causal language model."""
+    folder = base_folder(model)
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = described.get("model_type", "")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (ValueError, AttributeError, OSError, KeyError) as fault:
+        first_line = str(fault).splitlines()[0]
+        raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({first_line})") from None
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
+        raise ModelError(
+            f"model.base: {folder} is a {kind or 'nameless'} model, and qtune tunes causal language models such as"
+            " llama, qwen3 or mistral."
+        )
+    if described.get("quantization_config"):
+        raise ModelError(
+            f"model.base: {folder} is quantised already"
+            f" ({described['quantization_config'].get('quant_method', 'unknown')}). Name the original model; qtune"
+            " quantises it while loading."
+        )
+    return config
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the recipe's chat template where it names one."""
+    folder = base_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as fault:  # tokenizer files fail in as many ways as there are formats
+        raise ModelError(f"model.base: the tokenizer in {folder} cannot be loaded ({fault}).") from None
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, TemplateError) as fault:
+            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read ({fault}).") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_base(model: Model, device: str, compute_dtype: str) -> PreTrainedModel:
+    """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
+
+    Attention keeps packed documents apart without a mask (`memory.document_attention`).
+    """
+    read_config(model)
+    document_attention.register()
+    dtype = getattr(torch, compute_dtype)
+    quantization = None
+    if model.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=model.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base_folder(model),
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization,
+        attn_implementation=document_attention.NAME,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+    )
+    loaded.requires_grad_(False)
+    keep_weights_as_quantised(loaded)
+    loaded.config.use_cache = False
+    return loaded
+
+
+def keep_weights_as_quantised(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking NF4 weights on processors with AVX-512 BF16.
+
+    In eval mode `Linear4bit.forward` rewrites its weight in place for an inference kernel (bitsandbytes 0.50,
+    `_convert_weight_packed_for_cpu`). That kernel has no backward, so training after an evaluation would silently
+    lose the gradients that pass through the base, and it refuses widths that 32 does not divide.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def autocast(device: str, compute_dtype: str) -> torch.autocast:
+    """The context every forward pass runs in; float32 means no casting at all."""
+    kind = device.split(":")[0]
+    return torch.autocast(kind, getattr(torch, compute_dtype), enabled=compute_dtype != "float32")
+
+
+def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the linears that are held in NF4, in the model's order."""
+    return tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and bytes of the weight files; the identity of a base."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""The story of one run, in the order it happens."""
+
+import dataclasses
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from qtune import logs
+from qtune.data.packing import packed_rows
+from qtune.data.prepare import Prepared, prepare
+from qtune.errors import MachineError
+from qtune.evaluate.compare import HeldOut, Score, compare, score
+from qtune.evaluate.loss import held_out_loss
+from qtune.events import Event, Listener, Notice, Saved
+from qtune.memory.device import find_device, reset_peak
+from qtune.memory.ledger import Ledger
+from qtune.model import adapter, base
+from qtune.plan.decide import Plan, decide
+from qtune.recipe.schema import Recipe
+from qtune.report import summary, tables
+from qtune.report.dashboard import listener_for
+from qtune.rundir import RunDir, default_path, write_json
+from qtune.train.fit import Fitted, fit
+from qtune.units import format_bytes
+
+LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
+SPARE_DISK_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A recipe whose every claim has been checked: rows tokenised, choices settled, nothing loaded yet."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    plan: Plan
+
+    @property
+    def held_out(self) -> HeldOut:
+        packs = packed_rows(self.prepared.held_out, self.prepared.held_out_packs)
+        return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids)
+
+
+def quiet_libraries() -> None:
+    """Send what transformers and datasets print by themselves to the log."""
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.disable_propagation()
+
+
+def get_ready(recipe: Recipe) -> Ready:
+    """Read the data, settle the plan. Raises a UserError for anything that could not be trained on."""
+    quiet_libraries()
+    base.read_config(recipe.model)
+    tokenizer = base.load_tokenizer(recipe.model)
+    prepared = prepare(recipe, tokenizer)
+    return Ready(recipe, tokenizer, prepared, decide(recipe, find_device(), len(prepared.train_packs)))
+
+
+def show(ready: Ready, console: Console) -> None:
+    """What will be trained on, and how, before it starts."""
+    console.print(tables.data_table(dataclasses.asdict(ready.prepared.report)))
+    console.print(tables.plan_table(ready.plan.as_json()))
+
+
+def start_folder(ready: Ready, recipe_text: str, output: Path | None) -> RunDir:
+    """A new run folder that says what was asked for and what was settled, before anything can fail."""
+    run = RunDir.create(output or default_path(ready.recipe.name, datetime.now()), recipe_text)
+    logs.write_to(run.log)
+    write_json(run.plan, ready.plan.as_json())
+    write_json(run.data, dataclasses.asdict(ready.prepared.report))
+    return run
+
+
+def run(ready: Ready, run: RunDir, console: Console) -> Fitted:
+    """Load, score, train, score again; everything worth keeping is in the run folder when this returns."""
+    recipe, plan = ready.recipe, ready.plan
+    with listener_for(console, recipe.name, plan.steps, recipe.train.log_every) as dashboard:
+
+        def listen(event: Event) -> None:
+            run.record(event)
+            dashboard(event)
+
+        ledger = Ledger.begin(plan.device)
+        listen(Notice(f"loading {recipe.model.base}"))
+        loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
+        write_json(run.lock, lock(ready, base.quantized_modules(loaded)))
+        model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
+        check_disk(run.path, model)
+        before = _score("base", ready, model, listen)
+        reset_peak(plan.device)
+        fitted = _train(ready, model, ledger, listen, run)
+        listen(_save(run, model, recipe.model.base))
+        if fitted.stopped_by is None:
+            after = _score("tuned", ready, model, listen)
+            _keep_scores(run, ready, before, after)
+    summary.write_summary(run)
+    return fitted
+
+
+def _train(ready: Ready, model: PeftModel, ledger: Ledger, listen: Listener, run: RunDir) -> Fitted:
+    plan, held_out = ready.plan, ready.held_out
+    measure: Callable[[], float] | None = None
+    if held_out.packs:
+
+        def measure() -> float:
+            return held_out_loss(model, held_out.packs, plan.device.name, plan.compute_dtype)
+
+    rows = packed_rows(ready.prepared.train, ready.prepared.train_packs)
+    return fit(
+        ready.recipe, plan, model, ready.tokenizer, rows, len(held_out.examples), measure, ledger, listen, run.path
+    )
+
+
+def _score(who: str, ready: Ready, model: PeftModel, listen: Listener) -> Score | None:
+    """Base or tuned on the held-out rows, reported; None where there are none."""
+    held_out, recipe, plan = ready.held_out, ready.recipe, ready.plan
+    if not held_out.packs:
+        return None
+    listen(Notice(f"scoring the {who} model on {len(held_out.examples)} held-out rows"))
+    result = score(who, model, ready.tokenizer, held_out, recipe.evaluate, plan.device.name, plan.compute_dtype)
+    listen(result.event(recipe.evaluate.metric))
+    return result
+
+
+def _keep_scores(run: RunDir, ready: Ready, before: Score | None, after: Score | None) -> None:
+    if before is not None and after is not None:
+        write_json(run.scores, compare(before, after, ready.held_out, ready.recipe.evaluate))
+
+
+def _save(run: RunDir, model: PeftModel, base_name: str) -> Saved:
+    import time
+
+    start = time.perf_counter()
+    size = adapter.save(model, run.adapter, base_name)
+    return Saved("adapter", size, time.perf_counter() - start)
+
+
+def check_disk(folder: Path, model: PeftModel) -> None:
+    """Raises MachineError before training where the adapter would not fit on the disk after it."""
+    needed = sum(p.numel() * 4 for p in adapter.trained_parameters(model)) + SPARE_DISK_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise MachineError(
+            f"{folder}: the run needs {format_bytes(needed)} of disk and {format_bytes(free)} are free. Free some, or"
+            " name an --output on another disk."
+        )
+
+
+def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
+    """What this run stands on, by hash and version; merging and a later resume hold it against what they find."""
+    recipe, model = ready.recipe, ready.recipe.model
+    folder = base.base_folder(model)
+    return {
+        "name": recipe.name,
+        "base": {"name": model.base, "folder": str(folder), "sha256": base.fingerprint(folder)},
+        "model": model.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
+        "quantized_modules": list(quantized),
+        "quantization": (
+            {"type": "nf4", "double": model.double_quantization, "blocksize": 64, "quant_storage": "uint8"}
+            if quantized
+            else None
+        ),
+        "device": ready.plan.device.name,
+        "compute_dtype": ready.plan.compute_dtype,
+        "data_sha256": ready.prepared.fingerprint,
+        "template_sha256": ready.prepared.template_fingerprint,
+        "stop_token_ids": list(ready.prepared.stop_token_ids),
+        "seed": recipe.train.seed,
+        "versions": {name: importlib.metadata.version(name) for name in LOCKED_PACKAGES},
+    }
