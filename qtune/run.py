@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -142,8 +143,6 @@ def _keep_scores(run: RunDir, ready: Ready, before: Score | None, after: Score |
 
 
 def _save(run: RunDir, model: PeftModel, base_name: str) -> Saved:
-    import time
-
     start = time.perf_counter()
     size = adapter.save(model, run.adapter, base_name)
     return Saved("adapter", size, time.perf_counter() - start)

@@ -34,9 +34,7 @@ class RunDir:
     def create(cls, path: Path, recipe_text: str) -> "RunDir":
         """Make a new folder with the recipe in it; one that holds anything already is refused."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(
-                f"{path}: exists already, and runs are never mixed. Name another --output, or remove it."
-            )
+            raise RunFolderError(f"{path}: is not empty, and runs are never mixed. Name another --output.")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
@@ -49,10 +47,10 @@ class RunDir:
     def open(cls, path: Path) -> "RunDir":
         """The run at `path`; says what is missing when it is no run folder."""
         if not path.is_dir():
-            raise RunFolderError(f"{path}: there is no such run folder.{_nearby_runs(path)}")
+            raise RunFolderError(f"{path}: there is no such run folder.{_runs_here()}")
         run = cls(path)
         if not run.lock.is_file():
-            raise RunFolderError(f"{path}: is no run folder, it has no {run.lock.name}.{_nearby_runs(path)}")
+            raise RunFolderError(f"{path}: is no run folder, it has no {run.lock.name}.{_runs_here()}")
         return run
 
     @property
@@ -151,7 +149,7 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path}: is not readable JSON ({fault}).") from None
 
 
-def _nearby_runs(path: Path) -> str:
+def _runs_here() -> str:
     """` Runs here: a, b.` for a message about a folder that is not one."""
     folders = sorted((p.parent for p in Path("runs").glob("*/lock.json")), key=lambda p: p.stat().st_mtime)
     return f" Runs here: {', '.join(str(p) for p in folders[-5:])}." if folders else ""

@@ -10,9 +10,25 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "qtune"
 
 # A room may import itself and any room before it.
-ROOMS = (
-    "errors units events logs recipe rundir data memory model plan train evaluate report deploy run doctor cli".split()
-)
+ROOMS = [
+    "errors",
+    "units",
+    "events",
+    "logs",
+    "recipe",
+    "rundir",
+    "data",
+    "memory",
+    "model",
+    "plan",
+    "train",
+    "evaluate",
+    "report",
+    "deploy",
+    "run",
+    "doctor",
+    "cli",
+]
 
 
 def modules() -> list[Path]:

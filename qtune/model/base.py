@@ -77,15 +77,15 @@ def read_config(model: Model) -> AutoConfig:
     folder = base_folder(model)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = described.get("model_type", "")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (ValueError, AttributeError, OSError, KeyError) as fault:
         first_line = str(fault).splitlines()[0]
         raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({first_line})") from None
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.trust_remote_code:
+    kinds = described.get("architectures") or [f"{described.get('model_type', 'nameless')} model"]
+    if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not model.trust_remote_code:
         raise ModelError(
-            f"model.base: {folder} is a {kind or 'nameless'} model, and qtune tunes causal language models such as"
-            " llama, qwen3 or mistral."
+            f"model.base: {folder} is a {kinds[0]}, and qtune tunes causal language models such as LlamaForCausalLM,"
+            " Qwen3ForCausalLM or MistralForCausalLM."
         )
     if described.get("quantization_config"):
         raise ModelError(

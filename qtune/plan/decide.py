@@ -36,39 +36,39 @@ class Plan:
 
 def decide(recipe: Recipe, device: Device, train_packs: int) -> Plan:
     """The plan for `train_packs` sequences on `device`."""
-    compute, why_compute = _compute_dtype(recipe, device)
+    train = recipe.train
+    compute_dtype, why_compute = _compute_dtype(recipe, device)
     steps, why_steps = _steps(recipe, train_packs)
     eval_every, why_eval = _eval_every(recipe, steps)
-    warmup = math.ceil(recipe.train.warmup_fraction * steps)
-    train, lora = recipe.train, recipe.lora
-    scale = (
-        f"alpha/sqrt(rank) = {lora.alpha / math.sqrt(lora.rank):.3g}"
-        if lora.rslora
-        else (f"alpha/rank = {lora.alpha / lora.rank:.3g}")
-    )
+    warmup_steps = math.ceil(train.warmup_fraction * steps)
     choices = (
-        Choice("device", device.label, "a CUDA card is used where there is one" if device.is_cuda else "no CUDA card"),
+        Choice("device", device.label, "the first CUDA card" if device.is_cuda else "torch sees no CUDA card"),
         Choice("base", _held_as(recipe), "model.quantization"),
-        Choice("compute", compute, why_compute),
-        Choice("adapter", f"rank {lora.rank}, {scale}, kept in {lora.master_dtype}", "lora"),
+        Choice("compute", compute_dtype, why_compute),
+        Choice("adapter", _adapter(recipe), "lora"),
         Choice("steps", f"{steps:,}", why_steps),
-        Choice(
-            "sequences per step",
-            f"{train.micro_batch * train.gradient_accumulation}",
-            (
-                f"micro_batch {train.micro_batch} x gradient_accumulation {train.gradient_accumulation},"
-                f" each up to {recipe.data.max_tokens:,} tokens"
-            ),
-        ),
-        Choice("learning rate", f"{train.learning_rate:g}", f"{train.schedule} after {warmup} steps of warm-up"),
+        Choice("sequences a step", f"{train.micro_batch * train.gradient_accumulation}", _batch(recipe)),
+        Choice("learning rate", f"{train.learning_rate:g}", f"{train.schedule}, after {warmup_steps} steps of warm-up"),
         Choice("optimizer", train.optimizer, "train.optimizer"),
-        Choice("recompute layers", "yes" if train.gradient_checkpointing else "no", "train.gradient_checkpointing"),
-        Choice(
-            "attention", "packed documents, no mask" if recipe.data.packing else "one document a row", "data.packing"
-        ),
+        Choice("recomputed layers", "all" if train.gradient_checkpointing else "none", "train.gradient_checkpointing"),
+        Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
         Choice("held-out loss", f"every {eval_every:,} steps", why_eval),
     )
-    return Plan(device, compute, steps, warmup, eval_every, choices)
+    return Plan(device, compute_dtype, steps, warmup_steps, eval_every, choices)
+
+
+def _adapter(recipe: Recipe) -> str:
+    lora = recipe.lora
+    scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+    return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, in {lora.master_dtype}"
+
+
+def _batch(recipe: Recipe) -> str:
+    train = recipe.train
+    return (
+        f"micro_batch {train.micro_batch} x gradient_accumulation {train.gradient_accumulation},"
+        f" each of at most {recipe.data.max_tokens:,} tokens"
+    )
 
 
 def _compute_dtype(recipe: Recipe, device: Device) -> tuple[str, str]:

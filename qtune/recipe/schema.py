@@ -1,14 +1,24 @@
 """What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 class Table(BaseModel):
     """A TOML table: unknown keys are faults, values never change after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, str_strip_whitespace=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, str_strip_whitespace=True, allow_inf_nan=False)
+
+
+def _layer_names(value: Any) -> Any:
+    """A TOML array as the tuple a strict model wants; one sentence for all that is neither word nor list of names."""
+    if value == "all-linear":
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name.strip() for name in value):
+        return tuple(value)
+    raise PydanticCustomError("expected", '"all-linear" or a list of layer names such as ["q_proj", "v_proj"]')
 
 
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -20,9 +30,10 @@ class Model(Table):
     """The frozen base."""
 
     base: NonEmpty = Field(
-        description="Hub name or local folder of the base model; `demo` is the small one inside qtune."
+        description="Hub name or local folder of the base model; `demo` is the small one inside qtune.",
+        examples=["Qwen/Qwen3-4B-Instruct-2507"],
     )
-    revision: str | None = Field(
+    revision: NonEmpty | None = Field(
         None, description="Branch, tag or commit of a hub model; unset takes the default branch and records its commit."
     )
     quantization: Literal["nf4", "none"] = Field(
@@ -34,7 +45,7 @@ class Model(Table):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="What the arithmetic runs in; auto is bfloat16 where the machine has it, else float32."
     )
-    chat_template: str | None = Field(
+    chat_template: NonEmpty | None = Field(
         None, description="A Jinja file used in place of the tokenizer's chat template; unset keeps the model's own."
     )
     trust_remote_code: bool = Field(
@@ -45,14 +56,16 @@ class Model(Table):
 class Lora(Table):
     """The adapter that is trained."""
 
-    rank: int = Field(16, ge=1, le=1024, description="Inner dimension of each adapter pair; 16 is enough for most tasks.")
+    rank: int = Field(
+        16, ge=1, le=1024, description="Inner dimension of each adapter pair; 16 is enough for most tasks."
+    )
     alpha: float = Field(
         32.0, gt=0, le=4096, description="Strength: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of adapter inputs zeroed in training; 0, since few epochs seldom overfit."
     )
-    targets: Literal["all-linear"] | tuple[NonEmpty, ...] = Field(
+    targets: Annotated[Literal["all-linear"] | tuple[NonEmpty, ...], BeforeValidator(_layer_names)] = Field(
         "all-linear",
         description="Names of the linear layers that get an adapter; all of them but the head learns best (QLoRA).",
     )
@@ -66,22 +79,26 @@ class Lora(Table):
 class Columns(Table):
     """Which column of the data holds what; only needed where the names are not recognised."""
 
-    prompt: str | None = Field(None, description="Column with what the user asks.")
-    completion: str | None = Field(None, description="Column with what the model is to answer.")
-    input: str | None = Field(None, description="Column with extra input, put under the prompt (alpaca).")
-    system: str | None = Field(None, description="Column with the row's own system prompt.")
-    messages: str | None = Field(None, description="Column with the list of messages.")
-    text: str | None = Field(None, description="Column with plain text.")
+    prompt: NonEmpty | None = Field(None, description="Column with what the user asks.")
+    completion: NonEmpty | None = Field(None, description="Column with what the model is to answer.")
+    input: NonEmpty | None = Field(None, description="Column with extra input, put under the prompt (alpaca).")
+    system: NonEmpty | None = Field(None, description="Column with the row's own system prompt.")
+    messages: NonEmpty | None = Field(None, description="Column with the list of messages.")
+    text: NonEmpty | None = Field(None, description="Column with plain text.")
 
 
 class Data(Table):
     """What is learned from."""
 
-    train: NonEmpty = Field(description="A .jsonl, .json, .csv, .tsv or .parquet file, or a hub dataset's name.")
+    train: NonEmpty = Field(
+        description="A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a hub dataset's name.",
+        examples=["data/train.jsonl"],
+    )
     train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")
-    subset: str | None = Field(None, description="Configuration of a hub dataset; unset takes its only one.")
-    held_out: str | None = Field(
-        None, description="A file (or hub dataset) never trained on; unset takes held_out_fraction of the training rows."
+    subset: NonEmpty | None = Field(None, description="Configuration of a hub dataset; unset takes its only one.")
+    held_out: NonEmpty | None = Field(
+        None,
+        description="A file (or hub dataset) never trained on; unset takes held_out_fraction of the training rows.",
     )
     held_out_split: NonEmpty = Field("test", description="Split of a hub dataset named in held_out.")
     held_out_fraction: float = Field(
@@ -89,10 +106,13 @@ class Data(Table):
     )
     format: DataFormat = Field("auto", description="How a row is read; auto recognises it by its columns.")
     columns: Columns = Field(Columns(), description="Maps this data's column names to the ones qtune knows.")
-    system: str | None = Field(None, description="A system prompt put before every row that has none of its own.")
+    system: NonEmpty | None = Field(None, description="A system prompt put before every row that has none of its own.")
     max_rows: int | None = Field(None, ge=1, description="Read at most this many rows; unset reads all.")
     max_tokens: int = Field(
-        2048, ge=8, le=4_194_304, description="Longest sequence in tokens, and the size of a pack; memory grows with it."
+        2048,
+        ge=8,
+        le=4_194_304,
+        description="Longest sequence in tokens, and the size of a pack; memory grows with it.",
     )
     on_long: Literal["drop", "truncate", "error"] = Field(
         "drop", description="What to do with a row over max_tokens; drop, because a cut answer teaches not to finish."
@@ -152,14 +172,14 @@ class Evaluate(Table):
 class DemoModel(Table):
     """What --demo puts in [model]."""
 
-    base: str = Field("demo", description="Base used by --demo.")
+    base: NonEmpty = Field("demo", description="Base used by --demo.")
 
 
 class DemoData(Table):
     """What --demo puts in [data]: other rows, and how to read them."""
 
-    train: NonEmpty = Field(description="Training rows of --demo.")
-    held_out: str | None = Field(None, description="Held-out rows of --demo.")
+    train: NonEmpty = Field(description="Training rows of --demo.", examples=["data/demo_train.jsonl"])
+    held_out: NonEmpty | None = Field(None, description="Held-out rows of --demo.")
     format: DataFormat = Field("auto", description="Format of the demo rows.")
     columns: Columns = Field(Columns(), description="Column names of the demo rows.")
     max_tokens: int = Field(512, ge=8, le=4_194_304, description="Longest sequence of --demo, in tokens.")
@@ -168,7 +188,7 @@ class DemoData(Table):
 class DemoTrain(Table):
     """What --demo puts in [train]: the length of the run, and the step size so small a base needs."""
 
-    epochs: float = Field(gt=0, le=1000, description="Passes over the demo rows.")
+    epochs: float = Field(gt=0, le=1000, description="Passes over the demo rows.", examples=[2])
     learning_rate: float | None = Field(None, gt=0, le=0.1, description="Step size; unset keeps the recipe's.")
     gradient_accumulation: int | None = Field(None, ge=1, le=4096, description="Unset keeps the recipe's.")
 
@@ -176,7 +196,7 @@ class DemoTrain(Table):
 class DemoEvaluate(Table):
     """What --demo puts in [evaluate]: a metric that suits the demo rows."""
 
-    metric: Metric = Field(description="How a demo answer is scored.")
+    metric: Metric = Field(description="How a demo answer is scored.", examples=["token_f1"])
     rows: int = Field(100, ge=0, description="Held-out demo rows that are answered and scored.")
     max_new_tokens: int = Field(16, ge=1, le=8192, description="Longest demo answer in tokens.")
 
@@ -194,7 +214,7 @@ class Recipe(Table):
     """One fine-tuning run, as the user asks for it."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")] = Field(
-        description="Short name of the run: a-z, 0-9, - and _; run folders start with it."
+        description="Short name of the run: a-z, 0-9, - and _; run folders start with it.", examples=["medical"]
     )
     about: str = Field("", description="One sentence on what the adapter is for.")
     model: Model = Field(description="The frozen base.")

@@ -1,0 +1,89 @@
+"""The adapter: counted by hand, silent at the start, the same after saving."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qtune.errors import ModelError
+from qtune.model import adapter, base
+from qtune.recipe.schema import Lora, Model
+
+
+def loaded(folder, **changes) -> torch.nn.Module:
+    return base.load_base(Model(base=str(folder), **changes), "cpu", "float32")
+
+
+def test_all_linear_layers_but_the_head_get_a_pair(tiny_base) -> None:
+    model = adapter.attach(loaded(tiny_base), Lora(rank=4), seed=0)
+    trained = sum(p.numel() for p in adapter.trained_parameters(model))
+    sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 172), (64, 172), (172, 64)]
+    assert trained == 2 * sum(4 * (i + o) for i, o in sizes)
+
+
+def test_a_fresh_adapter_changes_nothing(tiny_base) -> None:
+    plain, ids = loaded(tiny_base), torch.arange(6, 30)[None]
+    before = plain(input_ids=ids).logits
+    torch.testing.assert_close(adapter.attach(plain, Lora(rank=4), seed=0)(input_ids=ids).logits, before)
+
+
+def test_one_seed_gives_one_start(tiny_base) -> None:
+    starts = [adapter.attach(loaded(tiny_base), Lora(rank=4), seed=s).state_dict() for s in (3, 3, 4)]
+    name = next(n for n in starts[0] if "lora_A" in n)
+    assert torch.equal(starts[0][name], starts[1][name])
+    assert not torch.equal(starts[0][name], starts[2][name])
+
+
+def test_a_target_that_matches_nothing_is_an_error_even_beside_one_that_does(tiny_base) -> None:
+    with pytest.raises(ModelError, match=r"'q_prj'.*Did you mean q_proj\?"):
+        adapter.attach(loaded(tiny_base), Lora(targets=("v_proj", "q_prj")), seed=0)
+
+
+def test_masters_are_float32_whatever_cast_them(tiny_base) -> None:
+    model = adapter.attach(loaded(tiny_base), Lora(rank=4), seed=0)
+    for parameter in adapter.trained_parameters(model):
+        parameter.data = parameter.data.bfloat16()
+    adapter.use_master_dtype(model, "float32")
+    assert {p.dtype for p in adapter.trained_parameters(model)} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=4, dora=True), Lora(rank=4, rslora=True)])
+def test_plain_peft_in_another_process_reads_the_same_model(tiny_base, tmp_path, lora) -> None:
+    model = adapter.attach(loaded(tiny_base, quantization="none"), lora, seed=0)
+    with torch.no_grad():
+        for parameter in adapter.trained_parameters(model):
+            parameter += 0.02 * torch.randn_like(parameter)
+    size = adapter.save(model, tmp_path / "adapter", "the/base")
+    assert size > 0
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "the/base"
+    )
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; from peft import PeftModel\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "m = PeftModel.from_pretrained(m, sys.argv[2]).eval()\n"
+        "torch.save(m(input_ids=torch.arange(6, 30)[None]).logits.detach(), sys.argv[3])"
+    )
+    target = tmp_path / "logits.pt"
+    subprocess.run([sys.executable, "-c", code, tiny_base, tmp_path / "adapter", target], check=True)
+    ours = model.eval()(input_ids=torch.arange(6, 30)[None]).logits
+    torch.testing.assert_close(torch.load(target), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_base, tmp_path) -> None:
+    from conftest import byte_tokenizer, tiny_config
+    from transformers import LlamaForCausalLM
+
+    other = tmp_path / "other"
+    LlamaForCausalLM(tiny_config(hidden_size=32)).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    adapter.save(adapter.attach(loaded(tiny_base), Lora(rank=4), 0), tmp_path / "adapter", "tiny")
+    with pytest.raises(ModelError, match="does not fit this base"):
+        adapter.load(loaded(other), tmp_path / "adapter")
+
+
+def test_a_folder_without_an_adapter_is_named(tiny_base, tmp_path) -> None:
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        adapter.load(loaded(tiny_base), tmp_path)

@@ -1,0 +1,120 @@
+"""The base: in 4 bits, frozen, refused by name when it is not what it must be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtune.errors import MachineError, ModelError
+from qtune.model import base
+from qtune.model.adapter import attach
+from qtune.recipe.schema import Lora, Model
+
+
+def model_at(folder: Path, **changes: object) -> Model:
+    return Model(base=str(folder), **changes)
+
+
+def test_linears_are_nf4_and_everything_is_frozen(tiny_base) -> None:
+    loaded = base.load_base(model_at(tiny_base), "cpu", "bfloat16")
+    assert len(base.quantized_modules(loaded)) == 2 * 7
+    assert "lm_head" not in base.quantized_modules(loaded)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    state = loaded.model.layers[0].mlp.up_proj.weight.quant_state
+    assert state.quant_type == "nf4"
+    assert state.nested
+
+
+def test_without_quantization_nothing_is_packed(tiny_base) -> None:
+    loaded = base.load_base(model_at(tiny_base, quantization="none"), "cpu", "float32")
+    assert base.quantized_modules(loaded) == ()
+
+
+def test_gradients_after_an_evaluation_are_those_without_one(tiny_base) -> None:
+    """bitsandbytes rewrote NF4 weights for an inference kernel in the first evaluation, and that kernel had no
+    backward: on processors with AVX-512 BF16, whatever was trained after a score learned from half a gradient."""
+
+    def gradients(evaluate_first: bool) -> list[torch.Tensor]:
+        model = attach(base.load_base(model_at(tiny_base), "cpu", "float32"), Lora(rank=4), seed=0)
+        ids = torch.arange(6, 40)[None]
+        if evaluate_first:
+            with torch.no_grad():
+                model.eval()(input_ids=ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    for with_evaluation, without in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(with_evaluation, without)
+
+
+def test_the_demo_base_is_there_and_speaks(tiny_base) -> None:
+    demo = Model(base="demo")
+    config = base.read_config(demo)
+    assert config.model_type == "llama"
+    tokenizer = base.load_tokenizer(demo)
+    text = "Stents, 12 mg/l of naïve ☃ and\n tabs\t."
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    size = sum(path.stat().st_size for path in base.base_folder(demo).iterdir())
+    assert size <= 8_000_000
+
+
+def test_a_missing_folder_is_named(tmp_path) -> None:
+    with pytest.raises(ModelError, match="there is no folder"):
+        base.read_config(model_at(tmp_path / "nothing"))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        base.read_config(model_at(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM"),
+        ({"model_type": "no_such_architecture"}, "cannot be used"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+    ],
+)
+def test_a_base_that_cannot_be_tuned_is_refused(tiny_base, tmp_path, change, words) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=words):
+        base.read_config(model_at(folder))
+
+
+def test_broken_config_json_is_one_sentence(tiny_base, tmp_path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "config.json").write_text("{ not json")
+    with pytest.raises(ModelError, match="cannot be used"):
+        base.read_config(model_at(folder))
+
+
+def test_weights_that_can_run_code_are_refused(tiny_base, tmp_path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        base.read_config(model_at(folder))
+
+
+def test_a_hub_name_without_a_network_says_how_to_use_a_folder(monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MachineError, match="cannot be reached"):
+        base.read_config(Model(base="some/model-that-is-not-here"))
+
+
+def test_the_fingerprint_follows_the_weights(tiny_base, tmp_path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    assert base.fingerprint(folder) == base.fingerprint(tiny_base)
+    weights = folder / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert base.fingerprint(folder) != base.fingerprint(tiny_base)
