@@ -1,0 +1,36 @@
+"""Greedy answers: a batch gives what one prompt at a time gives."""
+
+import random
+
+import torch
+
+from qtune.evaluate.answer import answer, batches_of_like_length, left_pad
+from qtune.model import base
+from qtune.recipe.schema import Model
+
+
+def test_a_batch_answers_as_one_at_a_time(tiny_base) -> None:
+    spec = Model(base=str(tiny_base))
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec)
+    rng = random.Random(0)
+    prompts = [[0, *(rng.randint(6, 261) for _ in range(rng.randint(1, 12)))] for _ in range(9)]
+    together = answer(model, tokenizer, prompts, [1], 6, "cpu", "float32")
+    apart = [answer(model, tokenizer, [prompt], [1], 6, "cpu", "float32")[0] for prompt in prompts]
+    assert together == apart
+    assert any(together)
+
+
+def test_no_prompts_give_no_answers(tiny_base) -> None:
+    spec = Model(base=str(tiny_base))
+    assert answer(base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec), [], [1], 6, "cpu", "float32") == []
+
+
+def test_every_prompt_is_in_one_batch() -> None:
+    prompts = [[1] * (i % 7 + 1) for i in range(100)]
+    assert sorted(i for batch in batches_of_like_length(prompts) for i in batch) == list(range(100))
+
+
+def test_padding_is_on_the_left() -> None:
+    ids, mask = left_pad([[5], [6, 7, 8]], 2, "cpu")
+    assert ids.tolist() == [[2, 2, 5], [6, 7, 8]]
+    assert torch.equal(mask, torch.tensor([[0, 0, 1], [1, 1, 1]]))

@@ -1,0 +1,211 @@
+"""Training on the true path: NF4, peft, 8-bit AdamW and trl, on a tiny model."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from qtune.data.packing import PackedRow
+
+from qtune.errors import TrainingDiverged
+from qtune.evaluate.loss import held_out_loss
+from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Started, StepDone
+from qtune.memory.device import find_device
+from qtune.memory.ledger import Ledger
+from qtune.model import adapter, base
+from qtune.plan.decide import decide
+from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
+from qtune.train import fit as fitting
+
+LEARNABLE = "the quick brown fox jumps over the lazy dog"
+
+
+def rows(count: int, seed: int = 0) -> list[PackedRow]:
+    """Packs of two documents of a text a byte model can learn; the first bytes of each are not trained."""
+    rng, result = random.Random(seed), []
+    for _ in range(count):
+        ids, labels, lengths = [], [], []
+        for _ in range(2):
+            start = rng.randrange(len(LEARNABLE) - 12)
+            document = [0, *(6 + ord(c) % 250 for c in LEARNABLE[start : start + rng.randint(8, 12)])]
+            ids += document
+            labels += [-100, -100, *document[2:]]
+            lengths.append(len(document))
+        result.append({"input_ids": ids, "labels": labels, "seq_lengths": lengths})
+    return result
+
+
+def recipe_for(folder: Path, model: dict | None = None, **train: object) -> Recipe:
+    settings = {"learning_rate": 3e-3, "gradient_accumulation": 2, "max_steps": 10, "epochs": 100.0, **train}
+    return Recipe(
+        name="t",
+        model=Model(base=str(folder), **(model or {})),
+        lora=Lora(rank=8, alpha=16),
+        data=Data(train="rows.jsonl"),
+        train=Train(**settings),
+    )
+
+
+def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[torch.nn.Module, list[Event]]:
+    events: list[Event] = []
+    train, held_out = rows(packs), rows(6, seed=1)
+    plan = decide(recipe, find_device(), len(train))
+    ledger = Ledger.begin(plan.device)
+    loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
+    model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
+    fitting.fit(
+        recipe,
+        plan,
+        model,
+        base.load_tokenizer(recipe.model),
+        train,
+        len(held_out),
+        lambda: held_out_loss(model, held_out, plan.device.name, plan.compute_dtype),
+        ledger,
+        lambda event: (events.append(event), listen(event) if listen else None),
+        folder,
+    )
+    return model, events
+
+
+def losses(events: list[Event]) -> list[float]:
+    return [event.loss for event in events if isinstance(event, StepDone)]
+
+
+def test_it_learns_and_says_so(tiny_base, tmp_path) -> None:
+    model, events = run(recipe_for(tiny_base, max_steps=30, eval_every=10), tmp_path)
+    held_out = [event.loss for event in events if isinstance(event, Evaluated)]
+    assert len(held_out) == 3
+    assert held_out[-1] < held_out[0]
+    assert losses(events)[-1] < 0.8 * losses(events)[0]
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, 31))
+    assert any(isinstance(event, MemoryMeasured) for event in events)
+    assert {p.dtype for p in adapter.trained_parameters(model)} == {torch.float32}
+
+
+def test_tokens_are_counted_without_padding(tiny_base, tmp_path) -> None:
+    _, events = run(recipe_for(tiny_base, max_steps=10, gradient_accumulation=2), tmp_path, packs=20)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    packs = rows(20)
+    assert sum(step.tokens for step in steps) == sum(len(pack["input_ids"]) for pack in packs)
+    assert sum(step.trained_tokens for step in steps) == sum(x != -100 for pack in packs for x in pack["labels"])
+
+
+@pytest.mark.parametrize(
+    ("model", "tolerance"),
+    [
+        ({"quantization": "none", "compute_dtype": "float32"}, 1e-6),
+        ({"quantization": "nf4", "compute_dtype": "float32"}, 1e-6),
+        ({"quantization": "nf4", "compute_dtype": "bfloat16"}, 1e-3),
+    ],
+)
+def test_the_first_ten_losses_are_a_cross_entropy_written_by_hand(
+    tiny_base, tmp_path, monkeypatch, model, tolerance
+) -> None:
+    """Same weights, same tokens, but the logits whole, and the log-softmax and the mean in float64."""
+    by_hand: list[float] = []
+    sums: list[tuple[float, int]] = []
+    original = fitting.MeteredTrainer.training_step
+
+    def spy(self, model, inputs, *args, **kwargs):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[0]
+        labels = inputs["labels"][0, 1:]
+        nats = torch.nn.functional.cross_entropy(logits[:-1].double(), labels, ignore_index=-100, reduction="sum")
+        sums.append((nats.item(), int((labels != -100).sum())))
+        if len(sums) == self.args.gradient_accumulation_steps:
+            by_hand.append(sum(n for n, _ in sums) / sum(c for _, c in sums))
+            sums.clear()
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(fitting.MeteredTrainer, "training_step", spy)
+    _, events = run(recipe_for(tiny_base, model=model), tmp_path)
+    assert len(by_hand) == 10
+    assert losses(events) == pytest.approx(by_hand, abs=tolerance)
+    assert by_hand[0] != pytest.approx(by_hand[-1], abs=1e-2)  # the weights did move in between
+
+
+def test_one_seed_gives_one_run(tiny_base, tmp_path) -> None:
+    first, second, other = (
+        run(recipe_for(tiny_base, seed=seed), tmp_path / str(i)) for i, seed in enumerate((1, 1, 2))
+    )
+    assert losses(first[1]) == losses(second[1])
+    assert losses(first[1]) != losses(other[1])
+    for mine, again in zip(adapter.trained_parameters(first[0]), adapter.trained_parameters(second[0]), strict=True):
+        assert torch.equal(mine, again)
+
+
+def test_batch_and_accumulation_factor_the_same_step(tiny_base, tmp_path) -> None:
+    """The loss of a step is a mean over its tokens, however they came: accumulation once weighed batches equally."""
+    settings = {"quantization": "none", "compute_dtype": "float32"}
+    runs = [
+        run(
+            recipe_for(
+                tiny_base, settings, micro_batch=m, gradient_accumulation=8 // m, max_steps=3, optimizer="adamw"
+            ),
+            tmp_path / str(m),
+            packs=24,
+        )[1]
+        for m in (1, 2, 8)
+    ]
+    for events in runs[1:]:
+        assert losses(events) == pytest.approx(losses(runs[0]), abs=2e-6)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(tiny_base, tmp_path) -> None:
+    """A learning rate of 0.1 cannot blow up so small a model reliably, so a weight is poisoned in mid-run."""
+    held: dict[str, torch.nn.Module] = {}
+    original = adapter.attach
+
+    def poison(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            held["model"].base_model.model.model.norm.weight.data.fill_(float("nan"))
+
+    def attach(*args):
+        held["model"] = original(*args)
+        return held["model"]
+
+    adapter.attach = attach
+    try:
+        with pytest.raises(TrainingDiverged, match="Step 4: the loss is not a finite number"):
+            run(recipe_for(tiny_base), tmp_path, listen=poison)
+    finally:
+        adapter.attach = original
+    assert all(torch.isfinite(p).all() for p in adapter.trained_parameters(held["model"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_ends_training(tiny_base, tmp_path, number) -> None:
+    def send(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    _, events = run(recipe_for(tiny_base), tmp_path, listen=send)
+    assert len(losses(events)) == 3
+    assert isinstance(events[-1], Finished)
+    assert events[-1].steps == 3
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_every_optimizer_and_schedule_takes_its_steps(tiny_base, tmp_path, optimizer, schedule) -> None:
+    _, events = run(recipe_for(tiny_base, optimizer=optimizer, schedule=schedule, warmup_fraction=0.3), tmp_path)
+    rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates[0] < rates[2]
+    assert (rates[-1] < rates[4]) == (schedule != "constant")
+
+
+def test_recomputing_layers_does_not_change_the_losses(tiny_base, tmp_path) -> None:
+    settings = {"quantization": "nf4", "compute_dtype": "float32"}
+    with_it, without = (
+        losses(run(recipe_for(tiny_base, settings, gradient_checkpointing=on), tmp_path / str(on))[1])
+        for on in (True, False)
+    )
+    assert with_it == pytest.approx(without, abs=1e-6)
