@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from qtune.train.fit import Fitted, fit
 from qtune.units import format_bytes
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
+LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
+PROBE_ROWS = 64
 SPARE_DISK_BYTES = 64 * 1024**2
 
 
@@ -54,12 +57,13 @@ class Ready:
 
 
 def quiet_libraries() -> None:
-    """Send what transformers and datasets print by themselves to the log."""
-    transformers.utils.logging.disable_default_handler()
-    transformers.utils.logging.enable_propagation()
+    """Send what the libraries print by themselves to the log."""
+    for name in LIBRARY_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.disable_propagation()
 
 
 def get_ready(recipe: Recipe) -> Ready:
@@ -83,6 +87,7 @@ def start_folder(ready: Ready, recipe_text: str, output: Path | None) -> RunDir:
     logs.write_to(run.log)
     write_json(run.plan, ready.plan.as_json())
     write_json(run.data, dataclasses.asdict(ready.prepared.report))
+    write_json(run.probe, [example.input_ids for example in ready.prepared.held_out[:PROBE_ROWS]])
     return run
 
 

@@ -90,6 +90,10 @@ class RunDir:
         return self.path / "merge.json"
 
     @property
+    def probe(self) -> Path:
+        return self.path / "probe.json"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 

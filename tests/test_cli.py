@@ -19,7 +19,8 @@ GOOD = '{"question": "Which class of drug is captopril?", "answer": "ACE inhibit
 def recipe_text(data: str, extra: str = "", base: str = "demo", data_extra: str = "") -> str:
     return (
         f'name = "t"\n[model]\nbase = "{base}"\n[data]\ntrain = "{data}"\nheld_out_fraction = 0.2\n{data_extra}\n'
-        f'[train]\nmax_steps = 2\nepochs = 50\n[evaluate]\nmetric = "exact_match"\nrows = 4\nmax_new_tokens = 4\n{extra}\n'
+        "[train]\nmax_steps = 2\nepochs = 50\n"
+        f'[evaluate]\nmetric = "exact_match"\nrows = 4\nmax_new_tokens = 4\n{extra}\n'
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
 from qtune.data.packing import PackedRow, collate
@@ -34,7 +35,8 @@ def to_device(value: object, device: str) -> object:
 
 
 def with_fused_head(model: torch.nn.Module) -> None:
-    """Give the causal model under `model` trl's fused head, once."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not hasattr(causal.forward, "__func__") or causal.forward.__func__.__qualname__.find("_fused_forward") < 0:
+    """Give the causal model under `model` trl's fused head, unless the trainer has done so already."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    code = getattr(causal.forward, "__code__", None)
+    if code is None or code.co_name != "_fused_forward":
         add_fused_lm_head(causal)

@@ -79,7 +79,7 @@ def test_it_learns_and_says_so(tiny_base, tmp_path) -> None:
     held_out = [event.loss for event in events if isinstance(event, Evaluated)]
     assert len(held_out) == 3
     assert held_out[-1] < held_out[0]
-    assert losses(events)[-1] < 0.8 * losses(events)[0]
+    assert losses(events)[-1] < losses(events)[0] - 0.3
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)
     assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, 31))
