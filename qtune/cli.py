@@ -268,9 +268,9 @@ def merge_run(options: argparse.Namespace) -> int:
     console = _console(options)
     from qtune import run as story
 
-    report = story.merge_and_verify(run, options.output, options.onto, options.dtype, console)
+    verdict = story.merge_and_verify(run, options.output, options.onto, options.dtype, console)
     if options.json:
-        _print_json(report)
+        _print_json(verdict.as_json())
     return 0
 
 

@@ -9,18 +9,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import transformers
 from peft import PeftModel
 from rich.console import Console
+from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from qtune import logs
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import Prepared, prepare
-from qtune.errors import MachineError
+from qtune.deploy.fold import DType, Onto
+from qtune.deploy.merge import merge
+from qtune.deploy.verify import Verdict, verify
+from qtune.errors import MachineError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.evaluate.loss import held_out_loss
 from qtune.events import Event, Listener, Notice, Saved
@@ -31,7 +35,7 @@ from qtune.plan.decide import Plan, decide
 from qtune.recipe.schema import Recipe
 from qtune.report import summary, tables
 from qtune.report.dashboard import listener_for
-from qtune.rundir import RunDir, default_path, write_json
+from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train.fit import Fitted, fit
 from qtune.units import format_bytes
 
@@ -187,3 +191,25 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "seed": recipe.train.seed,
         "versions": {name: importlib.metadata.version(name) for name in LOCKED_PACKAGES},
     }
+
+
+def merge_and_verify(run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, console: Console) -> Verdict:
+    """Merge a finished run into a plain folder, hold the result against the live adapter, and say how close it is.
+
+    Raises VerificationFailed where the merged model is not the one that was trained; the figures are kept either way.
+    """
+    quiet_libraries()
+    rows = read_json(run.probe)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("merging")
+
+        def tell(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"merging {name}")
+
+        report = merge(run, output, onto, dtype, rows, tell)
+        progress.update(task, description="comparing with the live adapter")
+        verdict = report.verdict or verify(run, output, rows)
+    console.print(tables.merge_table(report.as_json(), verdict.as_json()))
+    if not verdict.passed:
+        raise VerificationFailed(f"{output}: {verdict.sentence()}")
+    return verdict

@@ -25,6 +25,7 @@ def answer(
     model.eval()
     settings = GenerationConfig(
         do_sample=False,
+        use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
@@ -33,7 +34,7 @@ def answer(
     for indices in batches_of_like_length(prompts):
         ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, device)
         with autocast(device, compute_dtype):
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, use_cache=True)
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
             texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
     model.train(was_training)
