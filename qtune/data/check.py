@@ -1,0 +1,61 @@
+"""What the user sees of the data before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qtune.data.rows import Dropped
+from qtune.data.tokens import Example
+
+SHOWN_PLACES = 3
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why rows were dropped, how many, and the first of them."""
+
+    reason: str
+    rows: int
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The data in figures. `sample` is one real row as (text, is trained) pieces; fractions are 0-1."""
+
+    source: str
+    format: str
+    rows_read: int
+    dropped: tuple[Reason, ...]
+    truncated_rows: int
+    trained_tokens_lost: int
+    train_rows: int
+    held_out_rows: int
+    tokens: int
+    trained_tokens: int
+    longest_row_tokens: int
+    packs: int
+    pack_fill_fraction: float
+    duplicate_rows: int
+    overlap_rows: int
+    notices: tuple[str, ...]
+    sample: tuple[tuple[str, bool], ...]
+
+
+def group_dropped(dropped: Sequence[Dropped]) -> tuple[Reason, ...]:
+    """Dropped rows by reason, the commonest first."""
+    places: dict[str, list[str]] = {}
+    for row in dropped:
+        places.setdefault(row.reason, []).append(row.place)
+    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
+    return tuple(Reason(reason, len(rows), tuple(rows[:SHOWN_PLACES])) for reason, rows in ordered)
+
+
+def count_duplicates(examples: Sequence[Example]) -> int:
+    """Rows whose ids stood before already."""
+    return len(examples) - len({tuple(example.input_ids) for example in examples})
+
+
+def count_overlap(train: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """Held-out rows that are trained on too."""
+    seen = {tuple(example.input_ids) for example in train}
+    return sum(tuple(example.input_ids) in seen for example in held_out)
