@@ -54,6 +54,11 @@ class Format:
     needed: tuple[str, ...]
     read: Callable[[dict[str, Any], str | None], tuple[Message, ...] | str]
 
+    @property
+    def wanted(self) -> str:
+        """The needed columns in words, alternatives after a slash."""
+        return " and ".join("/".join(self.fields[field]) for field in self.needed)
+
 
 def _pair(values: dict[str, Any], system: str | None) -> tuple[Message, ...]:
     """Prompt, optional input under it, and completion."""
@@ -102,9 +107,10 @@ def _content(number: int, content: Any) -> str:
     """Text, or the texts of a list of parts joined."""
     if isinstance(content, list):
         parts = [part.get("text", part.get("value")) if isinstance(part, dict) else None for part in content]
-        if any(not isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise BadRow(f"message {number} holds a part that is no text")
-        content = "".join(parts)
+        content = "".join(texts)
     if not isinstance(content, str):
         raise BadRow(f"the content of message {number} is {_kind(content)}, not text")
     if not content.strip():
@@ -173,11 +179,9 @@ def recognise(columns: Collection[str], mapped: Columns) -> str:
     for name, form in FORMATS.items():
         if all(_column(form, field, columns, mapped) for field in form.needed):
             return name
-    wanted = "; ".join(
-        f"{name}: {' and '.join('/'.join(form.fields[f]) for f in form.needed)}" for name, form in FORMATS.items()
-    )
+    wanted = "; ".join(f"{name}: {form.wanted}" for name, form in FORMATS.items())
     raise DataError(
-        f"the columns are {', '.join(map(repr, columns))}, and no format has those. Formats and their columns: {wanted}."
+        f"no format has the columns {', '.join(map(repr, columns))}. Formats and their columns: {wanted}."
         ' Name yours in [data.columns], such as prompt = "ask" and completion = "reply".'
     )
 

@@ -16,6 +16,6 @@ def load(name: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
         raise DataError(f"data.train: {name}: {str(fault).splitlines()[0]}") from None
     except Exception as fault:  # the hub, its client and the network fail in as many ways as there are layers
         raise MachineError(
-            f"data.train: {name!r} is no file here, and the hub cannot give it ({type(fault).__name__}). Check the name;"
-            ' without a network, download it elsewhere and name the file: train = "rows.jsonl".'
+            f"data.train: {name!r} is no file here, and the hub cannot give it ({type(fault).__name__}). Check the"
+            ' name; without a network, download it elsewhere and name the file: train = "rows.jsonl".'
         ) from None

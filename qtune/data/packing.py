@@ -18,9 +18,10 @@ class PackedRow(TypedDict):
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
-    """Indices of documents per sequence, none over `max_tokens` (best-fit decreasing; Ding et al. 2024, arXiv:2404.10830).
+    """Indices of documents per sequence, none over `max_tokens` tokens.
 
-    Every document goes, whole, where the least room is left. Sequences keep the order of their first document.
+    Best-fit decreasing (Ding et al. 2024, arXiv:2404.10830): every document goes, whole, where the least room is left.
+    Sequences come in the order of their first document.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     room: list[tuple[int, int]] = []  # (tokens left, sequence), sorted

@@ -67,9 +67,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 def _read(source: str, split: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> Source:
     raw = read_rows(source, split, data.subset, data.max_rows, data.on_bad_row)
-    name = data.format
-    if name == "auto" and raw.rows:
-        name = _recognise(source, raw.rows[0], data)
+    name = _recognise(source, raw.rows[0], data) if data.format == "auto" and raw.rows else data.format
     items = [formats.read(row, name, data.columns, data.system) for row in raw.rows]
     unusable = [item for item in items if isinstance(item, Dropped)]
     if data.on_bad_row == "error":

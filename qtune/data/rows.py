@@ -84,11 +84,8 @@ def refuse_bad_rows(bad: list[Dropped] | tuple[Dropped, ...]) -> None:
     if not bad:
         return
     named = [f"{row.place}: {row.reason}." for row in bad[:SHOWN_FAULTS]]
-    more = f" {len(bad) - SHOWN_FAULTS:,} more rows like these." if len(bad) > SHOWN_FAULTS else ""
-    raise DataError(
-        "\n".join(named)
-        + f'\n{more.strip()} Mend them, or skip them with data.on_bad_row = "drop".'.replace("\n ", "\n")
-    )
+    more = f"{len(bad) - SHOWN_FAULTS:,} more rows like these. " if len(bad) > SHOWN_FAULTS else ""
+    raise DataError("\n".join([*named, f'{more}Mend them, or skip them with data.on_bad_row = "drop".']))
 
 
 def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row | Dropped]:
@@ -250,7 +247,8 @@ def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
 
 def _read_txt(path: Path) -> Iterator[Row | Dropped]:
     """One document per paragraph; blank lines part them."""
-    start, kept = 1, []
+    start = 1
+    kept: list[str] = []
     for number, line in enumerate([*_text_of(path).split("\n"), ""], start=1):
         if line.strip():
             start = start if kept else number
