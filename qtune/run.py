@@ -98,7 +98,7 @@ def start_folder(ready: Ready, recipe_text: str, output: Path | None) -> RunDir:
 def run(ready: Ready, run: RunDir, console: Console) -> Fitted:
     """Load, score, train, score again; everything worth keeping is in the run folder when this returns."""
     recipe, plan = ready.recipe, ready.plan
-    with listener_for(console, recipe.name, plan.steps, recipe.train.log_every) as dashboard:
+    with listener_for(console, recipe.name, plan.steps) as dashboard:
 
         def listen(event: Event) -> None:
             run.record(event)
@@ -193,7 +193,9 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def merge_and_verify(run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, console: Console) -> Verdict:
+def merge_and_verify(
+    run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, console: Console
+) -> Verdict:
     """Merge a finished run into a plain folder, hold the result against the live adapter, and say how close it is.
 
     Raises VerificationFailed where the merged model is not the one that was trained; the figures are kept either way.
