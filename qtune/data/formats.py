@@ -98,7 +98,7 @@ def _turn(number: int, turn: Any) -> list[Message]:
             Message("assistant", _content(number, turn["assistant"])),
         ]
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLE_BY_NAME:
+    if not isinstance(role, str) or role not in ROLE_BY_NAME:
         raise BadRow(f"message {number} has the role {role!r}, which does not exist: system, user or assistant")
     return [Message(ROLE_BY_NAME[role], _content(number, content))]
 

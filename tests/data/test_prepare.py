@@ -1,0 +1,113 @@
+"""The room's one door: counts that add up, a split that stays, faults that say what would work."""
+
+import json
+
+import pytest
+from conftest import byte_tokenizer
+
+from qtune.data.prepare import Prepared, prepare
+from qtune.errors import DataError, ModelError
+from qtune.recipe.schema import Data, Model, Recipe, Train
+
+TOKENIZER = byte_tokenizer()
+
+
+def rows_file(folder, rows: list[dict], name: str = "rows.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def run(source: str, seed: int = 0, tokenizer=TOKENIZER, **data: object) -> Prepared:
+    recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=source, **data), train=Train(seed=seed))
+    return prepare(recipe, tokenizer)
+
+
+def questions(count: int) -> list[dict]:
+    return [{"question": f"what is {i}?", "answer": "it is " + "x" * (i % 7)} for i in range(count)]
+
+
+def test_every_row_is_accounted_for(tmp_path) -> None:
+    rows = [
+        *questions(40),
+        {"question": "q", "answer": None},
+        {"question": "long " * 100, "answer": "a"},
+        questions(1)[0],
+    ]
+    prepared = run(rows_file(tmp_path, rows), max_tokens=100, on_bad_row="drop", held_out_fraction=0.25)
+    report = prepared.report
+    dropped = sum(reason.rows for reason in report.dropped)
+    assert report.rows_read == len(rows) == report.train_rows + report.held_out_rows + dropped
+    assert {reason.reason for reason in report.dropped} == {
+        "the answer is null",
+        "is longer than data.max_tokens = 100",
+    }
+    assert report.held_out_rows == round(0.25 * 41)
+    assert report.tokens == sum(len(example.input_ids) for example in prepared.train)
+    assert report.trained_tokens == sum(example.trained_tokens for example in prepared.train)
+    assert report.duplicate_rows + report.overlap_rows == 1
+    assert json.dumps(report.sample)
+
+
+def test_the_split_follows_the_seed_and_nothing_else(tmp_path) -> None:
+    source = rows_file(tmp_path, questions(50))
+    first, again, other = run(source, seed=1), run(source, seed=1, packing=False), run(source, seed=2)
+    assert first.held_out == again.held_out
+    assert first.fingerprint == again.fingerprint
+    assert first.held_out != other.held_out
+    assert first.fingerprint != other.fingerprint
+    places = [int(example.place.split(":")[1]) for example in first.train]
+    assert places == sorted(places)
+
+
+def test_a_held_out_file_is_kept_apart(tmp_path) -> None:
+    held_out = rows_file(tmp_path, questions(3), "held.jsonl")
+    prepared = run(rows_file(tmp_path, questions(10)), held_out=held_out)
+    assert (len(prepared.train), len(prepared.held_out)) == (10, 3)
+    assert prepared.report.overlap_rows == 3
+
+
+def test_without_packing_a_row_is_a_sequence(tmp_path) -> None:
+    prepared = run(rows_file(tmp_path, questions(10)), packing=False, held_out_fraction=0.0)
+    assert prepared.train_packs == tuple((i,) for i in range(10))
+    assert prepared.held_out == ()
+
+
+def test_truncation_is_counted_in_rows_and_trained_tokens(tmp_path) -> None:
+    rows = [{"question": "q", "answer": "x" * 60}, {"question": "q", "answer": "y"}]
+    report = run(rows_file(tmp_path, rows), max_tokens=40, on_long="truncate", held_out_fraction=0.0).report
+    assert report.truncated_rows == 1
+    assert report.trained_tokens_lost == 60 + 1 - 32  # of 60 bytes and the end of turn, 32 are kept
+    assert report.longest_row_tokens == 40
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        (questions(4), {"max_tokens": 8}, "The shortest has"),
+        (questions(4), {"max_tokens": 20, "on_long": "error"}, 'choose data.on_long = "truncate"'),
+        (questions(2), {"held_out_fraction": 0.9}, "leaves none of the 2 usable rows"),
+        ([{"question": "q", "answer": None}] * 5, {}, "2 more rows like these"),
+        ([{"question": "q", "answer": None}] * 5, {"on_bad_row": "drop"}, "no row is left to train on"),
+        ([{"a": "b"}], {}, "no format has the columns"),
+    ],
+)
+def test_nothing_to_train_on_says_what_would_work(tmp_path, rows, settings, words) -> None:
+    with pytest.raises(DataError) as fault:
+        run(rows_file(tmp_path, rows), **settings)
+    assert words in str(fault.value)
+    assert "rows" in str(fault.value)
+
+
+def test_documents_need_no_chat_template(tmp_path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    prepared = run(rows_file(tmp_path, [{"text": "abc"}] * 4), tokenizer=tokenizer)
+    assert prepared.stop_token_ids == (1,)
+    with pytest.raises(ModelError, match="no chat template"):
+        run(rows_file(tmp_path, questions(4)), tokenizer=tokenizer)
+
+
+def test_real_questions(material) -> None:
+    prepared = run(str(material / "datasets" / "medquad" / "medquad_3000.jsonl"), max_tokens=4096)
+    assert prepared.report.rows_read == 3000
+    assert prepared.report.pack_fill_fraction > 0.98
