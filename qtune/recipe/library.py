@@ -1,12 +1,13 @@
 """The recipes that ship inside qtune: listed, found by name, copied with their sample data."""
 
+import os
 import tomllib
-from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from qtune.errors import RecipeError, RunFolderError
+from qtune.errors import RecipeError
+from qtune.recipe import conflicts, paths
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -18,55 +19,75 @@ def folder() -> Path:
 
 
 def shipped() -> tuple[Path, ...]:
+    """Every shipped recipe's file, by name."""
     return tuple(sorted(folder().glob("*.toml")))
 
 
 def find(name: str) -> Path:
-    """The recipe file `name`, or the shipped recipe of that name. Raises RecipeError naming the nearest."""
-    path = Path(name)
-    if path.exists():
+    """The recipe file `name`, else the shipped recipe of that name. Raises RecipeError with the nearest ones."""
+    path, by_name = Path(name), _by_name()
+    if os.path.isfile(path) or (os.path.exists(path) and name not in by_name):
         return path
-    by_name = {recipe.stem: recipe for recipe in shipped()}
     if name in by_name:
         return by_name[name]
-    beside = [str(found) for found in path.parent.glob("*.toml")]
-    near = get_close_matches(name, [*beside, *by_name], n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise RecipeError([f"{name}: there is no such recipe.{hint} Shipped recipes: {', '.join(by_name)}."])
+    beside = [str(file) for file in path.parent.glob("*.toml")] if os.path.isdir(path.parent) else []
+    raise _unknown(name, [*beside, *by_name])
 
 
 def rows() -> list[dict[str, str]]:
-    """Name, purpose, base and data of every shipped recipe."""
+    """Name, purpose, base and data of every shipped recipe, as they are written."""
+    recipes = {path.stem: _values(path) for path in shipped()}
     return [
-        {"name": path.stem, "about": raw["about"], "base": raw["model"]["base"], "data": raw["data"]["train"]}
-        for path, raw in ((path, tomllib.loads(path.read_text(encoding="utf-8"))) for path in shipped())
+        {"name": name, "about": values["about"], "base": values["model"]["base"], "data": values["data"]["train"]}
+        for name, values in recipes.items()
     ]
 
 
 def copy(name: str, target: Path) -> Path:
-    """Write a shipped recipe to `target`, and the files it names beside it under the same relative names.
+    """Write the shipped recipe `name` to `target`, and the files it names beside it under the same relative names.
 
-    Nothing is overwritten: raises RunFolderError where a file of other content is in the way.
+    A target that ends in .toml is the file, any other the folder for it. Returns the file. Raises RecipeError for an
+    unknown name, and, before anything is written, where a file of other content is in the way.
     """
-    source = find(name)
-    target = target / source.name if target.is_dir() else target
-    wanted = {target: source.read_bytes()}
-    for relative in _files_named(tomllib.loads(source.read_text(encoding="utf-8"))):
-        if (source.parent / relative).is_file():
-            wanted[target.parent / relative] = (source.parent / relative).read_bytes()
-    in_the_way = [str(path) for path, content in wanted.items() if path.exists() and path.read_bytes() != content]
-    if in_the_way:
-        raise RunFolderError(f"{', '.join(in_the_way)}: exists already, and is not overwritten. Name another file.")
-    for path, content in wanted.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    by_name = _by_name()
+    if name not in by_name:
+        raise _unknown(name, list(by_name))
+    source = by_name[name]
+    target = target if target.suffix == ".toml" else target / source.name
+    files = {target: source} | {target.parent / file: source.parent / file for file in _files_named(source)}
+    try:
+        contents = {copied: original.read_bytes() for copied, original in files.items()}
+        in_the_way = [path for path, content in contents.items() if path.exists() and not _holds(path, content)]
+        if in_the_way:
+            raise RecipeError([f"{path}: exists already, and is not overwritten." for path in in_the_way])
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    except OSError as fault:
+        raise RecipeError([f"{fault.filename}: cannot be written ({fault.strerror}). Name another place."]) from None
     return target
 
 
-def _files_named(raw: dict[str, Any]) -> Iterator[str]:
-    """Every relative file name in a recipe's data, its demo's data and its template."""
-    demo = raw.get("demo", {}).get("data", {})
-    for table in (raw["data"], demo):
-        yield from (table[key] for key in ("train", "held_out") if key in table)
-    if "chat_template" in raw["model"]:
-        yield raw["model"]["chat_template"]
+def _by_name() -> dict[str, Path]:
+    return {path.stem: path for path in shipped()}
+
+
+def _unknown(name: str, known: list[str]) -> RecipeError:
+    near = get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return RecipeError([f"{name}: there is no such recipe.{hint} Shipped recipes: {', '.join(_by_name())}."])
+
+
+def _values(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _files_named(recipe: Path) -> list[str]:
+    """The files beside a recipe that its settings name, as they are written; a file named twice is there once."""
+    values = _values(recipe)
+    named = (conflicts.value_of(values, key) for key in (paths.TEMPLATE, *paths.DATA))
+    return list(dict.fromkeys(name for name in named if name and (recipe.parent / name).is_file()))
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content

@@ -21,6 +21,7 @@ def _layer_names(value: Any) -> Any:
     raise PydanticCustomError("expected", '"all-linear" or a list of layer names such as ["q_proj", "v_proj"]')
 
 
+MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
 NonEmpty = Annotated[str, Field(min_length=1)]
 DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
 Metric = Literal["none", "exact_match", "token_f1"]
@@ -107,7 +108,7 @@ class Data(Table):
     format: DataFormat = Field("auto", description="How a row is read; auto recognises it by its columns.")
     columns: Columns = Field(Columns(), description="Maps this data's column names to the ones qtune knows.")
     system: NonEmpty | None = Field(None, description="A system prompt put before every row that has none of its own.")
-    max_rows: int | None = Field(None, ge=1, description="Read at most this many rows; unset reads all.")
+    max_rows: int | None = Field(None, ge=1, le=MAX_COUNT, description="Read at most this many rows; unset reads all.")
     max_tokens: int = Field(
         2048,
         ge=8,
@@ -129,7 +130,9 @@ class Train(Table):
     """How long, how fast, in what portions."""
 
     epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training rows; max_steps may end it sooner.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps at the most; unset leaves it to epochs.")
+    max_steps: int | None = Field(
+        None, ge=1, le=MAX_COUNT, description="Optimizer steps at the most; unset leaves it to epochs."
+    )
     learning_rate: float = Field(2e-4, gt=0, le=0.1, description="Peak step size of the adapter; 2e-4 is QLoRA's own.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after warm-up."
@@ -152,10 +155,10 @@ class Train(Table):
         True, description="Recompute each layer in the backward pass; a third more time for most of the memory."
     )
     eval_every: int | None = Field(
-        None, ge=1, description="Steps between held-out losses; unset measures ten times in a run."
+        None, ge=1, le=MAX_COUNT, description="Steps between held-out losses; unset measures ten times in a run."
     )
-    log_every: int = Field(1, ge=1, description="Steps between log lines and dashboard points.")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the split, the data order and the adapter's start.")
+    log_every: int = Field(1, ge=1, le=MAX_COUNT, description="Steps between log lines and dashboard points.")
+    seed: int = Field(0, ge=0, le=MAX_COUNT, description="Seed of the split, the data order and the adapter's start.")
 
 
 class Evaluate(Table):
@@ -164,7 +167,9 @@ class Evaluate(Table):
     metric: Metric = Field(
         "token_f1", description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences."
     )
-    rows: int = Field(100, ge=0, description="Held-out rows that are answered and scored; 0 leaves the score out.")
+    rows: int = Field(
+        100, ge=0, le=MAX_COUNT, description="Held-out rows that are answered and scored; 0 leaves the score out."
+    )
     max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer in tokens.")
     samples: int = Field(5, ge=0, le=100, description="Answers shown side by side in the summary.")
 
@@ -197,7 +202,7 @@ class DemoEvaluate(Table):
     """What --demo puts in [evaluate]: a metric that suits the demo rows."""
 
     metric: Metric = Field(description="How a demo answer is scored.", examples=["token_f1"])
-    rows: int = Field(100, ge=0, description="Held-out demo rows that are answered and scored.")
+    rows: int = Field(100, ge=0, le=MAX_COUNT, description="Held-out demo rows that are answered and scored.")
     max_new_tokens: int = Field(16, ge=1, le=8192, description="Longest demo answer in tokens.")
 
 

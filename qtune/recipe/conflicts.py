@@ -1,0 +1,73 @@
+"""Settings that contradict one another: the few of which it is certain. A setting with no effect is a fault."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qtune.recipe.faults import Fault, dotted, shown
+from qtune.recipe.lines import Key
+
+BASE, REVISION = ("model", "base"), ("model", "revision")
+QUANTIZATION, DOUBLE_QUANTIZATION = ("model", "quantization"), ("model", "double_quantization")
+TRAIN, TRAIN_SPLIT, SUBSET = ("data", "train"), ("data", "train_split"), ("data", "subset")
+HELD_OUT, HELD_OUT_SPLIT = ("data", "held_out"), ("data", "held_out_split")
+HELD_OUT_FRACTION = ("data", "held_out_fraction")
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A setting that has no effect because of another one."""
+
+    key: Key
+    because_of: Key
+    reason: str
+
+    @property
+    def fault(self) -> Fault:
+        return self.key, f"{dotted(self.key)} has no effect {self.reason}. Leave it out."
+
+
+def value_of(values: dict[str, Any], key: Key) -> Any:
+    """The value of a setting as written; None where it is not."""
+    found: Any = values
+    for part in key:
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def idle(values: dict[str, Any]) -> Iterator[Idle]:
+    """Every setting that is written and has no effect. File names must be absolute already."""
+    base, train, held_out = (value_of(values, key) for key in (BASE, TRAIN, HELD_OUT))
+    candidates = []
+    if value_of(values, QUANTIZATION) == "none":
+        candidates.append(Idle(DOUBLE_QUANTIZATION, QUANTIZATION, 'with model.quantization = "none"'))
+    if base == "demo" or _is_file(base):
+        candidates.append(Idle(REVISION, BASE, "on a base that is not from the hub"))
+    if _is_file(train):
+        candidates.append(Idle(TRAIN_SPLIT, TRAIN, "on a file, which has no splits"))
+    if held_out is None:
+        candidates.append(Idle(HELD_OUT_SPLIT, HELD_OUT, "without data.held_out"))
+    else:
+        candidates.append(Idle(HELD_OUT_FRACTION, HELD_OUT, "beside data.held_out"))
+    if _is_file(held_out):
+        candidates.append(Idle(HELD_OUT_SPLIT, HELD_OUT, "on a file, which has no splits"))
+    if _is_file(train) and (held_out is None or _is_file(held_out)):
+        candidates.append(Idle(SUBSET, TRAIN, "on files"))
+    return (candidate for candidate in candidates if value_of(values, candidate.key) is not None)
+
+
+def same_rows(values: dict[str, Any]) -> Iterator[Fault]:
+    """A held-out source that is the training source."""
+    train, held_out = value_of(values, TRAIN), value_of(values, HELD_OUT)
+    splits = (value_of(values, TRAIN_SPLIT) or "train", value_of(values, HELD_OUT_SPLIT) or "test")
+    if train is not None and train == held_out and (_is_file(train) or splits[0] == splits[1]):
+        yield (
+            HELD_OUT,
+            f"data.held_out is what data.train names, {shown(train)}, so nothing would be held out."
+            " Name other rows, or leave it out to hold out data.held_out_fraction of the training rows.",
+        )
+
+
+def _is_file(source: Any) -> bool:
+    return isinstance(source, str) and os.path.isabs(source)

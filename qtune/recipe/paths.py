@@ -1,0 +1,84 @@
+"""Which settings of a recipe name something on this machine, and whether it is there."""
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from qtune.recipe.faults import Fault, dotted, shown
+from qtune.recipe.lines import Key
+
+MODELS: tuple[Key, ...] = (("model", "base"), ("demo", "model", "base"))
+TEMPLATE: Key = ("model", "chat_template")
+DATA: tuple[Key, ...] = (
+    ("data", "train"),
+    ("data", "held_out"),
+    ("demo", "data", "train"),
+    ("demo", "data", "held_out"),
+)
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+PATH_STARTS = ("./", "../", "/", "~")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def made_absolute(values: dict[str, Any], folder: Path, above: Key = ()) -> dict[str, Any]:
+    """A copy of a recipe's values in which files and folders are absolute; relative ones start at `folder`."""
+    made = {}
+    for name, value in values.items():
+        key = (*above, name)
+        if isinstance(value, dict):
+            value = made_absolute(value, folder, key)
+        elif isinstance(value, str) and _is_path(key, value.strip(), folder):
+            value = os.path.abspath(folder / os.path.expanduser(value.strip()))
+        made[name] = value
+    return made
+
+
+def fault_of(key: Key, value: Any) -> Fault | None:
+    """What is wrong with what a setting names, after `made_absolute`; None where it is there or is a hub's name."""
+    if key not in (*MODELS, TEMPLATE, *DATA) or not isinstance(value, str) or not value.strip():
+        return None
+    kind = "folder" if key in MODELS else "file"
+    if not os.path.isabs(value):
+        fits = value == "demo" or HUB_NAME.fullmatch(value.strip())
+        wrong = f"{shown(value)} is neither a {kind} beside the recipe nor a hub name such as owner/name."
+        return None if fits else (key, f"{dotted(key)}: {wrong}")
+    if os.path.isdir(value) if kind == "folder" else os.path.isfile(value):
+        return None
+    return key, f"{dotted(key)}: {_what_is_there(Path(value), kind)}"
+
+
+def _is_path(key: Key, value: str, folder: Path) -> bool:
+    """Whether a name is a path: it looks like one, or something of that name lies in `folder`."""
+    if key == TEMPLATE:
+        return bool(value)
+    if key not in MODELS + DATA or value in ("", "demo"):
+        return False
+    looks = value in (".", "..") or value.startswith(PATH_STARTS)
+    if key in DATA:
+        return looks or value.lower().endswith(DATA_SUFFIXES) or os.path.exists(folder / value)
+    return looks or os.path.isdir(folder / value)
+
+
+def _what_is_there(path: Path, kind: str) -> str:
+    """A sentence on a path where no file, or no folder, is."""
+    if os.path.exists(path):
+        return f"{path} is a {'file' if kind == 'folder' else 'folder'}, and a {kind} is needed."
+    if not os.path.isdir(path.parent):
+        return f"there is no folder {_printable(str(path.parent))}."
+    near = get_close_matches(path.name, _names_in(path.parent), n=1)
+    return f"there is no {kind} {_printable(path.name)} in {path.parent}." + (
+        f" Did you mean {near[0]}?" if near else ""
+    )
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else shown(text)
