@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-import transformers
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
@@ -40,7 +37,6 @@ from qtune.train.fit import Fitted, fit
 from qtune.units import format_bytes
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
-LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
 PROBE_ROWS = 64
 SPARE_DISK_BYTES = 64 * 1024**2
 
@@ -60,19 +56,9 @@ class Ready:
         return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids)
 
 
-def quiet_libraries() -> None:
-    """Send what the libraries print by themselves to the log."""
-    for name in LIBRARY_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def get_ready(recipe: Recipe) -> Ready:
     """Read the data, settle the plan. Raises a UserError for anything that could not be trained on."""
-    quiet_libraries()
+    base.quiet_libraries()
     base.read_config(recipe.model)
     tokenizer = base.load_tokenizer(recipe.model)
     prepared = prepare(recipe, tokenizer)
@@ -200,7 +186,7 @@ def merge_and_verify(
 
     Raises VerificationFailed where the merged model is not the one that was trained; the figures are kept either way.
     """
-    quiet_libraries()
+    base.quiet_libraries()
     rows = read_json(run.probe)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("merging")

@@ -47,7 +47,7 @@ def qtune_imports(path: Path) -> set[str]:
             found.update(alias.name for alias in node.names if alias.name.startswith("qtune."))
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qtune":
             if node.module == "qtune":
-                found.update(f"qtune.{alias.name}" for alias in node.names)
+                found.update(f"qtune.{alias.name}" for alias in node.names if alias.name != "__version__")
             else:
                 found.add(node.module)
     return found

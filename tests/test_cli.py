@@ -122,8 +122,8 @@ def not_a_causal_model(folder: Path) -> None:
 
 
 BAD_INPUT = {
-    "unknown key": (uses("rows.jsonl", extra="[lora]\nrnak = 3"), "t.toml:15: lora.rnak is not a setting"),
-    "wrong type": (uses("rows.jsonl", extra='[lora]\nrank = "3"'), "t.toml:15"),
+    "unknown key": (uses("rows.jsonl", extra="[lora]\nrnak = 3"), "t.toml:16: lora.rnak is not a setting"),
+    "wrong type": (uses("rows.jsonl", extra='[lora]\nrank = "3"'), "t.toml:16"),
     "toml that is none": (write_bytes("t.toml", b"name = \n"), "t.toml:1"),
     "missing data file": (uses("rwos.jsonl"), "rows.jsonl?"),
     "a directory for a file": (lambda f: ((f / "d.jsonl").mkdir(), uses("d.jsonl")(f)), "d.jsonl"),
@@ -143,7 +143,7 @@ BAD_INPUT = {
         "rows.jsonl:2",
     ),
     "all rows too long": (uses("rows.jsonl", data_extra="max_tokens = 8"), "max_tokens"),
-    "no chat template": (no_chat_template, "model.chat_template"),
+    "no chat template": (no_chat_template, 'chat_template = "template.jinja"'),
     "no causal model": (not_a_causal_model, "BertForMaskedLM"),
     "a base that is not there": (uses("rows.jsonl", base="./nowhere"), "nowhere"),
     "a hub model without a network": (uses("rows.jsonl", base="some/model"), "--demo"),

@@ -33,6 +33,7 @@ class Chat:
     @classmethod
     def open(cls, run: RunDir, max_new_tokens: int) -> "Chat":
         """Load the run's base as it was trained on, and its adapter."""
+        base.quiet_libraries()
         lock = read_json(run.lock)
         spec, device, dtype = Model(**lock["model"]), find_device(), lock["compute_dtype"]
         loaded = base.load_base(spec, device.name, dtype)

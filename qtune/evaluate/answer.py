@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.model.base import autocast
 
@@ -12,7 +12,7 @@ BATCH_PROMPTS = 32
 
 @torch.no_grad()
 def answer(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     stop_token_ids: Sequence[int],

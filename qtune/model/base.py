@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -24,7 +27,18 @@ from qtune.memory import document_attention
 from qtune.recipe.schema import Model
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
+LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
 WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+
+
+def quiet_libraries() -> None:
+    """Send what the libraries print by themselves to the log; every verb that loads a model calls this first."""
+    for name in LIBRARY_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def base_folder(model: Model) -> Path:
