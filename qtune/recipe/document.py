@@ -104,7 +104,8 @@ def _syntax_fault(path: Path, text: str, message: str) -> str:
     until = "\n".join([*lines[: number - 1], lines[number - 1][: int(found[3]) - 1]]) if found[2] else text
     shown = lines[number - 1].strip()[:80]
     shown = shown if shown.isprintable() else json.dumps(shown, ensure_ascii=False)
-    what = _meaning(found[1], until, lines[number - 1])
+    is_open_list = not found[2] and text.rstrip().endswith((",", "["))
+    what = _meaning("Unclosed array" if is_open_list else found[1], until, lines[number - 1])
     return f"{path}:{number}: {what}." + (f" The line is: {shown}" if shown else "")
 
 
@@ -117,9 +118,8 @@ def _meaning(message: str, until: str, line: str) -> str:
         return f"{'.'.join(name)} is set on line {where} already, and can be set once"
     if message == "Invalid value":
         return _invalid_value(line)
-    return next(
-        (words for start, words in SYNTAX.items() if message.startswith(start)), f"this is not TOML ({message})"
-    )
+    known = (words for start, words in SYNTAX.items() if message.startswith(start))
+    return next(known, f"this is not TOML ({message})")
 
 
 def _invalid_value(line: str) -> str:

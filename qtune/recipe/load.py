@@ -92,6 +92,12 @@ class _TomlSchema(GenerateJsonSchema):
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
 
+    def encode_default(self, dft: Any) -> Any:
+        encoded = super().encode_default(dft)
+        if isinstance(encoded, dict):
+            return {name: value for name, value in encoded.items() if value is not None}
+        return encoded
+
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         made = super().default_schema(schema)
         return {name: value for name, value in made.items() if name != "default" or value is not None}

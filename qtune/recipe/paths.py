@@ -67,7 +67,9 @@ def _what_is_there(path: Path, kind: str) -> str:
         return f"{path} is a {'file' if kind == 'folder' else 'folder'}, and a {kind} is needed."
     if not os.path.isdir(path.parent):
         return f"there is no folder {_printable(str(path.parent))}."
-    near = get_close_matches(path.name, _names_in(path.parent), n=1)
+    is_kind = os.path.isdir if kind == "folder" else os.path.isfile
+    by_stem = {Path(name).stem: name for name in _names_in(path.parent) if is_kind(path.parent / name)}
+    near = [by_stem[stem] for stem in get_close_matches(path.stem, by_stem, n=1)]
     return f"there is no {kind} {_printable(path.name)} in {path.parent}." + (
         f" Did you mean {near[0]}?" if near else ""
     )

@@ -22,7 +22,7 @@ CASES = {
     "tables and comments": ('# a\nname = "x" # b\n\n[lora] # c\nrank = 3\n', {("name",): 2, ("lora", "rank"): 5}),
     "dotted keys": ("lora.rank = 1\nlora . alpha = 2\n", {("lora",): 1, ("lora", "rank"): 1, ("lora", "alpha"): 2}),
     "a table in a table": ("[demo.data]\ntrain='x'\n[demo]\n", {("demo",): 1, ("demo", "data", "train"): 2}),
-    "quoted keys": ("\"a.b\" = 1\n'c' = 2\n\"\\u0064\\\"\" = 3\n", {("a.b",): 1, ("c",): 2, ('d"',): 3}),
+    "quoted keys": ('"a.b" = 1\n\'c\' = 2\n"\\u0064\\"" = 3\n', {("a.b",): 1, ("c",): 2, ('d"',): 3}),
     "a table with a quoted name": ('[ data . "co]l" ]\nx = 1\n', {("data", "co]l", "x"): 2}),
     "inline tables": (
         'data = { train = "x", columns = {a.b = 1} }\nz = {}\n',
@@ -68,7 +68,7 @@ def random_value(rng: random.Random, depth: int = 0) -> str:
 
 
 def random_document(rng: random.Random) -> tuple[str, dict[Key, int]]:
-    """A valid text of tables and keys in many styles, and the line of each key that it writes at the start of a line."""
+    """A valid text of tables and keys in many styles, and the line of each key outside of values."""
     text, expected = "", dict[Key, int]()
     for table in range(rng.randrange(1, 5)):
         above: Key = ()

@@ -1,0 +1,51 @@
+"""Settings that have no effect beside others."""
+
+from typing import Any
+
+import pytest
+
+from qtune.recipe.conflicts import idle, same_rows
+
+HUB = {"base": "org/model"}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        ({"quantization": "none", "double_quantization": False}, {}, ["model.double_quantization"]),
+        ({"quantization": "nf4", "double_quantization": False}, {}, []),
+        ({"quantization": "none"}, {}, []),
+        ({"base": "demo", "revision": "main"}, {}, ["model.revision"]),
+        ({"base": "/models/x", "revision": "main"}, {}, ["model.revision"]),
+        ({"revision": "main"}, {}, []),
+        ({}, {"held_out": "org/other", "held_out_fraction": 0.1}, ["data.held_out_fraction"]),
+        ({}, {"held_out_fraction": 0.1}, []),
+        ({}, {"held_out_split": "test"}, ["data.held_out_split"]),
+        ({}, {"held_out": "org/other", "held_out_split": "test"}, []),
+        ({}, {"held_out": "/x.csv", "held_out_split": "test"}, ["data.held_out_split"]),
+        ({}, {"train": "/x.csv", "train_split": "train", "subset": "a"}, ["data.train_split", "data.subset"]),
+        ({}, {"train": "/x.csv", "held_out": "org/other", "subset": "a"}, []),
+        ({}, {"train_split": "train", "subset": "a"}, []),
+    ],
+)
+def test_idle_settings_are_found(model: dict[str, Any], data: dict[str, Any], expected: list[str]) -> None:
+    found = list(idle({"model": HUB | model, "data": {"train": "org/data"} | data}))
+    assert [".".join(setting.key) for setting in found] == expected
+    assert all(setting.fault[1].endswith(". Leave it out.") for setting in found)
+
+
+@pytest.mark.parametrize("values", [{}, {"model": 3, "data": [1]}, {"data": {"train": 3, "held_out": {}}}])
+def test_values_of_any_shape_are_looked_at(values: dict[str, Any]) -> None:
+    assert list(idle(values)) == []
+    assert list(same_rows(values)) == []
+
+
+def test_rows_cannot_be_trained_on_and_held_out() -> None:
+    def count(**data: str) -> int:
+        return len(list(same_rows({"data": data})))
+
+    assert count(train="/x.csv", held_out="/x.csv") == 1
+    assert count(train="org/a", held_out="org/a", held_out_split="train") == 1
+    assert count(train="org/a", held_out="org/a") == 0
+    assert count(train="/x.csv", held_out="/y.csv") == 0
+    assert count(train="/x.csv") == 0

@@ -1,0 +1,99 @@
+"""Names of files, folders and the hub: which is which, from where, and is it there."""
+
+from pathlib import Path
+
+import pytest
+
+from qtune.recipe.lines import Key
+from qtune.recipe.paths import fault_of, made_absolute
+
+TRAIN, BASE, TEMPLATE = ("data", "train"), ("model", "base"), ("model", "chat_template")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    (tmp_path / "plain").write_text("x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (TRAIN, "rows.jsonl", "rows.jsonl"),
+        (TRAIN, " rows.jsonl ", "rows.jsonl"),
+        (TRAIN, "missing.CSV", "missing.CSV"),
+        (TRAIN, "./missing", "missing"),
+        (TRAIN, "plain", "plain"),
+        (TRAIN, "sub/../rows.jsonl", "rows.jsonl"),
+        (("demo", "data", "held_out"), "x.parquet", "x.parquet"),
+        (BASE, "org/model", "org/model"),
+        (BASE, "./nowhere", "nowhere"),
+        (BASE, ".", ""),
+        (("demo", "model", "base"), "../x", "../x"),
+        (TEMPLATE, "chat.jinja", "chat.jinja"),
+        (TRAIN, "~/rows", "~/rows"),
+        (TRAIN, "/data/rows.txt", "/data/rows.txt"),
+    ],
+)
+def test_paths_become_absolute(key: Key, value: str, expected: str, folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    wanted = {"~/rows": folder / "home" / "rows", "../x": folder.parent / "x"}.get(expected, folder / expected)
+    assert made(key, value, folder) == str(wanted)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (TRAIN, "org/data"),
+        (TRAIN, "squad"),
+        (BASE, "demo"),
+        (BASE, "other/model"),
+        (BASE, "plain"),  # a file beside the recipe is no base
+        (("data", "system"), "./rows.jsonl"),
+        (("name",), "rows"),
+    ],
+)
+def test_all_else_stays_as_it_is(key: Key, value: str, folder: Path) -> None:
+    assert made(key, value, folder) == value
+    assert fault_of(key, value) is None
+
+
+def made(key: Key, value: str, folder: Path) -> str:
+    values = value
+    for part in reversed(key):
+        values = {part: values}
+    result = made_absolute(values, folder)
+    for part in key:
+        result = result[part]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (TRAIN, "{}/rwos.jsonl", "data.train: there is no file rwos.jsonl in {}. Did you mean rows.jsonl?"),
+        (TRAIN, "{}/rows", "data.train: {}/rows is a folder, and a file is needed."),
+        (TRAIN, "{}/nowhere/rows.jsonl", "data.train: there is no folder {}/nowhere."),
+        (BASE, "{}/plain", "model.base: {}/plain is a file, and a folder is needed."),
+        (BASE, "{}/q", "model.base: there is no folder q in {}."),
+        (TRAIN, "{}/a\0b", 'data.train: there is no file "a\\u0000b" in {}.'),
+        (TRAIN, "two words", 'data.train: "two words" is neither a file beside the recipe nor a hub name'),
+        (BASE, "models/qwen/7b", 'model.base: "models/qwen/7b" is neither a folder beside the recipe nor a hub name'),
+        (BASE, "Qwen\n", None),  # a hub name after the spaces around it are gone
+    ],
+)
+def test_what_is_not_there_is_said(key: Key, value: str, expected: str | None, folder: Path) -> None:
+    fault = fault_of(key, value.replace("{}", str(folder)))
+    if expected is None:
+        assert fault is None
+    else:
+        assert fault is not None
+        assert fault[1].startswith(expected.replace("{}", str(folder)))
+
+
+@pytest.mark.parametrize("value", ["x" * 5000 + ".jsonl", "~nobody/x", "//x.csv", "a" * 90 + "/" + "../" * 50])
+def test_odd_names_are_faults_or_paths_and_nothing_worse(value: str, folder: Path) -> None:
+    fault_of(TRAIN, made(TRAIN, value, folder))
