@@ -38,6 +38,7 @@ on_long = "truncate"
 max_steps = {steps}
 epochs = 100
 gradient_accumulation = {accumulation}
+gradient_checkpointing = false
 [evaluate]
 metric = "none"
 """
@@ -101,9 +102,12 @@ def plain_trl(data: Path, base: Path, steps: int) -> None:
 
 def run_measured(command: list[str]) -> tuple[str, int]:
     """Standard output and peak resident bytes of a finished command; its failure is this script's."""
-    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    ) as child:
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        ) as child,
+    ):
         output = child.stdout.read()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)

@@ -7,29 +7,32 @@ The picture is made from the run's own events, by the code that draws the live v
 """
 
 import argparse
+import io
 import shutil
 import subprocess
+from datetime import datetime
+from functools import reduce
 from pathlib import Path
 
 from rich.console import Console
-from rich.terminal_theme import MONOKAI
+from rich.terminal_theme import DIMMED_MONOKAI as THEME
 
 from qtune.events import MemoryMeasured, StepDone
 from qtune.report.dashboard import render
-from qtune.report.progress import Progress
+from qtune.report.view import View, advance
 from qtune.rundir import RunDir, read_json
 
 
-def replay(run: RunDir, fraction: float) -> Progress:
-    """The run's progress after `fraction` of its steps."""
-    progress = Progress(read_json(run.lock)["name"], read_json(run.plan)["steps"])
-    until = fraction * progress.steps
-    for event in run.events():
-        if isinstance(event, (StepDone, MemoryMeasured)) and event.step > until:
-            continue
-        if getattr(event, "step", 0) <= until:
-            progress.add(event)
-    return progress
+def replay(run: RunDir, fraction: float) -> View:
+    """The run's view after `fraction` of its steps."""
+    plan, events = read_json(run.plan), list(run.events())
+    until, now = fraction * plan["steps"], datetime.now()
+    ended = next((i for i, event in enumerate(events) if isinstance(event, StepDone) and event.step > until), None)
+    memory = [event for event in events if isinstance(event, MemoryMeasured) and event.step <= until]
+    shown = [event for event in events[:ended] if not isinstance(event, MemoryMeasured)]
+    return reduce(
+        lambda view, event: advance(view, event, now), [*shown, *memory[-1:]], View(run.path.name, plan["steps"])
+    )
 
 
 def main() -> None:
@@ -40,11 +43,11 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=120)
     parser.add_argument("--rows", type=int, default=24)
     options = parser.parse_args()
-    console = Console(record=True, width=options.columns, height=options.rows, force_terminal=True, file=Path("/dev/null").open("w"))
+    console = Console(record=True, width=options.columns, height=options.rows, force_terminal=True, file=io.StringIO())
     console.print(render(replay(RunDir.open(options.run), options.at), options.columns, options.rows - 1))
     options.target.parent.mkdir(parents=True, exist_ok=True)
     svg = options.target.with_suffix(".svg")
-    drawing = console.export_svg(title=f"qtune run {options.run.name}", theme=MONOKAI)
+    drawing = console.export_svg(title=f"qtune run {options.run.name}", theme=THEME)
     svg.write_text(drawing.replace("Fira Code", "DejaVu Sans Mono"), encoding="utf-8")
     if shutil.which("rsvg-convert"):
         subprocess.run(["rsvg-convert", "--zoom", "1.2", svg, "-o", options.target.with_suffix(".png")], check=True)

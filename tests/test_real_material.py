@@ -1,4 +1,4 @@
-"""Real weights and real rows: train, then read the adapter and the merge back with plain libraries in a fresh process."""
+"""Real weights and rows: train, then read adapter and merge back with plain libraries in a fresh process."""
 
 import json
 import subprocess

@@ -1,194 +1,284 @@
-"""The live view of a run: loss, memory by part, progress, and what happened last."""
+"""The live dashboard: events in, a picture of the run out. It is a listener and knows nothing of the trainer."""
 
+import textwrap
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import TracebackType
+from typing import Self
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
-from qtune.events import Event, MemoryMeasured
-from qtune.report import curve
+from qtune.events import Event
+from qtune.report import bar, curve
 from qtune.report.plain import PlainLines
-from qtune.report.progress import Progress
-from qtune.units import format_bytes, format_rate, format_seconds
+from qtune.report.view import View, advance
+from qtune.report.words import finite, format_duration, format_loss, format_norm, one_line
+from qtune.units import format_count, format_percent, format_rate
 
-SECONDS_BETWEEN_FRAMES = 0.5
-WIDE_COLUMNS, LEGEND_COLUMNS = 100, 27
-# One colour and one fill a part, the same wherever it is drawn; the fills tell them apart without colour.
-LOOK_BY_PART = {
-    "python and libraries": ("░", "dim"),
-    "context": ("░", "dim"),
-    "base": ("█", "blue"),
-    "adapter": ("▓", "green"),
-    "gradients": ("▒", "green"),
-    "optimizer": ("▚", "green"),
-    "activations and workspace": ("▞", "yellow"),
-}
+LEAST_PAUSE_SECONDS = 0.25
+DRAWING_FRACTION = 0.01
+TWO_COLUMNS_FROM = 110
+SIDE_WIDTHS = (40, 54)
+LEAST_CURVE_LINES, MOST_CURVE_LINES = 6, 32
+MOST_EVENT_LINES, MOST_EVENT_LINES_STACKED = 8, 3
+LEAST_EVENT_COLUMNS = 20
+LEAST_WAIT_FRACTION = 0.01
+LEAST_HELD_OUT_RISES = 2
 
 
-def listener_for(console: Console, name: str, steps: int) -> "Dashboard | PlainLines":
-    """The dashboard on a terminal that can move its cursor, plain lines anywhere else."""
-    if console.is_terminal and not console.is_dumb_terminal:
-        return Dashboard(console, name, steps)
-    return PlainLines(console, name, steps)
+def listener_for(console: Console, title: str, steps: int, log_every: int = 1) -> "Dashboard | PlainLines":
+    """A dashboard on a terminal that can show one, else plain lines; both are context managers and listeners."""
+    # A forced terminal (FORCE_COLOR) may still be a file or a pipe, where a dashboard would be thousands of frames.
+    is_screen = console.file.isatty() and console.is_interactive and not console.is_dumb_terminal
+    if is_screen and console.encoding.lower().startswith("utf"):
+        return Dashboard(title, steps, console)
+    return PlainLines(console.file, steps, log_every)
 
 
 class Dashboard:
-    """A listener and a context manager; the last frame stays on the screen, whatever ended the run."""
+    """Draws the run on the terminal's second screen, and leaves the last picture on the first when it ends.
 
-    def __init__(self, console: Console, name: str, steps: int):
-        self.progress = Progress(name, steps)
-        self.live = Live(Frame(self.progress), console=console, auto_refresh=False, vertical_overflow="crop")
-        self.drawn_at = 0.0
+    An event costs no more than a new view. A thread draws, at most four times a second and for at most a hundredth of
+    the time, whatever the width of the terminal and the speed of the machine.
+    """
 
-    def __enter__(self) -> "Dashboard":
-        self.live.start()
+    def __init__(self, title: str, steps: int, console: Console):
+        self._view = View(title, steps)
+        self._console = console
+        self._ended = threading.Event()
+        self._painter = threading.Thread(target=self._keep_painting, name="dashboard", daemon=True)
+        self._live = Live(console=console, screen=True, auto_refresh=False, get_renderable=self._picture)
+
+    def __call__(self, event: Event) -> None:
+        self._view = advance(self._view, event, datetime.now())
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        self._painter.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.live.refresh()
-        self.live.stop()
+        self._ended.set()
+        with suppress(OSError):  # the terminal may be gone; the run is not the worse for it
+            self._painter.join()
+            self._live.stop()
+            self._console.print(self._picture())
 
-    def __call__(self, event: Event) -> None:
-        self.progress.add(event)
-        now = time.monotonic()
-        if now - self.drawn_at >= SECONDS_BETWEEN_FRAMES:
-            self.drawn_at = now
-            self.live.refresh()
+    def _picture(self) -> RenderableType:
+        # One line is left for the prompt that follows the last picture.
+        return render(self._view, self._console.width, self._console.height - 1)
 
-
-class Frame:
-    """One moment of a run, drawn to whatever size the terminal has now."""
-
-    def __init__(self, progress: Progress):
-        self.progress = progress
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield render(self.progress, options.max_width, console.size.height - 1)
-
-
-def render(progress: Progress, width: int, height: int) -> RenderableType:
-    """The whole view in at most `height` lines; what matters least goes first when there is little room."""
-    figures, memory = _figures(progress, width), progress.memory
-    if width >= WIDE_COLUMNS:
-        side = width // 2
-        rows = max(4, min(14, height - len(figures) - 4))
-        right = [*_memory(memory, width - side - 4), Text(""), *_said(progress, rows)][:rows]
-        columns = Table.grid(expand=True)
-        columns.add_column(width=side)
-        columns.add_column()
-        columns.add_row(
-            _panel(_loss_title(progress), _loss(progress, side - 4, rows), rows), _panel("memory", right, rows)
-        )
-        return Group(*figures, columns)
-    spare = height - len(figures) - 2
-    bar = _memory(memory, width - 4)
-    said = _said(progress, 3)
-    with_memory = spare - len(bar) - 2 >= 3
-    with_said = with_memory and spare - len(bar) - 2 - len(said) >= 5
-    rows = spare - (len(bar) + 2 if with_memory else 0) - (len(said) if with_said else 0)
-    rows = max(1, min(12, rows))
-    parts: list[RenderableType] = [*figures, _panel(_loss_title(progress), _loss(progress, width - 4, rows), rows)]
-    if with_memory:
-        parts.append(_panel("memory", bar, len(bar)))
-    if with_said:
-        parts += said
-    return Group(*parts)
+    def _keep_painting(self) -> None:
+        pause, painted = 0.0, None
+        while not self._ended.wait(pause):
+            began, looks_like = time.thread_time(), (self._view, self._console.size)
+            if looks_like != painted:
+                try:
+                    self._live.refresh()
+                except OSError:
+                    return
+            painted = looks_like
+            pause = max(LEAST_PAUSE_SECONDS, (time.thread_time() - began) / DRAWING_FRACTION)
 
 
-def _panel(title: str, lines: list[Text], rows: int) -> Panel:
-    return Panel(Group(*lines), title=title, title_align="left", border_style="dim", height=rows + 2)
+def render(view: View, width: int, height: int) -> Text:
+    """The picture of `view` in at most `width` x `height` cells. What there is no room for is left out whole: events
+    first, then the names of the memory's parts, then the memory."""
+    head = _head(view, width)
+    if width >= TWO_COLUMNS_FROM:
+        low, high = SIDE_WIDTHS
+        side_width = max(low, min(high, width * 2 // 5))
+        left_width, room = width - side_width - 3, height - len(head) - 1
+        right = _side(view, side_width, room)
+        left = _loss(view, left_width, min(MOST_CURVE_LINES, max(len(right), room) - 1))
+        body = _beside(left, right, left_width + 3)
+    else:
+        body = _stack(view, width, height - len(head) - 1)
+    lines = [*head, Text(), *body] if height > len(head) else head
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    text = Text("\n", no_wrap=True, overflow="crop").join(lines[: max(1, height)])
+    text.no_wrap, text.overflow = True, "crop"
+    return text
 
 
-def _figures(progress: Progress, width: int) -> list[Text]:
-    """The progress bar and the numbers, one line each where they fit."""
-    left = progress.seconds_left
-    head = f"{progress.name}  step {progress.step:,} of {progress.steps:,}  "
-    until = ""
-    if left is not None:
-        until = f"  {format_seconds(left)} left, until {datetime.now() + timedelta(seconds=left):%H:%M}"
-    bar = _bar(progress.step / max(1, progress.steps), max(4, min(50, width - len(head) - len(until))))
-    lines = [_cut(Text.assemble((head, "bold"), bar, until), width)]
-    if progress.last:
-        last = progress.last
-        numbers = [
-            f"epoch {last.epoch:.2f}",
-            f"lr {format_rate(last.learning_rate)}",
-            f"grad {last.grad_norm:.2f}",
-            f"{progress.tokens_per_second:,.0f} tok/s",
-            progress.waiting,
-        ]
-        lines.append(_cut(Text("  ".join(part for part in numbers if part)), width))
+def _stack(view: View, width: int, room: int) -> list[Text]:
+    """One column: the loss, the memory, the events, as far as `room` lines reach."""
+    bar_lines, legend = _memory_bar(view, width), _flow(_legend_items(view), width)
+    room -= LEAST_CURVE_LINES + 1
+    memory: list[Text] = []
+    if bar_lines and room > len(bar_lines):
+        memory = [Text(), *bar_lines, *(legend if room > len(bar_lines) + len(legend) else [])]
+    room -= len(memory)
+    events = _events(view, width, min(MOST_EVENT_LINES_STACKED, room - 1))
+    room -= len(events) + 1 if events else 0
+    loss = _loss(view, width, min(MOST_CURVE_LINES, LEAST_CURVE_LINES + max(0, room)))
+    return [*loss, *memory, *([Text(), *events] if events else [])]
+
+
+def _side(view: View, width: int, room: int) -> list[Text]:
+    """The right column of two: numbers, memory by part, events."""
+    lines = [_heading(Text("now", "bold"), Text(), width), *_table(_numbers(view), width)]
+    bar_lines = _memory_bar(view, width)
+    if bar_lines and len(lines) + 1 + len(bar_lines) <= room:
+        lines += [Text(), *bar_lines]
+        legend = _legend_rows(view, width)
+        if len(lines) + len(legend) <= room:
+            lines += legend
+    events = _events(view, width, min(MOST_EVENT_LINES, room - len(lines) - 2))
+    if events:
+        lines += [Text(), _heading(Text("events", "bold"), Text(), width), *events]
     return lines
 
 
-def _bar(fraction: float, columns: int) -> Text:
-    done = round(min(1.0, fraction) * columns)
-    return Text.assemble(("━" * done, "green"), ("─" * (columns - done), "dim"))
+def _head(view: View, width: int) -> list[Text]:
+    """The name of the run, the progress bar, and on a narrow terminal the numbers beside it."""
+    fraction = min(1.0, max(0.0, view.step / view.steps)) if view.steps > 0 else 0.0
+    done = f" step {view.step:,} of {view.steps:,}  {100 * fraction:.0f} %"
+    length = max(0, width - len(done))
+    filled = round(length * fraction)
+    progress = Text.assemble(("━" * filled, "cyan"), ("─" * (length - filled), "dim"), done)
+    head = [Text(one_line(view.title), "bold"), progress]
+    if width < TWO_COLUMNS_FROM:
+        head += _flow([Text.assemble((f"{name} ", "dim"), value) for name, value in _numbers(view)], width)
+    return head
 
 
-def _cut(text: Text, width: int) -> Text:
-    text.truncate(width, overflow="ellipsis")
-    return text
+def _numbers(view: View) -> list[tuple[str, Text]]:
+    """(name, value) of what moves from step to step."""
+    last = view.last
+    if last is None:
+        return [("left", Text("not known before the first steps"))]
+    numbers = [] if view.finished else [("left", _time_left(view))]
+    if (pace := view.tokens_per_second) is not None:
+        numbers.append(("tokens/s", Text(finite(format_count, pace))))
+    numbers += [
+        ("lr", Text(finite(format_rate, last.learning_rate))),
+        ("grad", Text(format_norm(last.grad_norm))),
+        ("epoch", Text(f"{last.epoch:.2f}")),
+    ]
+    if view.wait_fraction >= LEAST_WAIT_FRACTION:
+        numbers.append(("waiting for data", Text(format_percent(view.wait_fraction), "yellow")))
+    return numbers
 
 
-def _loss_title(progress: Progress) -> str:
-    if not progress.last:
-        return "loss"
-    parts = [f"loss {progress.last.loss:.3f}"]
-    if progress.best_held_out is not None:
-        parts.append(f"◆ held-out {progress.held_out[-1][1]:.3f}, best {progress.best_held_out:.3f}")
-    return "   ".join([*parts, progress.trend]).strip()
+def _time_left(view: View) -> Text:
+    left, done_at = view.seconds_left, view.done_at
+    if left is None or done_at is None or view.changed_at is None:
+        return Text("not known yet")
+    is_today = done_at.date() == view.changed_at.date()
+    is_this_week = done_at - view.changed_at < timedelta(days=6)
+    clock = f"{done_at:%H:%M}" if is_today else f"{done_at:%a %H:%M}" if is_this_week else f"{done_at:%d %b %Y}"
+    return Text(f"{format_duration(left)}, done at {clock}")
 
 
-def _loss(progress: Progress, columns: int, rows: int) -> list[Text]:
-    return curve.draw(progress.losses, progress.held_out, progress.steps, columns, rows)
+def _loss(view: View, width: int, height: int) -> list[Text]:
+    """A heading with the last values, and the curve in `height` lines below it."""
+    now = Text("loss", "bold")
+    if view.last is not None:
+        now.append(f" {format_loss(view.last.loss)}")
+    points = [(float(each.step), each.loss) for each in view.held_out]
+    lines = curve.draw(view.losses, points, width, height)
+    return [_heading(now, _held_out_facts(view), width), *(lines or [Text("no step yet", "dim")])]
 
 
-def _memory(memory: MemoryMeasured | None, columns: int) -> list[Text]:
-    """The stacked bar against the whole device, what it stands for, and the peak."""
-    if memory is None:
-        return [Text("not measured yet", style="dim")]
-    on_host = memory.parts[0][0] == "python and libraries"
-    where = "this machine's RAM (no GPU is used)" if on_host else "the card"
-    head = f"peak {format_bytes(memory.peak_bytes)} of {format_bytes(memory.total_bytes)}, {where}"
-    return [_cut(Text(head), columns), memory_bar(memory, columns), *_legend(memory, columns)]
+def _held_out_facts(view: View) -> Text:
+    """What a person would act on: the best held-out loss, and a loss that goes the wrong way."""
+    facts = []
+    if view.held_out_rises >= LEAST_HELD_OUT_RISES:
+        facts.append(Text(f"held-out rose {view.held_out_rises} times in a row", "yellow"))
+    elif (steps := curve.rising_steps(view.losses)) > 0:
+        facts.append(Text(f"rising for {steps:,} steps", "yellow"))
+    if view.best is not None:
+        facts.append(
+            Text.assemble(
+                (curve.BEST_MARK, curve.BEST_STYLE),
+                f" best held-out {format_loss(view.best.loss)}",
+                (f" at step {view.best.step:,}"),
+            )
+        )
+    return Text("  ").join(facts)
 
 
-def memory_bar(memory: MemoryMeasured, columns: int) -> Text:
-    """Every part that holds anything gets at least a cell; the peak is marked, the rest of the device is free."""
-    cells = [(name, max(1, round(columns * size / memory.total_bytes))) for name, size in memory.parts if size]
-    text = Text()
-    for name, count in cells:
-        fill, style = LOOK_BY_PART.get(name, ("█", ""))
-        text.append(fill * count, style=style)
-    text.truncate(columns - 1)
-    text.append("▏", style="red")
-    text.append("·" * (columns - len(text)), style="dim")
-    return text
+def _memory_bar(view: View, width: int) -> list[Text]:
+    if view.memory is None:
+        return []
+    name, peak = Text(bar.title(view.memory), "bold"), bar.peak(view.memory)
+    stacked = bar.stacked(view.memory, width)
+    if name.cell_len + peak.cell_len + 3 <= width:
+        return [_heading(name, peak, width), stacked]
+    return [_heading(name, Text(), width), stacked, peak]
 
 
-def _legend(memory: MemoryMeasured, columns: int) -> Iterable[Text]:
-    """Name and bytes of every part, as many to a line as fit."""
-    entries = [*((name, size) for name, size in memory.parts if size), ("free", memory.free_bytes)]
-    per_line = max(1, columns // (LEGEND_COLUMNS + 12))
-    for start in range(0, len(entries), per_line):
-        line = Text()
-        for name, size in entries[start : start + per_line]:
-            fill, style = LOOK_BY_PART.get(name, ("·", "dim"))
-            line.append(f"{fill} ", style=style)
-            line.append(f"{name} {format_bytes(size)}".ljust(LEGEND_COLUMNS + 10))
-        line.rstrip()
-        yield _cut(line, columns)
+def _legend_items(view: View) -> list[Text]:
+    if view.memory is None:
+        return []
+    return [Text.assemble(fill, f" {name} ", (size, "bold")) for fill, name, size in bar.legend(view.memory)]
 
 
-def _said(progress: Progress, most: int) -> list[Text]:
-    """The last events, one line each."""
-    return [Text(sentence, style="dim", no_wrap=True, overflow="ellipsis") for sentence in list(progress.said)[-most:]]
+def _legend_rows(view: View, width: int) -> list[Text]:
+    if view.memory is None:
+        return []
+    return [
+        Text.assemble(fill, f" {name}", " " * max(1, width - len(name) - len(size) - 2), size)
+        for fill, name, size in bar.legend(view.memory)
+    ]
+
+
+def _events(view: View, width: int, most: int) -> list[Text]:
+    """The last sentences in at most `most` lines, newest at the bottom, each with the step it belongs to."""
+    if most < 1:
+        return []
+    margin = max((len(f"{step:,}") for step, _ in view.messages), default=0) + 2
+    lines: list[Text] = []
+    for step, sentence in reversed(view.messages):
+        pieces = textwrap.wrap(sentence, max(LEAST_EVENT_COLUMNS, width - margin), max_lines=most, placeholder=" …")
+        if len(lines) + len(pieces) > most:
+            break
+        starts = [f"{step:,}  ".rjust(margin), *[" " * margin] * (len(pieces) - 1)]
+        lines = [Text.assemble((start, "dim"), piece) for start, piece in zip(starts, pieces, strict=True)] + lines
+    return lines
+
+
+def _heading(left: Text, right: Text, width: int) -> Text:
+    """`left ───────── right`, with facts that do not fit beside the name left to be cut at the edge."""
+    fill = width - left.cell_len - right.cell_len - (2 if right.cell_len else 1)
+    rule = Text.assemble(left, (f" {'─' * max(1, fill)}", "dim"))
+    return Text.assemble(rule, " ", right) if right.cell_len else rule
+
+
+def _table(rows: Sequence[tuple[str, Text]], width: int) -> list[Text]:
+    """Names to the left, values to the right."""
+    return [
+        Text.assemble((name, "dim"), " " * max(1, width - len(name) - value.cell_len), value) for name, value in rows
+    ]
+
+
+def _flow(items: Sequence[Text], width: int, gap: int = 3) -> list[Text]:
+    """Items one after the other, on as many lines as they need."""
+    lines: list[Text] = []
+    for item in items:
+        if lines and lines[-1].cell_len + gap + item.cell_len <= width:
+            lines[-1].append(" " * gap).append_text(item)
+        else:
+            lines.append(item.copy())
+    return lines
+
+
+def _beside(left: Sequence[Text], right: Sequence[Text], start: int) -> list[Text]:
+    """Two columns, the right one from cell `start` on."""
+    lines = []
+    for row in range(max(len(left), len(right))):
+        line = Text().append_text(left[row]) if row < len(left) else Text()
+        if row < len(right):
+            line.truncate(start - 1, overflow="ellipsis")
+            line.append(" " * (start - line.cell_len)).append_text(right[row])
+        lines.append(line)
+    return lines

@@ -1,51 +1,70 @@
-"""A run without a terminal: one plain line per log step, with the names of metrics.jsonl, easy to grep."""
+"""Plain lines for a log file, a pipe or a dumb terminal: one line an event, made to be searched with grep."""
 
+import os
+from datetime import datetime
 from types import TracebackType
-from typing import IO
-
-from rich.console import Console
+from typing import IO, Self
 
 from qtune.events import Event, StepDone
-from qtune.report.progress import Progress
-from qtune.units import GIB, format_rate, format_seconds
+from qtune.report.bar import peak_of_total
+from qtune.report.view import View, advance
+from qtune.report.words import finite, format_duration, format_loss, format_norm
+from qtune.units import format_count, format_rate
 
 
 class PlainLines:
-    """A listener that prints; a reader that went away does not end the run."""
+    """A listener that writes to `file`, flushed line by line: a step every `log_every` steps, and the last one.
 
-    def __init__(self, console: Console, name: str, steps: int):
-        self.progress = Progress(name, steps)
-        self.file: IO[str] | None = console.file
+    A reader that goes away (`qtune run ... | head`) ends the lines, not the run.
+    """
 
-    def __enter__(self) -> "PlainLines":
+    def __init__(self, file: IO[str], steps: int, log_every: int = 1):
+        self._file, self._log_every = file, log_every
+        self._view = View("", steps)
+
+    def __call__(self, event: Event) -> None:
+        said = self._view.messages
+        self._view = advance(self._view, event, datetime.now())
+        if isinstance(event, StepDone):
+            if event.step % self._log_every == 0 or event.step == self._view.steps:
+                self._write(step_line(self._view))
+        elif self._view.messages is not said:
+            step, text = self._view.messages[-1]
+            self._write(f"step {step}/{self._view.steps}  {text}" if step else text)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        """Nothing is held back, so there is nothing to finish."""
 
-    def __call__(self, event: Event) -> None:
-        self.progress.add(event)
-        line = step_line(self.progress) if isinstance(event, StepDone) else self.progress.sentence(event)
-        if line and self.file is not None:
-            try:
-                print(line, file=self.file, flush=True)
-            except BrokenPipeError:
-                self.file = None
+    def _write(self, line: str) -> None:
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        try:
+            self._file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+            self._file.flush()
+        except BrokenPipeError:
+            # What is still in the buffer must go somewhere, or Python complains of the pipe again at exit.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
 
 
-def step_line(progress: Progress) -> str:
-    """`step 120/282  loss 1.310  held-out 1.42  lr 1.8e-4  4,213 tok/s  peak 4.9/11.1 GiB  left 23 min`."""
-    step = progress.last
-    assert step is not None
-    parts = [f"step {step.step}/{progress.steps}", f"loss {step.loss:.3f}"]
-    if progress.held_out:
-        parts.append(f"held-out {progress.held_out[-1][1]:.3f}")
-    parts += [f"lr {format_rate(step.learning_rate)}", f"grad {step.grad_norm:.2f}"]
-    parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
-    if progress.memory:
-        parts.append(f"peak {progress.memory.peak_bytes / GIB:.1f}/{progress.memory.total_bytes / GIB:.1f} GiB")
-    if progress.seconds_left is not None:
-        parts.append(f"left {format_seconds(progress.seconds_left)}")
-    return "  ".join(parts)
+def step_line(view: View) -> str:
+    """Everything about the last step that moves: `step 120/282  loss 1.310  held-out 1.420  lr 1.8e-4  ...`."""
+    last = view.last
+    if last is None:
+        return f"step 0/{view.steps}"
+    facts = [f"step {last.step}/{view.steps}", f"loss {format_loss(last.loss)}"]
+    if view.held_out:
+        facts.append(f"held-out {format_loss(view.held_out[-1].loss)}")
+    facts += [f"lr {finite(format_rate, last.learning_rate)}", f"grad {format_norm(last.grad_norm)}"]
+    if (pace := view.tokens_per_second) is not None:
+        facts.append(f"{finite(format_count, pace)} tok/s")
+    if view.memory is not None:
+        facts.append(f"peak {peak_of_total(view.memory)}")
+    if (left := view.seconds_left) is not None:
+        facts.append(f"left {format_duration(left)}")
+    return "  ".join(facts)

@@ -1,151 +1,208 @@
 """A run folder read again: as a Markdown page, as tables, as JSON. A run that ended early is shown as far as it got."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qtune.events import Evaluated, Finished, MemoryMeasured, StepDone
-from qtune.report import curve, tables
-from qtune.rundir import RunDir, read_json, write_text
-from qtune.units import format_bytes, format_seconds
+from qtune.report import bar, curve, record, tables
+from qtune.report.record import Record
+from qtune.report.words import finite, format_loss, one_line, visible
+from qtune.rundir import RunDir, write_text
+from qtune.units import format_bytes, format_count, format_percent, format_rate, format_seconds
 
-LOSS_ROWS, CURVE_COLUMNS, CURVE_ROWS = 12, 76, 12
-
-
-@dataclasses.dataclass(frozen=True)
-class Story:
-    """The events of a run, sorted by kind."""
-
-    steps: tuple[StepDone, ...]
-    held_out: tuple[Evaluated, ...]
-    memory: MemoryMeasured | None
-    train_seconds: float | None
-
-    @classmethod
-    def read(cls, run: RunDir) -> "Story":
-        events = list(run.events())
-        memory = [event for event in events if isinstance(event, MemoryMeasured)]
-        finished = [event.train_seconds for event in events if isinstance(event, Finished)]
-        return cls(
-            tuple(event for event in events if isinstance(event, StepDone)),
-            tuple(event for event in events if isinstance(event, Evaluated)),
-            max(memory, key=lambda event: event.peak_bytes, default=None),
-            finished[-1] if finished else None,
-        )
-
-    @property
-    def tokens_per_second(self) -> float:
-        seconds = sum(step.step_seconds for step in self.steps)
-        return sum(step.tokens for step in self.steps) / seconds if seconds else 0.0
+LOSS_ROWS, CURVE_LINES = 12, 14
 
 
 def as_json(run: RunDir) -> dict[str, Any]:
-    """Everything the run folder says, for programs; what is missing is None."""
-    story = Story.read(run)
+    """What the run folder says, for programs: None for what is missing, and for a number that is none."""
+    found = record.read(run)
+    last, best = found.steps[-1] if found.steps else None, found.best
     return {
         "run": str(run.path),
-        "adapter": str(run.adapter) if run.adapter.is_dir() else None,
-        "steps": len(story.steps) and story.steps[-1].step,
-        "loss": story.steps[-1].loss if story.steps else None,
-        "train_seconds": story.train_seconds,
-        "tokens_per_second": story.tokens_per_second,
-        "memory": dataclasses.asdict(story.memory) if story.memory else None,
-        **{path.stem: _if_there(path, read_json) for path in (run.data, run.plan, run.lock, run.scores, run.merge)},
+        "adapter": str(run.adapter) if found.has_adapter else None,
+        "steps": last.step if last else 0,
+        "loss": last.loss if last and math.isfinite(last.loss) else None,
+        "best_held_out": {"step": best.step, "loss": best.loss} if best else None,
+        "train_seconds": found.train_seconds,
+        "tokens_per_second": found.tokens_per_second,
+        "memory": dataclasses.asdict(found.memory) if found.memory else None,
+        "data": found.data,
+        "plan": found.plan,
+        "lock": found.lock,
+        "scores": found.scores,
+        "merge": found.merge,
+        "notices": list(found.notices),
+        "missing": list(found.missing),
     }
 
 
-def _if_there(path: Any, read: Callable[[Any], Any]) -> Any:
-    return read(path) if path.is_file() else None
-
-
-def report(run: RunDir) -> RenderableType:
-    """The run again, as tables."""
-    story, parts = Story.read(run), []
-    for path, show in ((run.data, tables.data_table), (run.plan, tables.plan_table)):
-        parts.append(show(read_json(path)) if path.is_file() else _missing(path.name))
-    if story.steps:
-        losses = [(step.step, step.loss) for step in story.steps]
-        marked = [(event.step, event.loss) for event in story.held_out]
-        parts += [Text(f"\nloss {losses[-1][1]:.4f}   ◆ held-out", style="bold")]
-        parts += curve.draw(losses, marked, losses[-1][0], CURVE_COLUMNS, CURVE_ROWS)
-        parts.append(Text(_pace(story)))
-    if story.memory:
-        parts += [Text("\nmemory at the peak", style="bold"), tables.memory_table(story.memory)]
-    parts.append(tables.score_table(read_json(run.scores)) if run.scores.is_file() else _missing(run.scores.name))
-    if run.merge.is_file():
-        merged = read_json(run.merge)
-        parts.append(tables.merge_table(merged, merged["verdict"]) if merged["verdict"] else _missing("a verdict"))
+def report(run: RunDir) -> Group:
+    """The run again, as tables, with its loss as a curve."""
+    found = record.read(run)
+    parts: list[RenderableType] = [*_title(found)]
+    for table, values in ((tables.data_table, found.data), (tables.plan_table, found.plan)):
+        parts += [Text(), table(values)] if values else []
+    if found.steps:
+        parts += [Text(), Text.assemble(("loss", "bold"), f"  {_pace(found)}")]
+        parts.append(tables.ToWidth(lambda width: _curve(found, width)))
+    if found.memory:
+        parts += [Text(), Text.assemble((bar.title(found.memory), "bold"), "  ", bar.peak(found.memory))]
+        parts.append(tables.memory_table(found.memory))
+    if found.scores:
+        parts += [Text(), Text("before → after", "bold"), tables.score_table(found.scores)]
+    if found.merge and found.merge.get("verdict"):
+        parts += [Text(), tables.merge_table(found.merge, found.merge["verdict"])]
+    parts += [Text(), *(Text(sentence, tables.WARNING_STYLE) for sentence in found.missing)] if found.missing else []
     return Group(*parts)
 
 
-def _missing(name: str) -> Text:
-    return Text(f"\n{name} is missing: the run did not get that far.", style="yellow")
+def _title(found: Record) -> list[Text]:
+    if not found.lock:
+        return [Text(str(found.run.path), "bold")]
+    base = found.lock["base"]["name"]
+    return [Text.assemble((one_line(found.lock["name"]), "bold"), f"  {one_line(base)}  {found.run.path}")]
 
 
-def _pace(story: Story) -> str:
-    seconds = f" in {format_seconds(story.train_seconds)}" if story.train_seconds is not None else ", not finished"
-    return f"{story.steps[-1].step:,} steps{seconds}, {story.tokens_per_second:,.0f} tokens a second"
+def _curve(found: Record, width: int) -> list[Text]:
+    return curve.draw(found.losses, found.held_out_losses, width, CURVE_LINES)
+
+
+def _pace(found: Record) -> str:
+    """`1.191 at step 282 in 18 min 24 s, 4,133 tokens/s, best held-out 1.243 at step 252`."""
+    last = found.steps[-1]
+    took = f" in {format_seconds(found.train_seconds)}" if found.train_seconds is not None else ""
+    facts = [f"{format_loss(last.loss)} at step {last.step:,}{took}"]
+    if found.tokens_per_second is not None:
+        facts.append(f"{format_count(found.tokens_per_second)} tokens/s")
+    if found.best is not None:
+        facts.append(f"best held-out {format_loss(found.best.loss)} at step {found.best.step:,}")
+    return ", ".join(facts)
 
 
 def write_summary(run: RunDir) -> None:
-    """summary.md: what was asked, what was learned, what it took."""
-    story, lock = Story.read(run), read_json(run.lock)
-    lines = [f"# {lock['name']}", ""]
-    about = lock["recipe"]["about"]
-    lines += [about, ""] if about else []
-    lines += [f"Base `{lock['base']['name']}`, weights SHA-256 `{lock['base']['sha256'][:16]}`.", ""]
-    lines += _scores(run) + _losses(story) + _memory(story) + _plan(run) + _versions(lock)
+    """summary.md: what was asked for, what was learned, what it took."""
+    found = record.read(run)
+    sections = (_head, _before_and_after, _loss, _samples, _data, _memory, _plan, _recipe, _versions)
+    lines = [line for section in sections for line in section(found)]
     write_text(run.summary, "\n".join(lines).rstrip() + "\n")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    escaped = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *escaped]] + [""]
+def _head(found: Record) -> list[str]:
+    lock = found.lock
+    lines = [f"# {_inline(lock['name'] if lock else found.run.path.name)}", ""]
+    if lock:
+        about = lock["recipe"].get("about")
+        lines += [_inline(about), ""] if about else []
+        lines += [f"Base `{lock['base']['name']}`, weights SHA-256 `{lock['base']['sha256'][:16]}`.", ""]
+    for sentence in found.missing:
+        lines += [f"> {_inline(sentence)}", ""]
+    return lines
 
 
-def _scores(run: RunDir) -> list[str]:
-    if not run.scores.is_file():
-        return ["Not scored: the run was stopped, or kept no held-out rows.", ""]
-    scores = read_json(run.scores)
-    rows = [("held-out loss", *(f"{scores[who]['held_out_loss']:.4f}" for who in ("base", "tuned")))]
-    if scores["tuned"]["score"] is not None:
-        rows.append((f"{scores['metric']}, {scores['rows']} rows", *map(tables.score_text, _both(scores))))
-    samples = [(s["prompt"], s["reference"], s["base"], s["tuned"]) for s in scores["samples"]]
-    head = ["## Before and after", "", *_table(("", "base", "tuned"), rows)]
-    return head + (_table(("prompt", "reference", "base", "tuned"), samples) if samples else [])
-
-
-def _both(scores: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return scores["base"], scores["tuned"]
-
-
-def _losses(story: Story) -> list[str]:
-    if not story.steps:
+def _before_and_after(found: Record) -> list[str]:
+    if not found.scores:
         return []
-    held_out = {event.step: f"{event.loss:.4f}" for event in story.held_out}
-    stride = max(1, len(story.steps) // LOSS_ROWS)
-    shown = [step for i, step in enumerate(story.steps) if i % stride == 0 or step.step in held_out]
-    rows = [(f"{s.step:,}", f"{s.loss:.4f}", held_out.get(s.step, ""), f"{s.learning_rate:.2e}") for s in shown]
-    return ["## Loss", "", *_table(("step", "loss", "held-out", "learning rate"), rows), _pace(story) + ".", ""]
+    return ["## Before and after", "", *_table(("", "base → tuned"), tables.score_rows(found.scores))]
 
 
-def _memory(story: Story) -> list[str]:
-    if story.memory is None:
+def _loss(found: Record) -> list[str]:
+    if not found.steps:
         return []
-    rows = [(name, format_bytes(size)) for name, size in story.memory.parts]
-    rows.append(("**peak**", f"{format_bytes(story.memory.peak_bytes)} of {format_bytes(story.memory.total_bytes)}"))
-    return ["## Memory at the peak", "", *_table(("part", "held"), rows)]
+    picture = _fenced("\n".join(line.plain.rstrip() for line in _curve(found, tables.MOST_COLUMNS)))
+    rows = _table(("step", "loss", "held-out", "learning rate"), loss_rows(found))
+    return ["## Loss", "", f"{_pace(found)}.", "", *picture, "", *rows]
 
 
-def _plan(run: RunDir) -> list[str]:
-    choices = read_json(run.plan)["choices"]
-    rows = [(choice["name"], choice["value"], choice["reason"]) for choice in choices]
+def loss_rows(found: Record) -> list[tuple[str, str, str, str]]:
+    """A dozen stretches of the run: the last step of each, the mean loss over it, the last held-out loss in it."""
+    rows = []
+    stride = math.ceil(len(found.steps) / LOSS_ROWS)
+    before = -1
+    for start in range(0, len(found.steps), stride):
+        part = found.steps[start : start + stride]
+        end = part[-1].step
+        held_out = [each.loss for each in found.held_out if before < each.step <= end]
+        mean = sum(done.loss for done in part) / len(part)
+        rate = finite(format_rate, part[-1].learning_rate)
+        rows.append((f"{end:,}", format_loss(mean), format_loss(held_out[-1]) if held_out else "", rate))
+        before = end
+    return rows
+
+
+def _samples(found: Record) -> list[str]:
+    lines: list[str] = []
+    for sample in found.scores["samples"] if found.scores else ():
+        lines += ["**Asked**", "", *_fenced(sample["prompt"]), "", "**Wanted**", "", *_fenced(sample["reference"]), ""]
+        for who in ("base", "tuned"):
+            score = tables.format_score(sample[f"{who}_score"])
+            lines += [f"**{who.capitalize()}**, {score}", "", *_fenced(sample[who]), ""]
+    return ["## Sample answers", "", *lines] if lines else []
+
+
+def _data(found: Record) -> list[str]:
+    data = found.data
+    if not data:
+        return []
+    rows = [
+        ("source", f"{data['source']} ({data['format']})"),
+        ("rows", f"{data['rows_read']:,} read, {data['train_rows']:,} to train on, {data['held_out_rows']:,} held out"),
+        ("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"),
+        ("longest row", f"{data['longest_row_tokens']:,} tokens"),
+        ("sequences", f"{data['packs']:,}, {format_percent(data['pack_fill_fraction'])} full"),
+        *(("note", sentence) for sentence in (*tables.data_warnings(data), *data["notices"])),
+    ]
+    return ["## Data", "", *_table(("", ""), rows)]
+
+
+def _memory(found: Record) -> list[str]:
+    memory = found.memory
+    if memory is None:
+        return []
+    rows = [(name, format_bytes(size)) for name, size in memory.parts]
+    rows.append(("**peak**", f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.total_bytes)}"))
+    return [f"## {bar.title(memory).capitalize()} at the peak", "", *_table(("part", "held"), rows)]
+
+
+def _plan(found: Record) -> list[str]:
+    if not found.plan:
+        return []
+    rows = [(choice["name"], choice["value"], choice["reason"]) for choice in found.plan["choices"]]
     return ["## Plan", "", *_table(("choice", "value", "why"), rows)]
 
 
-def _versions(lock: dict[str, Any]) -> list[str]:
-    return ["## Versions", "", ", ".join(f"{name} {version}" for name, version in lock["versions"].items()) + "."]
+def _recipe(found: Record) -> list[str]:
+    path = found.run.recipe
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return ["## Recipe as given", "", *_fenced(text.rstrip(), "toml"), ""]
+
+
+def _versions(found: Record) -> list[str]:
+    if not found.lock:
+        return []
+    versions = ", ".join(f"{name} {version}" for name, version in found.lock["versions"].items())
+    return ["## Versions", "", f"{versions}. Seed {found.lock['seed']}."]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table and an empty line."""
+    cells = [[_inline(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (list(head), ["---"] * len(head), *cells)] + [""]
+
+
+def _inline(text: str) -> str:
+    """Text from outside, on one line, that cannot end a table cell or begin an HTML tag."""
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _fenced(text: str, language: str = "") -> list[str]:
+    """`text` as a code block, fenced by more backticks than it holds in a row."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", visible(text), fence]

@@ -1,124 +1,156 @@
-"""What a person reads before, between and after: small tables and lines, made from the values the run folder keeps."""
+"""What a person reads before and after a run: small tables, made from the values that the run folder keeps."""
 
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qtune.events import Finished, MemoryMeasured
-from qtune.rundir import RunDir, read_json
+from qtune.events import MemoryMeasured
+from qtune.report import bar, record
+from qtune.report.words import format_loss, format_score, one_line, visible
+from qtune.rundir import RunDir
 from qtune.units import format_bytes, format_count, format_percent, format_seconds
 
-SAMPLE_CHARACTERS = 600
+PIECE_HEAD_CHARACTERS, PIECE_TAIL_CHARACTERS = 280, 120
+MOST_COLUMNS = 76
+TRAINED_STYLE, WARNING_STYLE = "bold green", "yellow"
+ARROW = "→"
+
+
+@dataclass(frozen=True)
+class ToWidth:
+    """Lines drawn for the width that there is, and for no more than a page is wide."""
+
+    draw: Callable[[int], Sequence[Text]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.draw(min(MOST_COLUMNS, options.max_width))
 
 
 def data_table(report: dict[str, Any]) -> RenderableType:
     """data.json in a few lines: what was read, what is trained, what was left out and why, and one real row."""
-    lines = [_read_line(report), _token_line(report), *_left_out(report), *(Text(n) for n in report["notices"])]
-    table = Table.grid(padding=(0, 2))
-    for number, line in enumerate(lines):
-        table.add_row(Text("data" if number == 0 else "", style="bold"), line)
-    return Group(table, sample_panel(report["sample"]))
+    table = _grid(2)
+    for name, line in (("data", _rows_line(report)), ("", _tokens_line(report)), ("", _packs_line(report))):
+        table.add_row(Text(name, "bold"), line)
+    for warning in data_warnings(report):
+        table.add_row(Text(), Text(warning, WARNING_STYLE))
+    for notice in report["notices"]:
+        table.add_row(Text(), Text(one_line(notice)))
+    return Group(table, sample_panel(report["sample"])) if report["sample"] else table
 
 
-def _read_line(report: dict[str, Any]) -> Text:
+def _rows_line(report: dict[str, Any]) -> Text:
     return Text(
-        f"{report['rows_read']:,} rows read ({report['format']}): {report['train_rows']:,} to train on,"
-        f" {report['held_out_rows']:,} held out"
+        f"{report['rows_read']:,} rows of {one_line(report['source'])} ({report['format']}):"
+        f" {report['train_rows']:,} to train on, {report['held_out_rows']:,} held out"
     )
 
 
-def _token_line(report: dict[str, Any]) -> Text:
-    share = report["trained_tokens"] / max(1, report["tokens"])
+def _tokens_line(report: dict[str, Any]) -> Text:
+    share = format_percent(report["trained_tokens"] / max(1, report["tokens"]))
     return Text(
-        f"{format_count(report['tokens'])} tokens, {format_count(report['trained_tokens'])} trained"
-        f" ({format_percent(share)}), longest row {report['longest_row_tokens']:,};"
-        f" {report['packs']:,} sequences, {format_percent(report['pack_fill_fraction'])} full"
+        f"{format_count(report['tokens'])} tokens, {format_count(report['trained_tokens'])} of them trained ({share}),"
+        f" longest row {report['longest_row_tokens']:,}"
     )
 
 
-def _left_out(report: dict[str, Any]) -> list[Text]:
-    lines = [
-        Text(f"{dropped['rows']:,} dropped: {dropped['reason']} ({', '.join(dropped['places'])})", style="yellow")
+def _packs_line(report: dict[str, Any]) -> Text:
+    return Text(f"{report['packs']:,} sequences a pass, {format_percent(report['pack_fill_fraction'])} full")
+
+
+def data_warnings(report: dict[str, Any]) -> list[str]:
+    """What was left out, cut, or stands there twice: a sentence each, none where all is well."""
+    warnings = [
+        f"{dropped['rows']:,} dropped: {one_line(dropped['reason'])} ({', '.join(map(one_line, dropped['places']))})"
         for dropped in report["dropped"]
     ]
     if report["truncated_rows"]:
-        lost = report["trained_tokens_lost"] / (report["trained_tokens"] + report["trained_tokens_lost"])
-        lines.append(
-            Text(f"{report['truncated_rows']:,} cut, {format_percent(lost)} of what would be trained", "yellow")
-        )
+        lost = report["trained_tokens_lost"] / max(1, report["trained_tokens"] + report["trained_tokens_lost"])
+        warnings.append(f"{report['truncated_rows']:,} rows cut, {format_percent(lost)} of what would be trained")
     if report["duplicate_rows"]:
-        lines.append(Text(f"{report['duplicate_rows']:,} rows stand there twice", style="yellow"))
+        warnings.append(f"{report['duplicate_rows']:,} rows repeat an earlier one")
     if report["overlap_rows"]:
-        lines.append(Text(f"{report['overlap_rows']:,} held-out rows are trained on too", style="yellow"))
-    return lines
+        warnings.append(f"{report['overlap_rows']:,} held-out rows are trained on too, so the held-out loss flatters")
+    return warnings
 
 
-def sample_panel(sample: list[tuple[str, bool]]) -> Panel:
-    """One row as the model sees it; what is trained stands out in colour, and between » « without."""
+def sample_panel(sample: Sequence[tuple[str, bool]]) -> Panel:
+    """One row as the model is fed it; what is trained is coloured, and stands between » and « for want of colour."""
     text = Text()
-    for part, trained in sample:
-        shown = _visible(part)
-        if trained:
-            text.append(f"»{shown}«", style="bold green")
-        else:
-            text.append(shown, style="dim")
-    text.truncate(SAMPLE_CHARACTERS, overflow="ellipsis")
-    return Panel(text, title="one row; »green« is trained", title_align="left", border_style="dim")
+    for piece, is_trained in sample:
+        shown = shortened(visible(piece))
+        text.append(f"»{shown}«" if is_trained else shown, TRAINED_STYLE if is_trained else "dim")
+    text.rstrip()
+    title = Text.assemble("one row: ", ("»this«", TRAINED_STYLE), " is trained, the rest is only read")
+    return Panel(text, title=title, title_align="left", border_style="dim")
 
 
-def _visible(text: str) -> str:
-    """Control characters other than line breaks in a form that cannot move the cursor."""
-    return "".join(c if c == "\n" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+def shortened(text: str) -> str:
+    """The beginning and the end of a long text, and how much is left out between."""
+    left_out = len(text) - PIECE_HEAD_CHARACTERS - PIECE_TAIL_CHARACTERS
+    if left_out <= PIECE_TAIL_CHARACTERS:
+        return text
+    return f"{text[:PIECE_HEAD_CHARACTERS]} … {left_out:,} characters … {text[-PIECE_TAIL_CHARACTERS:]}"
 
 
 def plan_table(plan: dict[str, Any]) -> RenderableType:
-    """Every settled choice, with why."""
-    table = Table.grid(padding=(0, 2))
+    """Every settled choice, with its reason."""
+    table = _grid(4)
     for number, choice in enumerate(plan["choices"]):
-        label = Text("plan" if number == 0 else "", style="bold")
-        table.add_row(label, choice["name"], Text(choice["value"]), Text(choice["reason"], style="dim"))
+        name, value, reason = (one_line(choice[key]) for key in ("name", "value", "reason"))
+        table.add_row(Text("plan" if number == 0 else "", "bold"), Text(name), Text(value), Text(reason, "dim"))
     return table
 
 
 def score_table(scores: dict[str, Any]) -> RenderableType:
-    """Before and after, with the interval the score lies in, and answers side by side."""
-    return Group(figures_table(scores), *(sample_table(sample) for sample in scores["samples"]))
+    """Before and after, then sample answers side by side."""
+    table = _grid(2)
+    for name, value in score_rows(scores):
+        table.add_row(Text(name), Text(value, "bold"))
+    return Group(table, *(_sample(sample) for sample in scores["samples"]))
 
 
-def figures_table(scores: dict[str, Any]) -> Table:
-    table = Table("", "base", "tuned", box=None, padding=(0, 3, 0, 0))
-    losses = [f"{scores[who]['held_out_loss']:.4f}" for who in ("base", "tuned")]
-    table.add_row("held-out loss", *losses)
-    if scores["tuned"]["score"] is not None:
-        cells = [score_text(scores[who]) for who in ("base", "tuned")]
-        table.add_row(f"{scores['metric']} on {scores['rows']:,} rows", *cells)
-    return table
+def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
+    """(`held-out loss`, `2.113 → 1.246`), and the metric likewise with its 95 % intervals where one was asked for."""
+    base, tuned = scores["base"], scores["tuned"]
+    rows = [("held-out loss", f"{format_loss(base['held_out_loss'])} {ARROW} {format_loss(tuned['held_out_loss'])}")]
+    if tuned["score"] is not None:
+        name = f"{scores['metric']} on {scores['rows']:,} rows"
+        rows.append((name, f"{with_interval(base)} {ARROW} {with_interval(tuned)}"))
+    return rows
 
 
-def score_text(figures: dict[str, Any]) -> str:
-    """`0.957 (0.93-0.98)`: the mean and its 95 % interval."""
-    return f"{figures['score']:.3f} ({figures['low']:.2f}-{figures['high']:.2f})"
+def with_interval(figures: dict[str, Any]) -> str:
+    """`0.402 (0.36-0.45)`: the mean and the interval it lies in."""
+    low, high = figures["low"], figures["high"]
+    return format_score(figures["score"]) + (f" ({low:.2f}-{high:.2f})" if low is not None and high is not None else "")
 
 
-def sample_table(sample: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for name, style in (("prompt", "bold"), ("reference", "dim"), ("base", ""), ("tuned", "green")):
-        table.add_row(Text(name, style="dim"), Text(_visible(sample[name]), style=style))
-    table.add_row("")
-    return table
+def _sample(sample: dict[str, Any]) -> RenderableType:
+    asked = _grid(2)
+    asked.add_row(Text("asked", "dim"), Text(visible(sample["prompt"]), "bold"))
+    asked.add_row(Text("wanted", "dim"), Text(visible(sample["reference"])))
+    answers = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="dim")
+    for who in ("base", "tuned"):
+        answers.add_column(f"{who}, {format_score(sample[f'{who}_score'])}", ratio=1, overflow="fold")
+    answers.add_row(Text(visible(sample["base"])), Text(visible(sample["tuned"]), "green"))
+    return Group(Text(), asked, answers)
 
 
 def merge_table(report: dict[str, Any], verdict: dict[str, Any]) -> RenderableType:
     """What was written, and how close it is to the adapter it came from."""
-    table = Table.grid(padding=(0, 2))
+    table = _grid(2)
     written = f"{report['tensors']:,} tensors in {report['shards']} files, {format_bytes(report['bytes'])}"
-    table.add_row("merged", f"onto the {report['onto']} base, {report['dtype']}, {written}: {report['output']}")
+    table.add_row("merged", Text(f"onto the {report['onto']} base, {report['dtype']}, {written}: {report['output']}"))
     for tried in report["measured"]:
         table.add_row("measured", f"{tried['onto']}: {_closeness(tried)}")
-    table.add_row("verdict", Text(f"{'passed' if verdict['passed'] else 'FAILED'}: {_closeness(verdict)}"))
+    outcome = Text("passed", "green") if verdict["passed"] else Text("FAILED", "bold red")
+    table.add_row("verdict", outcome.append(f": {_closeness(verdict)}", "default"))
     same = sum(answer["same"] for answer in verdict["greedy"])
     table.add_row(
         "",
@@ -132,28 +164,42 @@ def _closeness(verdict: dict[str, Any]) -> str:
     return f"mean KL {verdict['mean_kl']:.1e} nats, same next token {format_percent(verdict['agreement_fraction'])}"
 
 
-def memory_table(memory: MemoryMeasured) -> Table:
-    table = Table.grid(padding=(0, 3))
-    for name, size in memory.parts:
-        table.add_row(name, format_bytes(size))
-    table.add_row("peak", f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.total_bytes)}")
-    return table
+def memory_table(memory: MemoryMeasured) -> RenderableType:
+    """The device at the peak: the dashboard's bar, and the bytes of each part."""
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column()
+    table.add_column()
+    table.add_column(justify="right")
+    for fill, name, size in bar.legend(memory):
+        table.add_row(Text(*fill), Text(name), size)
+    return Group(ToWidth(lambda width: [bar.stacked(memory, width)]), table)
 
 
 def end_of_run(run: RunDir) -> RenderableType:
-    """What came out, and what one would type next."""
-    events = list(run.events())
-    seconds = sum(event.train_seconds for event in events if isinstance(event, Finished))
-    peak = max((event.peak_bytes for event in events if isinstance(event, MemoryMeasured)), default=0)
-    table = Table.grid(padding=(0, 3))
-    if run.scores.is_file():
-        table.add_row(figures_table(read_json(run.scores)))
-    table.add_row(f"trained in {format_seconds(seconds)}, peak memory {format_bytes(peak)}, adapter in {run.adapter}")
-    table.add_row("")
-    for command, purpose in (
-        (f"qtune chat {run.path} --compare", "talk to it"),
-        (f"qtune merge {run.path} --output merged/{run.path.name}", "a plain model folder"),
-        (f"qtune report {run.path}", "this again, and more"),
-    ):
-        table.add_row(Text.assemble((command, "bold"), f"   {purpose}"))
+    """What came out, where it is, and the commands one would type next."""
+    found = record.read(run)
+    table = _grid(2)
+    for name, value in score_rows(found.scores) if found.scores else ():
+        table.add_row(Text(name), Text(value, "bold"))
+    if found.memory:
+        table.add_row("peak memory", bar.peak_of_total(found.memory))
+    if found.train_seconds is not None:
+        table.add_row("training took", format_seconds(found.train_seconds))
+    table.add_row("adapter", Text(str(run.adapter) if found.has_adapter else "none was saved", overflow="fold"))
+    commands = next_commands(run) if found.has_adapter else next_commands(run)[-1:]
+    return Group(Text(), table, Text(), *(Text(f"  {command}", "bold", overflow="fold") for command in commands))
+
+
+def next_commands(run: RunDir) -> tuple[str, str, str]:
+    """Ready to paste: talk to it, fold it into its base, look at it again."""
+    folder = shlex.quote(str(run.path))
+    merged = shlex.quote(f"merged/{run.path.resolve().name}")
+    return f"qtune chat {folder}", f"qtune merge {folder} --output {merged}", f"qtune report {folder}"
+
+
+def _grid(columns: int) -> Table:
+    """A table without lines; the last column takes what is left and folds."""
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for column in range(columns):
+        table.add_column(overflow="fold", no_wrap=column == 0)
     return table

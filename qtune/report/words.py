@@ -1,0 +1,103 @@
+"""Numbers and events in the words a person uses, and text from outside made safe to print."""
+
+import math
+import unicodedata
+from collections.abc import Callable
+
+from qtune.events import Evaluated, Event, Finished, Notice, Saved, Scored, Started
+from qtune.units import format_bytes, format_count, format_seconds
+
+# Zero-width and direction marks: nothing is seen of them, and a model learns them all the same. The joiners U+200C
+# and U+200D stay as they are, since scripts and emoji need them.
+UNSEEN = frozenset("\u00ad\u061c\u200b\u200e\u200f\u2060\ufeff\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as pictures (ESC is ␛) and unseen marks as `\\u202e`; line feeds are kept."""
+    return "".join(char if char == "\n" else _visible_char(char) for char in text)
+
+
+def one_line(text: str) -> str:
+    """`visible`, on one line: a line feed becomes `↵`."""
+    return visible(text).replace("\n", "↵ ").rstrip()
+
+
+def _visible_char(char: str) -> str:
+    code = ord(char)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if code == 0x7F:
+        return "␡"
+    if char in UNSEEN or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"):
+        return f"\\u{code:04x}"
+    return char
+
+
+def finite(form: Callable[[float], str], value: float) -> str:
+    """`value` through `form`; `nan` and `inf` as they are, since no unit suits them."""
+    return form(value) if math.isfinite(value) else f"{value}"
+
+
+def format_loss(loss: float) -> str:
+    """Nats per token: `1.310`, and `2.1e+04` for one that has run away."""
+    return f"{loss:.3f}" if abs(loss) < 1000 else f"{loss:.2g}"
+
+
+def format_norm(norm: float) -> str:
+    """A gradient norm: `0.42`, `13.7`, `2.1e+04`, two or three figures of it."""
+    return f"{norm:.2f}" if 0.01 <= abs(norm) < 10 or norm == 0 else f"{norm:.3g}"
+
+
+def format_score(score: float | None) -> str:
+    """A score between 0 and 1, or a dash where none was asked for."""
+    return "–" if score is None else f"{score:.3f}"
+
+
+def format_duration(seconds: float) -> str:
+    """As `format_seconds` where seconds matter, whole minutes beyond five: a forecast is no more exact than that."""
+    return f"{seconds / 60:.0f} min" if 300 <= seconds < 3570 else format_seconds(seconds)
+
+
+def sentence(event: Event, earlier: tuple[Evaluated, ...]) -> str | None:
+    """What happened, in plain words; None for events that are drawn. `earlier` are the held-out losses so far."""
+    match event:
+        case Started():
+            held_out = f", {event.held_out_rows:,} held out" if event.held_out_rows else ", none held out"
+            return f"training on {event.train_rows:,} sequences{held_out}"
+        case Evaluated():
+            return _held_out_sentence(event, earlier)
+        case Scored():
+            return _score_sentence(event)
+        case Saved():
+            took = finite(format_seconds, event.save_seconds)
+            return f"{one_line(event.what)} saved ({format_bytes(event.bytes)}, {took})"
+        case Notice():
+            return one_line(event.text)
+        case Finished():
+            return f"{event.steps:,} steps done in {finite(format_seconds, event.train_seconds)}"
+    return None
+
+
+def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
+    now = format_loss(event.loss)
+    if not earlier:
+        return f"held-out {now}"
+    change = f"held-out {format_loss(earlier[-1].loss)} → {now}"
+    if event.is_best:
+        return f"{change}, best so far"
+    best = best_held_out(earlier)
+    return f"{change}, best was {format_loss(best.loss)} at step {best.step:,}" if best else change
+
+
+def _score_sentence(event: Scored) -> str:
+    figures = []
+    if event.loss is not None:
+        figures.append(f"held-out {format_loss(event.loss)}")
+    if event.score is not None:
+        figures.append(f"{event.metric} {format_score(event.score)} on {format_count(event.rows)} rows")
+    return f"{event.who}: {', '.join(figures) or 'no score asked for'} ({finite(format_seconds, event.score_seconds)})"
+
+
+def best_held_out(losses: tuple[Evaluated, ...]) -> Evaluated | None:
+    """The lowest finite held-out loss; the earliest of equals."""
+    return min((each for each in losses if math.isfinite(each.loss)), key=lambda each: each.loss, default=None)

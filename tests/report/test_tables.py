@@ -1,0 +1,154 @@
+import copy
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_events import start_run, whole_run_in
+from rich.console import Console, RenderableType
+
+from qtune.report import tables
+from qtune.rundir import RunDir, read_json, write_json
+
+
+@pytest.fixture
+def started_run(tmp_path: Path) -> RunDir:
+    return start_run(tmp_path)
+
+
+@pytest.fixture
+def whole_run(tmp_path: Path) -> RunDir:
+    return whole_run_in(tmp_path)
+
+
+def shown(renderable: RenderableType, width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@pytest.fixture
+def data(whole_run: RunDir) -> dict[str, Any]:
+    return read_json(whole_run.data)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def scores(whole_run: RunDir) -> dict[str, Any]:
+    return read_json(whole_run.scores)  # type: ignore[no-any-return]
+
+
+def test_the_data_in_a_few_lines(data: dict[str, Any]) -> None:
+    text = shown(tables.data_table(data))
+    for fact in (
+        "3,000 rows of rows.jsonl (prompt-completion): 2,850 to train on, 148 held out",
+        "412k tokens, 286k of them trained (69.5 %), longest row 1,911",
+        "214 sequences a pass, 96.3 % full",
+        "2 dropped: the answer is empty (rows.jsonl:17, rows.jsonl:212)",
+        "14 rows cut, 0.3 % of what would be trained",
+        "3 rows repeat an earlier one",
+        "so [system] texts go before",
+    ):
+        assert fact in text
+    assert "trained on too" not in text
+
+
+def test_what_is_trained_is_marked_without_colour_and_explained(data: dict[str, Any]) -> None:
+    text = shown(tables.data_table(data))
+    assert "»A beta blocker.<|im_end|>«" in text
+    assert text.count("»") == 2
+    assert "»this« is trained" in text
+
+
+def test_text_of_rows_is_neither_markup_nor_control(data: dict[str, Any]) -> None:
+    data["sample"] = [["[bold red]x[/] [/nothing]\x1b[2J\r", False], ["漢字\u202e", True]]
+    data["notices"] = ["[/]"]
+    text = shown(tables.data_table(data))
+    assert "[bold red]x[/] [/nothing]␛[2J␍»漢字\\u202e«" in text
+    assert "\x1b" not in text
+
+
+def test_a_long_row_shows_its_trained_end(data: dict[str, Any]) -> None:
+    data["sample"] = [["question " * 4_000, False], ["the answer", True]]
+    text = shown(tables.data_table(data))
+    assert "35,600 characters …" in " ".join(text.replace("│", " ").split())
+    assert "»the answer«" in text
+
+
+def test_a_clean_report_has_no_warnings(data: dict[str, Any]) -> None:
+    clean = {"dropped": [], "truncated_rows": 0, "duplicate_rows": 0, "overlap_rows": 0, "notices": [], "sample": []}
+    assert tables.data_warnings({**data, **clean}) == []
+    assert len(shown(tables.data_table({**data, **clean})).splitlines()) == 3
+
+
+def test_the_plan_gives_each_choice_its_reason(whole_run: RunDir) -> None:
+    plan = read_json(whole_run.plan)
+    plan["choices"].append({"name": "[x]", "value": "[/]", "reason": "[bold]"})
+    rows = [line.split("   ") for line in shown(tables.plan_table(plan)).splitlines()]
+    assert len(rows) == 4
+    assert [cell.strip() for cell in rows[3] if cell.strip()] == ["[x]", "[/]", "[bold]"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_before_and_after_with_intervals_and_answers_side_by_side(scores: dict[str, Any], width: int) -> None:
+    lines = shown(tables.score_table(scores), width).splitlines()
+    flat = " ".join(" ".join(lines).split())
+    assert "held-out loss 2.113 → 1.246" in flat
+    assert all(len(line) <= width for line in lines)
+    assert any(line.startswith("base, 0.080") and "tuned, 1.000" in line for line in lines)
+    if width >= 80:
+        assert "token_f1 on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)" in flat
+        assert any(line.startswith("The ending -olol") and line.rstrip().endswith("A beta blocker.") for line in lines)
+
+
+def test_without_a_metric_only_the_loss_is_compared(scores: dict[str, Any]) -> None:
+    bare = copy.deepcopy(scores)
+    bare["samples"] = []
+    for who in ("base", "tuned"):
+        bare[who] |= {"score": None, "low": None, "high": None}
+    assert tables.score_rows(bare) == [("held-out loss", "2.113 → 1.246")]
+
+
+def test_the_end_of_a_run_says_what_came_out_and_what_to_type_next(whole_run: RunDir) -> None:
+    lines = [line.strip() for line in shown(tables.end_of_run(whole_run), 240).splitlines()]
+    run = whole_run.path
+    assert [" ".join(line.split()) for line in lines if line] == [
+        "held-out loss 2.113 → 1.246",
+        "token_f1 on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)",
+        "peak memory 4.8 GiB of 8.0 GiB",
+        "training took 18 min 24 s",
+        f"adapter {run}/adapter",
+        f"qtune chat {run}",
+        f"qtune merge {run} --output merged/medical-1",
+        f"qtune report {run}",
+    ]
+
+
+def test_a_run_that_ended_early_promises_nothing(started_run: RunDir) -> None:
+    lines = [" ".join(line.split()) for line in shown(tables.end_of_run(started_run), 240).splitlines()]
+    assert [line for line in lines if line] == ["adapter none was saved", f"qtune report {started_run.path}"]
+
+
+def test_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "my run; rm")
+    assert tables.next_commands(run)[0] == f"qtune chat '{tmp_path}/my run; rm'"
+    assert tables.next_commands(run)[1].endswith("--output 'merged/my run; rm'")
+
+
+def test_figures_of_a_merge(whole_run: RunDir) -> None:
+    measured = {
+        "onto": "dequantised",
+        "mean_kl": 5.6e-6,
+        "agreement_fraction": 0.998,
+        "live_loss": 1.2461,
+        "merged_loss": 1.2462,
+        "passed": True,
+        "greedy": [{"same": True}, {"same": False}],
+    }
+    report = {"tensors": 290, "shards": 1, "bytes": 10**7, "onto": "dequantised", "dtype": "float16", "measured": []}
+    report |= {"output": "merged/[x]", "verdict": measured}
+    text = shown(tables.merge_table(report, measured), 120)
+    assert "merged/[x]" in text
+    assert "passed: mean KL 5.6e-06 nats, same next token 99.8 %" in text
+    assert "FAILED" in shown(tables.merge_table(report, {**measured, "passed": False}), 120)
+    write_json(whole_run.merge, report)
