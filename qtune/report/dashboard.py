@@ -21,7 +21,7 @@ from qtune.report.words import finite, format_duration, format_loss, format_norm
 from qtune.units import format_count, format_percent, format_rate
 
 LEAST_PAUSE_SECONDS = 0.25
-DRAWING_FRACTION = 0.01
+DRAWING_FRACTION = 0.008
 TWO_COLUMNS_FROM = 110
 SIDE_WIDTHS = (40, 54)
 LEAST_CURVE_LINES, MOST_CURVE_LINES = 6, 32
