@@ -32,13 +32,12 @@ alpha = {alpha}
 train = "{data}"
 format = "question-answer"
 held_out_fraction = 0
-max_tokens = 1024
+max_tokens = 2048
 on_long = "truncate"
 [train]
 max_steps = {steps}
 epochs = 100
 gradient_accumulation = {accumulation}
-gradient_checkpointing = false
 [evaluate]
 metric = "none"
 """
@@ -143,7 +142,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "qtune" / "demo_base")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of the trl script")
-    parser.add_argument("--accumulation", type=int, default=2, help="packs of 1,024 tokens in a qtune step")
+    parser.add_argument("--accumulation", type=int, default=1, help="packs of 2,048 tokens in a qtune step")
     parser.add_argument("--plain-trl", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     data, base = options.data.resolve(), options.base.resolve()

@@ -7,6 +7,7 @@ from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
 from qtune.data.packing import PackedRow, collate
+from qtune.memory import tiled_loss
 from qtune.model.base import autocast
 
 
@@ -14,20 +15,28 @@ from qtune.model.base import autocast
 def held_out_loss(model: torch.nn.Module, rows: Sequence[PackedRow], device: str, compute_dtype: str) -> float:
     """Sum of losses over sum of trained tokens; a row is one pack, run on its own, so memory is a pack's.
 
-    The head is trl's fused one, as in training: the (T, vocabulary) logits are never whole.
+    The loss is made as in training: in tiles, the (T, vocabulary) logits never whole.
     """
     was_training = model.training
     model.eval()
-    with_fused_head(model)
     nats = tokens = 0.0
     with autocast(device, compute_dtype):
         for row in rows:
             batch = {name: to_device(value, device) for name, value in collate([row]).items()}
-            output = model(**batch, fused_lm_head=True, use_cache=False)
-            nats -= output.log_probs.double().sum().item()
-            tokens += output.label_mask.sum().item()
+            loss, count = _summed(model, batch)
+            nats, tokens = nats + loss.item(), tokens + count.item()
     model.train(was_training)
     return nats / tokens
+
+
+def _summed(model: torch.nn.Module, batch: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss in nats and the number of trained tokens."""
+    if tiled_loss.suits(model):
+        output = model(**batch, tiled_loss=True)
+        return output.nats, output.tokens
+    with_fused_head(model)
+    output = model(**batch, fused_lm_head=True, use_cache=False)
+    return -output.log_probs.sum(), output.label_mask.sum()
 
 
 def to_device(value: object, device: str) -> object:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qtune.errors import MachineError, ModelError
-from qtune.memory import document_attention
+from qtune.memory import document_attention, tiled_loss
 from qtune.recipe.schema import Model
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
@@ -154,6 +154,7 @@ def load_base(model: Model, device: str, compute_dtype: str) -> PreTrainedModel:
     )
     loaded.requires_grad_(False)
     keep_weights_as_quantised(loaded)
+    tiled_loss.install(loaded)
     loaded.config.use_cache = False
     return loaded
 

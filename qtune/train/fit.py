@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from qtune.data.packing import PackedRow, collate
 from qtune.errors import TrainingDiverged
 from qtune.events import Evaluated, Finished, Listener, Started, StepDone
+from qtune.memory import tiled_loss
 from qtune.memory.ledger import Ledger
 from qtune.model.adapter import trained_parameters, use_master_dtype
 from qtune.plan.decide import Plan
@@ -60,6 +61,19 @@ class MeteredTrainer(SFTTrainer):
         samples = super().get_batch_samples(*args, **kwargs)
         self.meter.wait_seconds += time.perf_counter() - start
         return samples
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The summed loss over the tokens of the whole step; trl's own where the head does not allow tiles."""
+        if not tiled_loss.suits(self.model):
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        output = model(**inputs, tiled_loss=True)
+        return output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.meter.count(inputs)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qtune.evaluate.loss import held_out_loss, with_fused_head
+from qtune.memory import tiled_loss
 from qtune.model import adapter, base
 from qtune.recipe.schema import Lora, Model
 
@@ -46,10 +47,17 @@ def test_how_rows_are_packed_does_not_matter(tiny_base) -> None:
     assert together == pytest.approx(apart, abs=1e-6)
 
 
-def test_the_mode_is_left_as_it_was_and_the_head_is_fused_once(tiny_base) -> None:
+def test_the_mode_is_left_as_it_was(tiny_base) -> None:
     model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=4), 0).train()
     held_out_loss(model, ROWS, "cpu", "float32")
     assert model.training
-    forward = model.get_base_model().forward
+
+
+def test_a_head_without_tiles_goes_through_trls_and_gives_the_same(tiny_base, monkeypatch) -> None:
+    model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32")
+    tiled = held_out_loss(model, ROWS, "cpu", "float32")
+    monkeypatch.setattr(tiled_loss, "suits", lambda model: False)
+    assert held_out_loss(model, ROWS, "cpu", "float32") == pytest.approx(tiled, abs=1e-6)
+    forward = model.forward
     with_fused_head(model)
-    assert model.get_base_model().forward == forward
+    assert model.forward == forward

@@ -1,0 +1,93 @@
+"""The loss without the logits: head and cross-entropy in tiles of tokens, the gradient made on the way.
+
+Held less of: the (T, V) logits and their gradient; a tile of them lives at a time, for labelled positions only. What
+is kept for the backward pass is one (N, H) gradient of the hidden states.
+Costs: nothing; the logits are made once, where recomputing them in the backward pass makes them twice.
+Refuses: a head that is trained, has a bias, or scales or caps its logits (`suits` says no); trl's own fused head is
+used there.
+
+The gradient of the cross-entropy does not depend on what follows but for a factor, so it can be made in the forward
+pass (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989, section 3).
+
+Letters: T tokens of a row, N of them labelled, H hidden, V vocabulary.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+TILE_BYTES = 64 * 1024**2
+SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+IGNORED = -100
+
+
+@dataclass
+class SummedLoss(ModelOutput):
+    """`nats`: the summed loss of all labelled tokens, a scalar; `tokens`: how many there are."""
+
+    nats: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+def suits(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the head of a causal model, with an adapter on it or not, is one that this loss can stand in for."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    is_plain = isinstance(head, torch.nn.Linear) and head.bias is None and not head.weight.requires_grad
+    return is_plain and not any(getattr(config, name, None) for name in SCALES)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let `model(**batch, labels=labels, tiled_loss=True)` return a SummedLoss. Any other call is its own forward."""
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
+    def forward(self: PreTrainedModel, *args: Any, tiled_loss: bool = False, **kwargs: Any) -> Any:
+        if not tiled_loss:
+            return original(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        return summed_loss(hidden, self.get_output_embeddings().weight, labels)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> SummedLoss:
+    """Loss of predicting each next label from `hidden` (B, T, H) by the head `weight` (V, H); `labels` are (B, T)."""
+    wanted = labels[:, 1:]
+    is_labelled = wanted != IGNORED
+    nats = _TiledCrossEntropy.apply(hidden[:, :-1][is_labelled], weight, wanted[is_labelled])
+    return SummedLoss(nats=nats, tokens=is_labelled.sum())
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in float32 of `hidden` (N, H) @ `weight`.T against `labels` (N,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        assert not weight.requires_grad, "the head is frozen"
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        tile_tokens = max(16, TILE_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(hidden), tile_tokens):
+            tile = slice(start, start + tile_tokens)
+            log_p = torch.log_softmax((hidden[tile].to(weight.dtype) @ weight.t()).float(), dim=-1)
+            own = labels[tile, None]
+            total -= log_p.gather(1, own).sum()
+            if gradient is not None:
+                p = log_p.exp_()  # the logits' gradient is p - 1 at the label and p elsewhere
+                p.scatter_add_(1, own, torch.full_like(p[:, :1], -1.0))
+                gradient[tile] = p.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
