@@ -15,8 +15,11 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step. `loss` is nats per trained token over the step's tokens; `tokens` counts all of them
-    (padding never), `trained_tokens` those with a label; `wait_seconds` is the part of `step_seconds` spent on data."""
+    """An optimizer step, and those before it since the last such event (`train.log_every`).
+
+    `loss` is nats per trained token, the mean over the steps; `tokens` counts all of their tokens (there is no
+    padding), `trained_tokens` those with a label; `wait_seconds` is the part of `step_seconds` spent waiting for data.
+    """
 
     step: int
     epoch: float

@@ -21,7 +21,7 @@ from qtune.data.prepare import Prepared, prepare
 from qtune.deploy.fold import DType, Onto
 from qtune.deploy.merge import merge
 from qtune.deploy.verify import Verdict, verify
-from qtune.errors import MachineError, VerificationFailed
+from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.evaluate.loss import held_out_loss
 from qtune.events import Event, Listener, Notice, Saved
@@ -81,30 +81,45 @@ def start_folder(ready: Ready, recipe_text: str, output: Path | None) -> RunDir:
     return run
 
 
-def run(ready: Ready, run: RunDir, console: Console) -> Fitted:
-    """Load, score, train, score again; everything worth keeping is in the run folder when this returns."""
+def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
+    """Load, score, train, score again; everything worth keeping is in `folder` when this returns."""
     recipe, plan = ready.recipe, ready.plan
-    with listener_for(console, recipe.name, plan.steps) as dashboard:
+    with listener_for(console, _title(recipe), plan.steps) as dashboard:
 
         def listen(event: Event) -> None:
-            run.record(event)
+            folder.record(event)
             dashboard(event)
 
         ledger = Ledger.begin(plan.device)
-        listen(Notice(f"loading {recipe.model.base}"))
-        loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
-        write_json(run.lock, lock(ready, base.quantized_modules(loaded)))
-        model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
-        check_disk(run.path, model)
+        model = _load(ready, folder, listen)
         before = _score("base", ready, model, listen)
         reset_peak(plan.device)
-        fitted = _train(ready, model, ledger, listen, run)
-        listen(_save(run, model, recipe.model.base))
+        fitted = _train(ready, model, ledger, listen, folder)
+        listen(_save(folder, model, recipe.model.base))
         if fitted.stopped_by is None:
             after = _score("tuned", ready, model, listen)
-            _keep_scores(run, ready, before, after)
-    summary.write_summary(run)
+            _keep_scores(folder, ready, before, after)
+    summary.write_summary(folder)
     return fitted
+
+
+def _load(ready: Ready, folder: RunDir, listen: Listener) -> PeftModel:
+    """The base with a fresh adapter. A run that the user must put right before it can start leaves no folder."""
+    recipe, plan = ready.recipe, ready.plan
+    listen(Notice(f"loading {recipe.model.base}"))
+    try:
+        loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
+        write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
+        model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
+        check_disk(folder.path, model)
+    except UserError:
+        shutil.rmtree(folder.path)
+        raise
+    return model
+
+
+def _title(recipe: Recipe) -> str:
+    return f"{recipe.name}   {recipe.model.base}   LoRA rank {recipe.lora.rank}"
 
 
 def _train(ready: Ready, model: PeftModel, ledger: Ledger, listen: Listener, run: RunDir) -> Fitted:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import RunFolderError
-from qtune.events import EVENT_BY_NAME, Event, MemoryMeasured, Notice
+from qtune.events import EVENT_BY_NAME, Event, MemoryMeasured
 
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 
@@ -109,17 +109,18 @@ class RunDir:
             file.write(line + "\n")
 
     def events(self) -> Iterator[Event]:
-        """Every event of the run: metrics.jsonl in order, then memory.jsonl."""
+        """Every event of the run: metrics.jsonl in order, then memory.jsonl.
+
+        What stands behind the last line feed was never finished, and is left out.
+        """
         for path in (self.metrics, self.memory):
-            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            finished = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+            for line in finished:
                 values = json.loads(line)
                 kind = EVENT_BY_NAME[values.pop("event")]
                 if kind is MemoryMeasured:
                     values["parts"] = tuple((name, size) for name, size in values["parts"])
                 yield kind(**values)
-
-    def notices(self) -> list[str]:
-        return [event.text for event in self.events() if isinstance(event, Notice)]
 
 
 def default_path(name: str, now: datetime) -> Path:

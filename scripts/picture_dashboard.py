@@ -7,7 +7,9 @@ The picture is made from the run's own events, by the code that draws the live v
 """
 
 import argparse
+import html
 import io
+import re
 import shutil
 import subprocess
 from datetime import datetime
@@ -35,6 +37,21 @@ def replay(run: RunDir, fraction: float) -> View:
     )
 
 
+def place_each_character(drawing: str) -> str:
+    """rich gives each text a width, which librsvg ignores: put every character on the grid of 12.2 units instead."""
+
+    def place(match: re.Match[str]) -> str:
+        before, x, after, text = match.groups()
+        after = re.sub(r' textLength="[^"]*"', "", after)
+        return "".join(
+            f'<text{before} x="{float(x) + 12.2 * column:.1f}"{after}>{html.escape(char)}</text>'
+            for column, char in enumerate(html.unescape(text))
+            if char not in " \xa0"
+        )
+
+    return re.sub(r'<text( class="[^"]*") x="([\d.]+)"( y[^>]*)>([^<]*)</text>', place, drawing)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -48,7 +65,7 @@ def main() -> None:
     options.target.parent.mkdir(parents=True, exist_ok=True)
     svg = options.target.with_suffix(".svg")
     drawing = console.export_svg(title=f"qtune run {options.run.name}", theme=THEME)
-    svg.write_text(drawing.replace("Fira Code", "DejaVu Sans Mono"), encoding="utf-8")
+    svg.write_text(place_each_character(drawing.replace("Fira Code", "DejaVu Sans Mono")), encoding="utf-8")
     if shutil.which("rsvg-convert"):
         subprocess.run(["rsvg-convert", "--zoom", "1.2", svg, "-o", options.target.with_suffix(".png")], check=True)
 

@@ -31,13 +31,13 @@ LEAST_WAIT_FRACTION = 0.01
 LEAST_HELD_OUT_RISES = 2
 
 
-def listener_for(console: Console, title: str, steps: int, log_every: int = 1) -> "Dashboard | PlainLines":
+def listener_for(console: Console, title: str, steps: int) -> "Dashboard | PlainLines":
     """A dashboard on a terminal that can show one, else plain lines; both are context managers and listeners."""
     # A forced terminal (FORCE_COLOR) may still be a file or a pipe, where a dashboard would be thousands of frames.
     is_screen = console.file.isatty() and console.is_interactive and not console.is_dumb_terminal
     if is_screen and console.encoding.lower().startswith("utf"):
         return Dashboard(title, steps, console)
-    return PlainLines(console.file, steps, log_every)
+    return PlainLines(console.file, steps)
 
 
 class Dashboard:

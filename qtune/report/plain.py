@@ -13,21 +13,20 @@ from qtune.units import format_count, format_rate
 
 
 class PlainLines:
-    """A listener that writes to `file`, flushed line by line: a step every `log_every` steps, and the last one.
+    """A listener that writes to `file`, flushed line by line.
 
     A reader that goes away (`qtune run ... | head`) ends the lines, not the run.
     """
 
-    def __init__(self, file: IO[str], steps: int, log_every: int = 1):
-        self._file, self._log_every = file, log_every
+    def __init__(self, file: IO[str], steps: int):
+        self._file = file
         self._view = View("", steps)
 
     def __call__(self, event: Event) -> None:
         said = self._view.messages
         self._view = advance(self._view, event, datetime.now())
         if isinstance(event, StepDone):
-            if event.step % self._log_every == 0 or event.step == self._view.steps:
-                self._write(step_line(self._view))
+            self._write(step_line(self._view))
         elif self._view.messages is not said:
             step, text = self._view.messages[-1]
             self._write(f"step {step}/{self._view.steps}  {text}" if step else text)

@@ -57,15 +57,6 @@ def test_a_run_in_lines(run_events: list[Event]) -> None:
     assert not any("\x1b" in line for line in written)
 
 
-def test_log_every_thins_the_steps_and_keeps_the_last(run_events: list[Event]) -> None:
-    file = io.StringIO()
-    with PlainLines(file, 282, log_every=50) as lines:
-        for event in run_events:
-            lines(event)
-    steps = [line.split("/")[0] for line in file.getvalue().splitlines() if "  loss " in line]
-    assert steps == ["step 50", "step 100", "step 150", "step 200", "step 250", "step 282"]
-
-
 def test_a_log_in_a_poorer_encoding_gets_what_it_can_hold(run_events: list[Event]) -> None:
     raw = io.BytesIO()
     with PlainLines(io.TextIOWrapper(raw, encoding="ascii"), 282) as lines:
