@@ -154,7 +154,7 @@ def merge_table(report: dict[str, Any], verdict: dict[str, Any]) -> RenderableTy
     same = sum(answer["same"] for answer in verdict["greedy"])
     table.add_row(
         "",
-        f"held-out loss {verdict['live_loss']:.4f} live, {verdict['merged_loss']:.4f} merged;"
+        f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['merged_loss']:.4f} merged;"
         f" {same} of {len(verdict['greedy'])} greedy answers the same",
     )
     return table

@@ -99,8 +99,8 @@ class Reporter(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         gradients = [p.grad for p in trained_parameters(self.trainer.model) if p.grad is not None]
-        finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()
-        if not finite and not args.fp16:  # with fp16 the gradient scaler skips such a step and halves its scale
+        is_finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        if not is_finite and not args.fp16:  # with fp16 the gradient scaler skips such a step and halves its scale
             raise diverged(state.global_step + 1, "gradient", args.learning_rate)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
