@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from qtune.data.packing import PackedRow
 
+from qtune.data.packing import PackedRow
 from qtune.errors import TrainingDiverged
 from qtune.evaluate.loss import held_out_loss
 from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Started, StepDone
