@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qtune.data.formats import Conversation, Document
 from qtune.data.rows import Dropped
+from qtune.data.template import ChatTemplate
 from qtune.data.tokens import Example
 
 SHOWN_PLACES = 3
@@ -59,3 +61,18 @@ def count_overlap(train: Sequence[Example], held_out: Sequence[Example]) -> int:
     """Held-out rows that are trained on too."""
     seen = {tuple(example.input_ids) for example in train}
     return sum(tuple(example.input_ids) in seen for example in held_out)
+
+
+def template_notices(template: ChatTemplate, items: Sequence[Conversation | Document]) -> tuple[str, ...]:
+    """What the chat template does to these rows that their writer may not expect."""
+    notices = []
+    chats = [item for item in items if isinstance(item, Conversation)]
+    if not template.takes_system and any(chat.messages[0].role == "system" for chat in chats):
+        notices.append("The chat template knows no system prompt, so it stands before the first question.")
+    if template.differing_prompts is not None:
+        asked, written = template.differing_prompts
+        notices.append(
+            f"The chat template asks with {asked!r}, and puts {written!r} before the answer of a row. Answers are"
+            " learned and scored behind the second."
+        )
+    return tuple(notices)

@@ -1,12 +1,13 @@
 """One raw row becomes a conversation or a document; one function per format."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from qtune.data.rows import Dropped, Row
 from qtune.errors import DataError
-from qtune.recipe.schema import Columns
+from qtune.recipe.schema import Columns, DataFormat
 
 ROLE_BY_NAME = {
     "system": "system",
@@ -48,11 +49,32 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of one shape are read: the column names each field may have, the needed fields, and the reader."""
+    """How rows of one shape are read.
+
+    `fields` names every field the format has, with the columns it is looked for in (none: only where the recipe maps
+    one); a row must have the `needed` ones.
+    """
 
     fields: dict[str, tuple[str, ...]]
     needed: tuple[str, ...]
     read: Callable[[dict[str, Any], str | None], tuple[Message, ...] | str]
+
+    def columns(self, present: Collection[str], mapped: Columns) -> dict[str, str]:
+        """The column of each field that has one: the mapped one, else the first of its own that no mapping claims."""
+        claimed = {field: column for field, column in mapped if column is not None}
+        free = [column for column in present if column not in claimed.values()]
+        found = {}
+        for field, own in self.fields.items():
+            candidates = [claimed[field]] if field in claimed else [name for name in own if name in free]
+            if candidates and candidates[0] in present:
+                found[field] = candidates[0]
+        return found
+
+    def fits(self, present: Collection[str], mapped: Columns) -> bool:
+        """Whether the needed columns are there, and every mapped field is one that this format has."""
+        found = self.columns(present, mapped)
+        fields = {field for field, column in mapped if column is not None}
+        return all(field in found for field in self.needed) and fields <= self.fields.keys()
 
     @property
     def wanted(self) -> str:
@@ -63,17 +85,29 @@ class Format:
 def _pair(values: dict[str, Any], system: str | None) -> tuple[Message, ...]:
     """Prompt, optional input under it, and completion."""
     prompt = _text(values, "prompt", "prompt")
-    extra = values.get("input")
-    if isinstance(extra, str) and extra.strip():
-        prompt = f"{prompt}\n\n{extra.strip()}"
+    extra = _input(values)
+    if extra:
+        prompt = f"{prompt}\n\n{extra}"
     turns = [Message("user", prompt), Message("assistant", _text(values, "completion", "answer"))]
-    past = values.get("history") or []
-    if not isinstance(past, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in past):
-        raise BadRow("the history is not a list of question and answer pairs")
-    earlier = [
-        Message(role, str(part)) for turn in past for role, part in zip(("user", "assistant"), turn, strict=True)
-    ]
-    return (*_system(values, system), *earlier, *turns)
+    return (*_system(values, system), *_history(values.get("history") or []), *turns)
+
+
+def _input(values: dict[str, Any]) -> str:
+    """The extra input, stripped; a list of texts is joined as paragraphs."""
+    extra = values.get("input")
+    parts = extra if isinstance(extra, list) else [] if extra is None else [extra]
+    for part in parts:
+        if not isinstance(part, str):
+            raise BadRow(f"the input is {_kind(part)}, not text")
+    return "\n\n".join(parts).strip()
+
+
+def _history(past: Any) -> list[Message]:
+    """Earlier turns as alpaca has them: a list of [question, answer]."""
+    pairs = past if isinstance(past, list) else [past]
+    if not all(isinstance(pair, list) and [type(part) for part in pair] == [str, str] for pair in pairs):
+        raise BadRow("the history is not a list of question and answer texts")
+    return [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 def _chat(values: dict[str, Any], system: str | None) -> tuple[Message, ...]:
@@ -84,22 +118,27 @@ def _chat(values: dict[str, Any], system: str | None) -> tuple[Message, ...]:
     if not turns:
         raise BadRow("the list of messages is empty")
     messages = [message for number, turn in enumerate(turns, start=1) for message in _turn(number, turn)]
-    if messages[-1].role != "assistant":
-        raise BadRow(f"the last message is the {messages[-1].role}'s, so there is no answer to learn")
+    if not messages or messages[-1].role != "assistant":
+        last = messages[-1].role if messages else "system"
+        raise BadRow(f"the last message is the {last}'s, so there is no answer to learn")
     return (*(() if messages[0].role == "system" else _system(values, system)), *messages)
 
 
 def _turn(number: int, turn: Any) -> list[Message]:
+    """The message of one turn, or both of a pair; none for a system prompt that says nothing."""
     if not isinstance(turn, dict):
         raise BadRow(f"message {number} is {_kind(turn)}, not an object with role and content")
     if "human" in turn and "assistant" in turn:
-        return [
-            Message("user", _content(number, turn["human"])),
-            Message("assistant", _content(number, turn["assistant"])),
-        ]
+        return [Message(ROLE_BY_NAME[key], _content(number, turn[key])) for key in ("human", "assistant")]
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise BadRow(f"message {number} calls a tool, and qtune trains text only")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if role is None:
+        raise BadRow(f"message {number} has no role")
     if not isinstance(role, str) or role not in ROLE_BY_NAME:
         raise BadRow(f"message {number} has the role {role!r}, which does not exist: system, user or assistant")
+    if role == "system" and (content is None or content == ""):
+        return []
     return [Message(ROLE_BY_NAME[role], _content(number, content))]
 
 
@@ -133,7 +172,9 @@ def _text(values: dict[str, Any], field: str, called: str) -> str:
 
 def _system(values: dict[str, Any], system: str | None) -> tuple[Message, ...]:
     own = values.get("system")
-    chosen = own if isinstance(own, str) and own.strip() else system
+    if own is not None and not isinstance(own, str):
+        raise BadRow(f"the system prompt is {_kind(own)}, not text")
+    chosen = own if own and own.strip() else system
     return (Message("system", chosen),) if chosen else ()
 
 
@@ -157,7 +198,7 @@ FORMATS = {
         _pair,
     ),
     "prompt-completion": Format(
-        {"prompt": ("prompt",), "completion": ("completion", "response"), "system": ("system",)},
+        {"prompt": ("prompt",), "completion": ("completion", "response"), "input": (), "system": ("system",)},
         ("prompt", "completion"),
         _pair,
     ),
@@ -165,6 +206,7 @@ FORMATS = {
         {
             "prompt": ("question", "query", "input"),
             "completion": ("answer", "response", "output"),
+            "input": (),
             "system": ("system",),
         },
         ("prompt", "completion"),
@@ -174,35 +216,49 @@ FORMATS = {
 }
 
 
-def recognise(columns: Collection[str], mapped: Columns) -> str:
-    """The format whose needed columns are all there, after the recipe's mapping; DataError where none fits."""
-    for name, form in FORMATS.items():
-        if all(_column(form, field, columns, mapped) for field in form.needed):
-            return name
-    wanted = "; ".join(f"{name}: {form.wanted}" for name, form in FORMATS.items())
+def recognise(wanted: DataFormat, rows: Sequence[Row], mapped: Columns) -> str:
+    """The name of the format to read `rows` with; auto goes by the first row, then by the columns of all.
+
+    Raises DataError where the columns fit no format, or not the wanted one, and for a mapped column no row has.
+    """
+    present = list(dict.fromkeys(column for row in rows for column in row.values))
+    for field, column in mapped:
+        if column is not None and column not in present:
+            near = get_close_matches(column, present, 1)
+            hint = f" Did you mean {near[0]}?" if near else f" The columns are {', '.join(present)}."
+            raise DataError(f'data.columns.{field} = "{column}": no row has such a column.{hint}')
+    candidates = list(FORMATS) if wanted == "auto" else [wanted]
+    for columns in (list(rows[0].values), present):
+        for name in candidates:
+            if FORMATS[name].fits(columns, mapped):
+                return name
+    asked = "no format fits" if wanted == "auto" else f'data.format = "{wanted}" does not fit'
+    needs = "; ".join(f"{name} needs {FORMATS[name].wanted}" for name in candidates)
     raise DataError(
-        f"no format has the columns {', '.join(map(repr, columns))}. Formats and their columns: {wanted}."
-        ' Name yours in [data.columns], such as prompt = "ask" and completion = "reply".'
+        f"{asked} the columns {', '.join(present)}: {needs}. Name yours in [data.columns], such as"
+        ' prompt = "ask" and completion = "reply".'
     )
-
-
-def _column(form: Format, field: str, columns: Collection[str], mapped: Columns) -> str | None:
-    """The data's column for a field: the mapped one, else the first of the format's own that is there."""
-    own = getattr(mapped, field, None)
-    candidates = (own,) if own else form.fields.get(field, ())
-    return next((name for name in candidates if name in columns), None)
 
 
 def read(row: Row, name: str, mapped: Columns, system: str | None) -> Conversation | Document | Dropped:
     """The row as the format `name` reads it, or why it cannot be."""
     form = FORMATS[name]
-    fields = {field: _column(form, field, row.values, mapped) for field in (*form.fields, "input", "system")}
-    missing = [field for field in form.needed if fields[field] is None]
+    columns = form.columns(row.values.keys(), mapped)
+    missing = [field for field in form.needed if field not in columns]
     if missing:
         return Dropped(row.place, f"has no column for the {' and the '.join(missing)}")
-    values = {field: row.values[column] for field, column in fields.items() if column is not None}
     try:
-        result = form.read(values, system)
+        result = form.read({field: row.values[column] for field, column in columns.items()}, system)
+        _refuse_half_characters([result] if isinstance(result, str) else [message.content for message in result])
     except BadRow as fault:
         return Dropped(row.place, str(fault))
     return Document(result, row.place) if isinstance(result, str) else Conversation(result, row.place)
+
+
+def _refuse_half_characters(texts: Iterable[str]) -> None:
+    """JSON can spell one half of a surrogate pair, which is no character and has no tokens."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            raise BadRow(f"the text holds half a character (\\u{ord(text[fault.start]):04x})") from None

@@ -3,19 +3,43 @@
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import load_dataset
+import datasets
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from qtune.errors import DataError, MachineError
 
+TIMEOUT_SECONDS = 10
+
 
 def load(name: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
-    """The rows of one split, downloaded once. Raises DataError or MachineError that says what would work."""
+    """The rows of one split, downloaded once and then taken from the cache.
+
+    Raises DataError for a dataset, subset or split that is not there, MachineError where the hub cannot give it.
+    """
     try:
-        return load_dataset(name, subset, split=split)
+        _look_up(name)
+        return datasets.load_dataset(name, subset, split=split)
+    except (HFValidationError, RepositoryNotFoundError, DatasetNotFoundError):
+        raise DataError(
+            f"{name}: is no file here, and the Hugging Face hub has no such dataset that you may read. Check the"
+            " name, or log in with `hf auth login` for one that is private or gated."
+        ) from None
     except ValueError as fault:  # an unknown split or subset; datasets names those there are
-        raise DataError(f"data.train: {name}: {str(fault).splitlines()[0]}") from None
+        raise DataError(f"{name}: {str(fault).splitlines()[0]}") from None
     except Exception as fault:  # the hub, its client and the network fail in as many ways as there are layers
         raise MachineError(
-            f"data.train: {name!r} is no file here, and the hub cannot give it ({type(fault).__name__}). Check the"
-            ' name; without a network, download it elsewhere and name the file: train = "rows.jsonl".'
+            f"{name}: is no file here, and the Hugging Face hub cannot give it ({type(fault).__name__}). Download it"
+            ' where there is a network, and name the local file: train = "rows.jsonl".'
         ) from None
+
+
+def _look_up(name: str) -> None:
+    """Ask the hub once. Where it does not answer, `datasets` goes straight to its cache, not through its retries."""
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT_SECONDS)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise
+    except Exception:  # no network, no name service, a proxy, offline mode
+        datasets.config.HF_HUB_OFFLINE = True

@@ -1,12 +1,14 @@
 """Examples become full sequences that keep their document boundaries; sequences become batches without padding."""
 
 import bisect
+import heapq
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 
-from qtune.data.tokens import Example
+from qtune.data.tokens import NOT_TRAINED, Example
 
 
 class PackedRow(TypedDict):
@@ -23,18 +25,25 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
     Best-fit decreasing (Ding et al. 2024, arXiv:2404.10830): every document goes, whole, where the least room is left.
     Sequences come in the order of their first document.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    room: list[tuple[int, int]] = []  # (tokens left, sequence), sorted
     packs: list[list[int]] = []
-    for index in order:
-        place = bisect.bisect_left(room, (lengths[index], -1))
-        if place == len(room):
-            left, number = max_tokens, len(packs)
-            packs.append([])
+    rooms: list[int] = []  # tokens left in sequences that have room, sorted, each value once
+    by_room: dict[int, list[int]] = defaultdict(list)  # the sequences with that much room, a heap
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(rooms, lengths[index])
+        if place < len(rooms):
+            room = rooms[place]
+            number = heapq.heappop(by_room[room])
+            if not by_room[room]:
+                del rooms[place]
         else:
-            left, number = room.pop(place)
+            room, number = max_tokens, len(packs)
+            packs.append([])
         packs[number].append(index)
-        bisect.insort(room, (left - lengths[index], number))
+        room -= lengths[index]
+        if room > 0:
+            if not by_room[room]:
+                bisect.insort(rooms, room)
+            heapq.heappush(by_room[room], number)
     return sorted(tuple(sorted(members)) for members in packs)
 
 
@@ -58,7 +67,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     lengths = tuple(length for row in rows for length in row["seq_lengths"])
     labels = torch.tensor([[label for row in rows for label in row["labels"]]])
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    labels[positions == 0] = -100
+    labels[positions == 0] = NOT_TRAINED
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
         "labels": labels,

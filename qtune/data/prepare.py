@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data import formats
-from qtune.data.check import DataReport, count_duplicates, count_overlap, group_dropped
+from qtune.data.check import DataReport, count_duplicates, count_overlap, group_dropped, template_notices
+from qtune.data.formats import Conversation, Document
 from qtune.data.packing import pack
-from qtune.data.rows import Dropped, Row, read_rows, refuse_bad_rows
+from qtune.data.rows import SHOWN_FAULTS, Dropped, read_rows, refuse_bad_rows
 from qtune.data.template import ChatTemplate
-from qtune.data.tokens import NOT_TRAINED, Encoder, Example, tokenize
+from qtune.data.tokens import NOT_TRAINED, Encoder, Example, fit, tokenize
 from qtune.errors import DataError
 from qtune.recipe.schema import Data, Recipe
 
@@ -34,86 +35,105 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one source, tokenised: `examples` in the source's order, and what was left out."""
+    """What one source held: rows read as its format has them, and those that are no use."""
+
+    name: str
+    format: str
+    items: tuple[Conversation | Document, ...]
+    dropped: tuple[Dropped, ...]
+
+    @property
+    def rows_read(self) -> int:
+        return len(self.items) + len(self.dropped)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A source's rows as examples, in its order, and all of its rows that were left out."""
 
     examples: tuple[Example, ...]
     dropped: tuple[Dropped, ...]
-    rows_read: int
-    format: str
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read, tokenise, split and pack what the recipe names. Raises DataError where nothing is left to train on."""
+    """Read, tokenise, split and pack what the recipe names.
+
+    Raises DataError for rows that cannot be used and where nothing is left, ModelError for a chat template.
+    """
     data = recipe.data
-    main = _read(data.train, data.train_split, data, tokenizer)
+    sources = [_read(data.train, data.train_split, data)]
     if data.held_out is not None:
-        apart = _read(data.held_out, data.held_out_split, data, tokenizer)
-        train, held_out = main.examples, apart.examples
+        sources.append(_read(data.held_out, data.held_out_split, data))
+    chats = any(isinstance(item, Conversation) for source in sources for item in source.items)
+    template, encoder = ChatTemplate.of(tokenizer) if chats else None, Encoder.of(tokenizer)
+    parts = [_tokenise(source, data, template, encoder) for source in sources]
+    if data.held_out is not None:
+        train, held_out = parts[0].examples, parts[1].examples
     else:
-        apart = Source((), (), 0, main.format)
-        train, held_out = _split(main.examples, data.held_out_fraction, recipe.train.seed)
-    train_packs, held_out_packs = _packs(train, data), _packs(held_out, data)
+        train, held_out = _split(parts[0].examples, data.held_out_fraction, recipe.train.seed)
+    packs = _packs(train, data)
     return Prepared(
         train=train,
         held_out=held_out,
-        train_packs=train_packs,
-        held_out_packs=held_out_packs,
-        stop_token_ids=_stop_token_ids(main, tokenizer),
-        report=_report(data, main, apart, train, held_out, len(train_packs), tokenizer),
+        train_packs=packs,
+        held_out_packs=_packs(held_out, data),
+        stop_token_ids=_stop_token_ids(template, tokenizer),
+        report=_report(data, sources, parts, train, held_out, len(packs), template, tokenizer),
         fingerprint=_fingerprint(train, held_out),
-        template_fingerprint=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+        template_fingerprint=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
     )
 
 
-def _read(source: str, split: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> Source:
-    raw = read_rows(source, split, data.subset, data.max_rows, data.on_bad_row)
-    name = _recognise(source, raw.rows[0], data) if data.format == "auto" and raw.rows else data.format
-    items = [formats.read(row, name, data.columns, data.system) for row in raw.rows]
-    unusable = [item for item in items if isinstance(item, Dropped)]
+def _read(name: str, split: str, data: Data) -> Source:
+    raw = read_rows(name, split, data.subset, data.max_rows, data.on_bad_row)
+    if not raw.rows:
+        return Source(name, data.format, (), raw.dropped)
+    try:
+        form = formats.recognise(data.format, raw.rows, data.columns)
+    except DataError as fault:
+        raise DataError(f"{name}: {fault}") from None
+    read = [formats.read(row, form, data.columns, data.system) for row in raw.rows]
+    unusable = tuple(item for item in read if isinstance(item, Dropped))
     if data.on_bad_row == "error":
         refuse_bad_rows(unusable)
-    usable = [item for item in items if not isinstance(item, Dropped)]
-    template = ChatTemplate.of(tokenizer) if any(isinstance(item, formats.Conversation) for item in usable) else None
-    encoder = Encoder.of(tokenizer)
-    tokenised = [tokenize(item, template, encoder, data.max_tokens, data.on_long) for item in usable]
-    examples = tuple(item for item in tokenised if isinstance(item, Example))
-    long = [item for item in tokenised if isinstance(item, Dropped)]
-    if data.on_long == "error" and long:
-        raise DataError(_too_long_message(long, data))
+    items = tuple(item for item in read if not isinstance(item, Dropped))
+    return Source(name, form, items, (*raw.dropped, *unusable))
+
+
+def _tokenise(source: Source, data: Data, template: ChatTemplate | None, encoder: Encoder) -> Tokenised:
+    """Every row's tokens, within data.max_tokens. Raises DataError where the recipe wants that, or none is left."""
+    whole = tokenize(source.items, template, encoder)
+    untraceable = [item for item in whole if isinstance(item, Dropped)]
+    if data.on_bad_row == "error":
+        refuse_bad_rows(untraceable)
+    rows = [item for item in whole if isinstance(item, Example)]
+    if data.on_long == "error":
+        _refuse_long_rows(rows, data.max_tokens)
+    fitted = [fit(row, data.max_tokens, is_cut=data.on_long == "truncate") for row in rows]
+    examples = tuple(item for item in fitted if isinstance(item, Example))
+    dropped = (*source.dropped, *untraceable, *(item for item in fitted if isinstance(item, Dropped)))
     if not examples:
-        raise DataError(_nothing_left_message(source, [*raw.dropped, *unusable, *long], usable, template, encoder))
-    return Source(examples, (*raw.dropped, *unusable, *long), len(raw.rows) + len(raw.dropped), name)
+        raise DataError(_nothing_left_message(source.name, dropped, rows))
+    return Tokenised(examples, dropped)
 
 
-def _recognise(source: str, row: Row, data: Data) -> str:
-    try:
-        return formats.recognise(row.values.keys(), data.columns)
-    except DataError as fault:
-        raise DataError(f"{source}: {fault}") from None
-
-
-def _too_long_message(long: Sequence[Dropped], data: Data) -> str:
-    first = long[0]
-    more = f" {len(long) - 1:,} more rows like it." if len(long) > 1 else ""
-    return (
-        f'{first.place}: {first.reason}.{more} Raise it, or choose data.on_long = "truncate" or "drop"'
-        f" (now {data.on_long!r})."
+def _refuse_long_rows(rows: Sequence[Example], max_tokens: int) -> None:
+    long = [row for row in rows if len(row.input_ids) > max_tokens]
+    if not long:
+        return
+    named = [f"{row.place}: has {len(row.input_ids):,} tokens." for row in long[:SHOWN_FAULTS]]
+    longest = max(len(row.input_ids) for row in long)
+    raise DataError(
+        "\n".join(named) + f"\n{len(long):,} of {len(rows):,} rows have more than data.max_tokens = {max_tokens:,}, the"
+        f' longest {longest:,}. Raise it, or choose data.on_long = "drop" or "truncate".'
     )
 
 
-def _nothing_left_message(
-    source: str,
-    dropped: Sequence[Dropped],
-    usable: Sequence[formats.Conversation | formats.Document],
-    template: ChatTemplate | None,
-    encoder: Encoder,
-) -> str:
+def _nothing_left_message(source: str, dropped: Sequence[Dropped], rows: Sequence[Example]) -> str:
     reason = group_dropped(dropped)[0]
-    message = f"{source}: no row is left to train on. {reason.rows:,} of {len(dropped):,} rows: {reason.reason}."
-    if usable and "longer than" in reason.reason:
-        whole = (tokenize(item, template, encoder, 2**40, "drop") for item in usable)
-        shortest = min(len(item.input_ids) for item in whole if isinstance(item, Example))
-        message += f" The shortest has {shortest:,} tokens: data.max_tokens must be at least that."
+    message = f"{source}: no row can be used. {reason.rows:,} of {len(dropped):,} rows: {reason.reason}."
+    if rows:
+        message += f" The shortest row has {min(len(row.input_ids) for row in rows):,} tokens: raise data.max_tokens."
     return message
 
 
@@ -126,7 +146,7 @@ def _split(
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
         raise DataError(
-            f"data.held_out_fraction = {fraction:g} leaves none of the {len(examples)} usable rows to train on. Lower"
+            f"data.held_out_fraction = {fraction:g} leaves nothing to train on: usable rows are {len(examples)}. Lower"
             " it, add rows, or name a data.held_out file."
         )
     apart = set(random.Random(seed).sample(range(len(examples)), count))
@@ -140,29 +160,30 @@ def _packs(examples: Sequence[Example], data: Data) -> tuple[tuple[int, ...], ..
     return tuple(pack([len(example.input_ids) for example in examples], data.max_tokens))
 
 
-def _stop_token_ids(main: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _stop_token_ids(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What ends an answer. Documents end with the tokenizer's end of sequence."""
-    if main.format != "text":
-        return ChatTemplate.of(tokenizer).stop_token_ids
+    if template is not None:
+        return template.stop_token_ids
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
 def _report(
     data: Data,
-    main: Source,
-    apart: Source,
+    sources: Sequence[Source],
+    parts: Sequence[Tokenised],
     train: Sequence[Example],
     held_out: Sequence[Example],
     packs: int,
+    template: ChatTemplate | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataReport:
     examples = [*train, *held_out]
     tokens = sum(len(example.input_ids) for example in train)
     return DataReport(
         source=data.train,
-        format=main.format,
-        rows_read=main.rows_read + apart.rows_read,
-        dropped=group_dropped([*main.dropped, *apart.dropped]),
+        format=sources[0].format,
+        rows_read=sum(source.rows_read for source in sources),
+        dropped=group_dropped([row for part in parts for row in part.dropped]),
         truncated_rows=sum(example.cut_tokens > 0 for example in examples),
         trained_tokens_lost=sum(example.cut_tokens for example in examples),
         train_rows=len(train),
@@ -174,15 +195,9 @@ def _report(
         pack_fill_fraction=tokens / (packs * data.max_tokens) if data.packing else 1.0,
         duplicate_rows=count_duplicates(train),
         overlap_rows=count_overlap(train, held_out),
-        notices=_notices(data, main, tokenizer),
+        notices=() if template is None else template_notices(template, [item for s in sources for item in s.items]),
         sample=_sample(train[0], tokenizer),
     )
-
-
-def _notices(data: Data, main: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    if main.format == "text" or data.system is None or ChatTemplate.of(tokenizer).takes_system:
-        return ()
-    return ("The chat template knows no system prompt, so it stands before the first question.",)
 
 
 def _sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:

@@ -2,14 +2,16 @@
 
 Where an answer stands in the rendered text is found by rendering the conversation a second time with a marker in place
 of every answer. What surrounds the markers is the template's own, so this works for templates that rewrite earlier
-turns, add empty thinking blocks or put the system prompt elsewhere, and needs no knowledge of any of them.
+turns or put the system prompt elsewhere, and needs no knowledge of any of them.
+
+What a template writes between its generation prompt and an answer (Qwen3's empty thinking block, gpt-oss's channel) is
+trained with the answer: when the model is asked, it stands at the generation prompt and has to write it itself.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.formats import Message
@@ -17,6 +19,7 @@ from qtune.errors import ModelError
 
 MARKER = "qtunemarker{}x"
 HOW_TO_GIVE_ONE = 'Give one in the recipe: [model] chat_template = "template.jinja".'
+QUESTION, ANSWER, SYSTEM = Message("user", "a question"), Message("assistant", "an answer"), "asystemprompt"
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,20 @@ class Piece:
 
 
 class Untraceable(Exception):
-    """A conversation the template rewrites so that its answers cannot be found again."""
+    """A conversation that the template rejects, or rewrites so that its answers cannot be found again."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template, understood: how it ends a turn, and whether it takes a system prompt."""
+    """A tokenizer's chat template, understood.
+
+    `opening` is what it writes after the generation prompt and before an answer, `end_of_turn` what ends one.
+    `differing_prompts` is there where it asks in one way and writes rows in another (QwQ's opened thinking block).
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    special_tokens: frozenset[str]
+    opening: str
+    differing_prompts: tuple[str, str] | None
     end_of_turn: str
     takes_system: bool
 
@@ -45,20 +53,18 @@ class ChatTemplate:
         """Raises ModelError where there is no template, it fails, or it never ends the assistant's turn."""
         if not tokenizer.chat_template:
             raise ModelError(f"model.base: this base has no chat template, and the rows are chats. {HOW_TO_GIVE_ONE}")
-        question = [Message("user", "a question")]
         try:
-            _, after = _render_marked(tokenizer, [*question, Message("assistant", "an answer")])
-        except (TemplateError, TypeError, ValueError) as fault:
-            raise ModelError(f"model.chat_template: fails on a question and an answer ({fault}).") from None
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-        special = frozenset(added | set(tokenizer.all_special_tokens))
-        end_of_turn = _end_of_turn(after, special)
+            before, after = _render_marked(tokenizer, [QUESTION, ANSWER])
+            opening, differing_prompts = _opening(tokenizer, before)
+        except Untraceable as fault:
+            raise ModelError(f"model.chat_template: fails on a question and an answer: {fault}.") from None
+        end_of_turn = _end_of_turn(after, tokenizer)
         if end_of_turn is None:
             raise ModelError(
                 f"model.chat_template: writes {after[:20]!r} after an answer, which is no special token, so a model"
                 f" trained with it would never stop. End every turn with one, {tokenizer.eos_token!r} perhaps."
             )
-        return cls(tokenizer, special, end_of_turn, _takes_system(tokenizer, question))
+        return cls(tokenizer, opening, differing_prompts, end_of_turn, _takes_system(tokenizer))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -68,38 +74,46 @@ class ChatTemplate:
         return (last,) if ends is None or ends == last else (last, ends)
 
     def pieces(self, messages: Sequence[Message]) -> tuple[Piece, ...]:
-        """The conversation as the model is to see it; answers and their end of turn are trained, nothing else.
+        """The conversation as the model is to see it: openings, answers and their ends are trained, nothing else.
 
-        Raises Untraceable for a conversation that the template rejects or rewrites beyond recognition.
+        The last trained piece is the last answer. Raises Untraceable.
         """
         messages = messages if self.takes_system else fold_system(messages)
-        try:
-            whole = _render(self.tokenizer, messages)
-            frame = _render_marked(self.tokenizer, messages)
-        except (TemplateError, TypeError, ValueError) as fault:
-            raise Untraceable(f"the chat template rejects it ({fault})") from None
-        answers = _answers_between(whole, frame, [m.content for m in messages if m.role == "assistant"])
+        whole = _render(self.tokenizer, messages)
+        frame = _render_marked(self.tokenizer, messages)
+        openings = [self.opening if part.endswith(self.opening) else "" for part in frame[:-1]]
+        frame = [*map(str.removesuffix, frame[:-1], openings), frame[-1]]
+        contents = [message.content for message in messages if message.role == "assistant"]
         pieces, before = [], frame[0]
-        for answer, after in zip(answers, frame[1:], strict=True):
-            end = _end_of_turn(after, self.special_tokens)
-            if end is None:
-                raise Untraceable("the chat template does not end one of its answers")
-            pieces += [Piece(before, False), Piece(answer + end, True)]
+        answers = _answers_between(whole, frame, openings, contents)
+        for opening, answer, after in zip(openings, answers, frame[1:], strict=True):
+            end = self.end_of_turn if after.startswith(self.end_of_turn) else ""
+            opening = opening if answer.startswith(opening) else ""
+            pieces += [Piece(before, False), Piece(opening, True), Piece(answer.removeprefix(opening) + end, True)]
             before = after.removeprefix(end)
-        return (*pieces, Piece(before, False)) if before else tuple(pieces)
+        if not end:
+            raise Untraceable("the chat template does not end its last answer")
+        return tuple(piece for piece in (*pieces, Piece(before, False)) if piece.text)
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """The system prompt at the head of the first question, for templates that know no system role."""
-    if not messages or messages[0].role != "system":
+    if messages[0].role != "system":
         return list(messages)
-    first, *rest = messages[1:]
-    return [Message(first.role, f"{messages[0].content}\n\n{first.content}"), *rest]
+    system, *rest = messages
+    first = next((i for i, message in enumerate(rest) if message.role == "user"), None)
+    if first is None:
+        raise Untraceable("the chat template knows no system prompt, and there is no question to put it before")
+    rest[first] = Message("user", f"{system.content}\n\n{rest[first].content}")
+    return rest
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+    except Exception as fault:  # a template is a program, and fails in as many ways as one
+        raise Untraceable(f"the chat template rejects it ({str(fault).splitlines()[0]})") from None
 
 
 def _render_marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
@@ -120,35 +134,58 @@ def _render_marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Messag
     return [*parts, rest]
 
 
-def _answers_between(whole: str, frame: list[str], contents: list[str]) -> list[str]:
-    """The answers as the template wrote them, perhaps stripped; the frame around them must be the same."""
+def _opening(tokenizer: PreTrainedTokenizerBase, before: str) -> tuple[str, tuple[str, str] | None]:
+    """What stands between the generation prompt and an answer; or both from the question on, where they disagree."""
+    asked = _render(tokenizer, [QUESTION], add_generation_prompt=True)
+    if asked == _render(tokenizer, [QUESTION]):  # it has no generation prompt
+        return "", None
+    if before.startswith(asked):
+        return before.removeprefix(asked), None
+    return "", (asked.partition(QUESTION.content)[2], before.partition(QUESTION.content)[2])
+
+
+def _answers_between(whole: str, frame: list[str], openings: list[str], contents: list[str]) -> list[str]:
+    """The answers as the template wrote them, openings included; the frame around them must be the same."""
     for as_written in (contents, [content.strip() for content in contents]):
-        if whole == "".join(part for pair in zip(frame, [*as_written, ""], strict=True) for part in pair):
-            return as_written
+        answers = [opening + content for opening, content in zip(openings, as_written, strict=True)]
+        if whole == _join(frame, answers):
+            return answers
     answers, at = [], len(frame[0])
     for after in frame[1:-1]:
         end = whole.find(after, at)
         answers.append(whole[at:end])
         at = end + len(after)
     answers.append(whole[at : len(whole) - len(frame[-1])])
-    rebuilt = "".join(part for pair in zip(frame, [*answers, ""], strict=True) for part in pair)
-    if rebuilt != whole:
-        raise Untraceable("the chat template rewrites one of its answers")
+    if whole != _join(frame, answers):
+        raise Untraceable("the chat template rewrites what stands around its answers")
     return answers
 
 
-def _end_of_turn(after: str, special_tokens: Collection[str]) -> str | None:
-    """What follows an answer, up to and with the special token that ends the turn; None where none follows."""
-    found = [token for token in special_tokens if after.lstrip().startswith(token)]
-    if not found:
+def _join(frame: list[str], answers: list[str]) -> str:
+    return "".join(part for pair in zip(frame, [*answers, ""], strict=True) for part in pair)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Every token that is no ordinary text, the longest first, so that the first match is the whole one."""
+    found = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
+    return tuple(sorted(found, key=lambda token: (-len(token), token)))
+
+
+def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What follows an answer, up to and with the special token that ends the turn; None where none follows.
+
+    A template may close the answer and then the turn (Command R7B): an end of sequence right behind counts too.
+    """
+    token = next((token for token in special_tokens(tokenizer) if after.lstrip().startswith(token)), None)
+    if token is None:
         return None
-    token = max(found, key=len)
-    return after[: after.index(token) + len(token)]
+    end = after[: after.index(token) + len(token)]
+    return end + tokenizer.eos_token if tokenizer.eos_token and after.startswith(end + tokenizer.eos_token) else end
 
 
-def _takes_system(tokenizer: PreTrainedTokenizerBase, question: list[Message]) -> bool:
-    """Whether a system prompt is rendered; some templates reject one, some drop it without a word."""
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an answered question keeps its system prompt; some templates reject one, some drop it without a word."""
     try:
-        return "asystemprompt" in _render(tokenizer, [Message("system", "asystemprompt"), *question])
-    except (TemplateError, TypeError, ValueError):
+        return SYSTEM in _render(tokenizer, [Message("system", SYSTEM), QUESTION, ANSWER])
+    except Untraceable:
         return False

@@ -1,16 +1,17 @@
 """Conversations and documents become token ids and labels."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.formats import Conversation, Document
 from qtune.data.rows import Dropped
-from qtune.data.template import ChatTemplate, Piece, Untraceable
+from qtune.data.template import ChatTemplate, Piece, Untraceable, special_tokens
 
 NOT_TRAINED = -100
+BATCH_TEXTS = 1024  # enough to keep every core busy, few enough that the tokenizer's own records stay small
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Example:
     @property
     def trained_tokens(self) -> int:
         """Labels that count; the first token is never predicted."""
-        return sum(label != NOT_TRAINED for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(NOT_TRAINED)
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,43 @@ class Encoder:
     """Text to ids, piece by piece, with exactly one BOS at the start of a row where the tokenizer has one."""
 
     tokenizer: PreTrainedTokenizerBase
-    guard_id: int | None
+    special_tokens: tuple[str, ...]
+    guard: str
     bos_id: int | None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Encoder":
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
-        guard = tokenizer.bos_token_id if bos is not None else tokenizer.eos_token_id
-        return cls(tokenizer, guard, bos if adds_bos else None)
+        guard = tokenizer.bos_token or tokenizer.eos_token or ""
+        return cls(tokenizer, special_tokens(tokenizer), guard, bos if adds_bos else None)
 
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as it stands in the middle of a row.
+    def rows(self, rows: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Ids of every text of every row, each tokenised as it stands in its row, but never across its borders.
 
-        SentencePiece tokenizers put a space before the first word of a text. A special token is written before each
-        piece and its id taken off again, so that a piece is no beginning.
+        A tokenizer may put a space before the first word of a text, or take the white space after a special token. So
+        a text is tokenised behind the special token that stands before it, whose id is taken off again; behind plain
+        text, any special token keeps it from being a beginning.
         """
-        if self.guard_id is None:
-            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        guard = self.tokenizer.convert_ids_to_tokens(self.guard_id)
-        rows = self.tokenizer([guard + text for text in texts], add_special_tokens=False)["input_ids"]
-        return [row[1:] for row in rows]
+        texts = [(guard, text) for row in rows for guard, text in zip(self._guards(row), row, strict=True)]
+        ids = self._encode(texts)
+        return [[next(ids) for _ in row] for row in rows]
+
+    def _guards(self, row: Sequence[str]) -> list[str]:
+        return ["", *(self._special_end(text) or self.guard for text in row[:-1])]
+
+    def _special_end(self, text: str) -> str | None:
+        if not text.endswith(self.special_tokens):
+            return None
+        return next(token for token in self.special_tokens if text.endswith(token))
+
+    def _encode(self, texts: Sequence[tuple[str, str]]) -> Iterator[list[int]]:
+        for start in range(0, len(texts), BATCH_TEXTS):
+            batch = texts[start : start + BATCH_TEXTS]
+            encoded = self.tokenizer(
+                [guard + text for guard, text in batch], add_special_tokens=False, return_attention_mask=False
+            )
+            yield from (ids[1:] if guard else ids for (guard, _), ids in zip(batch, encoded["input_ids"], strict=True))
 
     def with_one_bos(self, ids: list[int]) -> list[int]:
         """`ids` with the BOS the tokenizer would add; a template that wrote one, or two, keeps one."""
@@ -71,36 +88,38 @@ class Encoder:
 
 
 def tokenize(
-    item: Conversation | Document,
-    template: ChatTemplate | None,
-    encoder: Encoder,
-    max_tokens: int,
-    on_long: Literal["drop", "truncate", "error"],
-) -> Example | Dropped:
-    """One row as ids and labels, or why it is not used. `template` is only asked for conversations."""
+    items: Sequence[Conversation | Document], template: ChatTemplate | None, encoder: Encoder
+) -> list[Example | Dropped]:
+    """Every row as ids and labels, or why it is not used. `template` is only asked for conversations."""
+    cut = [_pieces(item, template) for item in items]
+    encoded = iter(
+        encoder.rows([[piece.text for piece in pieces] for pieces in cut if not isinstance(pieces, Dropped)])
+    )
+    return [
+        pieces if isinstance(pieces, Dropped) else _example(item, pieces, next(encoded), encoder)
+        for item, pieces in zip(items, cut, strict=True)
+    ]
+
+
+def _pieces(item: Conversation | Document, template: ChatTemplate | None) -> Sequence[Piece] | Dropped:
     if isinstance(item, Document):
-        example = _document(item, encoder)
-    else:
-        assert template is not None, "conversations need a chat template"
-        try:
-            example = _conversation(item, template.pieces(item.messages), encoder)
-        except Untraceable as fault:
-            return Dropped(item.place, str(fault))
-    return _fit(example, max_tokens, on_long)
+        return [Piece(item.text, True)]
+    assert template is not None, "conversations need a chat template"
+    try:
+        return template.pieces(item.messages)
+    except Untraceable as fault:
+        return Dropped(item.place, str(fault))
 
 
-def _document(item: Document, encoder: Encoder) -> Example:
-    """All of a text, BOS before and EOS after it, every token but the first trained."""
-    end = encoder.tokenizer.eos_token_id
-    ids = encoder.with_one_bos(encoder.tokenizer(item.text, add_special_tokens=False)["input_ids"])
-    ids = ids if end is None else [*ids, end]
-    return Example(ids, list(ids), [], "", item.text, item.place)
-
-
-def _conversation(item: Conversation, pieces: Sequence[Piece], encoder: Encoder) -> Example:
-    """Prompts and answers tokenised apart and joined as ids: no token spans the border between them."""
-    encoded = encoder.pieces([piece.text for piece in pieces])
+def _example(
+    item: Conversation | Document, pieces: Sequence[Piece], encoded: list[list[int]], encoder: Encoder
+) -> Example:
+    """The pieces' ids joined; no token spans the border between what is trained and what is not."""
     encoded[0] = encoder.with_one_bos(encoded[0])
+    if isinstance(item, Document):
+        end = encoder.tokenizer.eos_token_id
+        ids = encoded[0] if end is None else [*encoded[0], end]
+        return Example(ids, list(ids), [], "", item.text, item.place)
     ids = [token for part in encoded for token in part]
     labels = [
         token if piece.trained else NOT_TRAINED for piece, part in zip(pieces, encoded, strict=True) for token in part
@@ -111,17 +130,14 @@ def _conversation(item: Conversation, pieces: Sequence[Piece], encoder: Encoder)
     return Example(ids, labels, prompt, question, item.messages[-1].content, item.place)
 
 
-def _fit(example: Example, max_tokens: int, on_long: str) -> Example | Dropped:
-    """The row if it is short enough; else cut on the right, or the reason it is dropped."""
-    length = len(example.input_ids)
-    if length > max_tokens and on_long != "truncate":
+def fit(example: Example, max_tokens: int, is_cut: bool) -> Example | Dropped:
+    """The row if it is short enough; else cut on the right, or dropped. A row with nothing left to train is dropped."""
+    if len(example.input_ids) <= max_tokens:
+        return example
+    if not is_cut:
         return Dropped(example.place, f"is longer than data.max_tokens = {max_tokens:,}")
-    if length > max_tokens:
-        ids, labels = example.input_ids[:max_tokens], example.labels[:max_tokens]
-        kept = Example(ids, labels, example.prompt_ids, example.prompt_text, example.answer, example.place)
-        example = Example(**{**vars(kept), "cut_tokens": example.trained_tokens - kept.trained_tokens})
-    if example.trained_tokens == 0:
-        return Dropped(
-            example.place, "has nothing to train once cut" if length > max_tokens else "has nothing to train"
-        )
-    return example
+    ids, labels = example.input_ids[:max_tokens], example.labels[:max_tokens]
+    kept = dataclasses.replace(example, input_ids=ids, labels=labels)
+    if kept.trained_tokens == 0:
+        return Dropped(example.place, "has nothing to train once cut")
+    return dataclasses.replace(kept, cut_tokens=example.trained_tokens - kept.trained_tokens)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qtune.data.formats import Conversation, Document, Message, read, recognise
-from qtune.data.rows import Dropped, Row
+from qtune.data.formats import Conversation, Document, read, recognise
+from qtune.data.rows import Dropped, Row, read_rows
 from qtune.errors import DataError
 from qtune.recipe.schema import Columns
 
@@ -12,7 +12,7 @@ SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 
 def turns(values: dict, system: str | None = None, mapped: Columns = PLAIN) -> tuple[tuple[str, str], ...]:
-    item = read(Row(values, "r:1"), recognise(values.keys(), mapped), mapped, system)
+    item = read(Row(values, "r:1"), recognise("auto", [Row(values, "r:1")], mapped), mapped, system)
     assert isinstance(item, Conversation), item
     return tuple((message.role, message.content) for message in item.messages)
 
@@ -48,6 +48,16 @@ def turns(values: dict, system: str | None = None, mapped: Columns = PLAIN) -> t
             ((SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")),
         ),
         (
+            {
+                "messages": [
+                    {"role": SYSTEM, "content": ""},
+                    {"role": USER, "content": "q"},
+                    {"role": ASSISTANT, "content": "a"},
+                ]
+            },
+            ((USER, "q"), (ASSISTANT, "a")),
+        ),
+        (
             {"system": "s", "conversation": [{"human": "q", "assistant": "a"}]},
             ((SYSTEM, "s"), (USER, "q"), (ASSISTANT, "a")),
         ),
@@ -63,8 +73,8 @@ def test_plain_text_is_a_document() -> None:
 
 def test_columns_can_be_mapped() -> None:
     mapped = Columns(prompt="QUESTION", completion="final_decision", input="CONTEXT")
-    values = {"QUESTION": "q", "CONTEXT": "c", "final_decision": "yes"}
-    assert turns(values, mapped=mapped) == ((USER, "q\n\nc"), (ASSISTANT, "yes"))
+    values = {"QUESTION": "q", "CONTEXT": ["c", "d"], "final_decision": "yes"}
+    assert turns(values, mapped=mapped) == ((USER, "q\n\nc\n\nd"), (ASSISTANT, "yes"))
 
 
 def test_the_recipes_system_prompt_stands_where_a_row_has_none() -> None:
@@ -95,11 +105,21 @@ def test_the_recipes_system_prompt_stands_where_a_row_has_none() -> None:
         ({"messages": [{"role": USER, "content": None}]}, "the content of message 1 is null"),
         ({"messages": [{"role": USER, "content": [{"type": "image"}]}]}, "a part that is no text"),
         ({"messages": [{"role": ["x"], "content": "y"}]}, "which does not exist"),
+        ({"messages": [{"content": "x"}]}, "message 1 has no role"),
+        ({"messages": [{"role": "system", "content": ""}]}, "there is no answer to learn"),
+        (
+            {"messages": [{"role": ASSISTANT, "content": "x", "tool_calls": [{"id": 1}]}]},
+            "message 1 calls a tool",
+        ),
         ({"instruction": "q", "output": "a", "history": "x"}, "the history is not a list"),
+        ({"instruction": "q", "output": "a", "history": [["x", None]]}, "the history is not a list"),
+        ({"instruction": "q", "output": "a", "input": 5}, "the input is a number, not text"),
+        ({"instruction": "q", "output": "a", "system": 5}, "the system prompt is a number, not text"),
+        ({"question": "q", "answer": "\ud83d"}, "half a character (\\ud83d)"),
     ],
 )
 def test_a_bad_row_says_why(values, reason) -> None:
-    item = read(Row(values, "r:7"), recognise(values.keys(), PLAIN), PLAIN, None)
+    item = read(Row(values, "r:7"), recognise("auto", [Row(values, "r:1")], PLAIN), PLAIN, None)
     assert isinstance(item, Dropped)
     assert item.place == "r:7"
     assert reason in item.reason
@@ -112,9 +132,65 @@ def test_a_row_without_the_columns_of_the_first_says_so() -> None:
 
 
 def test_unknown_columns_list_what_would_work() -> None:
-    with pytest.raises(DataError, match=r"no format has the columns 'a', 'b'.*\[data\.columns\]"):
-        recognise(["a", "b"], PLAIN)
+    with pytest.raises(DataError, match=r"no format fits the columns a, b: .*alpaca needs instruction and output.*"):
+        recognise("auto", [Row({"a": 1, "b": 2}, "r:1")], PLAIN)
 
 
-def test_messages_are_values() -> None:
-    assert Message(USER, "x") == Message(USER, "x")
+def test_a_named_format_that_does_not_fit_says_what_it_needs() -> None:
+    with pytest.raises(DataError, match=r'data\.format = "alpaca" does not fit the columns question, answer: alpaca'):
+        recognise("alpaca", [Row({"question": "q", "answer": "a"}, "r:1")], PLAIN)
+
+
+def test_a_mapped_column_no_row_has_names_the_nearest() -> None:
+    rows = [Row({"ask": "q", "reply": "a"}, "r:1")]
+    with pytest.raises(DataError, match=r'data\.columns\.completion = "replay": .* Did you mean reply\?'):
+        recognise("auto", rows, Columns(prompt="ask", completion="replay"))
+    with pytest.raises(DataError, match="The columns are ask, reply"):
+        recognise("auto", rows, Columns(prompt="xyz"))
+
+
+def test_a_mapping_chooses_the_format() -> None:
+    values = {"messages": [], "ask": "q", "reply": "a"}
+    assert turns(values, mapped=Columns(prompt="ask", completion="reply")) == ((USER, "q"), (ASSISTANT, "a"))
+
+
+def test_a_mapped_column_is_read_once() -> None:
+    """Mapping alpaca's input to the prompt asked every question twice, as prompt and as the input under it."""
+    values = {"instruction": "Answer truthfully", "input": "q", "output": "a"}
+    assert turns(values, mapped=Columns(prompt="input", completion="output")) == ((USER, "q"), (ASSISTANT, "a"))
+
+
+def test_one_odd_row_does_not_choose_the_format() -> None:
+    good, odd = Row({"question": "q", "answer": "a"}, "r:1"), Row({"messages": []}, "r:2")
+    assert recognise("auto", [good, odd], PLAIN) == "question-answer"
+    assert recognise("auto", [Row({"note": "x"}, "r:0"), good], PLAIN) == "question-answer"
+
+
+READABLE = (
+    "alpaca.csv",
+    "alpaca.jsonl",
+    "alpaca_en_demo.json",
+    "c4.parquet",
+    "c4_demo.jsonl",
+    "chatml.jsonl",
+    "conversations.jsonl",
+    "identity.json",
+    "sharegpt.jsonl",
+    "swift_single.csv",
+    "v1_sft_demo.jsonl",
+    "wiki_demo.txt",
+)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_files_of_other_tools_are_read_whole(material, name) -> None:
+    rows = read_rows(str(material / "datasets" / "formats" / name)).rows
+    form = recognise("auto", rows, PLAIN)
+    assert not [item for row in rows if isinstance(item := read(row, form, PLAIN, None), Dropped)]
+
+
+def test_tool_calls_of_other_tools_are_named(material) -> None:
+    rows = read_rows(str(material / "datasets" / "formats" / "glaive_toolcall_en_demo.json")).rows
+    dropped = [item for row in rows if isinstance(item := read(row, "sharegpt", PLAIN, None), Dropped)]
+    assert 0 < len(dropped) < len(rows)
+    assert all("the role 'function_call', which does not exist" in item.reason for item in dropped)

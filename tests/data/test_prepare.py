@@ -1,13 +1,18 @@
 """The room's one door: counts that add up, a split that stays, faults that say what would work."""
 
+import contextlib
 import json
+import random
+from collections import Counter
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import byte_tokenizer
 
 from qtune.data.prepare import Prepared, prepare
 from qtune.errors import DataError, ModelError
-from qtune.recipe.schema import Data, Model, Recipe, Train
+from qtune.recipe.schema import Columns, Data, Model, Recipe, Train
 
 TOKENIZER = byte_tokenizer()
 
@@ -83,12 +88,22 @@ def test_truncation_is_counted_in_rows_and_trained_tokens(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("rows", "settings", "words"),
     [
-        (questions(4), {"max_tokens": 8}, "The shortest has"),
-        (questions(4), {"max_tokens": 20, "on_long": "error"}, 'choose data.on_long = "truncate"'),
-        (questions(2), {"held_out_fraction": 0.9}, "leaves none of the 2 usable rows"),
+        (questions(4), {"max_tokens": 8}, "The shortest row has"),
+        (questions(4), {"max_tokens": 20, "on_long": "error"}, 'or choose data.on_long = "drop" or "truncate"'),
+        (
+            questions(4),
+            {"max_tokens": 12, "on_long": "truncate"},
+            "has nothing to train once cut. The shortest row has",
+        ),
+        (questions(4), {"columns": Columns(prompt="ask")}, 'data.columns.prompt = "ask"'),
+        (questions(2), {"held_out_fraction": 0.9}, "usable rows are 2"),
         ([{"question": "q", "answer": None}] * 5, {}, "2 more rows like these"),
-        ([{"question": "q", "answer": None}] * 5, {"on_bad_row": "drop"}, "no row is left to train on"),
-        ([{"a": "b"}], {}, "no format has the columns"),
+        (
+            [{"question": "q", "answer": None}] * 5,
+            {"on_bad_row": "drop"},
+            "no row can be used. 5 of 5 rows: the answer is null",
+        ),
+        ([{"a": "b"}], {}, "no format fits the columns a"),
     ],
 )
 def test_nothing_to_train_on_says_what_would_work(tmp_path, rows, settings, words) -> None:
@@ -96,6 +111,78 @@ def test_nothing_to_train_on_says_what_would_work(tmp_path, rows, settings, word
         run(rows_file(tmp_path, rows), **settings)
     assert words in str(fault.value)
     assert "rows" in str(fault.value)
+
+
+def test_long_rows_are_named_where_they_are_an_error(tmp_path) -> None:
+    rows = [{"question": "q", "answer": "a" * n} for n in (5, 900, 5, 1000, 800, 700)]
+    with pytest.raises(DataError) as fault:
+        run(rows_file(tmp_path, rows), max_tokens=100, on_long="error")
+    lines = str(fault.value).splitlines()
+    assert [line.split(":")[:2] for line in lines[:3]] == [
+        ["rows.jsonl", "2"],
+        ["rows.jsonl", "4"],
+        ["rows.jsonl", "5"],
+    ]
+    assert "4 of 6 rows have more than data.max_tokens = 100, the longest 1,0" in lines[3]
+
+
+def test_a_row_the_chat_template_rejects_is_a_bad_row(tmp_path) -> None:
+    """It was left out without a word, whatever data.on_bad_row said."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% if 'no' in messages[0].content %}{{ raise_exception('it says no') }}{% endif %}" + (
+        TOKENIZER.chat_template
+    )
+    rows = [*questions(5), {"question": "no", "answer": "a"}]
+    source = rows_file(tmp_path, rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl:6: the chat template rejects it \(it says no\)"):
+        run(source, tokenizer=tokenizer)
+    report = run(source, tokenizer=tokenizer, on_bad_row="drop").report
+    assert [(reason.rows, reason.places) for reason in report.dropped] == [(1, ("rows.jsonl:6",))]
+
+
+def test_alpaca_rows_without_a_use_for_the_instruction(tmp_path) -> None:
+    rows = [{"instruction": "Answer truthfully", "input": f"what is {i}?", "output": "x"} for i in range(5)]
+    mapped = Columns(prompt="input", completion="output")
+    prepared = run(rows_file(tmp_path, rows), columns=mapped, held_out_fraction=0.0)
+    assert [example.prompt_text for example in prepared.train] == [f"what is {i}?" for i in range(5)]
+
+
+def seeds(folder) -> dict[str, bytes]:
+    """One small good file of every kind."""
+    rows = [{"question": f"q{i}", "answer": "é" * i + "a", "n": i} for i in range(6)]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, folder / "a.parquet", compression="none")
+    cells = "".join(f'"q{i}\nmore",a{i}\n' for i in range(6))
+    return {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "a.json": json.dumps(rows, indent=1).encode(),
+        "a.csv": b"question,answer\n" + cells.encode(),
+        "a.tsv": b"question\tanswer\n" + cells.replace(",", "\t").encode(),
+        "a.txt": b"one\ntwo\n\nthree\r\n\r\nfour",
+        "a.parquet": (folder / "a.parquet").read_bytes(),
+    }
+
+
+def test_mutated_files_are_trained_on_or_refused_in_words(tmp_path) -> None:
+    """Of every file, each row read is used or counted as dropped; anything else is a DataError."""
+    rng, used = random.Random(0), Counter[str]()
+    good = seeds(tmp_path)
+    inserts = [b"null", b"NaN", b"\\ud83d", b'"', b"[]", b"\0", b"\xff", b"\r", b",", b"\n", b"9" * 5000, b"[" * 3000]
+    for _ in range(600):
+        name = rng.choice(list(good))
+        content = bytearray(good[name])
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(content))
+            content[at : at + rng.randint(0, 6)] = rng.choice([*inserts, bytes([rng.randrange(256)]), b""])
+        (tmp_path / name).write_bytes(bytes(content))
+        settings = {"on_bad_row": rng.choice(["drop", "error"]), "on_long": rng.choice(["drop", "truncate", "error"])}
+        with contextlib.suppress(DataError):
+            report = run(str(tmp_path / name), max_tokens=rng.choice([16, 60, 500]), **settings).report
+            dropped = sum(reason.rows for reason in report.dropped)
+            assert report.rows_read == report.train_rows + report.held_out_rows + dropped
+            used[name] += 1
+    assert used.keys() == good.keys()
+    assert used.total() < 500
 
 
 def test_documents_need_no_chat_template(tmp_path) -> None:

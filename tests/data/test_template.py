@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from conftest import byte_tokenizer
+from conftest import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoTokenizer
 
-from qtune.data.formats import Message
-from qtune.data.template import ChatTemplate, Untraceable, fold_system
-from qtune.data.tokens import Encoder
+from qtune.data.formats import Conversation, Message
+from qtune.data.template import ChatTemplate, Piece, Untraceable, fold_system
+from qtune.data.tokens import NOT_TRAINED, Encoder, tokenize
 from qtune.errors import ModelError
 
 CHAT = [
@@ -19,6 +19,9 @@ CHAT = [
     Message("assistant", "Because.\n\nOf it."),
 ]
 TEMPLATES = (
+    "Mistral-Small-3.2-24B-Instruct-2506",
+    "ibm-granite-granite-3.3-2B-Instruct",
+    "mistralai-Mistral-Nemo-Instruct-2407",
     "Bielik-11B-v3.0-Instruct",
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use",
     "HuggingFaceTB-SmolLM3-3B",
@@ -105,31 +108,113 @@ def test_an_answer_the_template_leaves_out_is_untraceable() -> None:
         ChatTemplate.of(with_template(template)).pieces(CHAT[1:])
 
 
+def test_a_template_that_drops_the_only_answer_is_refused() -> None:
+    with pytest.raises(ModelError, match="leaves one of its answers out"):
+        ChatTemplate.of(
+            with_template("{% for m in messages %}{{ m.content + '<|end|>' if m.role == 'user' }}{% endfor %}")
+        )
+
+
+def test_a_template_that_fails_in_its_own_way_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match="division by zero"):
+        ChatTemplate.of(with_template("{{ 1 / 0 }}"))
+
+
+THINKING = (  # as Qwen3 does: an empty thinking block before the last answer, and none in the generation prompt
+    "{% for m in messages %}{{ '<|' + m.role + '|>' }}"
+    "{% if loop.last and m.role == 'assistant' and '</think>' not in m.content %}{{ '<think></think>' }}{% endif %}"
+    "{{ m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_what_stands_between_the_generation_prompt_and_an_answer_is_trained() -> None:
+    """A model trained behind an empty thinking block, and asked without one, has never learned what to do."""
+    pieces = ChatTemplate.of(with_template(THINKING)).pieces(CHAT[1:])
+    trained = [piece.text for piece in pieces if piece.trained]
+    assert trained == ["Hello!<|end|>", "<think></think>", "Because.\n\nOf it.<|end|>"]
+    assert pieces[-2] == Piece("<think></think>", True)
+
+
+def test_an_answer_with_its_own_thinking_is_trained_whole() -> None:
+    chat = [Message("user", "q"), Message("assistant", "<think>hm</think>a")]
+    pieces = ChatTemplate.of(with_template(THINKING)).pieces(chat)
+    assert pieces == (Piece("<|user|>q<|end|><|assistant|>", False), Piece("<think>hm</think>a<|end|>", True))
+
+
+def test_an_end_of_turn_of_another_kind_is_not_learned() -> None:
+    """Only the last answer is ended here; what follows an earlier one begins the next question."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if loop.last %}{{ '<|end|>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    pieces = ChatTemplate.of(with_template(template)).pieces(CHAT)
+    assert [piece.text for piece in pieces if piece.trained] == ["Hello!", "Because.\n\nOf it.<|end|>"]
+
+
+def test_an_end_of_sequence_right_behind_the_end_of_the_answer_is_learned() -> None:
+    """Command R7B closes the answer and then the turn; a runtime waits for the second."""
+    tokenizer = with_template("{% for m in messages %}{{ m.content + '<|pad|><|end|>' }}{% endfor %}")
+    chat = ChatTemplate.of(tokenizer)
+    assert chat.end_of_turn == "<|pad|><|end|>"
+    assert chat.stop_token_ids == (1,)
+
+
+def test_a_system_prompt_the_template_drops_once_answered_goes_before_the_question() -> None:
+    """As Mistral Nemo does: it stands with the last question while that is unanswered, and nowhere after."""
+    tokenizer = with_template(
+        "{% for m in messages %}{% if m.role != 'system' %}"
+        "{% if loop.last and m.role == 'user' and messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+        "{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate.of(tokenizer).pieces(CHAT)[0].text == "Be brief.\n\nHi there<|end|>"
+
+
+def test_a_system_prompt_is_never_folded_into_an_answer() -> None:
+    assert fold_system([CHAT[0], CHAT[2], CHAT[1]]) == [CHAT[2], Message("user", "Be brief.\n\nHi there")]
+    with pytest.raises(Untraceable, match="no question to put it before"):
+        fold_system([CHAT[0], CHAT[2]])
+
+
+def test_a_generation_prompt_unlike_the_rows_is_known() -> None:
+    tokenizer = byte_tokenizer()
+    assert ChatTemplate.of(tokenizer).differing_prompts is None
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>\n'", "'<|assistant|>\n<think>'")
+    assert ChatTemplate.of(tokenizer).differing_prompts == (
+        "<|end|>\n<|assistant|>\n<think>",
+        "<|end|>\n<|assistant|>\n",
+    )
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_published_templates(material, name) -> None:
     template = (material / "chat_templates" / f"{name}.jinja").read_text()
     tokenizer = with_template(template)
-    markers = sorted(set(re.findall(r"<\|[A-Za-z_]+\|>|<end_of_turn>|<start_of_turn>", template)))
+    markers = sorted(set(re.findall(r"<\|[A-Za-z_]+\|>|<end_of_turn>|<start_of_turn>|\[/?[A-Z_]+\]", template)))
     tokenizer.add_special_tokens({"additional_special_tokens": markers})
     chat = ChatTemplate.of(tokenizer)
-    trained = [piece.text for piece in chat.pieces(CHAT) if piece.trained]
-    assert len(trained) == 2
-    for text, message in zip(trained, (CHAT[2], CHAT[4]), strict=True):
-        assert text.startswith(message.content)
-        ending = text.removeprefix(message.content)
-        assert tokenizer(ending, add_special_tokens=False)["input_ids"][-1] in tokenizer.all_special_ids
+    pieces = chat.pieces(CHAT)
+    text = "".join(piece.text for piece in pieces)
+    assert "Be brief." in text
+    answers = [piece.text for piece in pieces if piece.trained and piece.text != chat.opening]
+    assert answers[0] in (CHAT[2].content + chat.end_of_turn, CHAT[2].content)
+    assert answers[1:] == [CHAT[4].content + chat.end_of_turn]
+    encoder = Encoder.of(tokenizer)
+    (example,) = tokenize([Conversation(tuple(CHAT), "r:1")], chat, encoder)
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    trained = [label for label in example.labels if label != NOT_TRAINED]
+    assert tokenizer.decode(trained) == "".join(piece.text for piece in pieces if piece.trained)
+    assert trained[-1] in chat.stop_token_ids
 
 
 @pytest.mark.parametrize("name", ["Llama-3", "Mistral-7B-Instruct-v0.3", "Phi-3", "Qwen2.5-0.5B-Instruct"])
 def test_published_tokenizers_get_one_bos_and_whole_answers(material, name) -> None:
     tokenizer = AutoTokenizer.from_pretrained(material / "tokenizers" / name)
     chat, encoder = ChatTemplate.of(tokenizer), Encoder.of(tokenizer)
-    pieces = chat.pieces(CHAT)
-    encoded = encoder.pieces([piece.text for piece in pieces])
-    first = encoder.with_one_bos(encoded[0])
+    (example,) = tokenize([Conversation(tuple(CHAT), "r:1")], chat, encoder)
     if tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
-        assert first.count(tokenizer.bos_token_id) == 1
-    for piece, ids in zip(pieces, encoded, strict=True):
-        assert "".join(tokenizer.decode(ids).split()) == "".join(piece.text.split())
-    ends = [ids[-1] for piece, ids in zip(pieces, encoded, strict=True) if piece.trained]
-    assert set(ends) <= set(chat.stop_token_ids)
+        assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    trained = tokenizer.decode([label for label in example.labels if label != NOT_TRAINED])
+    wanted = "".join(message.content + chat.end_of_turn for message in (CHAT[2], CHAT[4]))
+    assert "".join(trained.split()) == "".join(wanted.split())
+    assert example.labels[len(example.prompt_ids) - 1] == NOT_TRAINED
+    assert example.labels[len(example.prompt_ids)] != NOT_TRAINED
