@@ -8,13 +8,16 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.formats import Conversation, Message
+from qtune.data.rows import Dropped
+from qtune.data.template import ChatTemplate
+from qtune.data.tokens import Encoder, tokenize
+from qtune.errors import ModelError
 from qtune.evaluate.answer import answer
 from qtune.memory.device import find_device
 from qtune.model import adapter, base
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, read_json
-
-Turns = list[dict[str, str]]
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Chat:
     compute_dtype: str
     system: str | None = None
     max_new_tokens: int = 256
-    turns: Turns = field(default_factory=list)
+    turns: list[Message] = field(default_factory=list)
 
     @classmethod
     def open(cls, run: RunDir, max_new_tokens: int) -> "Chat":
@@ -50,14 +53,14 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """The tuned model's answer; question and answer join the conversation."""
-        self.turns.append({"role": "user", "content": question})
+        self.turns.append(Message("user", question))
         reply = self._answer()
-        self.turns.append({"role": "assistant", "content": reply})
+        self.turns.append(Message("assistant", reply))
         return reply
 
     def ask_both(self, question: str) -> tuple[str, str]:
         """Base and tuned, both after the same conversation; the tuned answer is the one that joins it."""
-        self.turns.append({"role": "user", "content": question})
+        self.turns.append(Message("user", question))
         with self.model.disable_adapter():
             plain = self._answer()
         self.turns.pop()
@@ -67,18 +70,24 @@ class Chat:
         self.turns.clear()
 
     def _answer(self) -> str:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self.tokenizer.apply_chat_template(system + self.turns, tokenize=False, add_generation_prompt=True)
-        prompt = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return answer(
             self.model,
             self.tokenizer,
-            [prompt],
+            [self._prompt()],
             self.stop_token_ids,
             self.max_new_tokens,
             self.device,
             self.compute_dtype,
         )[0]
+
+    def _prompt(self) -> list[int]:
+        """The conversation so far as training would feed it, up to where the answer begins."""
+        system = [Message("system", self.system)] if self.system else []
+        asked = Conversation((*system, *self.turns, Message("assistant", "x")), "this conversation")
+        (example,) = tokenize([asked], ChatTemplate.of(self.tokenizer), Encoder.of(self.tokenizer))
+        if isinstance(example, Dropped):
+            raise ModelError(f"{example.place}: {example.reason}. Type /forget to start over.")
+        return example.prompt_ids
 
 
 def converse(chat: Chat, console: Console, compare: bool, prompt: str | None) -> None:

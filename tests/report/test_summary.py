@@ -151,6 +151,15 @@ def test_half_a_last_line_costs_only_itself(whole_run: RunDir) -> None:
     whole_run.metrics.write_text(whole[: len(whole) - 20], encoding="utf-8")
     found = read(whole_run)
     assert len(found.steps) == 282
+    assert found.memory is not None
+
+
+def test_a_damaged_line_is_named(whole_run: RunDir) -> None:
+    lines = whole_run.metrics.read_text(encoding="utf-8").split("\n")
+    lines[100] = lines[100][:20]
+    whole_run.metrics.write_text("\n".join(lines), encoding="utf-8")
+    found = read(whole_run)
+    assert 0 < len(found.steps) < 282
     assert any("breaks off" in sentence for sentence in found.missing)
 
 
