@@ -232,7 +232,7 @@ def list_recipes(options: argparse.Namespace) -> int:
 def show_recipe(options: argparse.Namespace) -> int:
     from qtune.recipe import library
 
-    print(library.find(options.name).read_text(encoding="utf-8"), end="")
+    print(library.named(options.name).read_text(encoding="utf-8"), end="")
     return 0
 
 

@@ -101,6 +101,11 @@ def read_config(model: Model) -> AutoConfig:
             f"model.base: {folder} is a {kinds[0]}, and qtune tunes causal language models such as LlamaForCausalLM,"
             " Qwen3ForCausalLM or MistralForCausalLM."
         )
+    if described.get("attn_logit_softcapping") or described.get("model_type") == "gpt_oss":
+        raise ModelError(
+            f"model.base: {folder} caps its attention or gives it sinks, which packed attention cannot do. Bases such"
+            " as Llama, Qwen and Mistral work."
+        )
     if described.get("quantization_config"):
         raise ModelError(
             f"model.base: {folder} is quantised already"

@@ -34,6 +34,14 @@ def find(name: str) -> Path:
     raise _unknown(name, [*beside, *by_name])
 
 
+def named(name: str) -> Path:
+    """The shipped recipe `name`. Raises RecipeError with the nearest one."""
+    by_name = _by_name()
+    if name not in by_name:
+        raise _unknown(name, list(by_name))
+    return by_name[name]
+
+
 def rows() -> list[dict[str, str]]:
     """Name, purpose, base and data of every shipped recipe, as they are written."""
     recipes = {path.stem: _values(path) for path in shipped()}
@@ -49,10 +57,7 @@ def copy(name: str, target: Path) -> Path:
     A target that ends in .toml is the file, any other the folder for it. Returns the file. Raises RecipeError for an
     unknown name, and, before anything is written, where a file of other content is in the way.
     """
-    by_name = _by_name()
-    if name not in by_name:
-        raise _unknown(name, list(by_name))
-    source = by_name[name]
+    source = named(name)
     target = target if target.suffix == ".toml" else target / source.name
     files = {target: source} | {target.parent / file: source.parent / file for file in _files_named(source)}
     try:
