@@ -94,8 +94,10 @@ def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
         model = _load(ready, folder, listen)
         before = _score("base", ready, model, listen)
         reset_peak(plan.device)
-        fitted = _train(ready, model, ledger, listen, folder)
-        listen(_save(folder, model, recipe.model.base))
+        try:
+            fitted = _train(ready, model, ledger, listen, folder)
+        finally:  # the weights are those of the last whole step, whatever ended training
+            listen(_save(folder, model, recipe.model.base))
         if fitted.stopped_by is None:
             after = _score("tuned", ready, model, listen)
             _keep_scores(folder, ready, before, after)
