@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Ready:
     prepared: Prepared
     plan: Plan
 
-    @property
+    @cached_property
     def held_out(self) -> HeldOut:
         packs = packed_rows(self.prepared.held_out, self.prepared.held_out_packs)
         return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids)

@@ -33,7 +33,7 @@ class RunDir:
     @classmethod
     def create(cls, path: Path, recipe_text: str) -> "RunDir":
         """Make a new folder with the recipe in it; one that holds anything already is refused."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if is_used(path):
             raise RunFolderError(f"{path}: is not empty, and runs are never mixed. Name another --output.")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,11 @@ class RunDir:
                 if kind is MemoryMeasured:
                     values["parts"] = tuple((name, size) for name, size in values["parts"])
                 yield kind(**values)
+
+
+def is_used(path: Path) -> bool:
+    """Whether something is there that writing a new folder would mix with: a file, or a folder that is not empty."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def default_path(name: str, now: datetime) -> Path:

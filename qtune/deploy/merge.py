@@ -23,7 +23,7 @@ from typing import Any, Literal
 from qtune.deploy.fold import DType, Fold, LayerChange, Onto
 from qtune.deploy.verify import REPORT_NAME, Live, Verdict, compare
 from qtune.errors import MachineError, RunFolderError, UserError
-from qtune.rundir import RunDir, write_json
+from qtune.rundir import RunDir, is_used, write_json
 from qtune.units import MIB, format_bytes
 
 Progress = Callable[[int, int, str], None]
@@ -74,7 +74,8 @@ def merge(
     and a disk that is too small.
     """
     start = time.perf_counter()
-    _refuse_existing(output)
+    if is_used(output):
+        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
     fold = Fold.open(run, dtype)
     candidates = _candidates(onto, fold.lock, rows)
     _check_disk(output, len(candidates) * fold.weight_bytes)
@@ -99,11 +100,6 @@ def merge(
         _publish(folders[chosen], output)
     write_json(run.merge, report.as_json())
     return report
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
 
 
 def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -95,8 +96,14 @@ def read_config(model: Model) -> AutoConfig:
     except (ValueError, AttributeError, OSError, KeyError) as fault:
         first_line = str(fault).splitlines()[0]
         raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({first_line})") from None
+    _refuse_unfit(folder, described, model.trust_remote_code)
+    return config
+
+
+def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bool) -> None:
+    """Raises ModelError for a config.json whose model cannot be tuned here, by what it is."""
     kinds = described.get("architectures") or [f"{described.get('model_type', 'nameless')} model"]
-    if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not model.trust_remote_code:
+    if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not trust_remote_code:
         raise ModelError(
             f"model.base: {folder} is a {kinds[0]}, and qtune tunes causal language models such as LlamaForCausalLM,"
             " Qwen3ForCausalLM or MistralForCausalLM."
@@ -112,7 +119,6 @@ def read_config(model: Model) -> AutoConfig:
             f" ({described['quantization_config'].get('quant_method', 'unknown')}). Name the original model; qtune"
             " quantises it while loading."
         )
-    return config
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
