@@ -2,6 +2,8 @@
 
     QtuneError                 exit 1: our fault, or a run that could not be finished
     ├── TrainingDiverged       a loss or gradient stopped being a number; raised before the step is taken
+    ├── OutOfMemory            a step or a loss that does not fit, whatever was tried; the last whole step is kept
+    ├── DoesNotFit             exit 3: a run that the forecast says cannot fit, with the changes that would
     ├── VerificationFailed     a merge that is not the model that was trained
     └── UserError              exit 2: something the user wrote, named or has; the message says what would work
         ├── RecipeError        a recipe or a --set that does not hold; carries every fault, not the first
@@ -24,6 +26,16 @@ class QtuneError(Exception):
 
 class TrainingDiverged(QtuneError):
     """The loss or a gradient is not finite."""
+
+
+class OutOfMemory(QtuneError):
+    """Memory ran out, and there is nothing left to give up; the weights are those of the last whole step."""
+
+
+class DoesNotFit(QtuneError):
+    """The forecast is larger than the memory there is, whatever technique is on; nothing was loaded."""
+
+    exit_code = 3
 
 
 class VerificationFailed(QtuneError):

@@ -46,7 +46,8 @@ class Evaluated:
 class MemoryMeasured:
     """Bytes held on the device after `step` steps: `parts` by name, in the order of `memory.ledger.PARTS`.
 
-    `total_bytes` is what the device has and `peak_bytes` the most this run has held. On the CPU the device is the
+    `phase` is what was being done since the last measurement (load, attach, forward, backward, step, eval, save),
+    `peak_bytes` the most that was held then, and `total_bytes` what the device has. On the CPU the device is the
     host's RAM and the parts sum to this process's resident size.
     """
 
@@ -55,6 +56,18 @@ class MemoryMeasured:
     peak_bytes: int
     total_bytes: int
     free_bytes: int
+    phase: str = "step"
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """The largest batch was run once: bytes forecast and measured at the peak, which was in `phase`, and what had to be
+    switched on beside the plan for it to fit."""
+
+    forecast_bytes: int
+    measured_bytes: int
+    phase: str
+    climbed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -93,13 +106,14 @@ class Finished:
     train_seconds: float
 
 
-Event = Started | StepDone | Evaluated | MemoryMeasured | Scored | Saved | Notice | Finished
+Event = Started | StepDone | Evaluated | MemoryMeasured | Rehearsed | Scored | Saved | Notice | Finished
 Listener = Callable[[Event], None]
 EVENT_BY_NAME = {
     "started": Started,
     "step": StepDone,
     "held_out": Evaluated,
     "memory": MemoryMeasured,
+    "rehearsed": Rehearsed,
     "score": Scored,
     "saved": Saved,
     "notice": Notice,

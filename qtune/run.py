@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -17,7 +17,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from qtune import logs
-from qtune.data.packing import packed_rows
+from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
 from qtune.deploy.fold import DType, Onto
 from qtune.deploy.merge import merge
@@ -26,20 +26,22 @@ from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.evaluate.loss import held_out_loss
 from qtune.events import Event, Listener, Notice, Saved
-from qtune.memory.device import find_device, reset_peak
+from qtune.memory.device import find_device
 from qtune.memory.ledger import Ledger
+from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
-from qtune.plan.decide import Plan, decide
+from qtune.plan.decide import Plan, decide, refuse_unless_it_fits
+from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.report import summary, tables
 from qtune.report.dashboard import listener_for
 from qtune.rundir import RunDir, default_path, read_json, write_json
-from qtune.train.fit import Fitted, fit
+from qtune.train.fit import Fitted, HeldOutLoss, fit
+from qtune.train.out_of_memory import Recovery
 from qtune.units import format_bytes
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
 PROBE_ROWS = 64
-SPARE_DISK_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class Ready:
 def get_ready(recipe: Recipe) -> Ready:
     """Read the data, settle the plan. Raises a UserError for anything that could not be trained on."""
     base.quiet_libraries()
-    base.read_config(recipe.model)
+    config = base.read_config(recipe.model)
     tokenizer = base.load_tokenizer(recipe.model)
     prepared = prepare(recipe, tokenizer)
-    return Ready(recipe, tokenizer, prepared, decide(recipe, find_device(), len(prepared.train_packs)))
+    plan = decide(recipe, find_device(), config, Work.of_prepared(prepared))
+    return Ready(recipe, tokenizer, prepared, plan)
 
 
 def show(ready: Ready, console: Console) -> None:
@@ -92,13 +95,14 @@ def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
             dashboard(event)
 
         ledger = Ledger.begin(plan.device)
-        model = _load(ready, folder, listen)
+        model, engine = _load(ready, folder, ledger, listen)
         before = _score("base", ready, model, listen)
-        reset_peak(plan.device)
+        ledger.measure("eval", 0, model, engine)
         try:
-            fitted = _train(ready, model, ledger, listen, folder)
+            fitted = _train(ready, model, engine, ledger, listen, folder)
         finally:  # the weights are those of the last whole step, whatever ended training
             listen(_save(folder, model, recipe.model.base))
+        listen(ledger.measure("save", fitted.steps, model, engine))
         if fitted.stopped_by is None:
             after = _score("tuned", ready, model, listen)
             _keep_scores(folder, ready, before, after)
@@ -106,36 +110,59 @@ def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
     return fitted
 
 
-def _load(ready: Ready, folder: RunDir, listen: Listener) -> PeftModel:
-    """The base with a fresh adapter. A run that the user must put right before it can start leaves no folder."""
+def _load(ready: Ready, folder: RunDir, ledger: Ledger, listen: Listener) -> tuple[PeftModel, Engine]:
+    """The base with a fresh adapter, and the memory techniques of the plan switched on.
+
+    A run that the user must put right before it can start leaves no folder.
+    """
     recipe, plan = ready.recipe, ready.plan
     listen(Notice(f"loading {recipe.model.base}"))
     try:
         loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
         write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
         model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
-        check_disk(folder.path, model)
+        check_disk(folder.path, plan.disk_bytes)
     except UserError:
         shutil.rmtree(folder.path)
         raise
-    return model
+    listen(ledger.measure("load", 0, model))
+    engine = Engine(model)
+    engine.switch_to(plan.techniques)
+    listen(ledger.measure("attach", 0, model, engine))
+    return model, engine
 
 
 def _title(recipe: Recipe) -> str:
     return f"{recipe.name}   {recipe.model.base}   LoRA rank {recipe.lora.rank}"
 
 
-def _train(ready: Ready, model: PeftModel, ledger: Ledger, listen: Listener, run: RunDir) -> Fitted:
+def _train(
+    ready: Ready, model: PeftModel, engine: Engine, ledger: Ledger, listen: Listener, run: RunDir
+) -> Fitted:
     plan, held_out = ready.plan, ready.held_out
-    measure: Callable[[], float] | None = None
+    higher = iter(plan.reserve)
+
+    def climb() -> str | None:
+        rung = next(higher, None)
+        if rung is None:
+            return None
+        engine.switch_to(rung.techniques)
+        return rung.name
+
+    recovery = Recovery(listen, climb, engine.forget_pass)
+
+    def loss_over(packs: Sequence[PackedRow]) -> float:
+        return held_out_loss(model, packs, plan.device.name, plan.compute_dtype, recovery)
+
+    measured = None
     if held_out.packs:
-
-        def measure() -> float:
-            return held_out_loss(model, held_out.packs, plan.device.name, plan.compute_dtype)
-
+        largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
+        measured = HeldOutLoss(
+            len(held_out.examples), lambda: loss_over(held_out.packs), lambda: loss_over([largest])
+        )
     rows = packed_rows(ready.prepared.train, ready.prepared.train_packs)
     return fit(
-        ready.recipe, plan, model, ready.tokenizer, rows, len(held_out.examples), measure, ledger, listen, run.path
+        ready.recipe, plan, model, engine, ready.tokenizer, rows, measured, ledger, listen, run.path, climb
     )
 
 
@@ -161,9 +188,8 @@ def _save(run: RunDir, model: PeftModel, base_name: str) -> Saved:
     return Saved("adapter", size, time.perf_counter() - start)
 
 
-def check_disk(folder: Path, model: PeftModel) -> None:
-    """Raises MachineError before training where the adapter would not fit on the disk after it."""
-    needed = sum(p.numel() * 4 for p in adapter.trained_parameters(model)) + SPARE_DISK_BYTES
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises MachineError before training where what it leaves would not fit on the disk after it."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(

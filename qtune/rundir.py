@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import RunFolderError
-from qtune.events import EVENT_BY_NAME, Event, MemoryMeasured
+from qtune.events import EVENT_BY_NAME, Event, MemoryMeasured, Rehearsed
 
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 
@@ -103,7 +103,7 @@ class RunDir:
 
     def record(self, event: Event) -> None:
         """Append one event. Bytes go to memory.jsonl, as they differ from run to run; the rest to metrics.jsonl."""
-        path = self.memory if isinstance(event, MemoryMeasured) else self.metrics
+        path = self.memory if isinstance(event, MemoryMeasured | Rehearsed) else self.metrics
         line = json.dumps({"event": _NAME_BY_EVENT[type(event)], **dataclasses.asdict(event)}, ensure_ascii=False)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -120,6 +120,8 @@ class RunDir:
                 kind = EVENT_BY_NAME[values.pop("event")]
                 if kind is MemoryMeasured:
                     values["parts"] = tuple((name, size) for name, size in values["parts"])
+                if kind is Rehearsed:
+                    values["climbed"] = tuple(values["climbed"])
                 yield kind(**values)
 
 

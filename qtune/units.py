@@ -1,5 +1,7 @@
 """The only place that converts or prints units. GiB is 1024^3 bytes; a fraction is 0-1, a percent 0-100."""
 
+import re
+
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 
@@ -10,6 +12,17 @@ def format_bytes(count: float) -> str:
             value = count / size
             return f"{value:.1f} {unit}" if abs(value) < 10 else f"{value:,.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Bytes of `6GiB`, `7.5 GiB`, `800 MB` or `8G` (which is GiB, as card makers mean it); None for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*([KMGT])(i?B?)\s*", text, re.IGNORECASE)
+    if found is None:
+        return None
+    number, prefix, rest = found.groups()
+    base = 1000 if rest.lower() == "b" else 1024
+    size = round(float(number) * base ** ("KMGT".index(prefix.upper()) + 1))
+    return size or None
 
 
 def format_count(count: float) -> str:

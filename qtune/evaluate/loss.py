@@ -8,25 +8,55 @@ from trl.trainer.utils import add_fused_lm_head
 
 from qtune.data.packing import PackedRow, collate
 from qtune.memory import tiled_loss
+from qtune.memory.split_batch import split_batch
 from qtune.model.base import autocast
+from qtune.train.out_of_memory import Batch, Recovery, is_out_of_memory, let_go
 
 
-@torch.no_grad()
-def held_out_loss(model: torch.nn.Module, rows: Sequence[PackedRow], device: str, compute_dtype: str) -> float:
+def held_out_loss(
+    model: torch.nn.Module,
+    rows: Sequence[PackedRow],
+    device: str,
+    compute_dtype: str,
+    recovery: Recovery | None = None,
+) -> float:
     """Sum of losses over sum of trained tokens; a row is one pack, run on its own, so memory is a pack's.
 
-    The loss is made as in training: in tiles, the (T, vocabulary) logits never whole.
+    The loss is made as in training: in tiles, the (T, vocabulary) logits never whole. A pack that runs out of memory is
+    run again with what `recovery` can give up, in pieces at the least; raises OutOfMemory when that does not help.
     """
+    recovery = recovery or Recovery()
     was_training = model.training
     model.eval()
     nats = tokens = 0.0
-    with autocast(device, compute_dtype):
+    try:
         for row in rows:
-            batch = {name: to_device(value, device) for name, value in collate([row]).items()}
-            loss, count = _summed(model, batch)
-            nats, tokens = nats + loss.item(), tokens + count.item()
-    model.train(was_training)
+            loss, count = _summed_pack(model, collate([row]), device, compute_dtype, recovery)
+            nats, tokens = nats + loss, tokens + count
+    finally:
+        model.train(was_training)
     return nats / tokens
+
+
+def _summed_pack(
+    model: torch.nn.Module, batch: Batch, device: str, compute_dtype: str, recovery: Recovery
+) -> tuple[float, float]:
+    """Summed loss in nats and trained tokens of one pack, in as few pieces as memory allows."""
+    while True:
+        documents: tuple[int, ...] = ()
+        nats = tokens = 0.0
+        try:
+            for piece in split_batch(batch, recovery.pieces):
+                documents = piece["document_lengths"]
+                with torch.no_grad(), autocast(device, compute_dtype):
+                    loss, count = _summed(model, {name: to_device(value, device) for name, value in piece.items()})
+                nats, tokens = nats + loss.item(), tokens + count.item()
+            return nats, tokens
+        except Exception as fault:
+            if not is_out_of_memory(fault):
+                raise
+            let_go(fault)
+        recovery.after_pass("The held-out loss", "forward pass", documents)
 
 
 def _summed(model: torch.nn.Module, batch: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,21 +2,60 @@
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 
+# Dense bfloat16 tensor operations a second with float32 sums, as the makers publish them, times what a fine-tune gets
+# out of them. Longer names first: the first that is part of the card's name counts.
+PUBLISHED_OPERATIONS = {
+    "RTX 5090": 209e12,
+    "RTX 5080": 112e12,
+    "RTX 5070 Ti": 88e12,
+    "RTX 5070": 62e12,
+    "RTX 5060 Ti": 47e12,
+    "RTX 4090": 165e12,
+    "RTX 4080": 97e12,
+    "RTX 4070 Ti": 80e12,
+    "RTX 4070": 58e12,
+    "RTX 4060 Ti": 44e12,
+    "RTX 4060": 30e12,
+    "RTX 3090": 71e12,
+    "RTX 3080": 60e12,
+    "RTX 3070": 41e12,
+    "RTX 3060": 25e12,
+    "RTX A6000": 155e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+}
+USED_FRACTION = 0.5
+
+
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's (`cuda:0`, `cpu`), `label` a person's; bytes as they are at the time of asking."""
+    """`name` is torch's (`cuda:0`, `cpu`), `label` a person's, `why` the reason it was taken; bytes as they are now.
+
+    `outside_bytes` is what a process holds on it besides tensors; `operations_per_second` what its arithmetic is worth
+    in a fine-tune, None where that is not known.
+    """
 
     name: str
     label: str
     total_bytes: int
     free_bytes: int
     compute_dtype: str
+    why: str = ""
+    host_free_bytes: int = 0
+    outside_bytes: int = 0
+    operations_per_second: float | None = None
 
     @property
     def is_cuda(self) -> bool:
@@ -25,12 +64,73 @@ class Device:
 
 def find_device() -> Device:
     """The first CUDA card, else the CPU. `compute_dtype` is the fastest this device has real arithmetic for."""
+    host_total, host_free = host_memory()
     if torch.cuda.is_available():
+        torch.cuda.init()
+        outside = context_bytes()
         free, total = torch.cuda.mem_get_info(0)
-        has_bfloat16 = torch.cuda.get_device_capability(0) >= (8, 0)
-        return Device("cuda:0", torch.cuda.get_device_name(0), total, free, "bfloat16" if has_bfloat16 else "float16")
-    total, free = host_memory()
-    return Device("cpu", f"CPU, {os.cpu_count()} cores", total, free, "bfloat16" if cpu_has_bfloat16() else "float32")
+        label, has_bfloat16 = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0) >= (8, 0)
+        return Device(
+            "cuda:0",
+            label,
+            total,
+            free + outside,  # this process's own context is part of the forecast
+            "bfloat16" if has_bfloat16 else "float16",
+            "the first CUDA card",
+            host_free,
+            outside,
+            published_operations(label),
+        )
+    dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
+    label = f"CPU, {os.cpu_count()} cores"
+    why = "torch sees no CUDA card"
+    return Device("cpu", label, host_total, host_free, dtype, why, host_free, 0, _cpu_operations(dtype))
+
+
+def imagined_card(device_bytes: int, host_bytes: int | None, here: Device) -> Device:
+    """A card with `device_bytes` of memory that is not in this machine, or not free, in a host with `host_bytes`."""
+    return Device(
+        "cuda:0",
+        "a card",
+        device_bytes,
+        device_bytes,
+        "bfloat16",
+        "--device-memory",
+        host_bytes or here.host_free_bytes,
+        ASSUMED_CONTEXT_BYTES,
+        here.operations_per_second if here.is_cuda else None,
+    )
+
+
+ASSUMED_CONTEXT_BYTES = 500 * 1024**2  # CUDA context and cuBLAS workspaces: 0.4 to 0.6 GiB on consumer cards
+
+
+def context_bytes() -> int:
+    """What this process's CUDA context takes: the card's memory in use, less the allocator's, before and after a
+    first product of two matrices, which loads cuBLAS."""
+    free_before, _ = torch.cuda.mem_get_info(0)
+    square = torch.ones(64, 64, device="cuda:0", dtype=torch.float16)
+    (square @ square).sum().item()
+    free, _ = torch.cuda.mem_get_info(0)
+    own = free_before - free - torch.cuda.memory_reserved(0)
+    return max(own, ASSUMED_CONTEXT_BYTES)
+
+
+def published_operations(label: str) -> float | None:
+    """What a card of this name does in a fine-tune; None for one whose maker's figure is not in the table."""
+    found = next((rate for name, rate in PUBLISHED_OPERATIONS.items() if name in label), None)
+    return None if found is None else USED_FRACTION * found
+
+
+@lru_cache(maxsize=2)
+def _cpu_operations(dtype: str) -> float:
+    """Of a product of two square matrices, measured now."""
+    square = torch.ones(768, 768, dtype=getattr(torch, dtype))
+    square @ square
+    start = time.perf_counter()
+    for _ in range(4):
+        square @ square
+    return USED_FRACTION * 4 * 2 * 768**3 / (time.perf_counter() - start)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -20,10 +20,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from qtune.memory import live
 
 NAME = "qtune_documents"
 
@@ -54,13 +57,14 @@ def document_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("soft-capped attention and attention sinks need another attention implementation")
-    longest = max(document_lengths or [0])
-    one_document = document_lengths is not None and len(document_lengths) == 1
-    if document_lengths is None or (one_document and _sliding_band(longest, sliding_window, query.device) is None):
+    if document_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert sum(document_lengths) == query.shape[2], "document lengths must cover the row"
+    if len(document_lengths) == 1:
+        band = _sliding_band(query.shape[2], sliding_window, query.device)
+        return _attend(query, key, value, band, dropout, scaling).transpose(1, 2).contiguous(), None
     buckets, back = bucket_documents(tuple(document_lengths), query.device)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (T, H or K, E)
     outputs = []
@@ -70,11 +74,57 @@ def document_attention(
             row.index_select(0, bucket.positions.flatten()).unflatten(0, shape).transpose(1, 2) for row in rows
         )  # (D, H or K, S, E)
         band = _sliding_band(shape[1], sliding_window, query.device)
-        attended = scaled_dot_product_attention(
-            q, k, v, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        attended = _attend(q, k, v, band, dropout, scaling)
         outputs.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, bucket.real))
     return torch.cat(outputs).index_select(0, back)[None], None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    band: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention (or within `band`) of (D, H, S, E) queries over (D, K, S, E) keys and values."""
+    if live.stands_for_card():
+        return _CardAttention.apply(query, key, value, band)
+    is_grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, band, dropout, is_causal=band is None, scale=scaling, enable_gqa=is_grouped
+    )
+
+
+class _CardAttention(torch.autograd.Function):
+    """What FlashAttention-2 holds on a card, for a forecast: no value is computed.
+
+    Its backward pass takes a float32 copy of the queries' gradient, and for grouped heads gradients of keys and values
+    for every query head (flash_attn's `mha_bwd`, as built into torch). A band is read as a bias in the queries' dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, band: torch.Tensor | None
+    ) -> torch.Tensor:
+        documents, heads, length, width = query.shape
+        output = query.new_empty(documents, length, heads, width).transpose(1, 2)
+        scores = query.new_empty(documents, heads, length, dtype=torch.float32)
+        bias = None if band is None else band.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, scores, bias)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        workspace = 4 * query.numel()
+        if query.shape[1] != key.shape[1]:
+            workspace += 2 * query.element_size() * query.numel()
+        results = tuple(
+            tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)
+        )
+        live.note_workspace("layer workspace", workspace)
+        return *results, None
 
 
 @dataclass(frozen=True)
@@ -89,8 +139,14 @@ class Bucket:
 def bucket_documents(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
     """One bucket per power of two, and the (T,) index that brings their real places back into row order.
 
-    Kept between calls, as every layer asks for the same pack. Padding repeats a document's last position.
+    Kept between calls, as every layer asks for the same pack. Padding repeats a document's last position. The indices
+    are real ones also where everything else is fake: their values are what they are for.
     """
+    with unset_fake_temporarily():
+        return _bucket_documents(lengths, device)
+
+
+def _bucket_documents(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
     starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
     members: dict[int, list[int]] = defaultdict(list)
     for index, length in enumerate(lengths):

@@ -1,27 +1,24 @@
-"""Measured bytes by part: what the base, the adapter, its gradients and the optimizer hold, and what is left over.
+"""Measured bytes by part and by phase: what stands is counted, what comes and goes is the rest of what was held.
 
-The four tensor parts are counted exactly from their storages. The rest of what the device holds is the work of a
-step: activations and workspace. On a card the allocator tells the total; on the CPU it is this process's resident
-memory, of which Python and the libraries held a share before the base was loaded.
+The parts that stand are those of the forecast, and are counted from their storages. The rest of what the device held at
+its highest is the work of the phase: activations and workspace. On a card the allocator tells the highest; on the CPU
+it is this process's resident memory, of which Python and the libraries held a share before the base was loaded.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 
 from qtune.events import MemoryMeasured
-from qtune.memory.device import Device, host_memory, resident_bytes
+from qtune.memory.device import Device, host_memory, reset_peak, resident_bytes
+from qtune.memory.live import storage_sizes
+from qtune.memory.parts import STANDING_PARTS, standing_parts
+from qtune.memory.techniques import Engine
 
-PARTS = (
-    "python and libraries",
-    "context",
-    "base",
-    "adapter",
-    "gradients",
-    "optimizer",
-    "activations and workspace",
-)
+REST = "activations and workspace"
+HOST = "held for the host"  # what a card would not hold, where the processor is the device
+PARTS = ("python and libraries", "context", *STANDING_PARTS, HOST, REST)
 
 
 @dataclass
@@ -39,22 +36,27 @@ class Ledger:
             return cls(device, total - free - torch.cuda.memory_reserved(0))
         return cls(device, resident_bytes()[0])
 
-    def measure(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> MemoryMeasured:
-        """Bytes by part at the highest point so far. Call between backward and the zeroing of gradients."""
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        tensors = {
-            "base": storage_bytes([*frozen, *quantization_state(frozen), *model.buffers()]),
-            "adapter": storage_bytes(trainable),
-            "gradients": storage_bytes(p.grad for p in trainable if p.grad is not None),
-            "optimizer": storage_bytes(optimizer_state(optimizer)) if optimizer else 0,
-        }
+    def measure(
+        self,
+        phase: str,
+        step: int,
+        model: PeftModel,
+        engine: Engine | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> MemoryMeasured:
+        """Bytes by part at the highest point since the last measurement. Gradients count if they are there."""
+        sizes: dict[str, int] = {}
+        for part, side, tensors in standing_parts(model, engine, optimizer):
+            name = part if side == "device" else HOST
+            if side == "device" or not self.device.is_cuda:
+                sizes[name] = sizes.get(name, 0) + storage_sizes(tensors)
         peak, total, free = self._held()
         outside = "context" if self.device.is_cuda else "python and libraries"
-        rest = peak - self.outside_bytes - sum(tensors.values())
-        sizes = {outside: self.outside_bytes, **tensors, "activations and workspace": max(0, rest)}
-        parts = tuple((name, sizes[name]) for name in PARTS if name in sizes)
-        return MemoryMeasured(step, parts, peak, total, free)
+        sizes[REST] = max(0, peak - self.outside_bytes - sum(sizes.values()))
+        sizes[outside] = self.outside_bytes
+        reset_peak(self.device)
+        parts = tuple((name, sizes[name]) for name in PARTS if name == REST or sizes.get(name))
+        return MemoryMeasured(step, parts, peak, total, free, phase)
 
     def _held(self) -> tuple[int, int, int]:
         """Peak, total and free bytes of the device; the peak includes what was held outside."""
@@ -63,26 +65,3 @@ class Ledger:
             return torch.cuda.max_memory_allocated(0) + self.outside_bytes, total, free
         total, free = host_memory()
         return max(resident_bytes()), total, free
-
-
-def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct storages behind `tensors`; views and ties count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def quantization_state(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The scales bitsandbytes keeps beside its packed weights."""
-    found = []
-    for parameter in parameters:
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor)]
-            state = state.state2
-    return found
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Every tensor of the optimizer's state, accelerate's wrapper looked through."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return [t for state in inner.state.values() for t in state.values() if isinstance(t, torch.Tensor)]

@@ -22,6 +22,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from qtune.memory import live
+from qtune.memory.nf4 import is_quantized
+from qtune.memory.quantized_head import of_quantized_head
+
 TILE_BYTES = 64 * 1024**2
 SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 IGNORED = -100
@@ -48,46 +52,75 @@ def install(model: PreTrainedModel) -> None:
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
-    def forward(self: PreTrainedModel, *args: Any, tiled_loss: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        tiled_loss: bool = False,
+        labelled: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not tiled_loss:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        return summed_loss(hidden, self.get_output_embeddings().weight, labels)
+        live.enter_phase("loss")
+        with live.part_of_new("loss"):
+            return summed_loss(hidden, self.get_output_embeddings(), labels, labelled)
 
     model.forward = types.MethodType(forward, model)
 
 
-def summed_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> SummedLoss:
-    """Loss of predicting each next label from `hidden` (B, T, H) by the head `weight` (V, H); `labels` are (B, T)."""
-    wanted = labels[:, 1:]
-    is_labelled = wanted != IGNORED
-    nats = _TiledCrossEntropy.apply(hidden[:, :-1][is_labelled], weight, wanted[is_labelled])
-    return SummedLoss(nats=nats, tokens=is_labelled.sum())
+def summed_loss(
+    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, labelled: torch.Tensor | None = None
+) -> SummedLoss:
+    """Loss of predicting each next label from `hidden` (B, T, H) by the linear `head`; `labels` are (B, T).
+
+    `labelled` (N,) are the flat positions before a label, found from `labels` unless given: a forecast has no labels.
+    """
+    if labelled is None:
+        labelled = positions_before_labels(labels)
+    wanted = labels.flatten().index_select(0, labelled + 1)
+    chosen = hidden.flatten(0, 1).index_select(0, labelled)
+    return SummedLoss(nats=_TiledCrossEntropy.apply(chosen, head, wanted), tokens=labelled.new_tensor(len(labelled)))
+
+
+def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Flat positions (N,) of (B, T) `labels` whose next position in the same row has a label."""
+    has_next = torch.zeros_like(labels, dtype=torch.bool)
+    has_next[:, :-1] = labels[:, 1:] != IGNORED
+    return has_next.flatten().nonzero().flatten()
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy in float32 of `hidden` (N, H) @ `weight`.T against `labels` (N,)."""
+    """Summed cross-entropy in float32 of the logits of `hidden` (N, H) against `labels` (N,)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        assert not weight.requires_grad, "the head is frozen"
-        total = torch.zeros((), device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        tile_tokens = max(16, TILE_BYTES // (4 * weight.shape[0]))
-        for start in range(0, len(hidden), tile_tokens):
-            tile = slice(start, start + tile_tokens)
-            log_p = torch.log_softmax((hidden[tile].to(weight.dtype) @ weight.t()).float(), dim=-1)
-            own = labels[tile, None]
-            total -= log_p.gather(1, own).sum()
-            if gradient is not None:
-                p = log_p.exp_()  # the logits' gradient is p - 1 at the label and p elsewhere
-                p.scatter_add_(1, own, torch.full_like(p[:, :1], -1.0))
-                gradient[tile] = p.to(weight.dtype) @ weight
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
+        assert not head.weight.requires_grad, "the head is frozen"
+        make = of_quantized_head if is_quantized(head) else of_plain_head
+        nats, gradient = make(hidden, head, labels, with_gradient=ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
-        return total
+        return nats
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None
+
+
+def of_plain_head(
+    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary."""
+    weight = head.weight
+    nats = torch.zeros((), device=hidden.device)
+    gradient = torch.empty_like(hidden) if with_gradient else None
+    for tile in live.tiles(len(hidden), max(16, TILE_BYTES // (4 * weight.shape[0])), hidden):
+        log_p = torch.log_softmax((hidden[tile].to(weight.dtype) @ weight.t()).float(), dim=-1)
+        own = labels[tile, None]
+        nats -= log_p.gather(1, own).sum()
+        if gradient is not None:
+            p = log_p.exp_()  # the logits' gradient is p - 1 at the label and p elsewhere
+            p.scatter_add_(1, own, torch.full_like(p[:, :1], -1.0))
+            gradient[tile] = p.to(weight.dtype) @ weight
+    return nats, gradient

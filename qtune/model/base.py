@@ -1,5 +1,6 @@
 """The frozen base: where its files are, its tokenizer, and the model itself, in 4 bits or not."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune.errors import MachineError, ModelError
 from qtune.memory import document_attention, tiled_loss
+from qtune.memory.expert_loading import quantized_experts
 from qtune.recipe.schema import Model
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
@@ -148,26 +150,31 @@ def load_base(model: Model, device: str, compute_dtype: str) -> PreTrainedModel:
     dtype = getattr(torch, compute_dtype)
     quantization = None
     if model.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=model.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
+        quantization = nf4_config(model, dtype)
+    with quantized_experts() if quantization else contextlib.nullcontext():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            base_folder(model),
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            attn_implementation=document_attention.NAME,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
         )
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base_folder(model),
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantization,
-        attn_implementation=document_attention.NAME,
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-    )
     loaded.requires_grad_(False)
     keep_weights_as_quantised(loaded)
     tiled_loss.install(loaded)
     loaded.config.use_cache = False
     return loaded
+
+
+def nf4_config(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
 
 
 def keep_weights_as_quantised(model: torch.nn.Module) -> None:

@@ -1,13 +1,26 @@
-"""Recipe + device + data -> Plan: every open choice settled before anything is loaded, each with its reason."""
+"""Recipe + data + device -> Plan: every open choice settled before anything is loaded, each with its reason."""
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from qtune.errors import DoesNotFit
 from qtune.memory.device import Device
+from qtune.memory.techniques import Techniques
+from qtune.plan import ladder, speed
+from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.ladder import Budget, Climb, Reserve, Rung
+from qtune.plan.remedies import explain, remedies
+from qtune.plan.speed import Speed
+from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
+from qtune.units import parse_bytes
 
 EVALUATIONS = 10
+HOST_FRACTION = 0.8
+SPARE_DISK_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -21,40 +34,81 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know besides the recipe and the rows."""
+    """Everything a run needs to know besides the recipe and the rows. `fits` is False for a plan that must not run."""
 
     device: Device
     compute_dtype: str
     steps: int
     warmup_steps: int
     eval_every: int
+    micro_batch: int
+    gradient_accumulation: int
+    fits: bool
+    techniques: Techniques
+    budget: Budget
+    forecast: Forecast
+    rungs: tuple[Rung, ...]
+    reserve: tuple[Reserve, ...]
+    speed: Speed
+    disk_bytes: int
+    remedies: tuple[str, ...]
     choices: tuple[Choice, ...]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def decide(recipe: Recipe, device: Device, train_packs: int) -> Plan:
-    """The plan for `train_packs` sequences on `device`."""
+def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work) -> Plan:
+    """The plan for training on `work` with `device`, here or imagined.
+
+    Raises ModelError where transformers cannot build the model that `config` describes.
+    """
     train = recipe.train
     compute_dtype, why_compute = _compute_dtype(recipe, device)
-    steps, why_steps = _steps(recipe, train_packs)
+    forecaster = Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
+    budget = budget_of(recipe, device)
+    climb = ladder.climb(recipe, forecaster, work, budget)
+    accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
+    steps, why_steps = _steps(recipe, len(work.sequences))
     eval_every, why_eval = _eval_every(recipe, steps)
     warmup_steps = math.ceil(train.warmup_fraction * steps)
     choices = (
-        Choice("device", device.label, "the first CUDA card" if device.is_cuda else "torch sees no CUDA card"),
+        Choice("device", device.label, device.why),
         Choice("base", _held_as(recipe), "model.quantization"),
         Choice("compute", compute_dtype, why_compute),
         Choice("adapter", _adapter(recipe), "lora"),
         Choice("steps", f"{steps:,}", why_steps),
-        Choice("sequences a step", f"{train.micro_batch * train.gradient_accumulation}", _batch(recipe)),
+        Choice("sequences a step", f"{train.micro_batch * train.gradient_accumulation}", _batch(recipe, climb)),
         Choice("learning rate", f"{train.learning_rate:g}", f"{train.schedule}, after {warmup_steps} steps of warm-up"),
         Choice("optimizer", train.optimizer, "train.optimizer"),
-        Choice("recomputed layers", "all" if train.gradient_checkpointing else "none", "train.gradient_checkpointing"),
         Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
         Choice("held-out loss", f"every {eval_every:,} steps", why_eval),
     )
-    return Plan(device, compute_dtype, steps, warmup_steps, eval_every, choices)
+    return Plan(
+        device=device,
+        compute_dtype=compute_dtype,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        eval_every=eval_every,
+        micro_batch=climb.micro_batch,
+        gradient_accumulation=accumulation,
+        fits=climb.fits,
+        techniques=climb.techniques,
+        budget=budget,
+        forecast=climb.forecast,
+        rungs=climb.rungs,
+        reserve=ladder.reserve(recipe, forecaster, climb.techniques),
+        speed=speed.estimate(recipe, forecaster, climb, work, device, steps),
+        remedies=() if climb.fits else remedies(recipe, forecaster, work, budget),
+        disk_bytes=4 * forecaster.standing.trained_parameters + SPARE_DISK_BYTES,
+        choices=choices,
+    )
+
+
+def budget_of(recipe: Recipe, device: Device) -> Budget:
+    """What the recipe allows, else what is free: on the device all of it, of the host's memory 80 %."""
+    asked, asked_host = parse_bytes(recipe.memory.budget), parse_bytes(recipe.memory.host_budget)
+    return Budget(asked or device.free_bytes, asked_host or round(HOST_FRACTION * device.host_free_bytes))
 
 
 def _adapter(recipe: Recipe) -> str:
@@ -63,12 +117,14 @@ def _adapter(recipe: Recipe) -> str:
     return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, in {lora.master_dtype}"
 
 
-def _batch(recipe: Recipe) -> str:
+def _batch(recipe: Recipe, climb: Climb) -> str:
     train = recipe.train
-    return (
-        f"micro_batch {train.micro_batch} x gradient_accumulation {train.gradient_accumulation},"
+    accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
+    told = (
+        f"micro_batch {climb.micro_batch} x gradient_accumulation {accumulation},"
         f" each of at most {recipe.data.max_tokens:,} tokens"
     )
+    return told if climb.micro_batch == train.micro_batch else f"{told}; micro_batch {train.micro_batch} does not fit"
 
 
 def _compute_dtype(recipe: Recipe, device: Device) -> tuple[str, str]:
@@ -100,3 +156,9 @@ def _eval_every(recipe: Recipe, steps: int) -> tuple[int, str]:
     if recipe.train.eval_every is not None:
         return recipe.train.eval_every, "train.eval_every"
     return max(1, math.ceil(steps / EVALUATIONS)), f"{EVALUATIONS} times in the run"
+
+
+def refuse_unless_it_fits(recipe: Recipe, plan: Plan) -> None:
+    """Raises DoesNotFit, with the changes that would, for a plan that must not run."""
+    if not plan.fits:
+        raise DoesNotFit(explain(recipe, plan.device, plan.forecast.device_bytes, plan.budget, plan.remedies))

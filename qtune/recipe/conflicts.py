@@ -14,6 +14,8 @@ TRAIN, TRAIN_SPLIT, SUBSET = ("data", "train"), ("data", "train_split"), ("data"
 HELD_OUT, HELD_OUT_SPLIT = ("data", "held_out"), ("data", "held_out_split")
 HELD_OUT_FRACTION = ("data", "held_out_fraction")
 
+KEEP_LAYERS, STREAM_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "stream_layers"), ("memory", "head")
+
 
 @dataclass(frozen=True)
 class Idle:
@@ -66,6 +68,23 @@ def same_rows(values: dict[str, Any]) -> Iterator[Fault]:
             HELD_OUT,
             f"data.held_out is what data.train names, {shown(train)}, so nothing would be held out."
             " Name other rows, or leave it out to hold out data.held_out_fraction of the training rows.",
+        )
+
+
+def exclude_each_other(values: dict[str, Any]) -> Iterator[Fault]:
+    """Memory techniques that are asked for together and cannot be."""
+    keep, stream = value_of(values, KEEP_LAYERS), value_of(values, STREAM_LAYERS)
+    if isinstance(stream, int) and stream > 0 and isinstance(keep, int) and keep > 0:
+        yield (
+            STREAM_LAYERS,
+            f"memory.stream_layers = {stream} and memory.keep_layers = {keep} exclude each other: a layer that is"
+            " streamed has to be recomputed. Leave one of them out.",
+        )
+    if value_of(values, HEAD) == "nf4" and value_of(values, QUANTIZATION) == "none":
+        yield (
+            HEAD,
+            'memory.head = "nf4" would quantise the head of a base that model.quantization = "none" keeps whole. Leave'
+            " one of them out.",
         )
 
 

@@ -24,6 +24,7 @@ OTHER_NAMES = {  # what peft, transformers and trl call it
     "target_modules": "targets",
     "use_rslora": "rslora",
     "use_dora": "dora",
+    "gradient_checkpointing": "keep_layers",
     "lr": "learning_rate",
     "num_train_epochs": "epochs",
     "batch_size": "micro_batch",

@@ -69,7 +69,8 @@ def load(path: Path, overrides: Sequence[str] = (), demo: bool = False) -> Recip
     origin = Origin(str(path), found.lines, given)
     values = _put_all(paths.made_absolute(found.values, path.resolve().parent), given)
     recipe, faults = _validate(values)
-    faults += [*_faults_of_paths(values, origin, demo), *_idle(values, origin), *conflicts.same_rows(values)]
+    faults += [*_faults_of_paths(values, origin, demo), *_idle(values, origin)]
+    faults += [*conflicts.same_rows(values), *conflicts.exclude_each_other(values)]
     if demo and "demo" not in values:
         faults.append(((), "has no [demo] table for --demo to use. `qtune recipes show medical` shows one."))
     if faults or wrong or recipe is None:

@@ -1,9 +1,12 @@
 """What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from qtune.units import parse_bytes
 
 
 class Table(BaseModel):
@@ -19,6 +22,24 @@ def _layer_names(value: Any) -> Any:
     if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name.strip() for name in value):
         return tuple(value)
     raise PydanticCustomError("expected", '"all-linear" or a list of layer names such as ["q_proj", "v_proj"]')
+
+
+def _auto_or_count(least: int) -> Callable[[Any], Any]:
+    """"auto" or a whole number from `least` up; one sentence for all else."""
+
+    def check(value: Any) -> Any:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT):
+            return value
+        raise PydanticCustomError("expected", "{wanted}", {"wanted": f'"auto" or a whole number of at least {least}'})
+
+    return check
+
+
+def _auto_or_size(value: Any) -> Any:
+    """"auto" or a size such as "6GiB"."""
+    if value == "auto" or (isinstance(value, str) and parse_bytes(value) is not None):
+        return value
+    raise PydanticCustomError("expected", '"auto" or a size such as "6GiB" or "7.5 GiB"')
 
 
 MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
@@ -151,14 +172,50 @@ class Train(Table):
     optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = Field(
         "paged_adamw_8bit", description="Paged 8-bit AdamW holds 2 bytes a trained weight and can spill to the host."
     )
-    gradient_checkpointing: bool = Field(
-        True, description="Recompute each layer in the backward pass; a third more time for most of the memory."
-    )
     eval_every: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="Steps between held-out losses; unset measures ten times in a run."
     )
     log_every: int = Field(1, ge=1, le=MAX_COUNT, description="Steps between log lines and dashboard points.")
     seed: int = Field(0, ge=0, le=MAX_COUNT, description="Seed of the split, the data order and the adapter's start.")
+
+
+Size = Annotated[str, BeforeValidator(_auto_or_size)]
+AutoOrCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count(0))]
+
+
+class Memory(Table):
+    """How the run is made to fit. Left alone, the plan climbs as far as it must, cheapest technique first."""
+
+    budget: Size = Field(
+        "auto", description="Device memory the run may take, such as \"6GiB\"; auto is what is free when it starts."
+    )
+    host_budget: Size = Field(
+        "auto", description="Host memory the techniques may take, such as \"16GiB\"; auto is 80 % of what is free."
+    )
+    keep_layers: AutoOrCount = Field(
+        "auto", description="Layers that keep their activations instead of being recomputed; each is faster and larger."
+    )
+    checkpoints: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where the inputs of recomputed layers wait; host frees 2 bytes x hidden a token and layer."
+    )
+    tile_tokens: AutoOrCount = Field(
+        "auto", description="Tokens in one piece of the MLPs and norms; 0 runs them whole, smaller is leaner and slower."
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where the embedding table lives; on the host its rows are looked up there."
+    )
+    head: Literal["auto", "16bit", "nf4"] = Field(
+        "auto", description="How the output head is held while training; nf4 rounds it as the layers are."
+    )
+    stream_layers: AutoOrCount = Field(
+        "auto", description="Frozen layers that stay in host memory and visit the device; costs copies, not accuracy."
+    )
+    head_groups: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count(1))] = Field(
+        "auto", description="Pieces the attention heads are run in; more hold less and run attention once more."
+    )
+    rehearse: bool = Field(
+        True, description="Run the largest batch once before the first step, so that a wrong forecast costs nothing."
+    )
 
 
 class Evaluate(Table):
@@ -226,5 +283,6 @@ class Recipe(Table):
     lora: Lora = Field(Lora(), description="The adapter.")
     data: Data = Field(description="What is learned from.")
     train: Train = Field(Train(), description="How it is trained.")
+    memory: Memory = Field(Memory(), description="How it is made to fit.")
     evaluate: Evaluate = Field(Evaluate(), description="How it is scored.")
     demo: Demo | None = Field(None, description="What --demo replaces.")

@@ -21,9 +21,13 @@ FILLS = {
     ON_THE_HOST: Fill("╱", "dim"),
     "context": Fill("╱", "dim"),
     "base": Fill("█", "cyan"),
+    "streamed layers": Fill("▓", "cyan"),
+    "embedding": Fill("▆", "blue"),
+    "head": Fill("▇", "blue"),
     "adapter": Fill("▓", "green"),
     "gradients": Fill("▚", "green"),
     "optimizer": Fill("▒", "green"),
+    "held for the host": Fill("▞", "dim"),
     "activations and workspace": Fill("░", "yellow"),
 }
 UNKNOWN = Fill("▤", "yellow")

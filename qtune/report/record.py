@@ -62,7 +62,7 @@ def read(run: RunDir) -> Record:
         missing.append("Training did not come to its end.")
     if not run.adapter.is_dir():
         missing.append("No adapter was saved.")
-    memory = (event for event in events if isinstance(event, MemoryMeasured))
+    memory = (e for e in events if isinstance(e, MemoryMeasured) and not e.phase.startswith("rehearsed"))
     return Record(
         run=run,
         lock=lock,

@@ -10,6 +10,7 @@ from qtune.report.words import best_held_out, sentence
 PACE_EVENTS = 20
 MOST_POINTS = 1024
 MOST_MESSAGES = 12
+TRAINING_PHASES = ("step", "attach")
 LONGEST_FORECAST_SECONDS = 365 * 86_400
 
 Point = tuple[float, float]
@@ -104,7 +105,8 @@ def advance(view: View, event: Event, now: datetime) -> View:
                 changed_at=now,
             )
         case MemoryMeasured():
-            return replace(view, memory=event)
+            is_higher = view.memory is None or event.peak_bytes >= view.memory.peak_bytes
+            return replace(view, memory=event) if event.phase in TRAINING_PHASES and is_higher else view
     text = sentence(event, view.held_out)
     step = event.step if isinstance(event, Evaluated) else view.step
     if text is not None:

@@ -4,8 +4,8 @@ import math
 import unicodedata
 from collections.abc import Callable
 
-from qtune.events import Evaluated, Event, Finished, Notice, Saved, Scored, Started
-from qtune.units import format_bytes, format_count, format_seconds
+from qtune.events import Evaluated, Event, Finished, Notice, Rehearsed, Saved, Scored, Started
+from qtune.units import format_bytes, format_count, format_percent, format_seconds
 
 # Zero-width and direction marks: nothing is seen of them, and a model learns them all the same. The joiners U+200C
 # and U+200D stay as they are, since scripts and emoji need them.
@@ -66,6 +66,8 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...]) -> str | None:
             return f"training on {event.train_rows:,} sequences{held_out}"
         case Evaluated():
             return _held_out_sentence(event, earlier)
+        case Rehearsed():
+            return _rehearsal_sentence(event)
         case Scored():
             return _score_sentence(event)
         case Saved():
@@ -87,6 +89,15 @@ def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
         return f"{change}, best so far"
     best = best_held_out(earlier)
     return f"{change}, best was {format_loss(best.loss)} at step {best.step:,}" if best else change
+
+
+def _rehearsal_sentence(event: Rehearsed) -> str:
+    """`the largest batch takes 1.0 GiB, forecast 1.0 GiB (0.4 % less)`, and what was switched on for it."""
+    told = f"the largest batch takes {format_bytes(event.measured_bytes)}, forecast {format_bytes(event.forecast_bytes)}"
+    if event.climbed:
+        return f"{told}; switched on for it: {'; '.join(event.climbed)}"
+    off = event.measured_bytes / max(1, event.forecast_bytes) - 1
+    return f"{told} ({format_percent(abs(off))} {'more' if off > 0 else 'less'})"
 
 
 def _score_sentence(event: Scored) -> str:

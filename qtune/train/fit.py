@@ -19,10 +19,15 @@ from qtune.errors import TrainingDiverged
 from qtune.events import Evaluated, Finished, Listener, Started, StepDone
 from qtune.memory import tiled_loss
 from qtune.memory.ledger import Ledger
+from qtune.memory.techniques import Engine
 from qtune.model.adapter import trained_parameters, use_master_dtype
+from qtune.model.base import autocast
 from qtune.plan.decide import Plan
 from qtune.recipe.schema import Recipe
+from qtune.train import rehearsal
+from qtune.train.out_of_memory import Batch, Climb, OpenStep, Recovery, nothing_left, refusing
 from qtune.train.settings import sft_config
+from qtune.train.whole_steps import keep_steps_whole
 
 SECONDS_BETWEEN_LEDGERS = 1.0
 
@@ -34,6 +39,15 @@ class Fitted:
     steps: int
     seconds: float
     stopped_by: signal.Signals | None
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The held-out loss of the model as it stands: over all `rows`, and over the largest sequence of them alone."""
+
+    rows: int
+    of_all: Callable[[], float]
+    of_largest: Callable[[], float]
 
 
 @dataclass
@@ -52,15 +66,28 @@ class Meter:
 
 
 class MeteredTrainer(SFTTrainer):
-    """SFTTrainer that counts what it is fed and never takes a step on a loss that is no number."""
+    """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all."""
 
     meter: Meter
+    recovery: Recovery
+    open_step: OpenStep
+
+    @property
+    def step_under_way(self) -> str:
+        return f"Step {self.state.global_step + 1}"
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        keep_steps_whole(optimizer, self.recovery, lambda: self.step_under_way)
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next optimizer step."""
         start = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
+        samples, tokens = super().get_batch_samples(*args, **kwargs)
         self.meter.wait_seconds += time.perf_counter() - start
-        return samples
+        self.open_step = OpenStep(self.recovery, self.step_under_way, self.args.device, self.model.zero_grad)
+        return samples, tokens
 
     def compute_loss(
         self,
@@ -70,14 +97,26 @@ class MeteredTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The summed loss over the tokens of the whole step; trl's own where the head does not allow tiles."""
-        if not tiled_loss.suits(self.model):
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
-        output = model(**inputs, tiled_loss=True)
-        return output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
+        if tiled_loss.suits(self.model):
+            output = model(**inputs, tiled_loss=True)
+            loss = output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        self.open_step.phase = "backward pass"
+        return loss
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The batch's share of the step's loss, its gradient added; in pieces, and again, where memory asks for it."""
         self.meter.count(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        if num_items_in_batch is None:  # a model of the user's own that takes no such argument
+            num_items_in_batch = (inputs["labels"][:, 1:] != -100).sum()
+
+        def run(piece: Batch) -> torch.Tensor:
+            return super(MeteredTrainer, self).training_step(model, piece, num_items_in_batch)
+
+        loss = self.open_step.add(inputs, run)
         if not torch.isfinite(loss):
             raise diverged(self.state.global_step + 1, "loss", self.args.learning_rate)
         return loss
@@ -93,8 +132,15 @@ def diverged(step: int, what: str, learning_rate: float) -> TrainingDiverged:
 class Reporter(TrainerCallback):
     """Turns the trainer's callbacks into our events; measures memory and the held-out loss on the way."""
 
-    def __init__(self, trainer: MeteredTrainer, listen: Listener, ledger: Ledger, held_out: Callable[[], float] | None):
-        self.trainer, self.listen, self.ledger, self.held_out = trainer, listen, ledger, held_out
+    def __init__(
+        self,
+        trainer: MeteredTrainer,
+        engine: Engine,
+        listen: Listener,
+        ledger: Ledger,
+        held_out: HeldOutLoss | None,
+    ):
+        self.trainer, self.engine, self.listen, self.ledger, self.held_out = trainer, engine, listen, ledger, held_out
         self.best_loss, self.measured_at = float("inf"), 0.0
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -107,7 +153,7 @@ class Reporter(TrainerCallback):
         now = time.monotonic()
         if now - self.measured_at >= SECONDS_BETWEEN_LEDGERS or state.global_step == 0:
             self.measured_at = now
-            self.listen(self.ledger.measure(state.global_step + 1, self.trainer.model, self.trainer.optimizer))
+            self.measure("step", state.global_step + 1)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
@@ -130,12 +176,16 @@ class Reporter(TrainerCallback):
             )
         )
 
+    def measure(self, phase: str, step: int) -> None:
+        """Report the bytes of what was just done, which was `phase`."""
+        self.listen(self.ledger.measure(phase, step, self.trainer.model, self.engine, self.trainer.optimizer))
+
     def evaluate(self, step: int) -> None:
         """Measure and report the held-out loss after `step` steps."""
         if self.held_out is None:
             return
         start = time.perf_counter()
-        loss = self.held_out()
+        loss = self.held_out.of_all()
         seconds = time.perf_counter() - start
         self.trainer.meter.eval_seconds += seconds
         is_best, self.best_loss = loss < self.best_loss, min(loss, self.best_loss)
@@ -177,21 +227,47 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
 
+def rehearse_largest(
+    trainer: MeteredTrainer, engine: Engine, plan: Plan, train: Sequence[PackedRow], climb: Climb
+) -> tuple[rehearsal.Rehearsal, list[str]]:
+    """The largest batch of `train` run once, and what had to be switched on for it."""
+    rows = sorted(train, key=lambda row: (-len(row["input_ids"]), -max(row["seq_lengths"])))[: plan.micro_batch]
+    batch = trainer._prepare_inputs(collate(rows))
+    trainer.open_step = OpenStep(trainer.recovery, "The rehearsal", trainer.args.device, trainer.model.zero_grad)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        with autocast(plan.device.name, plan.compute_dtype):
+            return trainer.compute_loss(trainer.model, batch)
+
+    def run_once() -> rehearsal.Rehearsal:
+        SFTTrainer.create_optimizer(trainer)
+        optimizer, trainer.optimizer = trainer.optimizer, None
+        accumulates = plan.gradient_accumulation > 1
+        return rehearsal.rehearse(trainer.model, engine, optimizer, batch, loss_of, accumulates, plan.device)
+
+    most = plan.budget.device_bytes - plan.device.outside_bytes
+    return rehearsal.rehearse_until_it_fits(run_once, most, climb, engine.forget_pass)
+
+
 def fit(
     recipe: Recipe,
     plan: Plan,
     model: PeftModel,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[PackedRow],
-    held_out_rows: int,
-    held_out: Callable[[], float] | None,
+    held_out: HeldOutLoss | None,
     ledger: Ledger,
     listen: Listener,
     folder: Path,
+    climb: Climb = nothing_left,
 ) -> Fitted:
-    """Train the adapter on `model` in place. `held_out` gives the held-out loss of the model as it stands.
+    """Train the adapter on `model` in place; `engine` holds the memory techniques it runs with.
 
-    Raises TrainingDiverged before a step on a loss or gradient that is not finite: the weights stay as they were.
+    The largest batch is rehearsed first. Where memory runs out all the same, the step is done again with less
+    (`train.out_of_memory`), `climb` being the next technique there is. Raises TrainingDiverged before a step on a loss
+    or gradient that is not finite, and OutOfMemory for a step that does not fit: the weights are those of the last
+    whole step.
     """
     trainer = MeteredTrainer(
         model=model,
@@ -200,14 +276,20 @@ def fit(
         train_dataset=Dataset.from_list([dict(row) for row in train]),
         processing_class=tokenizer,
     )
+    trainer.recovery = Recovery(listen, climb, engine.forget_pass)
     trainer.remove_callback(PrinterCallback)
     use_master_dtype(model, recipe.lora.master_dtype)
-    reporter, stop = Reporter(trainer, listen, ledger, held_out), StopOnSignal()
+    reporter, stop = Reporter(trainer, engine, listen, ledger, held_out), StopOnSignal()
     for callback in (EvaluateEvery(reporter, plan.eval_every), reporter, stop):
         trainer.add_callback(callback)
-    listen(Started(plan.steps, len(train), held_out_rows))
+    if recipe.memory.rehearse:
+        rehearsal.tell(listen, plan, *rehearse_largest(trainer, engine, plan, train, climb))
+        if held_out is not None:
+            held_out.of_largest()
+            reporter.measure("eval", 0)
+    listen(Started(plan.steps, len(train), held_out.rows if held_out else 0))
     trainer.meter, start = Meter(), time.perf_counter()
-    with stop.watching():
+    with stop.watching(), refusing(lambda: trainer.step_under_way):
         trainer.train()
     fitted = Fitted(trainer.state.global_step, time.perf_counter() - start, stop.caught)
     listen(Finished(fitted.steps, fitted.seconds))

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from qtune.errors import OutOfMemory
 from qtune.evaluate.loss import held_out_loss, with_fused_head
 from qtune.memory import tiled_loss
 from qtune.model import adapter, base
 from qtune.recipe.schema import Lora, Model
+from qtune.train.out_of_memory import Recovery
 
 ROWS = [
     {"input_ids": list(range(10, 30)), "labels": [-100] * 8 + [*range(18, 30)], "seq_lengths": [20]},
@@ -61,3 +63,41 @@ def test_a_head_without_tiles_goes_through_trls_and_gives_the_same(tiny_base, mo
     forward = model.forward
     with_fused_head(model)
     assert model.forward == forward
+
+
+def fail_above(model: torch.nn.Module, tokens: int) -> None:
+    """Let the model run out of memory on more than so many tokens at once."""
+
+    def before_layer(layer: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if arguments[0].shape[1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.model.layers[-1].register_forward_pre_hook(before_layer)
+
+
+def joined(count: int) -> dict:
+    return {key: (ROWS[0][key] + ROWS[1][key]) * count for key in ROWS[0]}
+
+
+@pytest.mark.parametrize(("tokens", "pieces"), [(1000, 1), (110, 2), (60, 4), (30, 8)])
+def test_a_pack_too_large_is_summed_in_pieces(tiny_base, tokens, pieces) -> None:
+    model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32").train()
+    rows = [joined(4), ROWS[0], joined(2)]
+    expected, told = held_out_loss(model, rows, "cpu", "float32"), []
+    fail_above(model, tokens)
+    recovery = Recovery(told.append)
+    assert held_out_loss(model, rows, "cpu", "float32", recovery) == pytest.approx(expected, abs=1e-6)
+    assert held_out_loss(model, rows, "cpu", "float32") == pytest.approx(expected, abs=1e-6)
+    assert recovery.pieces == pieces
+    assert 2 ** len(told) == pieces
+    assert model.training
+
+
+def test_a_document_too_large_asks_for_less_and_then_refuses(tiny_base) -> None:
+    model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32").train()
+    fail_above(model, 29)
+    asked = []
+    with pytest.raises(OutOfMemory, match=r"one document of 30 tokens.*Set data\.max_tokens to 15"):
+        held_out_loss(model, ROWS, "cpu", "float32", Recovery(climb=lambda: asked.append(1) or None))
+    assert len(asked) == 1
+    assert model.training

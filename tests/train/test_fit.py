@@ -11,12 +11,14 @@ import torch
 from qtune.data.packing import PackedRow
 from qtune.errors import TrainingDiverged
 from qtune.evaluate.loss import held_out_loss
-from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Started, StepDone
+from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Rehearsed, Started, StepDone
 from qtune.memory.device import find_device
 from qtune.memory.ledger import Ledger
+from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
 from qtune.plan.decide import decide
-from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
+from qtune.plan.work import Work
+from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train import fit as fitting
 
 LEARNABLE = "the quick brown fox jumps over the lazy dog"
@@ -37,7 +39,7 @@ def rows(count: int, seed: int = 0) -> list[PackedRow]:
     return result
 
 
-def recipe_for(folder: Path, model: dict | None = None, **train: object) -> Recipe:
+def recipe_for(folder: Path, model: dict | None = None, memory: dict | None = None, **train: object) -> Recipe:
     settings = {"learning_rate": 3e-3, "gradient_accumulation": 2, "max_steps": 10, "epochs": 100.0, **train}
     return Recipe(
         name="t",
@@ -45,24 +47,31 @@ def recipe_for(folder: Path, model: dict | None = None, **train: object) -> Reci
         lora=Lora(rank=8, alpha=16),
         data=Data(train="rows.jsonl"),
         train=Train(**settings),
+        memory=Memory(**(memory or {})),
     )
 
 
 def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[torch.nn.Module, list[Event]]:
     events: list[Event] = []
     train, held_out = rows(packs), rows(6, seed=1)
-    plan = decide(recipe, find_device(), len(train))
+    plan = decide(recipe, find_device(), base.read_config(recipe.model), Work.of_rows(train))
     ledger = Ledger.begin(plan.device)
     loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
     model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
+    engine = Engine(model)
+    engine.switch_to(plan.techniques)
+
+    def measure(packs: list[PackedRow]) -> float:
+        return held_out_loss(model, packs, plan.device.name, plan.compute_dtype)
+
     fitting.fit(
         recipe,
         plan,
         model,
+        engine,
         base.load_tokenizer(recipe.model),
         train,
-        len(held_out),
-        lambda: held_out_loss(model, held_out, plan.device.name, plan.compute_dtype),
+        fitting.HeldOutLoss(len(held_out), lambda: measure(held_out), lambda: measure(held_out[:1])),
         ledger,
         lambda event: (events.append(event), listen(event) if listen else None),
         folder,
@@ -80,7 +89,7 @@ def test_it_learns_and_says_so(tiny_base, tmp_path) -> None:
     assert len(held_out) == 3
     assert held_out[-1] < held_out[0]
     assert losses(events)[-1] < losses(events)[0] - 0.3
-    assert isinstance(events[0], Started)
+    assert isinstance(next(e for e in events if not isinstance(e, MemoryMeasured | Rehearsed)), Started)
     assert isinstance(events[-1], Finished)
     assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, 31))
     assert any(isinstance(event, MemoryMeasured) for event in events)
@@ -205,7 +214,7 @@ def test_every_optimizer_and_schedule_takes_its_steps(tiny_base, tmp_path, optim
 def test_recomputing_layers_does_not_change_the_losses(tiny_base, tmp_path) -> None:
     settings = {"quantization": "nf4", "compute_dtype": "float32"}
     with_it, without = (
-        losses(run(recipe_for(tiny_base, settings, gradient_checkpointing=on), tmp_path / str(on))[1])
-        for on in (True, False)
+        losses(run(recipe_for(tiny_base, settings, {"keep_layers": kept}), tmp_path / str(kept))[1])
+        for kept in (0, 2)
     )
     assert with_it == pytest.approx(without, abs=1e-6)

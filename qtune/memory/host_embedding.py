@@ -1,0 +1,32 @@
+"""The embedding table in host memory: rows are looked up there, and only they cross to the device.
+
+Held less of: the table, 2VH bytes in bfloat16.
+Costs: the same bytes of host memory; (T, H) copied to the device once a forward pass, before the first layer.
+Refuses: nothing; but a table tied to the output head saves nothing before the head is quantised, as the head reads it.
+
+Letters: T tokens, H hidden, V vocabulary.
+"""
+
+import types
+
+import torch
+from transformers import PreTrainedModel
+
+from qtune.memory import live
+
+
+def move_embedding_out(model: PreTrainedModel) -> None:
+    """Keep the input embedding's table in host memory from now on; again changes nothing."""
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "forward_on_host"):
+        return
+    device, on_host = embedding.weight.device, embedding.forward
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().to("cpu", copy=True), requires_grad=False)
+    live.mark([embedding.weight], "embedding", "host")
+    embedding.forward_on_host = on_host
+
+    def forward(self: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        rows = on_host(ids.to("cpu"))
+        return rows.to(device, non_blocking=True)
+
+    embedding.forward = types.MethodType(forward, embedding)

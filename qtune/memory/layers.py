@@ -1,0 +1,156 @@
+"""The decoder layers, run one at a time: recomputed in the backward pass, their inputs kept here or in host memory.
+
+Held less of: everything a layer saves for its gradient. Only its input of (B, T, H) is kept, on the device or in
+pinned host memory, and the layer runs again when its gradient is due.
+Costs: one more forward pass of the layer, a third of the time; inputs in host memory 2BTH bytes a layer there, copied
+on a stream of their own while the device computes.
+Refuses: models whose decoder layers cannot be found.
+
+transformers calls a layer through its own hook for recomputation, `_gradient_checkpointing_func`, which is set here to
+ours. The backward pass of a layer is a pass of its own inside that of the model, so that whatever the layer needs (its
+input, its streamed weights) is there for that time and no longer.
+
+Letters: B rows, T tokens, H hidden, L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.autograd.graph import get_gradient_edge
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qtune.memory import live, random_state
+from qtune.memory.host import HostBuffers
+from qtune.memory.streaming import LayerStream
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def find_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointingLayer]:
+    """The decoder layers in the order they run; empty where a model does not keep them in one list.
+
+    `model` is a causal model or an adapter on one. A model that also sees has layers that are not the decoder's.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    lists = [
+        list(module)
+        for module in (causal.get_decoder() or causal).modules()
+        if isinstance(module, torch.nn.ModuleList)
+        and len(module) > 0
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    return lists[0] if len(lists) == 1 else []
+
+
+@dataclass
+class LayerRunner:
+    """Runs the layers of one model. What it is told may change between steps: a run out of memory climbs a rung."""
+
+    layers: list[GradientCheckpointingLayer]
+    host: HostBuffers | None = None
+    stream: LayerStream | None = None
+    is_recomputing: bool = False
+    keeps_random_state: bool = False
+    ends_in_sum: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def skips_tail(self) -> bool:
+        """Whether the layer being recomputed may leave out what only its output needs."""
+        return self.is_recomputing and self.ends_in_sum.get(self._index, False) and not self.keeps_random_state
+
+    def recompute(self, count: int) -> None:
+        """Recompute the first `count` layers; the others keep what they save."""
+        for index, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = index < count
+            layer._gradient_checkpointing_func = self._checkpoint_of(index)
+
+    def stream_with(self, stream: LayerStream) -> None:
+        """Bring in a layer's weights before it runs, in training and in evaluation."""
+        assert self.stream is None, "streaming is switched on once"
+        self.stream = stream
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(self._bring_in(index, stream))
+
+    def _bring_in(self, index: int, stream: LayerStream) -> Callable[..., None]:
+        def before_layer(layer: torch.nn.Module, arguments: Any) -> None:
+            if not self.is_recomputing:
+                stream.bring_in(index, is_forward=True)
+
+        return before_layer
+
+    def _checkpoint_of(self, index: int) -> Callable[..., torch.Tensor]:
+        def checkpoint(forward: Forward, hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+            def run(x: torch.Tensor) -> torch.Tensor:
+                return forward(x, *others)
+
+            if not torch.is_grad_enabled():
+                return run(hidden)
+            anchor = hidden.new_empty(0, requires_grad=True)  # the first layer's input needs no gradient, its adapter does
+            return _Recomputed.apply(hidden, anchor, run, self, index)
+
+        return checkpoint
+
+    def run_again(self, index: int, forward: Forward, hidden: torch.Tensor) -> Any:
+        """The layer's output with its graph, as the edge that a backward pass starts from."""
+        if self.stream is not None:
+            self.stream.bring_in(index, is_forward=False)
+        self.is_recomputing, self._index = True, index
+        try:
+            output = forward(hidden)
+        finally:
+            self.is_recomputing = False
+        if index not in self.ends_in_sum:
+            self.ends_in_sum[index] = _ends_in_sum(output)
+        return get_gradient_edge(output)
+
+    _index: int = -1
+
+
+def _ends_in_sum(output: torch.Tensor) -> bool:
+    """Whether a layer's output is its residual plus the output of a tiled module, whose value no gradient needs."""
+    node = output.grad_fn
+    if node is None or node.name() != "AddBackward0":
+        return False
+    return any(before is not None and before.name() == "_TiledBackward" for before, _ in node.next_functions)
+
+
+class _Recomputed(torch.autograd.Function):
+    """`forward(hidden)`, of which only `hidden` is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, forward: Forward, runner: LayerRunner, index: int
+    ) -> torch.Tensor:
+        live.enter_phase("forward")
+        ctx.forward, ctx.runner, ctx.index = forward, runner, index
+        ctx.autocast = autocast_here(hidden)
+        ctx.random = random_state.note(hidden.device) if runner.keeps_random_state else None
+        ctx.device, ctx.host = hidden.device, runner.host
+        if ctx.host is not None:
+            ctx.host.put(index, hidden)
+        else:
+            live.mark([hidden], "checkpoints")
+            ctx.save_for_backward(hidden)
+        return forward(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        runner, index = ctx.runner, ctx.index
+        live.enter_phase(f"backward {index}")
+        hidden = ctx.saved_tensors[0] if ctx.host is None else ctx.host.get(index, ctx.device)
+        hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad(), ctx.autocast(), random_state.rewound(ctx.random, ctx.device):
+            edge = runner.run_again(index, ctx.forward, hidden)
+        torch.autograd.backward(edge, gradient)
+        return hidden.grad, None, None, None, None
+
+
+def autocast_here(tensor: torch.Tensor) -> Callable[[], torch.autocast]:
+    """The autocast that is on now, to be entered again in the backward pass, where none is."""
+    kind = tensor.device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype, enabled)

@@ -1,0 +1,73 @@
+"""Parts of an NF4 weight, dequantised alone: rows of a linear layer that start and end on a quantisation block."""
+
+import math
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+
+BLOCK, OUTER_BLOCK = 64, 256
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    return getattr(module.weight, "quant_state", None) is not None
+
+
+def rows_fall_on_blocks(module: torch.nn.Module, rows: int) -> bool:
+    """Whether every multiple of `rows` rows of a linear layer starts a block; a weight that is not quantised has none."""
+    return not is_quantized(module) or rows * module.weight.quant_state.shape[1] % BLOCK == 0
+
+
+def weight_rows(module: torch.nn.Module, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (R, in) of a linear layer's weight in `dtype`, dequantised if need be; R times `in` a multiple of 64 then."""
+    if not is_quantized(module):
+        return module.weight[rows].to(dtype)
+    state = module.weight.quant_state
+    if rows.start == 0 and rows.stop == state.shape[0]:
+        return dequantize_4bit(module.weight.data, state).to(dtype)
+    columns = state.shape[1]
+    first, last = rows.start * columns, rows.stop * columns
+    blocks = slice(first // BLOCK, -(-last // BLOCK))
+    part = QuantState(
+        absmax=_block_scales(state, blocks),
+        shape=torch.Size((last - first,)),
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=dtype,
+    )
+    return dequantize_4bit(module.weight.data[first // 2 : -(-last // 2)], part).view(-1, columns)
+
+
+def _block_scales(state: QuantState, blocks: slice) -> torch.Tensor:
+    """Scales (float32) of the blocks, which double quantisation keeps as codes of their own."""
+    if not state.nested:
+        return state.absmax[blocks]
+    outer = torch.arange(blocks.start, blocks.stop, device=state.absmax.device) // state.state2.blocksize
+    return state.state2.code[state.absmax[blocks].int()].mul_(state.state2.absmax[outer]).add_(state.offset)
+
+
+def empty_packed(shape: tuple[int, ...], dtype: torch.dtype, is_double: bool) -> torch.nn.Parameter:
+    """An NF4 weight of `shape` as bitsandbytes lays it out, made of empty tensors."""
+    elements = math.prod(shape)
+    blocks = -(-elements // BLOCK)
+    outer: Any = None
+    if is_double:
+        outer = QuantState(
+            absmax=torch.empty(-(-blocks // OUTER_BLOCK)),
+            blocksize=OUTER_BLOCK,
+            code=torch.empty(256),
+            dtype=torch.float32,
+        )
+    weight = torch.nn.Parameter(torch.empty(-(-elements // 2), 1, dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if is_double else torch.float32),
+        shape=torch.Size(shape),
+        dtype=dtype,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        code=torch.empty(16),
+        offset=torch.empty(()) if is_double else None,
+        state2=outer,
+    )
+    return weight

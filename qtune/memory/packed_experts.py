@@ -1,0 +1,174 @@
+"""Experts as they are held in NF4: one packed parameter for all experts of a layer, read one expert at a time.
+
+Held less of: 4.13 bits a weight with double quantisation, 4.5 without, where transformers keeps 16.
+Costs: nothing here; see `experts`.
+Refuses: experts with biases or transposed matrices, a norm behind each expert, matrices that are not a whole number of
+quantisation blocks, and classes that transformers does not run through its experts interface; `refusal` says which.
+
+transformers 5 holds a layer's experts as two parameters (E, N, K). Packed, such a parameter is bitsandbytes' for the
+whole stack: 4-bit codes in `data`, everything else in `quant_state`. As each matrix starts on a block of 64 weights,
+it can be dequantised alone.
+
+Letters: E experts, (N, K) the shape of one expert's matrix.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from bitsandbytes.nn import Params4bit
+
+from qtune.memory.nf4 import BLOCK
+
+SCALES_BLOCK = 256
+
+
+def expert_modules(model: torch.nn.Module) -> Iterator[Any]:
+    """The modules of `model` that hold the matrices of several experts in one 3-D parameter."""
+    for module in model.modules():
+        if "Expert" in type(module).__name__ and any(_is_stack(p) for p in module.parameters(recurse=False)):
+            yield module
+
+
+def _is_stack(parameter: torch.nn.Parameter) -> bool:
+    return parameter.ndim == 3 or is_packed(parameter)
+
+
+def is_packed(parameter: Any) -> bool:
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def stacked_names(experts: Any) -> tuple[str, str]:
+    """The names of the two parameters: what goes into the experts' activation, and what comes out of it."""
+    return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
+
+
+def refusal(experts: Any) -> str | None:
+    """Why the experts of one module stay in 16 bits; None where they can be held in NF4."""
+    kind = type(experts).__name__
+    if not hasattr(experts, "_apply_gate") or not hasattr(experts, "is_transposed"):
+        return f"the experts of {kind} stay in 16 bits: transformers does not run them through its experts interface"
+    odd = {"has_bias": "have biases", "is_transposed": "are stored transposed", "has_post_expert_norm": "end in a norm"}
+    found = [what for name, what in odd.items() if getattr(experts, name, False)]
+    if found:
+        return f"the experts of {kind} stay in 16 bits: they {' and '.join(found)}"
+    for name in stacked_names(experts):
+        parameter = getattr(experts, name, None)
+        if parameter is None or not _is_stack(parameter):
+            return f"the experts of {kind} stay in 16 bits: they have no {name} with one matrix an expert"
+        _, rows, columns = held_shape(parameter)
+        if rows * columns % BLOCK:
+            return (
+                f"the experts of {kind} stay in 16 bits: {rows} x {columns} weights of {name} are not a multiple of"
+                f" the {BLOCK} that NF4 scales together"
+            )
+    return None
+
+
+def refusals(model: torch.nn.Module) -> tuple[str, ...]:
+    """Every reason for which experts of `model` stay in 16 bits, once each."""
+    return tuple(dict.fromkeys(why for experts in expert_modules(model) if (why := refusal(experts)) is not None))
+
+
+def held_shape(parameter: Any) -> torch.Size:
+    """(E, N, K), packed or not."""
+    shape: torch.Size = parameter.quant_state.shape if is_packed(parameter) else parameter.shape
+    return shape
+
+
+def pack(matrices: Iterator[torch.Tensor], shape: torch.Size, double: bool) -> Params4bit:
+    """E matrices (N, K), one at a time, as one NF4 parameter of `shape` (E, N, K) on their device.
+
+    The bits are those of `bitsandbytes.functional.quantize_4bit` for the whole (E, N, K) tensor.
+    """
+    packed, state = torch.empty(0), QuantState(torch.empty(0))
+    for expert, matrix in enumerate(matrices):
+        part, own = quantize_4bit(matrix.contiguous(), blocksize=BLOCK, quant_type="nf4")
+        if expert == 0:
+            packed, state = part.new_empty(shape[0], *part.shape), own
+            scales = own.absmax.new_empty(shape[0], *own.absmax.shape)
+        packed[expert], scales[expert] = part, own.absmax
+        del matrix
+    state.shape, state.absmax = shape, scales.flatten()
+    if double:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=SCALES_BLOCK)
+        state.nested = True
+    return Params4bit(
+        packed.flatten(0, 1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=double,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
+
+
+def packed_like(parameter: torch.Tensor, double: bool) -> Any:
+    """What `pack` makes of a parameter (E, N, K), without values: on the device, and of the mode, that is active."""
+    blocks = parameter.numel() // BLOCK
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
+        shape=parameter.shape,
+        code=torch.empty(16, dtype=torch.float32),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=parameter.dtype,
+    )
+    if double:
+        state.offset, state.nested = torch.empty((), dtype=torch.float32), True
+        state.state2 = QuantState(
+            absmax=torch.empty(-(-blocks // SCALES_BLOCK), dtype=torch.float32),
+            code=torch.empty(256, dtype=torch.float32),
+            blocksize=SCALES_BLOCK,
+            dtype=torch.float32,
+        )
+    packed: Any = torch.nn.Parameter(torch.empty(parameter.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    packed.quant_state = state
+    return packed
+
+
+def packed_tensors(experts: Any) -> list[tuple[Any, str]]:
+    """(owner, attribute) of every tensor that holds the weights of packed experts, to be moved or replaced."""
+    found: list[tuple[Any, str]] = []
+    for name in stacked_names(experts):
+        parameter = getattr(experts, name)
+        if is_packed(parameter):
+            state = parameter.quant_state
+            found += [(parameter, "data"), (state, "absmax")]
+            found += [(state.state2, "absmax")] if state.nested else []
+    return found
+
+
+def block_scales(parameter: Any) -> torch.Tensor | None:
+    """The scale of every block, in float32."""
+    if not is_packed(parameter):
+        return None
+    state = parameter.quant_state
+    if not state.nested:
+        scales: torch.Tensor = state.absmax
+        return scales
+    nested: torch.Tensor = dequantize_blockwise(state.absmax, state.state2)
+    return nested.add_(state.offset)
+
+
+def matrix(parameter: Any, scales: torch.Tensor | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """(N, K) of one expert, in `dtype`."""
+    if scales is None:
+        plain: torch.Tensor = parameter.detach()[expert].to(dtype)
+        return plain
+    state = parameter.quant_state
+    _, rows, columns = state.shape
+    bytes_each, blocks_each = rows * columns // 2, rows * columns // BLOCK
+    part = QuantState(
+        absmax=scales[expert * blocks_each : (expert + 1) * blocks_each],
+        shape=torch.Size((rows * columns,)),  # bitsandbytes' CPU kernel misreads rows of, say, 1.5 blocks
+        code=state.code,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+    flat: torch.Tensor = dequantize_4bit(parameter.data[expert * bytes_each : (expert + 1) * bytes_each], part)
+    return flat.view(rows, columns)

@@ -1,0 +1,117 @@
+"""Which memory techniques are on, as one value, and how a live model is brought to it.
+
+Every technique may be switched on in a model that is running, between two passes; none is switched off again.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+
+from qtune.memory import tiled_loss
+from qtune.memory.head_groups import group_heads, why_not_grouped
+from qtune.memory.host import HostBuffers
+from qtune.memory.host_embedding import move_embedding_out
+from qtune.memory.layers import LayerRunner, find_layers
+from qtune.memory.lora_linear import fuse
+from qtune.memory.quantized_head import quantize_head
+from qtune.memory.streaming import LayerStream, spread
+from qtune.memory.tiling import NORM_TILE_TOKENS, run_in_tiles, token_wise
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """What is on. `recomputed_layers` and `streamed_layers` count decoder layers; a tile of 0 tokens is no tiling."""
+
+    recomputed_layers: int = 0
+    host_checkpoints: bool = False
+    tile_tokens: int = 0
+    host_embedding: bool = False
+    quantized_head: bool = False
+    streamed_layers: int = 0
+    head_groups: int = 1
+
+
+def refusals(model: PeftModel) -> dict[str, str]:
+    """Which techniques `model` does not allow, by field of `Techniques`, each with a sentence on why."""
+    found = {}
+    layers = find_layers(model)
+    if not layers:
+        why = f"the decoder layers of {type(model.get_base_model()).__name__} cannot be told apart"
+        names = ("recomputed_layers", "host_checkpoints", "tile_tokens", "streamed_layers", "head_groups")
+        found |= dict.fromkeys(names, why)
+    elif not token_wise(layers[0])[1]:
+        found["tile_tokens"] = "its layers have no norm that is known by its name"
+    if layers and (why_not := why_not_grouped(layers[0])):
+        found["head_groups"] = why_not
+    if not tiled_loss.suits(model):
+        found["quantized_head"] = "its head scales, caps or biases the logits, or is trained"
+    return found
+
+
+class Engine:
+    """The techniques of one live model."""
+
+    def __init__(self, model: PeftModel):
+        self._model = model
+        self._layers = find_layers(model)
+        self.runner = LayerRunner(self._layers, keeps_random_state=_draws_random_numbers(model))
+        self.techniques = Techniques()
+        fuse(model)
+
+    def switch_to(self, wanted: Techniques) -> None:
+        """Bring the model to `wanted`. What is on stays on, also where `wanted` does without it."""
+        causal, now = self._model.get_base_model(), self.techniques
+        if self._layers:
+            self.runner.recompute(wanted.recomputed_layers)
+        if wanted.host_checkpoints and self.runner.host is None:
+            self.runner.host = HostBuffers()
+        if wanted.tile_tokens and wanted.tile_tokens != now.tile_tokens:
+            self._tile(wanted.tile_tokens)
+        if wanted.head_groups > 1 and wanted.head_groups != now.head_groups:
+            for layer in self._layers:
+                group_heads(layer, wanted.head_groups)
+        if wanted.host_embedding:
+            move_embedding_out(causal)
+        if wanted.quantized_head:
+            quantize_head(causal)
+        if wanted.streamed_layers > now.streamed_layers:
+            self.runner.stream_with(LayerStream(self._layers, spread(wanted.streamed_layers, len(self._layers))))
+        self.techniques = replace(
+            wanted,
+            host_checkpoints=wanted.host_checkpoints or now.host_checkpoints,
+            host_embedding=wanted.host_embedding or now.host_embedding,
+            quantized_head=wanted.quantized_head or now.quantized_head,
+            streamed_layers=max(wanted.streamed_layers, now.streamed_layers),
+        )
+
+    def forget_pass(self) -> None:
+        """Drop what a pass that did not come to its end has left behind."""
+        self.runner.is_recomputing = False
+        if self.runner.host is not None:
+            self.runner.host.forget()
+
+    def _tile(self, tokens: int) -> None:
+        for layer in self._layers:
+            mlps, norms = token_wise(layer)
+            for mlp in mlps:
+                run_in_tiles(mlp, self.runner, tokens, is_tail=True)
+            for norm in norms:
+                run_in_tiles(norm, self.runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
+        for norm in _norms_beside(self._model, self._layers):
+            run_in_tiles(norm, self.runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
+
+
+def _norms_beside(model: torch.nn.Module, layers: list) -> list[torch.nn.Module]:
+    """The norms that stand in the same module as the list of layers: the last one before the head."""
+    for module in model.modules():
+        held = [child for child in module.children() if isinstance(child, torch.nn.ModuleList)]
+        if any(list(child) == layers for child in held):
+            return [child for child in module.children() if type(child).__name__.endswith("Norm")]
+    return []
+
+
+def _draws_random_numbers(model: PeftModel) -> bool:
+    """Whether a training pass drops anything out, so that running it again needs the same random numbers."""
+    dropped = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    return dropped or bool(getattr(model.get_base_model().config.get_text_config(), "attention_dropout", 0.0))

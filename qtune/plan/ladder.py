@@ -1,0 +1,328 @@
+"""The ladder of memory techniques, cheapest first, and how far up it a run has to climb to fit.
+
+Every rung that the recipe leaves open is climbed only if what is below it does not fit; once it fits, rungs that turn
+out not to be needed are taken back, and those with a number are turned down as far as it goes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from qtune.memory.techniques import Techniques
+from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.work import Work
+from qtune.recipe.schema import Recipe
+
+MARGIN_FRACTION = 0.03
+TILE_TOKENS, SMALL_TILE_TOKENS = 1024, 256
+MOST_HEAD_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may take. A forecast fits if `MARGIN_FRACTION` of the device's is left over."""
+
+    device_bytes: int
+    host_bytes: int
+
+    def has_room_for(self, forecast: Forecast) -> bool:
+        fits_device = forecast.device_bytes <= self.device_bytes * (1 - MARGIN_FRACTION)
+        return fits_device and forecast.host_bytes <= self.host_bytes
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One technique in a plan. `saved_bytes` on the device and `host_bytes` are the difference it makes here;
+    `cost_fraction` is an estimate of the time it adds to a step."""
+
+    name: str
+    setting: str
+    is_on: bool
+    saved_bytes: int
+    host_bytes: int
+    cost_fraction: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """A rung above the plan's, for a run that is out of memory all the same: everything below it is on, too."""
+
+    name: str
+    techniques: Techniques
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a rung is climbed: `key` is its setting in the recipe, `field` the one in Techniques."""
+
+    name: str
+    key: str
+    field: str
+    up: Callable[[Techniques, Forecaster], Techniques]
+    cost: Callable[[Techniques, Forecaster], float]
+    note: str
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Where the climb ended; `fits` is False where even the top does not."""
+
+    fits: bool
+    techniques: Techniques
+    micro_batch: int
+    forecast: Forecast
+    rungs: tuple[Rung, ...]
+
+
+def _most_groups(forecaster: Forecaster) -> int:
+    heads = getattr(forecaster.config.get_text_config(), "num_key_value_heads", None) or 1
+    return max(n for n in range(1, MOST_HEAD_GROUPS + 1) if heads % n == 0)
+
+
+def _recompute_cost(techniques: Techniques, forecaster: Forecaster) -> float:
+    """A forward pass again, beside a forward and a backward pass that costs as much: frozen weights have no gradient."""
+    return 0.5 * techniques.recomputed_layers / max(1, forecaster.layers)
+
+
+def _head_cost(techniques: Techniques, forecaster: Forecaster) -> float:
+    """The logits once more: a third of the head's share of a step with recomputation."""
+    text = forecaster.config.get_text_config()
+    return text.vocab_size * text.hidden_size / max(1, 3 * forecaster.standing.active_parameters)
+
+
+STEPS = (
+    Step(
+        "recompute layers",
+        "keep_layers",
+        "recomputed_layers",
+        lambda t, f: replace(t, recomputed_layers=f.layers),
+        _recompute_cost,
+        "activations are made again in the backward pass",
+    ),
+    Step(
+        "checkpoints in host memory",
+        "checkpoints",
+        "host_checkpoints",
+        lambda t, f: replace(t, host_checkpoints=True),
+        lambda t, f: 0.03,
+        "copied on a stream of their own",
+    ),
+    Step(
+        "MLP and norms in tiles",
+        "tile_tokens",
+        "tile_tokens",
+        lambda t, f: replace(t, tile_tokens=TILE_TOKENS),
+        lambda t, f: 0.05 * TILE_TOKENS / max(1, t.tile_tokens),
+        "weights are dequantised once a tile",
+    ),
+    Step(
+        "embedding in host memory",
+        "embedding",
+        "host_embedding",
+        lambda t, f: replace(t, host_embedding=True),
+        lambda t, f: 0.005,
+        "only the rows looked up are copied",
+    ),
+    Step(
+        "output head in NF4",
+        "head",
+        "quantized_head",
+        lambda t, f: replace(t, quantized_head=True),
+        _head_cost,
+        "rounds the head while training; the saved adapter goes with the base's own",
+    ),
+    Step(
+        "streamed layers",
+        "stream_layers",
+        "streamed_layers",
+        lambda t, f: replace(t, streamed_layers=f.layers, recomputed_layers=f.layers),
+        lambda t, f: 0.10 * t.streamed_layers / max(1, f.layers),
+        "copied in ahead of their turn, forward and backward",
+    ),
+    Step(
+        "heads in groups",
+        "head_groups",
+        "head_groups",
+        lambda t, f: replace(t, head_groups=_most_groups(f)),
+        lambda t, f: 0.10,
+        "attention runs once more",
+    ),
+    Step(
+        "smaller tiles",
+        "tile_tokens",
+        "tile_tokens",
+        lambda t, f: replace(t, tile_tokens=SMALL_TILE_TOKENS),
+        lambda t, f: 0.05 * TILE_TOKENS / max(1, t.tile_tokens),
+        "weights are dequantised once a tile",
+    ),
+)
+
+
+def forced(recipe: Recipe, forecaster: Forecaster) -> Techniques:
+    """What the recipe settles itself; what it leaves open is off."""
+    memory, layers = recipe.memory, forecaster.layers
+    recomputed = 0 if memory.keep_layers == "auto" else max(0, layers - memory.keep_layers)
+    streamed = 0 if memory.stream_layers == "auto" else min(memory.stream_layers, layers)
+    return Techniques(
+        recomputed_layers=layers if streamed else recomputed,
+        host_checkpoints=memory.checkpoints == "host",
+        tile_tokens=0 if memory.tile_tokens == "auto" else memory.tile_tokens,
+        host_embedding=memory.embedding == "host",
+        quantized_head=memory.head == "nf4",
+        streamed_layers=streamed,
+        head_groups=1 if memory.head_groups == "auto" else memory.head_groups,
+    )
+
+
+def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
+    """The rungs that the recipe leaves open and the model allows."""
+    refused = forecaster.standing.refusals
+    return [
+        step for step in STEPS if getattr(recipe.memory, step.key) == "auto" and step.field not in refused
+    ]
+
+
+def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> Climb:
+    """The cheapest techniques with which the heaviest batch of `work` fits, else all of them. The effective batch is
+    kept."""
+    accumulates = recipe.train.gradient_accumulation > 1
+
+    def forecast(techniques: Techniques, micro_batch: int) -> Forecast:
+        is_split = micro_batch < recipe.train.micro_batch
+        return forecaster.forecast(techniques, work.heaviest(micro_batch), accumulates or is_split)
+
+    def fits(techniques: Techniques, micro_batch: int) -> bool:
+        return budget.has_room_for(forecast(techniques, micro_batch))
+
+    steps = open_steps(recipe, forecaster)
+    start = forced(recipe, forecaster)
+    micro_batch, techniques = recipe.train.micro_batch, start
+    climbed: list[Step] = []
+    is_enough = fits(techniques, micro_batch)
+    for step in steps:
+        if is_enough:
+            break
+        tried = step.up(techniques, forecaster)
+        if step.field == "streamed_layers":
+            tried = within_host(tried, lambda t: forecast(t, micro_batch).host_bytes, budget)
+        if tried == techniques or forecast(tried, micro_batch).host_bytes > budget.host_bytes:
+            continue
+        techniques, climbed = tried, [*climbed, step]
+        is_enough = fits(techniques, micro_batch)
+        if not is_enough and step.field == "recomputed_layers":
+            micro_batch = next((m for m in _divisors(micro_batch) if fits(techniques, m)), 1)
+            is_enough = fits(techniques, micro_batch)
+    if is_enough:
+        techniques = _pruned(techniques, start, climbed, lambda t: fits(t, micro_batch))
+    found = forecast(techniques, micro_batch)
+    rungs = tuple(_rungs(recipe, forecaster, techniques, lambda t: forecast(t, micro_batch)))
+    return Climb(is_enough, techniques, micro_batch, found, rungs)
+
+
+def leanest(recipe: Recipe, forecaster: Forecaster) -> Techniques:
+    """Every open rung climbed."""
+    techniques = forced(recipe, forecaster)
+    for step in open_steps(recipe, forecaster):
+        techniques = step.up(techniques, forecaster)
+    return techniques
+
+
+def reserve(recipe: Recipe, forecaster: Forecaster, techniques: Techniques) -> tuple[Reserve, ...]:
+    """The open rungs above `techniques`, in the order a run that is out of memory would take them."""
+    found = []
+    for step in open_steps(recipe, forecaster):
+        higher = step.up(techniques, forecaster)
+        is_no_smaller = step.field == "tile_tokens" and 0 < techniques.tile_tokens <= higher.tile_tokens
+        is_streaming = step.field == "streamed_layers" and techniques.streamed_layers > 0
+        if higher != techniques and not is_no_smaller and not is_streaming:
+            techniques = higher
+            found.append(Reserve(step.name, techniques))
+    return tuple(found)
+
+
+def within_host(techniques: Techniques, host_bytes: Callable[[Techniques], int], budget: Budget) -> Techniques:
+    """`techniques` with as many of their streamed layers as the host has room for."""
+    layers = techniques.streamed_layers
+
+    def is_too_much(streamed: int) -> bool:
+        return streamed > layers or host_bytes(replace(techniques, streamed_layers=streamed)) > budget.host_bytes
+
+    return replace(techniques, streamed_layers=_least(is_too_much, 1, layers + 1) - 1) if layers else techniques
+
+
+def _pruned(
+    techniques: Techniques, start: Techniques, climbed: list[Step], fits: Callable[[Techniques], bool]
+) -> Techniques:
+    """`techniques` with amounts turned down as far as they go, less the rungs that are then not needed."""
+    fields = {step.field for step in climbed}
+    if "streamed_layers" in fields and techniques.streamed_layers:
+        fewest = _least(lambda n: fits(replace(techniques, streamed_layers=n)), 1, techniques.streamed_layers)
+        techniques = replace(techniques, streamed_layers=fewest)
+    if "head_groups" in fields and techniques.head_groups > 1:
+        counts = [n for n in range(2, techniques.head_groups) if techniques.head_groups % n == 0]
+        fewer = next((n for n in counts if fits(replace(techniques, head_groups=n))), techniques.head_groups)
+        techniques = replace(techniques, head_groups=fewer)
+    for step in reversed(climbed[:-1]):
+        without = replace(techniques, **{step.field: getattr(start, step.field)})
+        if step.field != "recomputed_layers" and fits(without):
+            techniques = without
+    if "recomputed_layers" in fields and not techniques.streamed_layers:
+        fewest = _least(lambda n: fits(replace(techniques, recomputed_layers=n)), 0, techniques.recomputed_layers)
+        techniques = replace(techniques, recomputed_layers=fewest)
+    return techniques
+
+
+def _least(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest n in low..high for which `holds`, which it does at `high` and from some n on."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(number - 1, 0, -1) if number % n == 0]
+
+
+def _rungs(
+    recipe: Recipe, forecaster: Forecaster, techniques: Techniques, forecast: Callable[[Techniques], Forecast]
+) -> Iterator[Rung]:
+    """Every rung with what it does here: one that is on, against the same without it; one that is off, if added."""
+    off = Techniques()
+    found = forecast(techniques)
+    for step in STEPS[:-1]:
+        value = getattr(techniques, step.field)
+        is_on = value != getattr(off, step.field)
+        note = step.note
+        if step.field in forecaster.standing.refusals:
+            yield Rung(step.name, step.key, False, 0, 0, 0.0, f"refused: {forecaster.standing.refusals[step.field]}")
+            continue
+        if getattr(recipe.memory, step.key) != "auto":
+            note = f"memory.{step.key} says so; {note}"
+        if is_on:
+            low, high = replace(techniques, **{step.field: getattr(off, step.field)}), techniques
+            if step.field == "recomputed_layers":
+                low = replace(low, host_checkpoints=False, streamed_layers=0)
+                high = replace(high, host_checkpoints=False, streamed_layers=0)
+        else:
+            low, high = techniques, step.up(techniques, forecaster)
+        before, after = (found if t == techniques else forecast(t) for t in (low, high))
+        yield Rung(
+            step.name + _amount(step.field, high, forecaster),
+            step.key,
+            is_on,
+            before.device_bytes - after.device_bytes,
+            after.host_bytes - before.host_bytes,
+            step.cost(high, forecaster),
+            note,
+        )
+
+
+def _amount(field: str, techniques: Techniques, forecaster: Forecaster) -> str:
+    """` 12 of 32`, ` of 1,024 tokens`: how much of a technique that has an amount."""
+    value = getattr(techniques, field)
+    if field in ("recomputed_layers", "streamed_layers"):
+        return f", {value} of {forecaster.layers}"
+    if field == "tile_tokens":
+        return f" of {value:,} tokens"
+    return f", {value}" if field == "head_groups" else ""

@@ -1,0 +1,106 @@
+"""The model that a recipe describes, without its weights: the real modules on fake tensors.
+
+Built on torch's meta device from config.json alone, its linears replaced by bitsandbytes' as loading would, the adapter
+attached by peft; then every tensor becomes a fake one of the same shape and dtype (torch's FakeTensorMode), so that a
+real step can run through it in which no byte is allocated.
+"""
+
+import copy
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from qtune.errors import ModelError
+from qtune.memory import document_attention, experts, nf4, packed_experts, tiled_loss
+from qtune.model import adapter, base
+from qtune.recipe.schema import Recipe
+
+
+def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: FakeTensorMode) -> PeftModel:
+    """The base in the recipe's quantisation with its adapter, all of it fake tensors of `mode`.
+
+    Raises ModelError for a config.json from which transformers cannot build a model.
+    """
+    dtype = getattr(torch, compute_dtype)
+    document_attention.register()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=document_attention.NAME,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+    except Exception as fault:  # a config can be wrong in as many ways as there are architectures
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise ModelError(f"model.base: no model can be built from its config.json ({reason}).") from None
+    if recipe.model.quantization == "nf4":
+        quantization = base.nf4_config(recipe.model, dtype)
+        model = replace_with_bnb_linear(
+            model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization
+        )
+        model.is_loaded_in_4bit = True  # peft chooses its layers by this
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    tiled_loss.install(model)
+    with torch.device("meta"):
+        peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
+    adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
+    with mode:
+        if recipe.model.quantization == "nf4":
+            _pack_experts(peft_model, recipe.model.double_quantization)
+        _fill(peft_model, recipe.model.double_quantization)
+    base.keep_weights_as_quantised(peft_model)
+    return peft_model
+
+
+def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """`config` with `layers` decoder layers, of the kinds that its first ones have; of what sees or hears, one layer."""
+    cut = copy.deepcopy(config)
+    for name in ("vision_config", "audio_config"):
+        tower = getattr(cut, name, None)
+        if getattr(tower, "num_hidden_layers", None):
+            tower.num_hidden_layers = 1
+    text = cut.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return cut
+
+
+def period(config: PreTrainedConfig) -> int:
+    """After how many layers their kinds repeat: 1 for most models, 6 where five windows go with one full attention."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
+
+
+def _pack_experts(model: torch.nn.Module, double: bool) -> None:
+    """Hold a mixture's experts as loading would: in NF4 where that is possible."""
+    for module in list(packed_experts.expert_modules(model)):
+        if packed_experts.refusal(module) is None:
+            for name in packed_experts.stacked_names(module):
+                setattr(module, name, packed_experts.packed_like(getattr(module, name), double))
+    experts.install(model)
+
+
+def _fill(model: torch.nn.Module, double: bool) -> None:
+    """Replace every meta tensor by a fake one; the weights of 4-bit linears by packed ones."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight = nf4.empty_packed((module.out_features, module.in_features), module.compute_dtype, double)
+            module.quant_state = module.weight.quant_state
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:  # tied weights stay tied
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,115 @@
+"""One fake step of the real model: what forward, loss and backward hold at their peaks, without weights or a GPU.
+
+Only what comes and goes in a pass is traced; what stands through it (weights, gradients, optimizer) is counted in
+`plan.standing`. The two are counted in one pass, so gradients exist before it begins, as from the second micro-batch on.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from qtune.memory import live, tiled_loss
+from qtune.memory.live import LiveBytes, Peak
+from qtune.memory.techniques import Engine, Techniques
+from qtune.model import adapter, base
+from qtune.plan import skeleton
+from qtune.plan.standing import STANDING
+from qtune.recipe.schema import Recipe
+
+TRL_LOSS_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is fed: the lengths of its documents in tokens, and how many tokens have a label."""
+
+    document_lengths: tuple[int, ...]
+    labelled: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.document_lengths)
+
+    @classmethod
+    def of_one_document(cls, tokens: int) -> "Batch":
+        return cls((tokens,), tokens - 1)
+
+
+def trace(
+    config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, techniques: Techniques, batch: Batch, is_card: bool
+) -> dict[str, Peak]:
+    """Peaks of `forward`, `loss`, `backward first` and `backward last` (layer), of a model as deep as `config` says.
+
+    Streaming holds the same in a pass as not streaming, and is left out.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = skeleton.build(config, recipe, compute_dtype, mode)
+    with mode, _as_on_a_card(is_card):
+        engine = Engine(model)
+        with LiveBytes(stands_for_card=is_card) as counter:
+            engine.switch_to(replace(techniques, streamed_layers=0))
+            for parameter in adapter.trained_parameters(model):
+                parameter.grad = torch.zeros_like(parameter)
+            for part, tensors in standing_tensors(model).items():
+                counter.count(tensors, part)
+            model.train()
+            counter.peaks.clear()
+            counter.enter_phase("forward")
+            with counter.part_of_new("batch"):
+                ids = torch.zeros(1, batch.tokens, dtype=torch.long)
+                inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": ids.clone()}
+                labelled = torch.zeros(batch.labelled, dtype=torch.long)
+            with base.autocast("cpu", compute_dtype):
+                loss = _loss(model, inputs, batch.document_lengths, labelled)
+            loss.backward()
+    return _first_and_last(counter.peaks)
+
+
+def standing_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """The tensors that stand through a step, all under one name: they are counted elsewhere."""
+    found: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    found += [p.grad for p in model.parameters() if p.grad is not None]
+    found += live.quantization_state(model.parameters())
+    return {STANDING: found}
+
+
+def _loss(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], lengths: tuple[int, ...], labelled: torch.Tensor
+) -> torch.Tensor:
+    if tiled_loss.suits(model):
+        return model(**inputs, document_lengths=lengths, tiled_loss=True, labelled=labelled).nats
+    labels = inputs.pop("labels")
+    hidden = model.get_base_model().base_model(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
+    live.enter_phase("loss")
+    # trl's fused head: a float32 gradient of the hidden states beside a chunk of logits
+    live.note_workspace("loss", TRL_LOSS_BYTES + 8 * 2 * hidden.shape[-1] * labels.shape[1])
+    return hidden.sum()
+
+
+def _first_and_last(peaks: dict[str, Peak]) -> dict[str, Peak]:
+    """The backward passes of single layers folded into two: the first layer's, and the largest of the others."""
+    result = {phase: peaks[phase] for phase in ("forward", "loss")}
+    backward = {int(phase.split()[1]): peak for phase, peak in peaks.items() if phase.startswith("backward")}
+    if backward:
+        result["backward first"] = backward[0]
+        others = [peak for index, peak in backward.items() if index] or [backward[0]]
+        result["backward last"] = max(others, key=lambda peak: peak.device_bytes)
+    return result
+
+
+@contextlib.contextmanager
+def _as_on_a_card(is_card: bool) -> Iterator[None]:
+    """peft asks whether CUDA autocasts before it casts the adapter's inputs; on a card it would."""
+    if not is_card:
+        yield
+        return
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)

@@ -1,0 +1,55 @@
+"""What there is to train on, as far as memory and time are concerned: how long the documents of each sequence are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qtune.data.packing import PackedRow
+from qtune.data.prepare import Prepared
+from qtune.data.tokens import NOT_TRAINED
+from qtune.plan.trace import Batch
+
+
+@dataclass(frozen=True)
+class Work:
+    """One Batch for each training sequence. `is_assumed`: the data was not read, every sequence is taken to be full."""
+
+    sequences: tuple[Batch, ...]
+    is_assumed: bool = False
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[PackedRow]) -> "Work":
+        return cls(tuple(Batch(tuple(row["seq_lengths"]), _labelled(row["labels"], row["seq_lengths"])) for row in rows))
+
+    @classmethod
+    def of_prepared(cls, prepared: Prepared) -> "Work":
+        sequences = []
+        for pack in prepared.train_packs:
+            examples = [prepared.train[i] for i in pack]
+            lengths = tuple(len(example.input_ids) for example in examples)
+            labels = [label for example in examples for label in example.labels]
+            sequences.append(Batch(lengths, _labelled(labels, lengths)))
+        return cls(tuple(sequences))
+
+    @classmethod
+    def of_full_sequences(cls, tokens: int) -> "Work":
+        return cls((Batch.of_one_document(tokens),), is_assumed=True)
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(sequence.tokens for sequence in self.sequences) / len(self.sequences)
+
+    def heaviest(self, micro_batch: int) -> Batch:
+        """The largest batch that `micro_batch` sequences can make; of equal ones that of the longest documents."""
+        order = sorted(self.sequences, key=lambda s: (-s.tokens, -max(s.document_lengths)))
+        chosen = [order[i % len(order)] for i in range(micro_batch)] if self.is_assumed else order[:micro_batch]
+        lengths = tuple(length for sequence in chosen for length in sequence.document_lengths)
+        return Batch(lengths, sum(sequence.labelled for sequence in chosen))
+
+
+def _labelled(labels: Sequence[int], lengths: Sequence[int]) -> int:
+    """Labels that something is predicted for: a document's first token is never one."""
+    starts, position = set(), 0
+    for length in lengths:
+        starts.add(position)
+        position += length
+    return sum(label != NOT_TRAINED for i, label in enumerate(labels) if i not in starts)
