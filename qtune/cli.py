@@ -1,7 +1,7 @@
 """The verbs. The only file with imports inside functions, so that help and a wrong recipe answer before torch loads.
 
-Exit codes: 0 done, 2 something the user can put right, 1 our fault or a run that could not be finished,
-130 and 143 after Ctrl-C and SIGTERM.
+Exit codes: 0 done, 2 something the user can put right, 3 a run that does not fit, 1 our fault or a run that could not
+be finished, 130 and 143 after Ctrl-C and SIGTERM.
 """
 
 import argparse
@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from qtune import __version__
 from qtune.errors import QtuneError, UserError
+from qtune.units import GIB, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qtune.recipe.schema import Recipe
 
+CARDS_GIB = (6, 8, 12, 16, 24, 48, 80)
 EXAMPLES = """\
 start here:
   qtune run medical --demo          a real QLoRA run in minutes, on any machine, nothing downloaded
   qtune recipes copy medical my.toml
   qtune check my.toml               is the recipe right, is the data?
+  qtune plan my.toml                will it fit, how, and what it costs
   qtune run my.toml                 train it, watch it, score it
   qtune chat runs/my-...            talk to it
 """
@@ -83,6 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     run = _verb(verbs, "run", run_recipe, "train a recipe: check, score, train, score again")
     _recipe_arguments(run)
     run.add_argument("--output", type=Path, metavar="FOLDER", help="run folder; default runs/NAME-DATE-TIME")
+
+    plan = _verb(verbs, "plan", plan_recipe, "will it fit, how, and what it costs; nothing is downloaded or trained")
+    _recipe_arguments(plan)
+    plan.add_argument("--device-memory", type=_size, metavar="SIZE", help="plan for a card with this much, as 8GiB")
+    plan.add_argument("--host-memory", type=_size, metavar="SIZE", help="and a host with this much")
+    plan.add_argument("--longest", action="store_true", help="the longest context that fits, by card size")
 
     check = _verb(verbs, "check", check_recipe, "validate a recipe and its data, and train nothing")
     _recipe_arguments(check)
@@ -145,6 +154,13 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--demo", action="store_true", help="use what the recipe's [demo] says: small base, small data")
 
 
+def _size(text: str) -> int:
+    size = parse_bytes(text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB, and is {text}")
+    return size
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -196,6 +212,31 @@ def run_recipe(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(summary.as_json(folder))
     return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by
+
+
+def plan_recipe(options: argparse.Namespace) -> int:
+    recipe, _ = _load_recipe(options)
+    console = _console(options)
+    from qtune import run as story
+    from qtune.memory import device
+    from qtune.report import forecast
+
+    here = device.find_device()
+    asked, host = options.device_memory, options.host_memory
+    if options.longest:
+        sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
+        found = story.longest_contexts(recipe, [device.imagined_card(size, host, here) for size in sizes])
+        rows = [{"device_bytes": card.total_bytes, "tokens": tokens} for card, tokens in found]
+        _print_json(rows) if options.json else console.print(forecast.longest_table(recipe.model.base, rows))
+        return 0
+    target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)
+    plan = story.plan_without_downloads(recipe, target)
+    if options.json:
+        _print_json(plan.as_json())
+    else:
+        console.print(forecast.forecast_table(plan.as_json()))
+    story.refuse_unless_it_fits(recipe, plan)
+    return 0
 
 
 def check_recipe(options: argparse.Namespace) -> int:

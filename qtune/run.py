@@ -26,14 +26,14 @@ from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.evaluate.loss import held_out_loss
 from qtune.events import Event, Listener, Notice, Saved
-from qtune.memory.device import find_device
+from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
-from qtune.plan.decide import Plan, decide, refuse_unless_it_fits
+from qtune.plan.decide import Plan, decide, longest_on, refuse_unless_it_fits
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
-from qtune.report import summary, tables
+from qtune.report import forecast, summary, tables
 from qtune.report.dashboard import listener_for
 from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train.fit import Fitted, HeldOutLoss, fit
@@ -69,14 +69,37 @@ def get_ready(recipe: Recipe) -> Ready:
     return Ready(recipe, tokenizer, prepared, plan)
 
 
+def plan_without_downloads(recipe: Recipe, device: Device) -> Plan:
+    """The plan from config.json alone; rows are read where data and tokenizer are on this machine already.
+
+    Raises a UserError for anything that could not be trained on.
+    """
+    base.quiet_libraries()
+    config = base.read_config_alone(recipe.model)
+    sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
+    is_here = base.has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
+    if not is_here:
+        return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens))
+    return decide(recipe, device, config, Work.of_prepared(prepare(recipe, base.load_tokenizer(recipe.model))))
+
+
+def longest_contexts(recipe: Recipe, devices: Sequence[Device]) -> list[tuple[Device, int]]:
+    """The longest sequence in tokens that fits on each device, with every technique the recipe allows."""
+    base.quiet_libraries()
+    config = base.read_config_alone(recipe.model)
+    return [(device, longest_on(recipe, device, config)) for device in devices]
+
+
 def show(ready: Ready, console: Console) -> None:
     """What will be trained on, and how, before it starts."""
     console.print(tables.data_table(dataclasses.asdict(ready.prepared.report)))
     console.print(tables.plan_table(ready.plan.as_json()))
+    console.print(forecast.forecast_table(ready.plan.as_json()))
 
 
 def start_folder(ready: Ready, recipe_text: str, output: Path | None) -> RunDir:
     """A new run folder that says what was asked for and what was settled, before anything can fail."""
+    refuse_unless_it_fits(ready.recipe, ready.plan)
     run = RunDir.create(output or default_path(ready.recipe.name, datetime.now()), recipe_text)
     logs.write_to(run.log)
     write_json(run.plan, ready.plan.as_json())
@@ -136,9 +159,7 @@ def _title(recipe: Recipe) -> str:
     return f"{recipe.name}   {recipe.model.base}   LoRA rank {recipe.lora.rank}"
 
 
-def _train(
-    ready: Ready, model: PeftModel, engine: Engine, ledger: Ledger, listen: Listener, run: RunDir
-) -> Fitted:
+def _train(ready: Ready, model: PeftModel, engine: Engine, ledger: Ledger, listen: Listener, run: RunDir) -> Fitted:
     plan, held_out = ready.plan, ready.held_out
     higher = iter(plan.reserve)
 
@@ -157,13 +178,9 @@ def _train(
     measured = None
     if held_out.packs:
         largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
-        measured = HeldOutLoss(
-            len(held_out.examples), lambda: loss_over(held_out.packs), lambda: loss_over([largest])
-        )
+        measured = HeldOutLoss(len(held_out.examples), lambda: loss_over(held_out.packs), lambda: loss_over([largest]))
     rows = packed_rows(ready.prepared.train, ready.prepared.train_packs)
-    return fit(
-        ready.recipe, plan, model, engine, ready.tokenizer, rows, measured, ledger, listen, run.path, climb
-    )
+    return fit(ready.recipe, plan, model, engine, ready.tokenizer, rows, measured, ledger, listen, run.path, climb)
 
 
 def _score(who: str, ready: Ready, model: PeftModel, listen: Listener) -> Score | None:

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-
 
 # Dense bfloat16 tensor operations a second with float32 sums, as the makers publish them, times what a fine-tune gets
 # out of them. Longer names first: the first that is part of the card's name counts.
@@ -100,6 +99,11 @@ def imagined_card(device_bytes: int, host_bytes: int | None, here: Device) -> De
         ASSUMED_CONTEXT_BYTES,
         here.operations_per_second if here.is_cuda else None,
     )
+
+
+def with_host(device: Device, host_bytes: int | None) -> Device:
+    """`device` in a host with `host_bytes` free; None leaves it as it is."""
+    return device if host_bytes is None else replace(device, host_free_bytes=host_bytes)
 
 
 ASSUMED_CONTEXT_BYTES = 500 * 1024**2  # CUDA context and cuBLAS workspaces: 0.4 to 0.6 GiB on consumer cards

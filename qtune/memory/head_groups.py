@@ -49,7 +49,7 @@ Run = Callable[[Group, torch.Tensor], torch.Tensor]
 
 def why_not_grouped(layer: torch.nn.Module) -> str | None:
     """Why the heads of this layer cannot be run in groups; None where they can."""
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     names = {name for name, _ in attention.named_children()} if attention is not None else set()
     if not {*INPUTS, OUTPUT} <= names <= {*INPUTS, OUTPUT, *OTHERS}:
         return "its attention is not made of four plain projections"
@@ -64,12 +64,12 @@ def why_not_grouped(layer: torch.nn.Module) -> str | None:
     return None if most_groups(layer) > 1 else "it has one key/value head"
 
 
-def most_groups(layer: torch.nn.Module) -> int:
+def most_groups(layer: Any) -> int:
     """As many groups as there are key/value heads."""
-    return layer.self_attn.k_proj.get_base_layer().out_features // layer.self_attn.head_dim
+    return int(layer.self_attn.k_proj.get_base_layer().out_features // layer.self_attn.head_dim)
 
 
-def group_heads(layer: torch.nn.Module, groups: int) -> None:
+def group_heads(layer: Any, groups: int) -> None:
     """Run the attention of `layer` in `groups` groups, of which its key/value heads are a multiple."""
     attention = layer.self_attn
     assert most_groups(layer) % groups == 0, "groups are whole key/value heads"
@@ -96,7 +96,7 @@ def group_heads(layer: torch.nn.Module, groups: int) -> None:
     attention.forward = types.MethodType(forward, attention)
 
 
-def _project_in_groups(projection: LoraLayer, active: list[Group], is_output: bool) -> None:
+def _project_in_groups(projection: Any, active: list[Group], is_output: bool) -> None:
     """Let `projection` return (or, the output projection, take) the heads of the active group only."""
     whole = projection.__dict__.get("whole_forward", projection.forward)
     projection.whole_forward = whole

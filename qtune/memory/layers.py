@@ -89,7 +89,8 @@ class LayerRunner:
 
             if not torch.is_grad_enabled():
                 return run(hidden)
-            anchor = hidden.new_empty(0, requires_grad=True)  # the first layer's input needs no gradient, its adapter does
+            # the first layer's input needs no gradient, its adapter does
+            anchor = hidden.new_empty(0, requires_grad=True)
             return _Recomputed.apply(hidden, anchor, run, self, index)
 
         return checkpoint

@@ -137,4 +137,3 @@ class _LoraLinear(torch.autograd.Function):
             of_x = gradient @ _weight(ctx.base, ctx.part, x.dtype)
             of_x = of_x.addmm_(of_inner, low.to(x.dtype)).view(x.shape)
         return of_x, of_low, of_high, None, None, None
-

@@ -9,19 +9,20 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 BLOCK, OUTER_BLOCK = 64, 256
 
 
-def is_quantized(module: torch.nn.Module) -> bool:
+def is_quantized(module: Any) -> bool:
     return getattr(module.weight, "quant_state", None) is not None
 
 
-def rows_fall_on_blocks(module: torch.nn.Module, rows: int) -> bool:
-    """Whether every multiple of `rows` rows of a linear layer starts a block; a weight that is not quantised has none."""
-    return not is_quantized(module) or rows * module.weight.quant_state.shape[1] % BLOCK == 0
+def rows_fall_on_blocks(module: Any, rows: int) -> bool:
+    """Whether every multiple of `rows` rows of a linear layer starts a block; without NF4 there are none."""
+    return not is_quantized(module) or rows * int(module.weight.quant_state.shape[1]) % BLOCK == 0
 
 
-def weight_rows(module: torch.nn.Module, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """Rows (R, in) of a linear layer's weight in `dtype`, dequantised if need be; R times `in` a multiple of 64 then."""
+def weight_rows(module: Any, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (R, in) of a linear layer's weight in `dtype`; of one in NF4, R times `in` must be a multiple of 64."""
     if not is_quantized(module):
-        return module.weight[rows].to(dtype)
+        whole: torch.Tensor = module.weight
+        return whole[rows].to(dtype)
     state = module.weight.quant_state
     if rows.start == 0 and rows.stop == state.shape[0]:
         return dequantize_4bit(module.weight.data, state).to(dtype)
@@ -47,7 +48,7 @@ def _block_scales(state: QuantState, blocks: slice) -> torch.Tensor:
     return state.state2.code[state.absmax[blocks].int()].mul_(state.state2.absmax[outer]).add_(state.offset)
 
 
-def empty_packed(shape: tuple[int, ...], dtype: torch.dtype, is_double: bool) -> torch.nn.Parameter:
+def empty_packed(shape: tuple[int, ...], dtype: torch.dtype, is_double: bool) -> Any:
     """An NF4 weight of `shape` as bitsandbytes lays it out, made of empty tensors."""
     elements = math.prod(shape)
     blocks = -(-elements // BLOCK)
@@ -59,7 +60,7 @@ def empty_packed(shape: tuple[int, ...], dtype: torch.dtype, is_double: bool) ->
             code=torch.empty(256),
             dtype=torch.float32,
         )
-    weight = torch.nn.Parameter(torch.empty(-(-elements // 2), 1, dtype=torch.uint8), requires_grad=False)
+    weight: Any = torch.nn.Parameter(torch.empty(-(-elements // 2), 1, dtype=torch.uint8), requires_grad=False)
     weight.quant_state = QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8 if is_double else torch.float32),
         shape=torch.Size(shape),

@@ -1,4 +1,4 @@
-"""What stands in a live model, by part and by the side of the bus it is on: the names that forecast and ledger share."""
+"""What stands in a live model, by part and by side of the bus: the names that forecast and ledger share."""
 
 from collections.abc import Iterator
 

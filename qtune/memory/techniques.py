@@ -34,7 +34,7 @@ class Techniques:
 
 def refusals(model: PeftModel) -> dict[str, str]:
     """Which techniques `model` does not allow, by field of `Techniques`, each with a sentence on why."""
-    found = {}
+    found: dict[str, str] = {}
     layers = find_layers(model)
     if not layers:
         why = f"the decoder layers of {type(model.get_base_model()).__name__} cannot be told apart"

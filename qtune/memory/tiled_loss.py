@@ -97,7 +97,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
         assert not head.weight.requires_grad, "the head is frozen"
-        make = of_quantized_head if is_quantized(head) else of_plain_head
+        make: Any = of_quantized_head if is_quantized(head) else of_plain_head
         nats, gradient = make(hidden, head, labels, with_gradient=ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return nats
@@ -109,7 +109,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 
 def of_plain_head(
-    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, with_gradient: bool
+    hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary."""
     weight = head.weight

@@ -60,13 +60,14 @@ def token_wise(layer: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torc
 def _in_tiles(forward: Forward, hidden: torch.Tensor, tokens: int) -> torch.Tensor:
     if hidden.shape[1] <= tokens:
         return forward(hidden)
-    output = None
-    for tile in live.tiles(hidden.shape[1], tokens, hidden):
+    first, *others = live.tiles(hidden.shape[1], tokens, hidden)
+    piece = forward(hidden[:, first])
+    output = piece.new_empty(*hidden.shape[:2], *piece.shape[2:])
+    output[:, first] = piece
+    for tile in others:
+        del piece  # or two of them are alive while the next is made
         piece = forward(hidden[:, tile])
-        if output is None:
-            output = piece.new_empty(*hidden.shape[:2], *piece.shape[2:])
         output[:, tile] = piece
-        del piece
     return output
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import datasets
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from jinja2 import TemplateError
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -59,8 +61,14 @@ def base_folder(model: Model) -> Path:
 
 def _download(model: Model) -> Path:
     patterns = [*WEIGHT_FILES, *SMALL_FILES, *(["*.py"] if model.trust_remote_code else [])]
+    return Path(
+        _fetched(model, lambda: snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+    )
+
+
+def _fetched(model: Model, fetch: Callable[[], str]) -> str:
     try:
-        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
+        return fetch()
     except RepositoryNotFoundError:
         raise ModelError(
             f"model.base: the hub has no model {model.base!r} that you may read. Check the name, log in with"
@@ -89,15 +97,38 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def read_config(model: Model) -> AutoConfig:
+def read_config(model: Model) -> PreTrainedConfig:
     """The base's configuration; ModelError unless it is a causal language model."""
-    folder = base_folder(model)
+    return _config_in(base_folder(model), model)
+
+
+def read_config_alone(model: Model) -> PreTrainedConfig:
+    """The same without the weights: of a hub model nothing but config.json is fetched."""
+    if model.base == "demo" or Path(model.base).is_absolute():
+        folder = DEMO_BASE if model.base == "demo" else Path(model.base)
+    else:
+        folder = Path(
+            _fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))
+        ).parent
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
+    return _config_in(folder, model)
+
+
+def has_tokenizer_here(model: Model) -> bool:
+    """Whether the base's tokenizer can be loaded without a network."""
+    folder = DEMO_BASE if model.base == "demo" else Path(model.base)
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (ValueError, AttributeError, OSError, KeyError) as fault:
-        first_line = str(fault).splitlines()[0]
-        raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({first_line})") from None
+    except Exception as fault:  # a config can be wrong in as many ways as there are architectures
+        reason = str(fault).strip().splitlines()
+        told = reason[0] if reason else type(fault).__name__
+        raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({told})") from None
     _refuse_unfit(folder, described, model.trust_remote_code)
     return config
 

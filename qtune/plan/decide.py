@@ -12,6 +12,7 @@ from qtune.memory.techniques import Techniques
 from qtune.plan import ladder, speed
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import Budget, Climb, Reserve, Rung
+from qtune.plan.longest import longest
 from qtune.plan.remedies import explain, remedies
 from qtune.plan.speed import Speed
 from qtune.plan.work import Work
@@ -34,7 +35,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know besides the recipe and the rows. `fits` is False for a plan that must not run."""
+    """Everything a run needs to know besides the recipe and the rows.
+
+    `fits` is False for a plan that must not run; `is_assumed` says that no rows were read for it.
+    """
 
     device: Device
     compute_dtype: str
@@ -43,6 +47,7 @@ class Plan:
     eval_every: int
     micro_batch: int
     gradient_accumulation: int
+    is_assumed: bool
     fits: bool
     techniques: Techniques
     budget: Budget
@@ -70,6 +75,8 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
     climb = ladder.climb(recipe, forecaster, work, budget)
     accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
     steps, why_steps = _steps(recipe, len(work.sequences))
+    if work.is_assumed:
+        why_steps = "the data was not read: every sequence is taken to be full, their number is not known"
     eval_every, why_eval = _eval_every(recipe, steps)
     warmup_steps = math.ceil(train.warmup_fraction * steps)
     choices = (
@@ -77,7 +84,7 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
         Choice("base", _held_as(recipe), "model.quantization"),
         Choice("compute", compute_dtype, why_compute),
         Choice("adapter", _adapter(recipe), "lora"),
-        Choice("steps", f"{steps:,}", why_steps),
+        Choice("steps", "not known yet" if work.is_assumed else f"{steps:,}", why_steps),
         Choice("sequences a step", f"{train.micro_batch * train.gradient_accumulation}", _batch(recipe, climb)),
         Choice("learning rate", f"{train.learning_rate:g}", f"{train.schedule}, after {warmup_steps} steps of warm-up"),
         Choice("optimizer", train.optimizer, "train.optimizer"),
@@ -92,6 +99,7 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
         eval_every=eval_every,
         micro_batch=climb.micro_batch,
         gradient_accumulation=accumulation,
+        is_assumed=work.is_assumed,
         fits=climb.fits,
         techniques=climb.techniques,
         budget=budget,
@@ -103,6 +111,13 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
         disk_bytes=4 * forecaster.standing.trained_parameters + SPARE_DISK_BYTES,
         choices=choices,
     )
+
+
+def longest_on(recipe: Recipe, device: Device, config: PreTrainedConfig) -> int:
+    """The longest sequence in tokens that fits on `device`."""
+    compute_dtype, _ = _compute_dtype(recipe, device)
+    forecaster = Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
+    return longest(recipe, forecaster, budget_of(recipe, device))
 
 
 def budget_of(recipe: Recipe, device: Device) -> Budget:

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from transformers import PreTrainedConfig
 
+from qtune.errors import ModelError
 from qtune.memory.live import Peak
 from qtune.memory.techniques import Techniques
 from qtune.plan import skeleton
@@ -135,7 +136,11 @@ class Forecaster:
         key = (layers, replace(techniques, streamed_layers=0, host_embedding=False), batch)
         if key not in self._traces:
             config = skeleton.shallow(self.config, layers)
-            found = trace(config, self.recipe, self.compute_dtype, key[1], batch, self.is_card)
+            try:
+                found = trace(config, self.recipe, self.compute_dtype, key[1], batch, self.is_card)
+            except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as fault:
+                reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+                raise ModelError(f"model.base: the model its config.json describes cannot run ({reason}).") from fault
             self._traces[key] = {phase: _without_standing(peak) for phase, peak in found.items()}
         return self._traces[key]
 

@@ -4,6 +4,7 @@ Every rung that the recipe leaves open is climbed only if what is below it does 
 out not to be needed are taken back, and those with a number are turned down as far as it goes.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -80,7 +81,7 @@ def _most_groups(forecaster: Forecaster) -> int:
 
 
 def _recompute_cost(techniques: Techniques, forecaster: Forecaster) -> float:
-    """A forward pass again, beside a forward and a backward pass that costs as much: frozen weights have no gradient."""
+    """A forward pass again beside one forward and one backward, which cost alike: frozen weights have no gradient."""
     return 0.5 * techniques.recomputed_layers / max(1, forecaster.layers)
 
 
@@ -177,9 +178,7 @@ def forced(recipe: Recipe, forecaster: Forecaster) -> Techniques:
 def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
     """The rungs that the recipe leaves open and the model allows."""
     refused = forecaster.standing.refusals
-    return [
-        step for step in STEPS if getattr(recipe.memory, step.key) == "auto" and step.field not in refused
-    ]
+    return [step for step in STEPS if getattr(recipe.memory, step.key) == "auto" and step.field not in refused]
 
 
 def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> Climb:
@@ -194,18 +193,16 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
     def fits(techniques: Techniques, micro_batch: int) -> bool:
         return budget.has_room_for(forecast(techniques, micro_batch))
 
-    steps = open_steps(recipe, forecaster)
     start = forced(recipe, forecaster)
     micro_batch, techniques = recipe.train.micro_batch, start
     climbed: list[Step] = []
     is_enough = fits(techniques, micro_batch)
-    for step in steps:
+    for step in open_steps(recipe, forecaster):
         if is_enough:
             break
-        tried = step.up(techniques, forecaster)
-        if step.field == "streamed_layers":
-            tried = within_host(tried, lambda t: forecast(t, micro_batch).host_bytes, budget)
-        if tried == techniques or forecast(tried, micro_batch).host_bytes > budget.host_bytes:
+        host_bytes = functools.partial(_host_bytes, forecast, micro_batch)
+        tried = within_host(step.up(techniques, forecaster), host_bytes, budget)
+        if tried == techniques or host_bytes(tried) > budget.host_bytes:
             continue
         techniques, climbed = tried, [*climbed, step]
         is_enough = fits(techniques, micro_batch)
@@ -238,6 +235,10 @@ def reserve(recipe: Recipe, forecaster: Forecaster, techniques: Techniques) -> t
             techniques = higher
             found.append(Reserve(step.name, techniques))
     return tuple(found)
+
+
+def _host_bytes(forecast: Callable[[Techniques, int], Forecast], micro_batch: int, techniques: Techniques) -> int:
+    return forecast(techniques, micro_batch).host_bytes
 
 
 def within_host(techniques: Techniques, host_bytes: Callable[[Techniques], int], budget: Budget) -> Techniques:

@@ -22,7 +22,7 @@ def remedies(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget)
         _more_host_memory(recipe, forecaster, work, budget),
     ]
     known = [sentence for sentence in found if sentence is not None]
-    return tuple([*known[: MOST - 1], _larger_card(recipe, forecaster, work, budget)])
+    return (*known[: MOST - 1], _larger_card(recipe, forecaster, work, budget))
 
 
 def _shorter(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
@@ -53,10 +53,8 @@ def _more_host_memory(recipe: Recipe, forecaster: Forecaster, work: Work, budget
     climb = ladder.climb(recipe, forecaster, work, roomy)
     if not climb.fits or climb.forecast.host_bytes <= budget.host_bytes:
         return None
-    return (
-        f"{format_bytes(climb.forecast.host_bytes)} of host memory for layers and checkpoints; {format_bytes(budget.host_bytes)}"
-        " may be taken now (memory.host_budget)"
-    )
+    needed, now = format_bytes(climb.forecast.host_bytes), format_bytes(budget.host_bytes)
+    return f"{needed} of host memory for layers and checkpoints; {now} may be taken now (memory.host_budget)"
 
 
 def _larger_card(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str:

@@ -6,6 +6,7 @@ real step can run through it in which no byte is allocated.
 """
 
 import copy
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -60,10 +61,10 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
 
 
 def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """`config` with `layers` decoder layers, of the kinds that its first ones have; of what sees or hears, one layer."""
+    """`config` with `layers` decoder layers, of the kinds its first ones have; of what sees or hears, one layer."""
     cut = copy.deepcopy(config)
     for name in ("vision_config", "audio_config"):
-        tower = getattr(cut, name, None)
+        tower: Any = getattr(cut, name, None)
         if getattr(tower, "num_hidden_layers", None):
             tower.num_hidden_layers = 1
     text = cut.get_text_config()

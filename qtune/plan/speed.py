@@ -26,9 +26,7 @@ class Speed:
     overhead_fraction: float
 
 
-def estimate(
-    recipe: Recipe, forecaster: Forecaster, climb: Climb, work: Work, device: Device, steps: int
-) -> Speed:
+def estimate(recipe: Recipe, forecaster: Forecaster, climb: Climb, work: Work, device: Device, steps: int) -> Speed:
     """`overhead_fraction` is what the techniques add to a step that had memory to spare."""
     sequences = recipe.train.micro_batch * recipe.train.gradient_accumulation
     step_tokens = work.mean_tokens * sequences

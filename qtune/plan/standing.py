@@ -1,10 +1,9 @@
 """What stands through a whole step, by part: weights, adapter, gradients, optimizer state. Counted, not traced."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
@@ -90,7 +89,7 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str) -> Stand
     apart = {id(embedding.weight), id(getattr(head, "weight", None))}
     others = [p for p in frozen if id(p) not in apart]
     with mode:
-        packed = _packed_head(head, recipe) if head is not None else 0
+        packed = _packed_head(head) if head is not None else 0
         layers = tuple(_layer(layer) for layer in find_layers(model))
     return Standing(
         base_bytes=storage_sizes([*others, *quantization_state(others), *model.buffers()]),
@@ -113,10 +112,8 @@ def _layer(layer: torch.nn.Module) -> Layer:
     return Layer(storage_sizes(tensor for tensor, _ in frozen_tensors(layer)), layout(layer)[1])
 
 
-def _packed_head(head: torch.nn.Module, recipe: Recipe) -> int:
+def _packed_head(head: Any) -> int:
     weight = head.weight
-    if isinstance(head, Linear4bit) or weight.ndim != 2:
-        return storage_sizes([weight])
     packed = nf4.empty_packed(tuple(weight.shape), weight.dtype, is_double=True)
     return storage_sizes([packed, *quantization_state([packed])])
 

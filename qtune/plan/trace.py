@@ -1,14 +1,16 @@
 """One fake step of the real model: what forward, loss and backward hold at their peaks, without weights or a GPU.
 
 Only what comes and goes in a pass is traced; what stands through it (weights, gradients, optimizer) is counted in
-`plan.standing`. The two are counted in one pass, so gradients exist before it begins, as from the second micro-batch on.
+`plan.standing`. Gradients exist before the pass begins, as they do from the second micro-batch on.
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
@@ -78,12 +80,13 @@ def standing_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
 
 
 def _loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], lengths: tuple[int, ...], labelled: torch.Tensor
+    model: PeftModel, inputs: dict[str, torch.Tensor], lengths: tuple[int, ...], labelled: torch.Tensor
 ) -> torch.Tensor:
     if tiled_loss.suits(model):
         return model(**inputs, document_lengths=lengths, tiled_loss=True, labelled=labelled).nats
     labels = inputs.pop("labels")
-    hidden = model.get_base_model().base_model(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
+    causal: Any = model.get_base_model()
+    hidden = causal.base_model(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
     live.enter_phase("loss")
     # trl's fused head: a float32 gradient of the hidden states beside a chunk of logits
     live.note_workspace("loss", TRL_LOSS_BYTES + 8 * 2 * hidden.shape[-1] * labels.shape[1])

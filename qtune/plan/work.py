@@ -18,7 +18,9 @@ class Work:
 
     @classmethod
     def of_rows(cls, rows: Sequence[PackedRow]) -> "Work":
-        return cls(tuple(Batch(tuple(row["seq_lengths"]), _labelled(row["labels"], row["seq_lengths"])) for row in rows))
+        return cls(
+            tuple(Batch(tuple(row["seq_lengths"]), _labelled(row["labels"], row["seq_lengths"])) for row in rows)
+        )
 
     @classmethod
     def of_prepared(cls, prepared: Prepared) -> "Work":

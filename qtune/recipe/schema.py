@@ -25,7 +25,7 @@ def _layer_names(value: Any) -> Any:
 
 
 def _auto_or_count(least: int) -> Callable[[Any], Any]:
-    """"auto" or a whole number from `least` up; one sentence for all else."""
+    """ "auto" or a whole number from `least` up; one sentence for all else."""
 
     def check(value: Any) -> Any:
         if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT):
@@ -36,7 +36,7 @@ def _auto_or_count(least: int) -> Callable[[Any], Any]:
 
 
 def _auto_or_size(value: Any) -> Any:
-    """"auto" or a size such as "6GiB"."""
+    """ "auto" or a size such as "6GiB"."""
     if value == "auto" or (isinstance(value, str) and parse_bytes(value) is not None):
         return value
     raise PydanticCustomError("expected", '"auto" or a size such as "6GiB" or "7.5 GiB"')
@@ -187,10 +187,10 @@ class Memory(Table):
     """How the run is made to fit. Left alone, the plan climbs as far as it must, cheapest technique first."""
 
     budget: Size = Field(
-        "auto", description="Device memory the run may take, such as \"6GiB\"; auto is what is free when it starts."
+        "auto", description='Device memory the run may take, such as "6GiB"; auto is what is free when it starts.'
     )
     host_budget: Size = Field(
-        "auto", description="Host memory the techniques may take, such as \"16GiB\"; auto is 80 % of what is free."
+        "auto", description='Host memory the techniques may take, such as "16GiB"; auto is 80 % of what is free.'
     )
     keep_layers: AutoOrCount = Field(
         "auto", description="Layers that keep their activations instead of being recomputed; each is faster and larger."
@@ -199,7 +199,8 @@ class Memory(Table):
         "auto", description="Where the inputs of recomputed layers wait; host frees 2 bytes x hidden a token and layer."
     )
     tile_tokens: AutoOrCount = Field(
-        "auto", description="Tokens in one piece of the MLPs and norms; 0 runs them whole, smaller is leaner and slower."
+        "auto",
+        description="Tokens in one piece of the MLPs and norms; 0 runs them whole, few are leaner and slower.",
     )
     embedding: Literal["auto", "device", "host"] = Field(
         "auto", description="Where the embedding table lives; on the host its rows are looked up there."

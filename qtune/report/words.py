@@ -93,7 +93,9 @@ def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
 
 def _rehearsal_sentence(event: Rehearsed) -> str:
     """`the largest batch takes 1.0 GiB, forecast 1.0 GiB (0.4 % less)`, and what was switched on for it."""
-    told = f"the largest batch takes {format_bytes(event.measured_bytes)}, forecast {format_bytes(event.forecast_bytes)}"
+    told = (
+        f"the largest batch takes {format_bytes(event.measured_bytes)}, forecast {format_bytes(event.forecast_bytes)}"
+    )
     if event.climbed:
         return f"{told}; switched on for it: {'; '.join(event.climbed)}"
     off = event.measured_bytes / max(1, event.forecast_bytes) - 1

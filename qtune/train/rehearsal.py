@@ -100,10 +100,8 @@ def rehearse(
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    if accumulates:
-        for parameter in trained_parameters(model):
-            parameter.grad = torch.zeros_like(parameter)
     try:
+        _as_after_a_step(model, optimizer, accumulates)
         watch = _on_a_card if device.is_cuda else _by_counting
         return watch(model, engine, optimizer, batch, loss_of)
     finally:
@@ -113,11 +111,20 @@ def rehearse(
         random_state.wind_back(before, place)
 
 
+def _as_after_a_step(model: PeftModel, optimizer: torch.optim.Optimizer, accumulates: bool) -> None:
+    """Have the optimizer's state there, as it is from the second step on, and gradients if they outlive a pass."""
+    for parameter in trained_parameters(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    if not accumulates:
+        model.zero_grad()
+
+
 def _by_counting(
     model: PeftModel, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss
 ) -> Rehearsal:
     with LiveBytes() as counter:
-        for part, side, tensors in standing_parts(model, engine, None):
+        for part, side, tensors in standing_parts(model, engine, optimizer):
             counter.count(tensors, part, side)
         counter.count([value for value in batch.values() if isinstance(value, torch.Tensor)], "batch")
         counter.enter_phase("forward")
@@ -126,11 +133,7 @@ def _by_counting(
         counter.count([p.grad for p in trained_parameters(model) if p.grad is not None], "gradients")
         counter.enter_phase("step")
         _step(model, optimizer)
-        for part, side, tensors in standing_parts(model, engine, optimizer):
-            counter.count(tensors, part, side)
-        counter.enter_phase("after")
     counter.peaks.pop("load", None)
-    counter.peaks.pop("after", None)
     return Rehearsal(counter.peaks)
 
 

@@ -214,7 +214,6 @@ def test_every_optimizer_and_schedule_takes_its_steps(tiny_base, tmp_path, optim
 def test_recomputing_layers_does_not_change_the_losses(tiny_base, tmp_path) -> None:
     settings = {"quantization": "nf4", "compute_dtype": "float32"}
     with_it, without = (
-        losses(run(recipe_for(tiny_base, settings, {"keep_layers": kept}), tmp_path / str(kept))[1])
-        for kept in (0, 2)
+        losses(run(recipe_for(tiny_base, settings, {"keep_layers": kept}), tmp_path / str(kept))[1]) for kept in (0, 2)
     )
     assert with_it == pytest.approx(without, abs=1e-6)
