@@ -141,7 +141,7 @@ def _load(ready: Ready, folder: RunDir, ledger: Ledger, listen: Listener) -> tup
     recipe, plan = ready.recipe, ready.plan
     listen(Notice(f"loading {recipe.model.base}"))
     try:
-        loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
+        loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
         write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
         model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
         check_disk(folder.path, plan.disk_bytes)

@@ -1,4 +1,4 @@
-"""Experts quantised to NF4 while a model is loaded, one matrix at a time.
+"""Experts quantised to NF4 while a model is loaded, one matrix at a time; what is to live in host memory goes there.
 
 Held less of: while loading, one parameter's matrices in 16 bits (those of one layer's experts before their activation)
 and the same parameter packed; transformers by itself would join them first, which takes twice that.
@@ -11,7 +11,7 @@ the table names the one below, which does what the original does and quantises e
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,11 +27,21 @@ from qtune.memory.packed_experts import is_packed, pack, refusal, stacked_names
 TABLE_KEY = "bitsandbytes_4bit"
 
 
+def nowhere(name: str) -> bool:
+    return False
+
+
 @contextlib.contextmanager
-def quantized_experts() -> Iterator[None]:
-    """Inside, `from_pretrained` with a 4-bit BitsAndBytesConfig holds experts in NF4 and runs them by `experts`."""
+def quantized_experts(lives_on_host: Callable[[str], bool] = nowhere) -> Iterator[None]:
+    """Inside, `from_pretrained` with a 4-bit BitsAndBytesConfig holds experts in NF4 and runs them by `experts`.
+
+    Parameters for whose name `lives_on_host` holds are quantised on the device like all others, and leave it at once:
+    a model larger than the device can be loaded if enough of it lives in host memory.
+    """
     before = AUTO_QUANTIZER_MAPPING[TABLE_KEY]
-    AUTO_QUANTIZER_MAPPING[TABLE_KEY] = ExpertQuantizer
+    AUTO_QUANTIZER_MAPPING[TABLE_KEY] = type(
+        "ExpertQuantizer", (ExpertQuantizer,), {"lives_on_host": staticmethod(lives_on_host)}
+    )
     try:
         yield
     finally:
@@ -41,8 +51,12 @@ def quantized_experts() -> Iterator[None]:
 class ExpertQuantizer(Bnb4BitHfQuantizer):
     """bitsandbytes' quantiser for linears, and ours for experts."""
 
+    lives_on_host: Callable[[str], bool] = staticmethod(nowhere)
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        return is_expert_parameter(model, param_name) or super().param_needs_quantization(model, param_name, **kwargs)
+        """Also of what is only to be moved: it passes through the same operation."""
+        is_linear = super().param_needs_quantization(model, param_name, **kwargs)
+        return is_linear or is_expert_parameter(model, param_name) or self.lives_on_host(param_name)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -119,10 +133,13 @@ class _Quantize(Bnb4bitQuantize):
         for name, given in input_dict.items():
             value = given[0] if isinstance(given, list) else given
             if not is_expert_parameter(model, name):
-                result |= super().convert({name: value}, model=model, **others)
+                is_linear = Bnb4BitHfQuantizer.param_needs_quantization(self.hf_quantizer, model, name)
+                result |= super().convert({name: value}, model=model, **others) if is_linear else {name: value}
             elif is_packed(value):
                 result[name] = value
             else:
                 double = self.hf_quantizer.quantization_config.bnb_4bit_use_double_quant
                 result[name] = pack(iter(value), value.shape, double)
+            if self.hf_quantizer.lives_on_host(name):
+                result[name] = result[name].to("cpu")
         return result

@@ -4,8 +4,8 @@ Held less of: queries, keys, values, their rotated copies, the attention's outpu
 exist for one group of heads at a time.
 Costs: one more forward pass of the attention, inside a recomputed layer the third; the output projection is dequantised
 once a group.
-Refuses: attention that is not four plain projections (with norms of the head's size between them), adapters that are
-not plain LoRA, and one key/value head. Same loss and gradients to rounding: the groups' outputs are summed.
+Refuses: attention that is not four plain projections (with norms of the head's size between them), that has parameters
+of its own or drops out weights, adapters that are not plain LoRA, and one key/value head. Same loss and gradients to rounding: the groups' outputs are summed.
 
 A module of transformers takes the number of its heads from what its projections return, so a group is the module's own
 forward with projections that return that group's heads.
@@ -53,6 +53,10 @@ def why_not_grouped(layer: torch.nn.Module) -> str | None:
     names = {name for name, _ in attention.named_children()} if attention is not None else set()
     if not {*INPUTS, OUTPUT} <= names <= {*INPUTS, OUTPUT, *OTHERS}:
         return "its attention is not made of four plain projections"
+    if any(True for _ in attention.parameters(recurse=False)):
+        return "its attention has parameters of its own"
+    if any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(attention).items()):
+        return "its attention drops out weights"
     norms = [child for name, child in attention.named_children() if name in ("q_norm", "k_norm")]
     if any(parameter.numel() != attention.head_dim for norm in norms for parameter in norm.parameters()):
         return "its attention norms all heads together"
@@ -80,7 +84,8 @@ def group_heads(layer: Any, groups: int) -> None:
         _project_in_groups(getattr(attention, name), active, is_output=name == OUTPUT)
 
     def forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        if kwargs.get("document_lengths") is None:  # generation, whose cache wants all heads at once
+        is_plain = any(getattr(attention, name).disable_adapters for name in (*INPUTS, OUTPUT))
+        if is_plain or kwargs.get("document_lengths") is None:  # generation, whose cache wants all heads at once
             return whole(hidden_states, *args, **kwargs)
 
         def run(group: Group, hidden: torch.Tensor) -> torch.Tensor:

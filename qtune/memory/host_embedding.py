@@ -15,15 +15,20 @@ from transformers import PreTrainedModel
 from qtune.memory import live
 
 
-def move_embedding_out(model: PreTrainedModel) -> None:
-    """Keep the input embedding's table in host memory from now on; again changes nothing."""
+def move_embedding_out(model: PreTrainedModel, device: torch.device) -> None:
+    """Keep the input embedding's table in host memory from now on; the rows looked up go to `device`.
+
+    A table that is there already, and is not the head's too, stays where it is; again changes nothing.
+    """
     embedding = model.get_input_embeddings()
     if hasattr(embedding, "forward_on_host"):
         return
-    device, on_host = embedding.weight.device, embedding.forward
+    on_host = embedding.forward
     embedding.weight = torch.nn.Parameter(embedding.weight.detach().to("cpu", copy=True), requires_grad=False)
     live.mark([embedding.weight], "embedding", "host")
     embedding.forward_on_host = on_host
+    for name, factor in list(embedding.named_buffers(recurse=False)):  # Gemma scales its rows where they are read
+        embedding.register_buffer(name, factor.to("cpu"), persistent=False)
 
     def forward(self: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         rows = on_host(ids.to("cpu"))

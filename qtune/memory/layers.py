@@ -4,7 +4,7 @@ Held less of: everything a layer saves for its gradient. Only its input of (B, T
 pinned host memory, and the layer runs again when its gradient is due.
 Costs: one more forward pass of the layer, a third of the time; inputs in host memory 2BTH bytes a layer there, copied
 on a stream of their own while the device computes.
-Refuses: models whose decoder layers cannot be found.
+Refuses: models whose decoder layers cannot be found, or hand each other more than their output.
 
 transformers calls a layer through its own hook for recomputation, `_gradient_checkpointing_func`, which is set here to
 ours. The backward pass of a layer is a pass of its own inside that of the model, so that whatever the layer needs (its
@@ -27,13 +27,14 @@ from qtune.memory import live, random_state
 from qtune.memory.host import HostBuffers
 from qtune.memory.streaming import LayerStream
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[[torch.Tensor], Any]
 
 
 def find_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointingLayer]:
     """The decoder layers in the order they run; empty where a model does not keep them in one list.
 
-    `model` is a causal model or an adapter on one. A model that also sees has layers that are not the decoder's.
+    `model` is a causal model or an adapter on one. A model that also sees has layers that are not the decoder's. Layers
+    that read an earlier one's keys and values are none that can be run by themselves: their gradient goes there, too.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     lists = [
@@ -43,7 +44,8 @@ def find_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointin
         and len(module) > 0
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
-    return lists[0] if len(lists) == 1 else []
+    shares_keys = any(getattr(module, "is_kv_shared_layer", False) for module in causal.modules())
+    return lists[0] if len(lists) == 1 and not shares_keys else []
 
 
 @dataclass
@@ -82,9 +84,9 @@ class LayerRunner:
 
         return before_layer
 
-    def _checkpoint_of(self, index: int) -> Callable[..., torch.Tensor]:
-        def checkpoint(forward: Forward, hidden: torch.Tensor, *others: Any) -> torch.Tensor:
-            def run(x: torch.Tensor) -> torch.Tensor:
+    def _checkpoint_of(self, index: int) -> Callable[..., Any]:
+        def checkpoint(forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+            def run(x: torch.Tensor) -> Any:
                 return forward(x, *others)
 
             if not torch.is_grad_enabled():
@@ -95,8 +97,8 @@ class LayerRunner:
 
         return checkpoint
 
-    def run_again(self, index: int, forward: Forward, hidden: torch.Tensor) -> Any:
-        """The layer's output with its graph, as the edge that a backward pass starts from."""
+    def run_again(self, index: int, forward: Forward, hidden: torch.Tensor) -> list[Any]:
+        """The layer's outputs with their graph, as the edges that a backward pass starts from; None for one without."""
         if self.stream is not None:
             self.stream.bring_in(index, is_forward=False)
         self.is_recomputing, self._index = True, index
@@ -105,27 +107,32 @@ class LayerRunner:
         finally:
             self.is_recomputing = False
         if index not in self.ends_in_sum:
-            self.ends_in_sum[index] = _ends_in_sum(output)
-        return get_gradient_edge(output)
+            self.ends_in_sum[index] = isinstance(output, torch.Tensor) and _ends_in_sum(output)
+        outputs = output if isinstance(output, tuple) else (output,)
+        return [get_gradient_edge(each) if getattr(each, "requires_grad", False) else None for each in outputs]
 
     _index: int = -1
 
 
 def _ends_in_sum(output: torch.Tensor) -> bool:
-    """Whether a layer's output is its residual plus the output of a tiled module, whose value no gradient needs."""
+    """Whether a layer's output is its residual plus the output of its tail, whose value no gradient needs.
+
+    A norm behind the tail is tiled too, and does need it.
+    """
     node = output.grad_fn
     if node is None or node.name() != "AddBackward0":
         return False
-    return any(before is not None and before.name() == "_TiledBackward" for before, _ in node.next_functions)
+    return any(getattr(before, "is_tail", False) for before, _ in node.next_functions)
 
 
 class _Recomputed(torch.autograd.Function):
-    """`forward(hidden)`, of which only `hidden` is kept."""
+    """`forward(hidden)`, a tensor or a tuple with some, of which only `hidden` is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, forward: Forward, runner: LayerRunner, index: int
-    ) -> torch.Tensor:
+    ) -> Any:
+        ctx.set_materialize_grads(False)
         live.enter_phase("forward")
         ctx.forward, ctx.runner, ctx.index = forward, runner, index
         ctx.autocast = autocast_here(hidden)
@@ -139,14 +146,15 @@ class _Recomputed(torch.autograd.Function):
         return forward(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
         runner, index = ctx.runner, ctx.index
         live.enter_phase(f"backward {index}")
         hidden = ctx.saved_tensors[0] if ctx.host is None else ctx.host.get(index, ctx.device)
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad(), ctx.autocast(), random_state.rewound(ctx.random, ctx.device):
-            edge = runner.run_again(index, ctx.forward, hidden)
-        torch.autograd.backward(edge, gradient)
+            edges = runner.run_again(index, ctx.forward, hidden)
+        pairs = [pair for pair in zip(edges, gradients, strict=True) if None not in pair]
+        torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
         return hidden.grad, None, None, None, None
 
 

@@ -45,6 +45,8 @@ class Slot:
 
 def spread(streamed: int, layers: int) -> list[int]:
     """Indices of `streamed` of `layers` layers, evenly spaced."""
+    if not streamed:
+        return []
     return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
 
 
@@ -64,6 +66,15 @@ def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Calla
                 yield state.state2.absmax, _setter(state.state2, "absmax")
 
 
+def _bring_codes(state: Any, device: torch.device) -> None:
+    """The code books and the offset of a quantised weight, a kilobyte, stay on the device for all layers."""
+    while state is not None:
+        state.code = state.code.to(device)
+        if state.offset is not None:
+            state.offset = state.offset.to(device)
+        state = state.state2
+
+
 def layout(layer: torch.nn.Module) -> tuple[list[Piece], int]:
     """Where each frozen tensor of `layer` stands in a buffer of its own, and the bytes of that buffer."""
     pieces, end = [], 0
@@ -81,9 +92,12 @@ def _setter(owner: Any, name: str) -> Callable[[torch.Tensor], None]:
 class LayerStream:
     """Holds the streamed layers' weights in host memory and brings them in, one ahead of the computation."""
 
-    def __init__(self, layers: Sequence[torch.nn.Module], streamed: Sequence[int]):
-        """Moves the frozen weights of `layers[i]`, for i in `streamed`, to host memory."""
-        self.streamed = sorted(streamed)
+    def __init__(self, layers: Sequence[torch.nn.Module], streamed: Sequence[int], device: torch.device):
+        """Moves the frozen weights of `layers[i]`, for i in `streamed`, to host memory, if they are not there already.
+
+        Their adapters, which peft makes where the weights are, go to `device`.
+        """
+        self.streamed, self._device = sorted(streamed), device
         self._pieces: dict[int, list[Piece]] = {}
         self._home: dict[int, torch.Tensor] = {}
         self._copying: torch.cuda.Stream | None = None
@@ -91,7 +105,6 @@ class LayerStream:
             self._move_out(index, layers[index])
         self._slots: list[Slot] = []
         self._slot_bytes = max(home.numel() for home in self._home.values())
-        self._device = next(p.device for p in layers[self.streamed[0]].parameters() if p.requires_grad or p.ndim < 2)
 
     @property
     def homes(self) -> list[torch.Tensor]:
@@ -137,9 +150,10 @@ class LayerStream:
             self._bind(slot.layer, self._home[slot.layer])
         home = self._home[index]
         target = slot.buffer[: home.numel()]
-        slot.layer, slot.is_here = index, None
+        slot.layer, slot.is_here = None, None  # should the copy fail, nobody is here
         if self._device.type != "cuda":
             target.copy_(home)
+            slot.layer = index
             return slot
         if self._copying is None:
             self._copying = torch.cuda.Stream(self._device)
@@ -147,6 +161,7 @@ class LayerStream:
         with torch.cuda.stream(self._copying):
             target.copy_(home, non_blocking=True)
             slot.is_here = self._copying.record_event()
+        slot.layer = index
         return slot
 
     def _bind(self, index: int, buffer: torch.Tensor) -> None:
@@ -154,6 +169,10 @@ class LayerStream:
             piece.put(piece.view(buffer))
 
     def _move_out(self, index: int, layer: torch.nn.Module) -> None:
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self._device)
+            _bring_codes(getattr(parameter, "quant_state", None), self._device)
         self._pieces[index], size = layout(layer)
         self._home[index] = home = page_locked(size, torch.uint8)
         live.mark([home], "streamed layers", "host")

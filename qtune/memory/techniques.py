@@ -37,7 +37,7 @@ def refusals(model: PeftModel) -> dict[str, str]:
     found: dict[str, str] = {}
     layers = find_layers(model)
     if not layers:
-        why = f"the decoder layers of {type(model.get_base_model()).__name__} cannot be told apart"
+        why = f"the decoder layers of {type(model.get_base_model()).__name__} cannot be run one by one"
         names = ("recomputed_layers", "host_checkpoints", "tile_tokens", "streamed_layers", "head_groups")
         found |= dict.fromkeys(names, why)
     elif not token_wise(layers[0])[1]:
@@ -55,6 +55,7 @@ class Engine:
     def __init__(self, model: PeftModel):
         self._model = model
         self._layers = find_layers(model)
+        self._device = _device_of(model)
         self.runner = LayerRunner(self._layers, keeps_random_state=_draws_random_numbers(model))
         self.techniques = Techniques()
         fuse(model)
@@ -63,7 +64,7 @@ class Engine:
         """Bring the model to `wanted`. What is on stays on, also where `wanted` does without it."""
         causal, now = self._model.get_base_model(), self.techniques
         if self._layers:
-            self.runner.recompute(wanted.recomputed_layers)
+            self.runner.recompute(max(wanted.recomputed_layers, now.recomputed_layers))
         if wanted.host_checkpoints and self.runner.host is None:
             self.runner.host = HostBuffers()
         if wanted.tile_tokens and wanted.tile_tokens != now.tile_tokens:
@@ -72,13 +73,18 @@ class Engine:
             for layer in self._layers:
                 group_heads(layer, wanted.head_groups)
         if wanted.host_embedding:
-            move_embedding_out(causal)
+            move_embedding_out(causal, self._device)
         if wanted.quantized_head:
             quantize_head(causal)
         if wanted.streamed_layers > now.streamed_layers:
-            self.runner.stream_with(LayerStream(self._layers, spread(wanted.streamed_layers, len(self._layers))))
+            self.runner.stream_with(
+                LayerStream(self._layers, spread(wanted.streamed_layers, len(self._layers)), self._device)
+            )
         self.techniques = replace(
             wanted,
+            recomputed_layers=max(wanted.recomputed_layers, now.recomputed_layers),
+            tile_tokens=wanted.tile_tokens or now.tile_tokens,
+            head_groups=wanted.head_groups if wanted.head_groups > 1 else now.head_groups,
             host_checkpoints=wanted.host_checkpoints or now.host_checkpoints,
             host_embedding=wanted.host_embedding or now.host_embedding,
             quantized_head=wanted.quantized_head or now.quantized_head,
@@ -92,6 +98,7 @@ class Engine:
             self.runner.host.forget()
 
     def _tile(self, tokens: int) -> None:
+        self.runner.ends_in_sum.clear()
         for layer in self._layers:
             mlps, norms = token_wise(layer)
             for mlp in mlps:
@@ -100,6 +107,12 @@ class Engine:
                 run_in_tiles(norm, self.runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
         for norm in _norms_beside(self._model, self._layers):
             run_in_tiles(norm, self.runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    """Where the model computes: where its norms are, which no technique moves."""
+    small = (parameter for parameter in model.parameters() if parameter.ndim < 2)
+    return next(small, next(model.parameters())).device
 
 
 def _norms_beside(model: torch.nn.Module, layers: list) -> list[torch.nn.Module]:
@@ -112,6 +125,11 @@ def _norms_beside(model: torch.nn.Module, layers: list) -> list[torch.nn.Module]
 
 
 def _draws_random_numbers(model: PeftModel) -> bool:
-    """Whether a training pass drops anything out, so that running it again needs the same random numbers."""
+    """Whether a training pass drops anything out, so that running it again needs the same random numbers.
+
+    By a module, or by a rate in the config that is read where it is used.
+    """
     dropped = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    return dropped or bool(getattr(model.get_base_model().config.get_text_config(), "attention_dropout", 0.0))
+    settings = model.get_base_model().config.get_text_config().to_dict()
+    rates = [value for name, value in settings.items() if "drop" in name or "jitter" in name]
+    return dropped or any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -31,13 +31,15 @@ def run_in_tiles(module: torch.nn.Module, runner: LayerRunner, tokens: int, is_t
     module.whole_forward = whole
     is_trained = any(parameter.requires_grad for parameter in module.parameters())
 
-    def forward(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self: torch.nn.Module, hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
+        if others or named:  # a residual to be added, a state to be kept: it is not the tokens' alone
+            return whole(hidden, *others, **named)
         if not torch.is_grad_enabled() or not (hidden.requires_grad or is_trained):
             return _in_tiles(whole, hidden, tokens)
         if hidden.shape[1] <= tokens and not is_tail:
             return whole(hidden)
         anchor = hidden.new_empty(0, requires_grad=True)
-        return _Tiled.apply(hidden, anchor, whole, runner, tokens, is_tail and runner.skips_tail)
+        return _Tiled.apply(hidden, anchor, whole, runner, tokens, is_tail)
 
     module.forward = types.MethodType(forward, module)
 
@@ -82,12 +84,13 @@ class _Tiled(torch.autograd.Function):
         forward: Forward,
         runner: LayerRunner,
         tokens: int,
-        is_skipped: bool,
+        is_tail: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden)
         ctx.forward, ctx.tokens, ctx.autocast = forward, tokens, autocast_here(hidden)
+        ctx.is_tail = is_tail
         ctx.random = random_state.note(hidden.device) if runner.keeps_random_state else None
-        if is_skipped:
+        if is_tail and runner.skips_tail:
             return hidden.new_zeros(1).expand(hidden.shape)
         return _in_tiles(forward, hidden, tokens)
 

@@ -10,7 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from qtune.errors import ModelError
+from qtune.memory import expert_adapter
 from qtune.recipe.schema import Lora
+
+EXPERTS = "experts"
 
 
 def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -19,23 +22,33 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     Raises ModelError for a target that matches no linear layer.
     """
     torch.manual_seed(seed)
+    targets = resolve_targets(model, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(resolve_targets(model, lora)),
+        target_modules=[name for name in targets if name != EXPERTS],
+        target_parameters=expert_adapter.expert_targets(model) if EXPERTS in targets else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    expert_adapter.register(config, model)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as fault:
+        raise ModelError(f"lora: peft cannot attach this adapter ({str(fault).splitlines()[0]}).") from None
 
 
 def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
-    """The last parts of the names of the linears that get an adapter, sorted; every target asked for must match."""
-    there = linear_names(model)
+    """The last parts of the names of the linears that get an adapter, sorted; every target asked for must match.
+
+    `experts` stands for all experts that are held in NF4; "all-linear" leaves them out, as there are so many.
+    """
+    linears = linear_names(model)
+    there = linears | ({EXPERTS} if expert_adapter.expert_targets(model) else set())
     if lora.targets == "all-linear":
-        return tuple(sorted(there))
+        return tuple(sorted(linears))
     missing = [target for target in lora.targets if target not in there]
     if missing:
         raise ModelError("\n".join(_no_such_target(target, there) for target in missing))
@@ -93,6 +106,8 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, folder)
+            config = LoraConfig.from_pretrained(folder)
+            expert_adapter.register(config, model)
+            return PeftModel.from_pretrained(model, folder, config=config)
     except (RuntimeError, ValueError) as fault:
         raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None

@@ -1,9 +1,11 @@
 """The frozen base: where its files are, its tokenizer, and the model itself, in 4 bits or not."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qtune.errors import MachineError, ModelError
 from qtune.memory import document_attention, tiled_loss
 from qtune.memory.expert_loading import quantized_experts
+from qtune.memory.streaming import spread
+from qtune.memory.techniques import Techniques
 from qtune.recipe.schema import Model
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
@@ -171,18 +175,20 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(model: Model, device: str, compute_dtype: str) -> PreTrainedModel:
+def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
-    Attention keeps packed documents apart without a mask (`memory.document_attention`).
+    What `techniques` keep in host memory is left there, for `memory.techniques.Engine` to take up. Attention keeps
+    packed documents apart without a mask (`memory.document_attention`).
     """
-    read_config(model)
+    config = read_config(model)
     document_attention.register()
     dtype = getattr(torch, compute_dtype)
     quantization = None
     if model.quantization == "nf4":
         quantization = nf4_config(model, dtype)
-    with quantized_experts() if quantization else contextlib.nullcontext():
+    lives_on_host = functools.partial(_lives_on_host, techniques or Techniques(), config)
+    with quantized_experts(lives_on_host) if quantization else contextlib.nullcontext():
         loaded = AutoModelForCausalLM.from_pretrained(
             base_folder(model),
             dtype=dtype,
@@ -197,6 +203,17 @@ def load_base(model: Model, device: str, compute_dtype: str) -> PreTrainedModel:
     tiled_loss.install(loaded)
     loaded.config.use_cache = False
     return loaded
+
+
+def _lives_on_host(techniques: Techniques, config: PreTrainedConfig, name: str) -> bool:
+    """Whether a parameter is in a streamed layer, or the embedding that is to be looked up in host memory."""
+    text = config.get_text_config()
+    if name.endswith("embed_tokens.weight"):
+        return techniques.host_embedding and not text.tie_word_embeddings
+    layer = re.search(r"\blayers\.(\d+)\..*(weight|_proj)$", name)
+    if layer is None or "norm" in name:
+        return False
+    return int(layer[1]) in spread(techniques.streamed_layers, text.num_hidden_layers)
 
 
 def nf4_config(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfig:

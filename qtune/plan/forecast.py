@@ -26,13 +26,15 @@ SLACK_FRACTION = 0.04  # of what the allocator has handed out: freed blocks that
 class Forecast:
     """Bytes by part at the peak of a step. `phases` are the device's peaks of each phase.
 
-    `context` and `slack` are outside of what torch's allocator counts as allocated.
+    `context` and `slack` are outside of what torch's allocator counts as allocated. `load_bytes` is what the device
+    holds while the base is loaded, before its head is quantised.
     """
 
     device: Parts
     host: Parts
     peak_phase: str
     phases: Parts
+    load_bytes: int
 
     @property
     def device_bytes(self) -> int:
@@ -93,7 +95,8 @@ class Forecaster:
         if self.is_card:
             slack = round(SLACK_FRACTION * sums[highest])
             device |= {"slack": slack, "context": self.context_bytes}
-        return Forecast(device, _only_filled(host_parts), highest, sums)
+        loading = self.standing.while_loading(techniques) + (self.context_bytes if self.is_card else 0)
+        return Forecast(device, _only_filled(host_parts), highest, sums, loading)
 
     def _at(self, phase: str, standing: Parts, accumulates: bool) -> Parts:
         """What stands during `phase`: without accumulation gradients grow from the last layer to the first."""

@@ -26,7 +26,8 @@ class Budget:
     host_bytes: int
 
     def has_room_for(self, forecast: Forecast) -> bool:
-        fits_device = forecast.device_bytes <= self.device_bytes * (1 - MARGIN_FRACTION)
+        needed = max(forecast.device_bytes, forecast.load_bytes)
+        fits_device = needed <= self.device_bytes * (1 - MARGIN_FRACTION)
         return fits_device and forecast.host_bytes <= self.host_bytes
 
 

@@ -49,12 +49,12 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     model.requires_grad_(False)
     model.config.use_cache = False
     tiled_loss.install(model)
+    if recipe.model.quantization == "nf4":
+        _pack_experts(model, recipe.model.double_quantization, mode)
     with torch.device("meta"):
         peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
     adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
     with mode:
-        if recipe.model.quantization == "nf4":
-            _pack_experts(peft_model, recipe.model.double_quantization)
         _fill(peft_model, recipe.model.double_quantization)
     base.keep_weights_as_quantised(peft_model)
     return peft_model
@@ -80,12 +80,13 @@ def period(config: PreTrainedConfig) -> int:
     return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
 
 
-def _pack_experts(model: torch.nn.Module, double: bool) -> None:
+def _pack_experts(model: torch.nn.Module, double: bool, mode: FakeTensorMode) -> None:
     """Hold a mixture's experts as loading would: in NF4 where that is possible."""
     for module in list(packed_experts.expert_modules(model)):
         if packed_experts.refusal(module) is None:
             for name in packed_experts.stacked_names(module):
-                setattr(module, name, packed_experts.packed_like(getattr(module, name), double))
+                with mode:
+                    setattr(module, name, packed_experts.packed_like(getattr(module, name), double))
     experts.install(model)
 
 

@@ -1,6 +1,6 @@
 """What stands through a whole step, by part: weights, adapter, gradients, optimizer state. Counted, not traced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Standing:
     embedding_bytes: int
     head_bytes: int
     quantized_head_bytes: int
+    largest_bytes: int
     is_tied: bool
     adapter_bytes: int
     gradient_bytes: int
@@ -48,7 +49,7 @@ class Standing:
 
     def on_device(self, techniques: Techniques) -> dict[str, int]:
         """Parts that stand on the device."""
-        streamed = spread(techniques.streamed_layers, len(self.layers)) if techniques.streamed_layers else []
+        streamed = spread(techniques.streamed_layers, len(self.layers))
         slot = max((self.layers[i].packed_bytes for i in streamed), default=0)
         slots = min(2, len(streamed)) * block_bytes(slot)
         head = self.quantized_head_bytes if techniques.quantized_head else self.head_bytes
@@ -67,9 +68,14 @@ class Standing:
             "optimizer": self.optimizer_bytes,
         }
 
+    def while_loading(self, techniques: Techniques) -> int:
+        """Bytes on the device when the last weight has come: the head in 16 bits, one weight before it is quantised."""
+        standing = self.on_device(replace(techniques, quantized_head=False))
+        return standing["base"] + standing["embedding"] + self.head_bytes + self.largest_bytes
+
     def on_host(self, techniques: Techniques) -> dict[str, int]:
         """Parts that stand in page-locked or ordinary host memory because of `techniques`."""
-        streamed = spread(techniques.streamed_layers, len(self.layers)) if techniques.streamed_layers else []
+        streamed = spread(techniques.streamed_layers, len(self.layers))
         table = self.head_bytes if self.is_tied else self.embedding_bytes
         return {
             "streamed layers": sum(block_bytes(self.layers[i].packed_bytes) for i in streamed),
@@ -97,6 +103,7 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str) -> Stand
         embedding_bytes=storage_sizes([embedding.weight]),
         head_bytes=storage_sizes([head.weight]) if head is not None else 0,
         quantized_head_bytes=packed,
+        largest_bytes=max((2 * _elements(p) // _stacked(p) for p in others), default=0),
         is_tied=is_tied,
         adapter_bytes=storage_sizes(trained),
         gradient_bytes=storage_sizes(trained),
@@ -121,6 +128,13 @@ def _packed_head(head: Any) -> int:
 def _elements(parameter: torch.nn.Parameter) -> int:
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def _stacked(parameter: torch.nn.Parameter) -> int:
+    """How many matrices a parameter holds: of experts one is quantised at a time."""
+    state = getattr(parameter, "quant_state", None)
+    shape = parameter.shape if state is None else state.shape
+    return int(shape[0]) if len(shape) > 2 else 1
 
 
 def _active_share(parameter: torch.nn.Parameter, config: PreTrainedConfig) -> float:
