@@ -37,7 +37,7 @@ from qtune.report import forecast, summary, tables
 from qtune.report.dashboard import listener_for
 from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train.fit import Fitted, HeldOutLoss, fit
-from qtune.train.out_of_memory import Recovery
+from qtune.train.out_of_memory import Climb, Recovery
 from qtune.units import format_bytes
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
@@ -119,15 +119,16 @@ def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
 
         ledger = Ledger.begin(plan.device)
         model, engine = _load(ready, folder, ledger, listen)
-        before = _score("base", ready, model, listen)
-        ledger.measure("eval", 0, model, engine)
+        recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass)
+        before = _score("base", ready, model, recovery, listen)
+        listen(ledger.measure("eval", 0, model, engine))
         try:
-            fitted = _train(ready, model, engine, ledger, listen, folder)
+            fitted = _train(ready, model, engine, recovery, ledger, listen, folder)
         finally:  # the weights are those of the last whole step, whatever ended training
             listen(_save(folder, model, recipe.model.base))
         listen(ledger.measure("save", fitted.steps, model, engine))
         if fitted.stopped_by is None:
-            after = _score("tuned", ready, model, listen)
+            after = _score("tuned", ready, model, recovery, listen)
             _keep_scores(folder, ready, before, after)
     summary.write_summary(folder)
     return fitted
@@ -159,8 +160,8 @@ def _title(recipe: Recipe) -> str:
     return f"{recipe.name}   {recipe.model.base}   LoRA rank {recipe.lora.rank}"
 
 
-def _train(ready: Ready, model: PeftModel, engine: Engine, ledger: Ledger, listen: Listener, run: RunDir) -> Fitted:
-    plan, held_out = ready.plan, ready.held_out
+def _climber(plan: Plan, engine: Engine) -> Climb:
+    """Switches on the next technique above the plan's, and names it; None when there is none left."""
     higher = iter(plan.reserve)
 
     def climb() -> str | None:
@@ -170,7 +171,19 @@ def _train(ready: Ready, model: PeftModel, engine: Engine, ledger: Ledger, liste
         engine.switch_to(rung.techniques)
         return rung.name
 
-    recovery = Recovery(listen, climb, engine.forget_pass)
+    return climb
+
+
+def _train(
+    ready: Ready,
+    model: PeftModel,
+    engine: Engine,
+    recovery: Recovery,
+    ledger: Ledger,
+    listen: Listener,
+    run: RunDir,
+) -> Fitted:
+    plan, held_out = ready.plan, ready.held_out
 
     def loss_over(packs: Sequence[PackedRow]) -> float:
         return held_out_loss(model, packs, plan.device.name, plan.compute_dtype, recovery)
@@ -180,16 +193,19 @@ def _train(ready: Ready, model: PeftModel, engine: Engine, ledger: Ledger, liste
         largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
         measured = HeldOutLoss(len(held_out.examples), lambda: loss_over(held_out.packs), lambda: loss_over([largest]))
     rows = packed_rows(ready.prepared.train, ready.prepared.train_packs)
-    return fit(ready.recipe, plan, model, engine, ready.tokenizer, rows, measured, ledger, listen, run.path, climb)
+    return fit(
+        ready.recipe, plan, model, engine, ready.tokenizer, rows, measured, ledger, listen, run.path, recovery.climb
+    )
 
 
-def _score(who: str, ready: Ready, model: PeftModel, listen: Listener) -> Score | None:
+def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen: Listener) -> Score | None:
     """Base or tuned on the held-out rows, reported; None where there are none."""
     held_out, recipe, plan = ready.held_out, ready.recipe, ready.plan
     if not held_out.packs:
         return None
     listen(Notice(f"scoring the {who} model on {len(held_out.examples)} held-out rows"))
-    result = score(who, model, ready.tokenizer, held_out, recipe.evaluate, plan.device.name, plan.compute_dtype)
+    device, dtype = plan.device.name, plan.compute_dtype
+    result = score(who, model, ready.tokenizer, held_out, recipe.evaluate, device, dtype, recovery)
     listen(result.event(recipe.evaluate.metric))
     return result
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qtune.errors import OutOfMemory
 from qtune.model.base import autocast
+from qtune.train.out_of_memory import free_memory, is_out_of_memory, let_go
 
 BATCH_PROMPTS = 32
 
@@ -20,7 +22,10 @@ def answer(
     device: str,
     compute_dtype: str,
 ) -> list[str]:
-    """One text per prompt (token ids, BOS included), in the prompts' order, special tokens left out."""
+    """One text per prompt (token ids, BOS included), in the prompts' order, special tokens left out.
+
+    A batch that runs out of memory is answered in halves. Raises OutOfMemory where one row alone does.
+    """
     was_training = model.training
     model.eval()
     settings = GenerationConfig(
@@ -31,14 +36,35 @@ def answer(
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = [""] * len(prompts)
-    for indices in batches_of_like_length(prompts):
+    waiting = list(batches_of_like_length(prompts))
+    while waiting:
+        indices = waiting.pop(0)
         ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, device)
-        with autocast(device, compute_dtype):
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        try:
+            with autocast(device, compute_dtype):
+                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        except Exception as fault:
+            if not is_out_of_memory(fault):
+                raise
+            let_go(fault)
+            free_memory()
+            waiting[:0] = _halves(indices, max_new_tokens)
+            continue
         for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
             texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
     model.train(was_training)
     return texts
+
+
+def _halves(indices: list[int], max_new_tokens: int) -> list[list[int]]:
+    """A batch that ran out of memory, in two. Raises OutOfMemory for one that is a single row."""
+    if len(indices) == 1:
+        raise OutOfMemory(
+            f"Memory ran out while one held-out row was answered in up to {max_new_tokens} tokens. Lower"
+            " evaluate.max_new_tokens, or set evaluate.rows to 0 to leave the answers out."
+        )
+    middle = len(indices) // 2
+    return [indices[:middle], indices[middle:]]
 
 
 def batches_of_like_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:

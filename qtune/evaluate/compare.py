@@ -15,6 +15,7 @@ from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.metrics import METRICS, interval
 from qtune.events import Scored
 from qtune.recipe.schema import Evaluate
+from qtune.train.out_of_memory import Recovery
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,14 @@ def score(
     wanted: Evaluate,
     device: str,
     compute_dtype: str,
+    recovery: Recovery | None = None,
 ) -> Score:
-    """The held-out loss over all rows, and the metric over the first `wanted.rows` that ask something."""
+    """The held-out loss over all rows, and the metric over the first `wanted.rows` that ask something.
+
+    Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
+    """
     start = time.monotonic()
-    loss = held_out_loss(model, held_out.packs, device, compute_dtype)
+    loss = held_out_loss(model, held_out.packs, device, compute_dtype, recovery)
     asked = scored_examples(held_out, wanted)
     answers = answer(
         model,

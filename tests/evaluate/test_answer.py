@@ -2,8 +2,10 @@
 
 import random
 
+import pytest
 import torch
 
+from qtune.errors import OutOfMemory
 from qtune.evaluate.answer import answer, batches_of_like_length, left_pad
 from qtune.model import base
 from qtune.recipe.schema import Model
@@ -18,6 +20,35 @@ def test_a_batch_answers_as_one_at_a_time(tiny_base) -> None:
     apart = [answer(model, tokenizer, [prompt], [1], 6, "cpu", "float32")[0] for prompt in prompts]
     assert together == apart
     assert any(together)
+
+
+@pytest.mark.parametrize("most_rows", [1, 2, 5])
+def test_a_batch_that_runs_out_of_memory_is_answered_in_halves(tiny_base, most_rows) -> None:
+    spec = Model(base=str(tiny_base))
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec)
+    prompts = [[0, *range(6, 8 + i)] for i in range(9)]
+    expected = answer(model, tokenizer, prompts, [1], 6, "cpu", "float32")
+
+    def run_out(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if len(arguments[0]) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with model.model.layers[1].register_forward_pre_hook(run_out):
+        assert answer(model, tokenizer, prompts, [1], 6, "cpu", "float32") == expected
+
+
+def test_one_row_that_does_not_fit_says_what_would_help(tiny_base) -> None:
+    spec = Model(base=str(tiny_base))
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec)
+
+    def run_out(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with (
+        model.model.layers[1].register_forward_pre_hook(run_out),
+        pytest.raises(OutOfMemory, match="evaluate.max_new_tokens"),
+    ):
+        answer(model, tokenizer, [[0, 6], [0, 7]], [1], 6, "cpu", "float32")
 
 
 def test_no_prompts_give_no_answers(tiny_base) -> None:
