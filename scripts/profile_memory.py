@@ -101,7 +101,8 @@ LETTERS = {
     "loss": "l",
     "batch": "b",
 }
-TEXT_ROWS, TEXT_CELLS, SHOWN_TENSORS, FILE_COLUMNS = 48, 60, 12, 140
+TEXT_ROWS, TEXT_CELLS, SHOWN_TENSORS, FILE_COLUMNS = 48, 60, 12, 170
+PICTURE_COLUMNS = 900  # at most one for each dot, or peaks between two dots would fade
 SNAPSHOT_EVENTS = 200_000
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
@@ -455,7 +456,7 @@ def draw(found: Profile, forecast_bytes: int, title: str, subtitle: str, target:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timeline = found.timeline
+    timeline = slices(found.timeline, PICTURE_COLUMNS)
     names = parts_in(*(parts for _, parts in timeline))
     highest = max(forecast_bytes, *(sum(parts.values()) for _, parts in timeline))
     unit, size = ("GiB", 1024**3) if highest >= 2 * 1024**3 else ("MiB", 1024**2)
@@ -467,21 +468,24 @@ def draw(found: Profile, forecast_bytes: int, title: str, subtitle: str, target:
         labels=names,
         colors=[COLOURS.get(name, UNKNOWN_COLOUR) for name in names],
         linewidth=0,
-        step="post",
+        antialiased=False,
+        step="mid",
     )
     sums = [sum(parts.values()) for _, parts in timeline]
     at = max(across, key=lambda index: sums[index])
     axes.axhline(forecast_bytes / size, color="#222222", linestyle="--", linewidth=1.2)
     axes.plot([at], [sums[at] / size], marker="v", color="#222222", markersize=7, linestyle="none")
-    axes.set_ylim(0, 1.16 * highest / size)
+    axes.set_ylim(0, 1.18 * highest / size)
     axes.set_xlim(0, len(timeline) - 1)
     for name, first, end in phase_spans(timeline):
         if first:
             axes.axvline(first, color="#222222", linewidth=0.8, alpha=0.6)
-        if end - first > len(timeline) / 40:
-            middle = (first + end) / 2
-            axes.text(middle, 1.11 * highest / size, name, ha="center", va="top", fontsize=10, weight="bold")
-    axes.set_xlabel("allocations, in the order of the step")
+        is_narrow = end - first < len(timeline) / 30
+        place = (end if is_narrow else (first + end) / 2, 1.145 * highest / size)
+        side = "left" if is_narrow else "center"
+        axes.text(*place, name, ha=side, va="top", rotation=90 if is_narrow else 0, fontsize=10, weight="bold")
+    axes.set_xlabel(f"{len(found.timeline):,} allocations, in the order of the step")
+    axes.set_xticks([])
     axes.set_ylabel(f"live on the device, {unit}")
     axes.set_title(f"{title}\n\n", fontsize=12, weight="bold", loc="left")
     peaks = f"peak: {forecast_bytes / size:,.1f} {unit} forecast (dashed), {sums[at] / size:,.1f} measured (triangle)"

@@ -6,18 +6,25 @@ import pytest
 
 from qtune import run as story
 from qtune.memory.device import Device
+from qtune.model import base
 from qtune.plan.decide import decide
+from qtune.plan.trace import Batch
+from qtune.plan.work import Work
 from qtune.recipe import library
 from qtune.recipe.load import load
+from qtune.recipe.schema import Model
 
-CARD = Device("cuda:0", "RTX 4060", 8 * 1024**3, 7 * 1024**3, "bfloat16")
+CARD = Device("cuda:0", "RTX 4060", 8 * 1024**3, 7 * 1024**3, "bfloat16", "a test", 32 * 1024**3, 500 * 1024**2)
 
 
 @pytest.mark.parametrize("path", library.shipped(), ids=lambda path: path.stem)
 def test_it_loads_and_plans(path: Path) -> None:
-    plan = decide(load(path), CARD, train_packs=1000)
+    """The small base stands in for the one on the hub."""
+    config = base.read_config(Model(base="demo"))
+    plan = decide(load(path), CARD, config, Work(1000 * (Batch.of_one_document(512),)))
     assert plan.steps > 0
     assert plan.compute_dtype == "bfloat16"
+    assert plan.fits
 
 
 @pytest.mark.parametrize("path", library.shipped(), ids=lambda path: path.stem)

@@ -15,6 +15,7 @@ from qtune.data.tokens import Encoder, tokenize
 from qtune.errors import ModelError
 from qtune.evaluate.answer import answer
 from qtune.memory.device import find_device
+from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, read_json
@@ -39,8 +40,10 @@ class Chat:
         base.quiet_libraries()
         lock = read_json(run.lock)
         spec, device, dtype = Model(**lock["model"]), find_device(), lock["compute_dtype"]
-        loaded = base.load_base(spec, device.name, dtype)
+        techniques = Techniques(**read_json(run.plan)["techniques"]).for_answers()
+        loaded = base.load_base(spec, device.name, dtype, techniques)
         tuned = adapter.load(loaded, run.adapter).eval()
+        Engine(tuned).switch_to(techniques)
         return cls(
             tuned,
             base.load_tokenizer(spec),

@@ -25,7 +25,7 @@ def expert_targets(model: torch.nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if id(module) in owners:
             short = ".".join(part for part in name.split(".") if part != "base_layer").split(".")[-2:]
-            held = [own for own in stacked_names(module) if is_packed(getattr(module, own))]
+            held = [own for own in stacked_names(module) if is_packed(getattr(module, own, None))]
             found |= dict.fromkeys(".".join([*short, own]) for own in held)
     return list(found)
 

@@ -5,7 +5,8 @@ exist for one group of heads at a time.
 Costs: one more forward pass of the attention, inside a recomputed layer the third; the output projection is dequantised
 once a group.
 Refuses: attention that is not four plain projections (with norms of the head's size between them), that has parameters
-of its own or drops out weights, adapters that are not plain LoRA, and one key/value head. Same loss and gradients to rounding: the groups' outputs are summed.
+of its own or drops out weights, adapters that are not plain LoRA, and one key/value head. Same loss and gradients to
+rounding: the groups' outputs are summed.
 
 A module of transformers takes the number of its heads from what its projections return, so a group is the module's own
 forward with projections that return that group's heads.
@@ -85,7 +86,8 @@ def group_heads(layer: Any, groups: int) -> None:
 
     def forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         is_plain = any(getattr(attention, name).disable_adapters for name in (*INPUTS, OUTPUT))
-        if is_plain or kwargs.get("document_lengths") is None:  # generation, whose cache wants all heads at once
+        has_cache = kwargs.get("past_key_values") is not None  # which wants all heads at once
+        if is_plain or has_cache or kwargs.get("document_lengths") is None:
             return whole(hidden_states, *args, **kwargs)
 
         def run(group: Group, hidden: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class HostBuffers:
         buffer = self._buffers.get(index)
         if buffer is None or buffer.numel() < hidden.numel() or buffer.dtype != hidden.dtype:
             self._buffers[index] = buffer = page_locked(hidden.numel(), hidden.dtype)
-            live.mark([buffer], "checkpoints", "host")
+        live.mark([buffer], "checkpoints", "host")  # a counter may be younger than the buffer
         place = buffer[: hidden.numel()].view_as(hidden)
         kept = self._kept[index] = _Kept(place)
         if not hidden.is_cuda:

@@ -120,7 +120,8 @@ class _LoraLinear(torch.autograd.Function):
         if part.is_skipped:
             return x.new_zeros(1).expand(shape)
         output = torch.nn.functional.linear(rows, _weight(base, part, x.dtype), _bias(base, part, x.dtype))
-        return output.addmm_(inner, high.to(x.dtype).t(), alpha=scale).view(shape)
+        output.addmm_(inner, high.to(x.dtype).t(), alpha=scale)
+        return torch.ops.aten._unsafe_view(output, shape)  # a model may not write into a view, and Gemma 3n writes
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -31,6 +31,10 @@ class Techniques:
     streamed_layers: int = 0
     head_groups: int = 1
 
+    def for_answers(self) -> "Techniques":
+        """What a model that only answers needs of these: the weights where they were in training, the head as it is."""
+        return Techniques(host_embedding=self.host_embedding, streamed_layers=self.streamed_layers)
+
 
 def refusals(model: PeftModel) -> dict[str, str]:
     """Which techniques `model` does not allow, by field of `Techniques`, each with a sentence on why."""
@@ -42,7 +46,7 @@ def refusals(model: PeftModel) -> dict[str, str]:
         found |= dict.fromkeys(names, why)
     elif not token_wise(layers[0])[1]:
         found["tile_tokens"] = "its layers have no norm that is known by its name"
-    if layers and (why_not := why_not_grouped(layers[0])):
+    if why_not := next(filter(None, map(why_not_grouped, layers)), None):
         found["head_groups"] = why_not
     if not tiled_loss.suits(model):
         found["quantized_head"] = "its head scales, caps or biases the logits, or is trained"

@@ -32,7 +32,7 @@ def run_in_tiles(module: torch.nn.Module, runner: LayerRunner, tokens: int, is_t
     is_trained = any(parameter.requires_grad for parameter in module.parameters())
 
     def forward(self: torch.nn.Module, hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
-        if others or named:  # a residual to be added, a state to be kept: it is not the tokens' alone
+        if others or named or hidden.ndim < 3:  # a residual to be added, tokens without their row
             return whole(hidden, *others, **named)
         if not torch.is_grad_enabled() or not (hidden.requires_grad or is_trained):
             return _in_tiles(whole, hidden, tokens)

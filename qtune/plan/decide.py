@@ -10,11 +10,13 @@ from qtune.errors import DoesNotFit
 from qtune.memory.device import Device
 from qtune.memory.techniques import Techniques
 from qtune.plan import ladder, speed
+from qtune.plan.forced import refuse_impossible
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import Budget, Climb, Reserve, Rung
-from qtune.plan.longest import longest
+from qtune.plan.longest import STEP_TOKENS, longest
 from qtune.plan.remedies import explain, remedies
 from qtune.plan.speed import Speed
+from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.units import parse_bytes
@@ -49,6 +51,7 @@ class Plan:
     gradient_accumulation: int
     is_assumed: bool
     fits: bool
+    layers: int
     techniques: Techniques
     budget: Budget
     forecast: Forecast
@@ -66,12 +69,14 @@ class Plan:
 def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work) -> Plan:
     """The plan for training on `work` with `device`, here or imagined.
 
-    Raises ModelError where transformers cannot build the model that `config` describes.
+    Raises ModelError where transformers cannot build the model that `config` describes, or a technique that the recipe
+    asks for cannot be done with it, and MachineError where such a technique asks for more host memory than there is.
     """
     train = recipe.train
     compute_dtype, why_compute = _compute_dtype(recipe, device)
     forecaster = Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
     budget = budget_of(recipe, device)
+    refuse_impossible(recipe, forecaster, work.heaviest(1), budget.host_bytes)
     climb = ladder.climb(recipe, forecaster, work, budget)
     accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
     steps, why_steps = _steps(recipe, len(work.sequences))
@@ -101,13 +106,14 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
         gradient_accumulation=accumulation,
         is_assumed=work.is_assumed,
         fits=climb.fits,
+        layers=forecaster.layers,
         techniques=climb.techniques,
         budget=budget,
         forecast=climb.forecast,
         rungs=climb.rungs,
-        reserve=ladder.reserve(recipe, forecaster, climb.techniques),
+        reserve=ladder.reserve(recipe, forecaster, climb.techniques, work.heaviest(climb.micro_batch), budget),
         speed=speed.estimate(recipe, forecaster, climb, work, device, steps),
-        remedies=() if climb.fits else remedies(recipe, forecaster, work, budget),
+        remedies=() if climb.fits else remedies(recipe, forecaster, work, budget, climb),
         disk_bytes=4 * forecaster.standing.trained_parameters + SPARE_DISK_BYTES,
         choices=choices,
     )
@@ -117,13 +123,18 @@ def longest_on(recipe: Recipe, device: Device, config: PreTrainedConfig) -> int:
     """The longest sequence in tokens that fits on `device`."""
     compute_dtype, _ = _compute_dtype(recipe, device)
     forecaster = Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
-    return longest(recipe, forecaster, budget_of(recipe, device))
+    budget = budget_of(recipe, device)
+    refuse_impossible(recipe, forecaster, Batch.of_one_document(STEP_TOKENS), budget.host_bytes)
+    return longest(recipe, forecaster, budget)
 
 
 def budget_of(recipe: Recipe, device: Device) -> Budget:
-    """What the recipe allows, else what is free: on the device all of it, of the host's memory 80 %."""
+    """What the recipe allows, and no more than is free; else what is free, of the host's memory 80 %."""
     asked, asked_host = parse_bytes(recipe.memory.budget), parse_bytes(recipe.memory.host_budget)
-    return Budget(asked or device.free_bytes, asked_host or round(HOST_FRACTION * device.host_free_bytes))
+    return Budget(
+        min(asked or device.free_bytes, device.free_bytes),
+        min(asked_host or round(HOST_FRACTION * device.host_free_bytes), device.host_free_bytes),
+    )
 
 
 def _adapter(recipe: Recipe) -> str:
@@ -176,4 +187,4 @@ def _eval_every(recipe: Recipe, steps: int) -> tuple[int, str]:
 def refuse_unless_it_fits(recipe: Recipe, plan: Plan) -> None:
     """Raises DoesNotFit, with the changes that would, for a plan that must not run."""
     if not plan.fits:
-        raise DoesNotFit(explain(recipe, plan.device, plan.forecast.device_bytes, plan.budget, plan.remedies))
+        raise DoesNotFit(explain(recipe, plan.device, plan.forecast, plan.budget, plan.remedies))

@@ -41,6 +41,11 @@ class Forecast:
         return sum(self.device.values())
 
     @property
+    def needed_bytes(self) -> int:
+        """The most that the device has to hold, while loading or training."""
+        return max(self.device_bytes, self.load_bytes)
+
+    @property
     def allocated_bytes(self) -> int:
         """What torch.cuda.max_memory_allocated() would say."""
         return self.device_bytes - self.device.get("context", 0) - self.device.get("slack", 0)
@@ -82,13 +87,10 @@ class Forecaster:
         phases: dict[str, Parts] = {}
         for phase, peak in self._passing(techniques, batch).items():
             phases[phase] = {**self._at(phase, standing, accumulates), **peak.device}
+        if not accumulates and "backward last" in phases:
+            near_the_end = self._near_the_end(phases["backward last"], standing, techniques)
+            phases["backward last"] = max(phases["backward last"], near_the_end, key=lambda parts: sum(parts.values()))
         phases["step"] = {**standing, "layer workspace": self._step_workspace()}
-        host_parts: Parts = dict(self.standing.on_host(techniques))
-        for peak in self._passing(techniques, batch).values():
-            for part, size in peak.host.items():
-                if part == "checkpoints":
-                    host_parts[part] = max(size, host_parts.get(part, 0))
-        host_parts["undo copy of the adapter"] = self.standing.adapter_bytes + self.standing.optimizer_bytes
         sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
         highest = max(sums, key=lambda phase: sums[phase])
         device = _only_filled(phases[highest])
@@ -96,7 +98,17 @@ class Forecaster:
             slack = round(SLACK_FRACTION * sums[highest])
             device |= {"slack": slack, "context": self.context_bytes}
         loading = self.standing.while_loading(techniques) + (self.context_bytes if self.is_card else 0)
-        return Forecast(device, _only_filled(host_parts), highest, sums, loading)
+        return Forecast(device, self.host_parts(techniques, batch), highest, sums, loading)
+
+    def host_parts(self, techniques: Techniques, batch: Batch) -> Parts:
+        """Bytes by part in host memory, found without a trace of the other techniques."""
+        parts: Parts = dict(self.standing.on_host(techniques))
+        if techniques.host_checkpoints:
+            plain = Techniques(recomputed_layers=techniques.recomputed_layers, host_checkpoints=True)
+            peaks = self._passing(plain, batch).values()
+            parts["checkpoints"] = max((peak.host.get("checkpoints", 0) for peak in peaks), default=0)
+        parts["undo copy of the adapter"] = self.standing.adapter_bytes + self.standing.optimizer_bytes
+        return _only_filled(parts)
 
     def _at(self, phase: str, standing: Parts, accumulates: bool) -> Parts:
         """What stands during `phase`: without accumulation gradients grow from the last layer to the first."""
@@ -105,11 +117,21 @@ class Forecaster:
         share = 1 / max(1, self.layers) if phase == "backward last" else 0.0
         return {**standing, "gradients": round(share * standing["gradients"])}
 
+    def _near_the_end(self, parts: Parts, standing: Parts, techniques: Techniques) -> Parts:
+        """`parts` of a pass through the last layers, as they are in the second: its gradients almost all made, and of
+        the inputs that wait on the device two."""
+        layers = max(1, self.layers)
+        gradients = round((layers - 1.5) / layers * standing["gradients"])
+        waiting = parts.get("checkpoints", 0)
+        if not techniques.host_checkpoints:
+            waiting = waiting * 2 // max(2, techniques.recomputed_layers)
+        return {**parts, "gradients": gradients, "checkpoints": waiting}
+
     def _passing(self, techniques: Techniques, batch: Batch) -> dict[str, Peak]:
         """What comes and goes in a pass through the whole model, by phase."""
         kept = max(0, self.layers - techniques.recomputed_layers)
         few = max(2, skeleton.period(self.config))
-        if not self.layers or few + 1 >= self.layers:
+        if not self.layers or few + 2 >= self.layers:
             return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch)
         if kept == 0:
             shallow = self._trace(few, replace(techniques, recomputed_layers=few), batch)
@@ -117,10 +139,9 @@ class Forecaster:
         if kept == self.layers:
             shallow, deep = (self._trace(n, replace(techniques, recomputed_layers=0), batch) for n in (few, few + 1))
             return _deeper(shallow, _difference(deep, shallow), self.layers - few)
-        one, two = (self._trace(few + 1, replace(techniques, recomputed_layers=few + 1 - n), batch) for n in (1, 2))
+        one, two = (self._trace(few + n, replace(techniques, recomputed_layers=few), batch) for n in (1, 2))
         recomputed = _deeper(one, self._checkpoints_a_layer(techniques, batch), self.layers - kept - few)
-        a_kept_layer = _difference(two, _deeper(one, self._checkpoints_a_layer(techniques, batch), -1))
-        return _deeper(recomputed, a_kept_layer, kept - 1)
+        return _deeper(recomputed, _difference(two, one), kept - 1)
 
     def _checkpoints_a_layer(self, techniques: Techniques, batch: Batch) -> dict[str, Peak]:
         """What one more recomputed layer adds: its input, on the device or the host, whatever else is on."""
@@ -148,8 +169,8 @@ class Forecaster:
         return self._traces[key]
 
     def _step_workspace(self) -> int:
-        """torch's AdamW makes a list of denominators as large as the adapter; 8-bit AdamW works in place."""
-        return self.standing.adapter_bytes if self.recipe.train.optimizer == "adamw" else 0
+        """On a card torch's AdamW makes a list of denominators as large as the adapter; the others work in place."""
+        return self.standing.adapter_bytes if self.is_card and self.recipe.train.optimizer == "adamw" else 0
 
 
 def _without_standing(peak: Peak) -> Peak:

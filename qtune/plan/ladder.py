@@ -4,12 +4,13 @@ Every rung that the recipe leaves open is climbed only if what is below it does 
 out not to be needed are taken back, and those with a number are turned down as far as it goes.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from qtune.memory.techniques import Techniques
+from qtune.plan.forced import forced, key_value_heads, refusals
 from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 
@@ -25,10 +26,13 @@ class Budget:
     device_bytes: int
     host_bytes: int
 
+    def spare_bytes(self, forecast: Forecast) -> float:
+        """What is left on the device or the host, whichever is scarcer; negative for a forecast that does not fit."""
+        on_device = self.device_bytes * (1 - MARGIN_FRACTION) - forecast.needed_bytes
+        return min(on_device, self.host_bytes - forecast.host_bytes)
+
     def has_room_for(self, forecast: Forecast) -> bool:
-        needed = max(forecast.device_bytes, forecast.load_bytes)
-        fits_device = needed <= self.device_bytes * (1 - MARGIN_FRACTION)
-        return fits_device and forecast.host_bytes <= self.host_bytes
+        return self.spare_bytes(forecast) >= 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Climb:
 
 
 def _most_groups(forecaster: Forecaster) -> int:
-    heads = getattr(forecaster.config.get_text_config(), "num_key_value_heads", None) or 1
+    heads = key_value_heads(forecaster)
     return max(n for n in range(1, MOST_HEAD_GROUPS + 1) if heads % n == 0)
 
 
@@ -106,7 +110,7 @@ STEPS = (
         "checkpoints",
         "host_checkpoints",
         lambda t, f: replace(t, host_checkpoints=True),
-        lambda t, f: 0.03,
+        lambda t, f: 0.03 * t.recomputed_layers / max(1, f.layers),
         "copied on a stream of their own",
     ),
     Step(
@@ -160,25 +164,9 @@ STEPS = (
 )
 
 
-def forced(recipe: Recipe, forecaster: Forecaster) -> Techniques:
-    """What the recipe settles itself; what it leaves open is off."""
-    memory, layers = recipe.memory, forecaster.layers
-    recomputed = 0 if memory.keep_layers == "auto" else max(0, layers - memory.keep_layers)
-    streamed = 0 if memory.stream_layers == "auto" else min(memory.stream_layers, layers)
-    return Techniques(
-        recomputed_layers=layers if streamed else recomputed,
-        host_checkpoints=memory.checkpoints == "host",
-        tile_tokens=0 if memory.tile_tokens == "auto" else memory.tile_tokens,
-        host_embedding=memory.embedding == "host",
-        quantized_head=memory.head == "nf4",
-        streamed_layers=streamed,
-        head_groups=1 if memory.head_groups == "auto" else memory.head_groups,
-    )
-
-
 def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
     """The rungs that the recipe leaves open and the model allows."""
-    refused = forecaster.standing.refusals
+    refused = refusals(recipe, forecaster)
     return [step for step in STEPS if getattr(recipe.memory, step.key) == "auto" and step.field not in refused]
 
 
@@ -194,21 +182,26 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
     def fits(techniques: Techniques, micro_batch: int) -> bool:
         return budget.has_room_for(forecast(techniques, micro_batch))
 
+    def split(micro_batch: int) -> int:
+        return next((m for m in _divisors(micro_batch) if fits(techniques, m)), 1)
+
     start = forced(recipe, forecaster)
     micro_batch, techniques = recipe.train.micro_batch, start
-    climbed: list[Step] = []
+    steps, climbed = open_steps(recipe, forecaster), list[Step]()
     is_enough = fits(techniques, micro_batch)
-    for step in open_steps(recipe, forecaster):
+    if not is_enough and (STEPS[0] not in steps or STEPS[0].up(start, forecaster) == start):
+        micro_batch = split(micro_batch)
+        is_enough = fits(techniques, micro_batch)
+    for step in steps:
         if is_enough:
             break
-        host_bytes = functools.partial(_host_bytes, forecast, micro_batch)
-        tried = within_host(step.up(techniques, forecaster), host_bytes, budget)
-        if tried == techniques or host_bytes(tried) > budget.host_bytes:
+        tried = _up(step, techniques, forecaster, work.heaviest(micro_batch), budget)
+        if tried is None:
             continue
         techniques, climbed = tried, [*climbed, step]
         is_enough = fits(techniques, micro_batch)
         if not is_enough and step.field == "recomputed_layers":
-            micro_batch = next((m for m in _divisors(micro_batch) if fits(techniques, m)), 1)
+            micro_batch = split(micro_batch)
             is_enough = fits(techniques, micro_batch)
     if is_enough:
         techniques = _pruned(techniques, start, climbed, lambda t: fits(t, micro_batch))
@@ -217,39 +210,47 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
     return Climb(is_enough, techniques, micro_batch, found, rungs)
 
 
-def leanest(recipe: Recipe, forecaster: Forecaster) -> Techniques:
-    """Every open rung climbed."""
+def leanest(recipe: Recipe, forecaster: Forecaster, batch: Batch, budget: Budget) -> Techniques:
+    """Every open rung climbed that the host has room for."""
     techniques = forced(recipe, forecaster)
     for step in open_steps(recipe, forecaster):
-        techniques = step.up(techniques, forecaster)
+        techniques = _up(step, techniques, forecaster, batch, budget) or techniques
     return techniques
 
 
-def reserve(recipe: Recipe, forecaster: Forecaster, techniques: Techniques) -> tuple[Reserve, ...]:
+def reserve(
+    recipe: Recipe, forecaster: Forecaster, techniques: Techniques, batch: Batch, budget: Budget
+) -> tuple[Reserve, ...]:
     """The open rungs above `techniques`, in the order a run that is out of memory would take them."""
     found = []
     for step in open_steps(recipe, forecaster):
-        higher = step.up(techniques, forecaster)
-        is_no_smaller = step.field == "tile_tokens" and 0 < techniques.tile_tokens <= higher.tile_tokens
+        higher = _up(step, techniques, forecaster, batch, budget)
         is_streaming = step.field == "streamed_layers" and techniques.streamed_layers > 0
-        if higher != techniques and not is_no_smaller and not is_streaming:
+        if higher is not None and not is_streaming:
             techniques = higher
             found.append(Reserve(step.name, techniques))
     return tuple(found)
 
 
-def _host_bytes(forecast: Callable[[Techniques, int], Forecast], micro_batch: int, techniques: Techniques) -> int:
-    return forecast(techniques, micro_batch).host_bytes
+def _up(step: Step, techniques: Techniques, forecaster: Forecaster, batch: Batch, budget: Budget) -> Techniques | None:
+    """`techniques` with `step` climbed; None where that changes nothing, or takes more host memory than there is.
 
+    As many layers are streamed as the host has room for.
+    """
 
-def within_host(techniques: Techniques, host_bytes: Callable[[Techniques], int], budget: Budget) -> Techniques:
-    """`techniques` with as many of their streamed layers as the host has room for."""
-    layers = techniques.streamed_layers
+    def has_room(tried: Techniques) -> bool:
+        return sum(forecaster.host_parts(tried, batch).values()) <= budget.host_bytes
 
-    def is_too_much(streamed: int) -> bool:
-        return streamed > layers or host_bytes(replace(techniques, streamed_layers=streamed)) > budget.host_bytes
-
-    return replace(techniques, streamed_layers=_least(is_too_much, 1, layers + 1) - 1) if layers else techniques
+    higher = step.up(techniques, forecaster)
+    if step.field == "tile_tokens" and 0 < techniques.tile_tokens <= higher.tile_tokens:
+        return None
+    if step.field == "streamed_layers":
+        layers = higher.streamed_layers
+        too_many = _least(lambda n: n > layers or not has_room(replace(higher, streamed_layers=n)), 1, layers + 1)
+        if too_many == 1:
+            return None
+        higher = replace(higher, streamed_layers=too_many - 1)
+    return higher if higher != techniques and has_room(higher) else None
 
 
 def _pruned(
@@ -290,14 +291,14 @@ def _rungs(
     recipe: Recipe, forecaster: Forecaster, techniques: Techniques, forecast: Callable[[Techniques], Forecast]
 ) -> Iterator[Rung]:
     """Every rung with what it does here: one that is on, against the same without it; one that is off, if added."""
-    off = Techniques()
+    off, refused = Techniques(), refusals(recipe, forecaster)
     found = forecast(techniques)
     for step in STEPS[:-1]:
         value = getattr(techniques, step.field)
         is_on = value != getattr(off, step.field)
         note = step.note
-        if step.field in forecaster.standing.refusals:
-            yield Rung(step.name, step.key, False, 0, 0, 0.0, f"refused: {forecaster.standing.refusals[step.field]}")
+        if step.field in refused and not is_on:
+            yield Rung(step.name, step.key, False, 0, 0, 0.0, f"refused: {refused[step.field]}")
             continue
         if getattr(recipe.memory, step.key) != "auto":
             note = f"memory.{step.key} says so; {note}"

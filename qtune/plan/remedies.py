@@ -1,33 +1,58 @@
 """What to change when a run does not fit: only changes that were forecast to fit, nearest first."""
 
+import math
 from dataclasses import replace
 
 from qtune.memory.device import Device
 from qtune.plan import ladder
-from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import MARGIN_FRACTION, Budget
-from qtune.plan.longest import longest
+from qtune.plan.forced import FIELDS, written
+from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.ladder import MARGIN_FRACTION, Budget, Climb
+from qtune.plan.longest import fullness, longest
 from qtune.plan.work import Work
-from qtune.recipe.schema import Recipe
-from qtune.units import format_bytes
+from qtune.recipe.schema import Memory, Recipe
+from qtune.units import GIB, KIB, MIB, format_bytes
 
 MOST, LEAST_RANK = 3, 4
 
 
-def remedies(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> tuple[str, ...]:
-    """Up to three sentences, each naming a setting and a value with which the run would fit."""
-    found = [
-        _shorter(recipe, forecaster, work, budget),
-        _narrower(recipe, forecaster, work, budget),
-        _more_host_memory(recipe, forecaster, work, budget),
-    ]
-    known = [sentence for sentence in found if sentence is not None]
-    return (*known[: MOST - 1], _larger_card(recipe, forecaster, work, budget))
+def remedies(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget, found: Climb) -> tuple[str, ...]:
+    """Up to three sentences, each naming a setting and a value with which the run would fit; `found` does not."""
+    tries = (_left_open, _quantised, _shorter, _narrower, _more_host_memory)
+    known = [sentence for attempt in tries if (sentence := attempt(recipe, forecaster, work, budget))]
+    if found.forecast.host_bytes <= budget.host_bytes:  # or a larger device would not help
+        needed = found.forecast.needed_bytes / (1 - MARGIN_FRACTION)
+        known = [*known[: MOST - 1], f"a device with {_rounded_up(needed)} free (memory.budget)"]
+    return tuple(known[:MOST])
+
+
+def _fits(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> bool:
+    """Whether `recipe`, which is not that of `forecaster`, fits with every technique on, one sequence at a time."""
+    changed = replace(forecaster, recipe=recipe, _traces={})
+    return fullness(recipe, changed, work.heaviest(1), budget) <= 1
+
+
+def _left_open(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
+    """What the recipe settles in [memory] and the plan would settle otherwise: one setting, or all of them."""
+    keys = [key for key in FIELDS if getattr(recipe.memory, key) != "auto"]
+    for left_out in [*([key] for key in keys), keys] if keys else []:
+        memory = recipe.memory.model_copy(update={key: Memory.model_fields[key].default for key in left_out})
+        if _fits(recipe.model_copy(update={"memory": memory}), forecaster, work, budget):
+            return f"without {' and '.join(written(recipe, key) for key in left_out)}, which the plan can settle"
+    return None
+
+
+def _quantised(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
+    if recipe.model.quantization != "none":
+        return None
+    model = recipe.model.model_copy(update={"quantization": "nf4"})
+    fits = _fits(recipe.model_copy(update={"model": model}), forecaster, work, budget)
+    return 'model.quantization = "nf4" in place of "none"' if fits else None
 
 
 def _shorter(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
     tokens = longest(recipe, forecaster, budget)
-    if tokens < 8 or tokens >= work.heaviest(1).tokens:
+    if not tokens or tokens >= work.heaviest(1).tokens:
         return None
     return f"data.max_tokens = {tokens} (the longest that fits; rows over it go by data.on_long)"
 
@@ -36,41 +61,44 @@ def _narrower(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget
     rank = recipe.lora.rank // 2
     while rank >= LEAST_RANK:
         lora = recipe.lora.model_copy(update={"rank": rank})
-        smaller = recipe.model_copy(update={"lora": lora})
-        if ladder.climb(smaller, replace_recipe(forecaster, smaller), work, budget).fits:
+        if _fits(recipe.model_copy(update={"lora": lora}), forecaster, work, budget):
             return f"lora.rank = {rank} in place of {recipe.lora.rank}"
         rank //= 2
     return None
 
 
-def replace_recipe(forecaster: Forecaster, recipe: Recipe) -> Forecaster:
-    return replace(forecaster, recipe=recipe, _traces={})
-
-
 def _more_host_memory(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    """Where streaming was held back by the host."""
-    roomy = Budget(budget.device_bytes, 1 << 60)
-    climb = ladder.climb(recipe, forecaster, work, roomy)
+    """Where the host held the climb back."""
+    climb = ladder.climb(recipe, forecaster, work, Budget(budget.device_bytes, 1 << 60))
     if not climb.fits or climb.forecast.host_bytes <= budget.host_bytes:
         return None
-    needed, now = format_bytes(climb.forecast.host_bytes), format_bytes(budget.host_bytes)
-    return f"{needed} of host memory for layers and checkpoints; {now} may be taken now (memory.host_budget)"
+    needed, now = _rounded_up(climb.forecast.host_bytes), format_bytes(budget.host_bytes)
+    return f"{needed} of host memory in place of {now} (memory.host_budget)"
 
 
-def _larger_card(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str:
-    climb = ladder.climb(recipe, forecaster, work, budget)
-    needed = climb.forecast.device_bytes / (1 - MARGIN_FRACTION)
-    return f"a device with {format_bytes(needed)} free (memory.budget)"
+def _rounded_up(size: float) -> str:
+    """`size` as text, no less than it is: a budget written so is enough."""
+    unit = next((unit for unit in (GIB, MIB, KIB) if size >= unit), 1)
+    step = unit / 10 if unit > 1 and size < 10 * unit else unit
+    return format_bytes(math.ceil(size / step) * step)
 
 
-def explain(recipe: Recipe, device: Device, needed_bytes: int, budget: Budget, changes: tuple[str, ...]) -> str:
+def explain(recipe: Recipe, device: Device, needed: Forecast, budget: Budget, changes: tuple[str, ...]) -> str:
     """The whole message of a run that does not fit."""
-    margin = f"{100 * MARGIN_FRACTION:.0f} %"
+    lacking = []
+    if needed.needed_bytes > budget.device_bytes * (1 - MARGIN_FRACTION):
+        lacking.append(
+            f"{format_bytes(needed.needed_bytes)} with every technique that is allowed, and {device.label} has"
+            f" {format_bytes(budget.device_bytes)}, of which {100 * MARGIN_FRACTION:.0f} % are kept free"
+        )
+    if needed.host_bytes > budget.host_bytes:
+        lacking.append(
+            f"{format_bytes(needed.host_bytes)} of host memory, of which {format_bytes(budget.host_bytes)} may be taken"
+        )
     return "\n".join(
         [
             f"It does not fit: {recipe.model.base} at data.max_tokens = {recipe.data.max_tokens:,} takes"
-            f" {format_bytes(needed_bytes)} with every technique that is allowed, and {device.label} has"
-            f" {format_bytes(budget.device_bytes)}, of which {margin} are kept free. What would fit:",
+            f" {'; and '.join(lacking)}." + (" What would fit:" if changes else ""),
             *(f"  {change}" for change in changes),
         ]
     )

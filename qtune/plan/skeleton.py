@@ -5,12 +5,16 @@ attached by peft; then every tensor becomes a fake one of the same shape and dty
 real step can run through it in which no byte is allocated.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from peft.tuners.lora import dora
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import replace_with_bnb_linear
@@ -27,6 +31,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
 
     Raises ModelError for a config.json from which transformers cannot build a model.
     """
+    _refuse_contradictions(config)
     dtype = getattr(torch, compute_dtype)
     document_attention.register()
     try:
@@ -51,13 +56,50 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     tiled_loss.install(model)
     if recipe.model.quantization == "nf4":
         _pack_experts(model, recipe.model.double_quantization, mode)
-    with torch.device("meta"):
+    with torch.device("meta"), dora_on_empty_weights():
         peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
     adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
     with mode:
         _fill(peft_model, recipe.model.double_quantization)
     base.keep_weights_as_quantised(peft_model)
     return peft_model
+
+
+@contextlib.contextmanager
+def dora_on_empty_weights() -> Iterator[None]:
+    """Inside, peft's DoRA takes the weight of a 4-bit linear without real bytes, which it reads at its start and in
+    every pass; peft asks for bitsandbytes' own kind of parameter, which a fake tensor cannot be."""
+    original = dora.dequantize_module_weight
+
+    def weight_of(module: torch.nn.Module) -> torch.Tensor:
+        if not isinstance(module, Linear4bit):
+            return original(module)
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            shape = (module.out_features, module.in_features)
+            return torch.empty(shape, dtype=module.compute_dtype, device=module.weight.device)
+        return dequantize_4bit(module.weight.data, state)
+
+    dora.dequantize_module_weight = weight_of
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = original
+
+
+def _refuse_contradictions(config: PreTrainedConfig) -> None:
+    """Raises ModelError for sizes that no model has, which transformers would meet as a division by zero."""
+    text, says = config.get_text_config(), "model.base: its config.json says"
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        size = getattr(text, name, None)
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ModelError(f"{says} {name} = {size}, which must be a whole number of at least 1.")
+    heads, groups = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if heads and groups and heads % groups:
+        raise ModelError(
+            f"{says} num_attention_heads = {heads} and num_key_value_heads = {groups}, and the first must be a multiple"
+            " of the second."
+        )
 
 
 def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

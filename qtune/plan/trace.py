@@ -50,7 +50,7 @@ def trace(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = skeleton.build(config, recipe, compute_dtype, mode)
-    with mode, _as_on_a_card(is_card):
+    with mode, _as_on_a_card(is_card), skeleton.dora_on_empty_weights():
         engine = Engine(model)
         with LiveBytes(stands_for_card=is_card) as counter:
             engine.switch_to(replace(techniques, streamed_layers=0))

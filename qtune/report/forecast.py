@@ -39,7 +39,7 @@ def _verdict(plan: dict[str, Any]) -> Text:
     needed, budget = _sum(plan["forecast"]["device"]), plan["budget"]["device_bytes"]
     host, host_budget = _sum(plan["forecast"]["host"]), plan["budget"]["host_bytes"]
     word = Text("fits", "bold green") if plan["fits"] else Text("does not fit", "bold red")
-    left = f", {format_bytes(budget - needed)} to spare" if needed <= budget else ""
+    left = f", {format_bytes(budget - needed)} to spare" if plan["fits"] else ""
     return word.append(
         f"   {format_bytes(needed)} of {format_bytes(budget)} on {one_line(plan['device']['label'])}{left};"
         f" {format_bytes(host)} of {format_bytes(host_budget)} host memory",
@@ -132,12 +132,12 @@ def _costs(plan: dict[str, Any]) -> RenderableType:
 
 def longest_table(base: str, rows: Sequence[dict[str, int]]) -> RenderableType:
     """The longest context by card size."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title=f"longest context of {base}, forecast")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("card", justify="right")
     table.add_column("tokens", justify="right")
     for row in rows:
         table.add_row(format_bytes(row["device_bytes"]), f"{row['tokens']:,}" if row["tokens"] else "does not fit")
-    return table
+    return Group(Text(f"longest context of {one_line(base)}, forecast"), Text(), table)
 
 
 def _sum(parts: dict[str, int]) -> int:

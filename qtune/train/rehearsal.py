@@ -1,7 +1,7 @@
 """The worst step first: the largest batch, once, before any time is spent on the others.
 
-Forward, backward and optimizer step run as they will, with a learning rate of 0 that leaves the weights as they are;
-state, gradients and random numbers are put back. On the CPU every tensor is counted, by the forecast's parts; on a card
+Forward, backward and optimizer step run as they will, with a learning rate of 0; weights, state, gradients and random
+numbers are put back. On the CPU every tensor is counted, by the forecast's parts; on a card
 the allocator tells the peak of each phase. What runs out of memory, or takes more than was promised, climbs a rung and
 is tried again.
 """
@@ -17,6 +17,7 @@ from qtune.errors import OutOfMemory
 from qtune.events import Listener, MemoryMeasured, Rehearsed
 from qtune.memory import random_state
 from qtune.memory.device import Device
+from qtune.memory.host import HostBuffers
 from qtune.memory.live import LiveBytes, Peak
 from qtune.memory.parts import standing_parts
 from qtune.memory.techniques import Engine
@@ -97,6 +98,8 @@ def rehearse(
     place = next(trained_parameters(model)).device
     before = random_state.note(place)
     was_training = model.training
+    trained = list(trained_parameters(model))
+    weights = [parameter.detach().to("cpu", copy=True) for parameter in trained]  # 0 times infinity is no number
     model.train()
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -105,6 +108,8 @@ def rehearse(
         watch = _on_a_card if device.is_cuda else _by_counting
         return watch(model, engine, optimizer, batch, loss_of)
     finally:
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.data.copy_(weight)
         model.zero_grad()
         optimizer.state.clear()
         model.train(was_training)
@@ -123,6 +128,8 @@ def _as_after_a_step(model: PeftModel, optimizer: torch.optim.Optimizer, accumul
 def _by_counting(
     model: PeftModel, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss
 ) -> Rehearsal:
+    if engine.runner.host is not None:
+        engine.runner.host = HostBuffers()  # those of an earlier pass would be taken for the device's
     with LiveBytes() as counter:
         for part, side, tensors in standing_parts(model, engine, optimizer):
             counter.count(tensors, part, side)
@@ -130,6 +137,7 @@ def _by_counting(
         counter.enter_phase("forward")
         loss = loss_of(batch)
         loss.backward()
+        del loss  # and what its graph still holds, as the trainer does before it steps
         counter.count([p.grad for p in trained_parameters(model) if p.grad is not None], "gradients")
         counter.enter_phase("step")
         _step(model, optimizer)
@@ -151,6 +159,7 @@ def _on_a_card(
     loss = loss_of(batch)
     end("forward")
     loss.backward()
+    del loss
     end("backward")
     _step(model, optimizer)
     end("step")

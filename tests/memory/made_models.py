@@ -1,6 +1,7 @@
 """Tiny models of many architectures with an adapter whose gradients are not zero, and one pass through them."""
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from conftest import tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
@@ -28,8 +31,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory import document_attention, tiled_loss
+from qtune.memory import document_attention, expert_adapter, tiled_loss
+from qtune.memory.expert_loading import quantized_experts
+from qtune.memory.packed_experts import expert_modules
 from qtune.memory.techniques import Engine, Techniques
+from qtune.model.adapter import linear_names
 from qtune.model.base import keep_weights_as_quantised
 
 LAYERS = 4
@@ -81,8 +87,11 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
         if parameter.ndim < 2:  # biases and norms that do something
             torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.1)
     model = model.to(dtype)
-    if nf4:
+    if nf4 and any(expert_modules(model)):
+        model = saved_and_loaded(model, nf4 == "double")
+    elif nf4:
         quantize(model, dtype, nf4 == "double")
+    keep_weights_as_quantised(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     tiled_loss.install(model)
@@ -101,15 +110,34 @@ def quantize(model: PreTrainedModel, dtype: torch.dtype, double: bool) -> None:
             packed.quant_state = packed.weight.quant_state
             model.set_submodule(name, packed)
     model.is_loaded_in_4bit = True
-    keep_weights_as_quantised(model)
+
+
+def saved_and_loaded(model: PreTrainedModel, double: bool) -> PreTrainedModel:
+    """`model` as it is when it is loaded in NF4, its experts too."""
+    with tempfile.TemporaryDirectory() as folder, quantized_experts():
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model.dtype,
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=double,
+                bnb_4bit_compute_dtype=model.dtype,
+            ),
+            attn_implementation=document_attention.NAME,
+        )
 
 
 def adapted(model: PreTrainedModel, **lora: Any) -> PeftModel:
-    """`model` with an adapter on every linear, of random weights."""
+    """`model` with an adapter on every linear and on packed experts, of random weights."""
     torch.manual_seed(1)
-    with_adapter = get_peft_model(
-        model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora})
-    )
+    packed = expert_adapter.expert_targets(model)
+    targets = {"target_modules": sorted(linear_names(model)), "target_parameters": packed or None}
+    config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **targets, **lora})
+    expert_adapter.register(config, model)
+    with_adapter = get_peft_model(model, config)
     for parameter in trained(with_adapter):
         torch.nn.init.normal_(parameter, std=0.1)
         parameter.data = parameter.data.to(torch.promote_types(model.dtype, torch.float32))
@@ -141,7 +169,10 @@ def one_pass(model: PeftModel, inputs: dict[str, Any], autocast: torch.dtype | N
 
 
 def forward(model: PeftModel, inputs: dict[str, Any], autocast: torch.dtype | None = None) -> torch.Tensor:
-    """The summed loss, made in tiles where the head allows it."""
+    """The summed loss, made in tiles where the head allows it; in float64 from logits that are as exact."""
+    if model.dtype == torch.float64:
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, inputs["labels"][0, 1:], reduction="sum")
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
         if tiled_loss.suits(model):
             return model(**inputs, tiled_loss=True).nats

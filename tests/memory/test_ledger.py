@@ -5,7 +5,9 @@ import mmap
 import torch
 
 from qtune.memory.device import Device, find_device, host_memory, resident_bytes
-from qtune.memory.ledger import PARTS, Ledger, storage_bytes
+from qtune.memory.ledger import HOST, PARTS, REST, Ledger
+from qtune.memory.live import block_bytes, storage_sizes
+from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
 from qtune.recipe.schema import Lora, Model
 
@@ -21,7 +23,7 @@ def test_parts_are_counted_from_storages(tiny_base) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model(input_ids=torch.arange(6, 20)[None], labels=torch.arange(6, 20)[None]).loss.backward()
     optimizer.step()
-    parts = dict(ledger.measure(1, model, optimizer).parts)
+    parts = dict(ledger.measure("step", 1, model, optimizer=optimizer).parts)
 
     linears = [
         (HIDDEN, HIDDEN),
@@ -33,26 +35,43 @@ def test_parts_are_counted_from_storages(tiny_base) -> None:
         (HIDDEN, WIDE),
     ]
     trained = LAYERS * sum(RANK * (a + b) for a, b in linears)
-    assert parts["adapter"] == parts["gradients"] == 4 * trained
-    assert parts["optimizer"] == 2 * 4 * trained + 4 * 2 * 7 * LAYERS  # two moments, and one step count a tensor
+    blocks = LAYERS * sum(block_bytes(4 * RANK * side) for shape in linears for side in shape)
+    assert 4 * trained <= parts["adapter"] == parts["gradients"] == blocks
+    assert parts["optimizer"] == 2 * blocks + block_bytes(4) * 2 * 7 * LAYERS  # two moments, a step count a tensor
     weights = LAYERS * sum(a * b for a, b in linears)
     packed = weights // 2 + weights // 64 * 4
-    embeddings = 2 * VOCABULARY * HIDDEN * 4
-    assert packed + embeddings <= parts["base"] <= packed + embeddings + 16_384  # norms, code books, rope
+    assert packed <= parts["base"] <= packed + 40_000  # norms, code books, rope, each in blocks
+    assert parts["embedding"] == parts["head"] == block_bytes(VOCABULARY * HIDDEN * 4)
 
 
 def test_the_parts_sum_to_the_peak_on_the_cpu(tiny_base) -> None:
     ledger = Ledger.begin(Device("cpu", "CPU", *host_memory(), "float32"))
-    model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32")
-    measured = ledger.measure(1, model, None)
-    assert [name for name, _ in measured.parts] == [name for name in PARTS if name != "context"]
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=RANK), 0)
+    measured = ledger.measure("load", 0, model)
+    assert measured.phase == "load"
+    assert {name for name, _ in measured.parts} == {
+        *("python and libraries", "base", "embedding", "head", "adapter", REST)
+    }
+    assert [name for name, _ in measured.parts] == [name for name in PARTS if name in dict(measured.parts)]
     assert sum(size for _, size in measured.parts) <= measured.peak_bytes + 8 * 1024**2
     assert measured.peak_bytes <= measured.total_bytes
 
 
-def test_ties_and_views_count_once() -> None:
+def test_what_lives_on_the_host_beside_a_card_is_told_apart_on_the_cpu(tiny_base) -> None:
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=RANK), 0)
+    engine, ledger = Engine(model), Ledger.begin(find_device())
+    before = dict(ledger.measure("attach", 0, model, engine).parts)
+    engine.switch_to(Techniques(LAYERS, streamed_layers=LAYERS, host_embedding=True))
+    after = dict(ledger.measure("attach", 0, model, engine).parts)
+    assert HOST not in before
+    assert "embedding" not in after
+    assert after[HOST] > before["embedding"]
+    assert after["base"] < before["base"] / 2
+
+
+def test_ties_and_views_count_once_and_in_blocks() -> None:
     weight = torch.zeros(100)
-    assert storage_bytes([weight, weight[10:], weight.view(10, 10)]) == 400
+    assert storage_sizes([weight, weight[10:], weight.view(10, 10)]) == block_bytes(400) == 512
 
 
 def test_resident_memory_grows_with_what_is_held() -> None:

@@ -6,7 +6,7 @@ from conftest import tiny_config
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from qtune.memory import tiled_loss
-from qtune.memory.tiled_loss import summed_loss
+from qtune.memory.tiled_loss import positions_before_labels, summed_loss
 
 
 def rows(tokens: int, hidden: int = 32, vocabulary: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,6 +20,12 @@ def rows(tokens: int, hidden: int = 32, vocabulary: int = 300) -> tuple[torch.Te
     )
 
 
+def head_of(weight: torch.Tensor) -> torch.nn.Linear:
+    head = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    head.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    return head
+
+
 def by_hand(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = (hidden @ weight.T)[0, :-1]
     return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
@@ -31,7 +37,7 @@ def test_value_and_gradient(monkeypatch, tokens, tile_bytes) -> None:
     monkeypatch.setattr(tiled_loss, "TILE_BYTES", tile_bytes)
     hidden, weight, labels = rows(tokens)
     ours, reference = (hidden.float().requires_grad_(), hidden.clone().requires_grad_())
-    loss = summed_loss(ours, weight.float(), labels)
+    loss = summed_loss(ours, head_of(weight), labels)
     (3 * loss.nats).backward()
     expected = by_hand(reference, weight, labels)
     (3 * expected).backward()
@@ -43,7 +49,7 @@ def test_value_and_gradient(monkeypatch, tokens, tile_bytes) -> None:
 def test_a_row_without_labels_is_zero_and_can_go_backward() -> None:
     hidden, weight, labels = rows(9)
     hidden = hidden.float().requires_grad_()
-    loss = summed_loss(hidden, weight.float(), torch.full_like(labels, -100))
+    loss = summed_loss(hidden, head_of(weight), torch.full_like(labels, -100))
     loss.nats.backward()
     assert loss.nats.item() == loss.tokens.item() == 0
     assert not hidden.grad.any()
@@ -52,9 +58,22 @@ def test_a_row_without_labels_is_zero_and_can_go_backward() -> None:
 def test_without_gradients_none_is_made() -> None:
     hidden, weight, labels = rows(9)
     with torch.no_grad():
-        loss = summed_loss(hidden.float(), weight.float(), labels)
+        loss = summed_loss(hidden.float(), head_of(weight), labels)
     assert not loss.nats.requires_grad
     assert loss.nats.item() == pytest.approx(by_hand(hidden, weight, labels).item(), rel=1e-5)
+
+
+def test_positions_that_are_given_are_those_that_would_be_found() -> None:
+    hidden, weight, labels = rows(40)
+    found = summed_loss(hidden.float(), head_of(weight), labels)
+    given = summed_loss(hidden.float(), head_of(weight), labels, positions_before_labels(labels))
+    assert torch.equal(given.nats, found.nats)
+    assert found.tokens == given.tokens == len(positions_before_labels(labels))
+
+
+def test_rows_of_a_batch_do_not_predict_across_their_ends() -> None:
+    labels = torch.tensor([[5, 6, -100], [7, -100, 8]])
+    assert positions_before_labels(labels).tolist() == [0, 4]
 
 
 def test_an_installed_model_keeps_its_own_forward() -> None:

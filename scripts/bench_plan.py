@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""What `qtune plan` says of many models and cards, and how long it takes to say it: markdown tables of forecasts.
+
+    scripts/bench_plan.py CONFIGS [--tokens 2048] [--rank 16] [--host-memory 64GiB]
+    scripts/bench_plan.py CONFIGS --longest NAME [--rank 32] [--host-memory 128GiB]
+
+CONFIGS is a folder of config.json files, at any depth; no weights are needed. The second form gives the longest context
+of the one model whose path contains NAME, beside the figures Unsloth publishes for Llama-3.1-8B. Nothing is measured:
+every figure is a forecast for a card that is not here.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from qtune.units import format_bytes
+
+CARDS_GIB = (6, 8, 12, 16, 24, 80)
+UNSLOTH_TOKENS = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 80: 342_733}  # unsloth.ai, r = 32
+RECIPE = """\
+name = "bench"
+[model]
+base = "{base}"
+[lora]
+rank = {rank}
+[data]
+train = "nobody/reads-this"
+max_tokens = {tokens}
+"""
+SHORT = {
+    "recomputed_layers": "recompute",
+    "host_checkpoints": "offload",
+    "tile_tokens": "tiles",
+    "host_embedding": "embedding",
+    "quantized_head": "NF4 head",
+    "streamed_layers": "stream",
+    "head_groups": "head groups",
+}
+
+
+def configs(folder: Path, target: Path) -> Iterator[tuple[str, Path]]:
+    """Each model's name, and a folder in `target` with nothing but its config.json."""
+    for path in sorted(folder.rglob("*.json")):
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if "model_type" not in described:
+            continue
+        name = path.parent.name if path.name == "config.json" else path.name.removesuffix(".json")
+        home = target / name.removesuffix(".config")
+        home.mkdir(exist_ok=True)
+        shutil.copy(path, home / "config.json")
+        yield home.name, home
+
+
+def plan(recipe: Path, *arguments: str) -> tuple[int, str, float]:
+    """Exit code, standard output or error, and seconds of `qtune plan`."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "qtune", "plan", str(recipe), "--json", *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    return child.returncode, child.stdout or child.stderr, time.perf_counter() - start
+
+
+def cell(code: int, output: str) -> str:
+    """`5.8 GiB: recompute 31, offload`, or why there is no plan."""
+    if code not in (0, 3) or not output.startswith("{"):
+        return "refused"
+    found = json.loads(output)
+    needed = format_bytes(sum(found["forecast"]["device"].values()))
+    if code == 3:
+        return f"no ({needed})"
+    return f"{needed}: {rungs(found['techniques'], found['layers'])}"
+
+
+def rungs(techniques: dict[str, int], layers: int) -> str:
+    """The techniques that are on, those with an amount less than all of it with their amount."""
+    told = []
+    for field, name in SHORT.items():
+        value = techniques[field]
+        if value and not (field == "head_groups" and value == 1):
+            partly = field in ("recomputed_layers", "streamed_layers") and value < layers
+            told.append(f"{name} {value}" if partly else name)
+    return ", ".join(told) or "nothing needed"
+
+
+def every_model(options: argparse.Namespace, folder: Path) -> None:
+    sizes = " | ".join(f"{gib} GiB" for gib in CARDS_GIB)
+    print(f"| model | {sizes} | slowest |\n|{'---|' * (len(CARDS_GIB) + 2)}")
+    for name, base in configs(options.configs, folder):
+        recipe = folder / f"{name}.toml"
+        recipe.write_text(RECIPE.format(base=base, rank=options.rank, tokens=options.tokens))
+        cells, seconds = [], []
+        for gib in CARDS_GIB:
+            code, output, took = plan(recipe, f"--device-memory={gib}GiB", f"--host-memory={options.host_memory}")
+            cells.append(cell(code, output))
+            seconds.append(took)
+            if cells[-1] == "refused":
+                print(f"{name}: {output.strip()}", file=sys.stderr)
+                break
+        cells += [""] * (len(CARDS_GIB) - len(cells))
+        print(f"| {name} | {' | '.join(cells)} | {max(seconds):.1f} s |", flush=True)
+
+
+def one_model(options: argparse.Namespace, folder: Path) -> None:
+    name, base = next(found for found in configs(options.configs, folder) if options.longest in found[0])
+    recipe = folder / "longest.toml"
+    recipe.write_text(RECIPE.format(base=base, rank=options.rank, tokens=options.tokens))
+    print(f"{name}, rank {options.rank}, one sequence a batch, {options.host_memory} of host memory\n")
+    print("| card | qtune, forecast | Unsloth, published |\n|---|---|---|")
+    for gib, published in UNSLOTH_TOKENS.items():
+        _, output, _ = plan(recipe, "--longest", f"--device-memory={gib}GiB", f"--host-memory={options.host_memory}")
+        tokens = json.loads(output)[0]["tokens"]
+        print(f"| {gib} GiB | {tokens:,} | {published:,} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", type=Path, help="folder with config.json files")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a sequence")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapter on all linears")
+    parser.add_argument("--host-memory", default="64GiB", help="host memory of the imagined machine")
+    parser.add_argument("--longest", metavar="NAME", help="the longest contexts of one model")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (one_model if options.longest else every_model)(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

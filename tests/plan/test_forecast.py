@@ -1,0 +1,174 @@
+"""The forecast, beside every byte of the same real step: dense, tied, windowed and expert models, real and random."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_config
+from real_steps import compare, on_this_machine, recipe_for
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from qtune.memory.techniques import Techniques
+from qtune.plan.forecast import Forecaster
+from qtune.plan.trace import Batch, trace
+
+DOCUMENTS = (290, 121, 57, 32)
+SHARED = {"vocab_size": 262, "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def every_rung(layers: int, groups: int) -> Techniques:
+    return Techniques(layers, True, 64, True, True, layers, groups)
+
+
+def saved(folder: Path, kind: type[PreTrainedModel], config: PreTrainedConfig) -> Path:
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied head, norms on queries and keys, five layers."""
+    config = Qwen3Config(
+        **SHARED,
+        intermediate_size=160,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    return saved(tmp_path_factory.mktemp("qwen3"), Qwen3ForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight packed experts in each of four layers."""
+    config = Qwen3MoeConfig(
+        **SHARED,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return saved(tmp_path_factory.mktemp("qwen3_moe"), Qwen3MoeForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Windows of 32 tokens in every layer but the third, four norms a layer, seven layers."""
+    config = Gemma3TextConfig(
+        **SHARED,
+        intermediate_size=128,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=32,
+        layer_types=[("full_attention" if i % 3 == 2 else "sliding_attention") for i in range(7)],
+    )
+    return saved(tmp_path_factory.mktemp("gemma3"), Gemma3ForCausalLM, config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_model(tiny_base: Path, dtype: str) -> None:
+    ladder = [Techniques(), Techniques(1), Techniques(2), Techniques(2, True), every_rung(2, 2)]
+    compare(tiny_base, dtype, ladder, DOCUMENTS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("accumulates", [True, False])
+def test_every_optimizer(qwen3: Path, optimizer: str, accumulates: bool) -> None:
+    compare(qwen3, "bfloat16", [Techniques(5, True)], [300], accumulates, tolerance=0.01, optimizer=optimizer)
+
+
+def test_without_quantisation(tiny_base: Path) -> None:
+    ladder = [Techniques(), Techniques(2, True, 64, True, False, 2, 2)]
+    compare(tiny_base, "float32", ladder, DOCUMENTS, quantization="none")
+
+
+@pytest.mark.parametrize(
+    "lora", [{"dropout": 0.1}, {"dora": True}, {"targets": ["q_proj"], "master_dtype": "bfloat16"}]
+)
+def test_other_adapters(tiny_base: Path, lora: dict) -> None:
+    compare(tiny_base, "float32", [Techniques(), Techniques(2, True, 64)], DOCUMENTS, lora=lora)
+
+
+def test_a_tied_head_and_norms_of_heads(qwen3: Path) -> None:
+    ladder = [Techniques(), Techniques(3, True), Techniques(5, True, 64), every_rung(5, 2)]
+    compare(qwen3, "bfloat16", ladder, DOCUMENTS)
+
+
+def test_packed_experts(qwen3_moe: Path) -> None:
+    """Which experts a token visits is not known before: here the forecast takes the even share."""
+    ladder = [Techniques(), Techniques(4), Techniques(4, True, 64, True, True, 4, 2)]
+    compare(qwen3_moe, "bfloat16", ladder, (300, 120, 90), tolerance=0.01)
+
+
+def test_windowed_layers(gemma3: Path) -> None:
+    """What a further layer keeps is taken from a windowed one, which keeps its band: too much for others."""
+    compare(gemma3, "bfloat16", [Techniques(), Techniques(7, True, 64)], DOCUMENTS, tolerance=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "groups"), [("demo", 6, 2), ("stories260K-llama", 5, 2), ("TinyStories-656K-llama", 2, 1)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_real_trained_models(request: pytest.FixtureRequest, name: str, layers: int, groups: int, dtype: str) -> None:
+    base = name if name == "demo" else request.getfixturevalue("material") / "models" / name
+    ladder = [Techniques(), Techniques(layers - 1, True, 64), every_rung(layers, groups)]
+    compare(base, dtype, ladder, [300, 100, 70, 30], tolerance=0.002)
+
+
+def test_a_hundred_million_parameters(tmp_path: Path) -> None:
+    config = tiny_config(
+        vocab_size=32_000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) > 95e6
+    model.save_pretrained(tmp_path)
+    compare(tmp_path, "bfloat16", [every_rung(8, 4)], [180, 60, 16])
+
+
+@pytest.mark.parametrize(("is_card", "on_host"), [(True, False), (False, True)])
+def test_few_layers_stand_for_many(is_card: bool, on_host: bool) -> None:
+    """Every phase, against a trace of all layers: each kept layer once took a checkpoint off the backward pass."""
+    recipe, config = recipe_for("demo"), tiny_config(num_hidden_layers=8)
+    batch = Batch((50, 30), 60)
+    forecaster = Forecaster(config, recipe, "bfloat16", is_card, 0)
+    for kept in (0, 1, 4, 8):
+        techniques = Techniques(8 - kept, host_checkpoints=on_host, tile_tokens=32)
+        whole = trace(config, recipe, "bfloat16", techniques, batch, is_card)
+        for phase, peak in forecaster._passing(techniques, batch).items():
+            traced = {part: size for part, size in whole[phase].device.items() if part != "standing"}
+            assert sum(peak.device.values()) == pytest.approx(sum(traced.values()), rel=0.02), (kept, phase)
+            assert peak.host.get("checkpoints", 0) == whole[phase].host.get("checkpoints", 0)
+
+
+def test_what_the_host_holds_is_found_without_tracing_the_rest(tiny_base: Path) -> None:
+    forecaster, batch = on_this_machine(recipe_for(tiny_base), "float32"), Batch(DOCUMENTS, 60)
+    for techniques in (Techniques(), Techniques(2, True), every_rung(2, 2)):
+        found = forecaster.forecast(techniques, batch)
+        assert forecaster.host_parts(techniques, batch) == found.host
+    assert forecaster.host_parts(Techniques(1, True), batch)["checkpoints"] == sum(DOCUMENTS) * 64 * 4
