@@ -60,11 +60,12 @@ def of_quantized_head(
         weight = weight_rows(head, rows, dtype)
         for tile in tiles:
             logits = (hidden[tile].to(dtype) @ weight.t()).float()
-            higher = torch.maximum(highest[tile], logits.amax(dim=1))
-            total[tile] = total[tile] * (highest[tile] - higher).exp() + (logits - higher[:, None]).exp_().sum(dim=1)
-            highest[tile] = higher
             here, index = _labels_in(labels[tile], rows)
             own[tile] += torch.where(here, logits.gather(1, index[:, None])[:, 0], 0.0)
+            higher = torch.maximum(highest[tile], logits.amax(dim=1))
+            below = logits.sub_(higher[:, None]).exp_().sum(dim=1)
+            total[tile] = total[tile] * (highest[tile] - higher).exp() + below
+            highest[tile] = higher
     normaliser = highest + total.log()
     nats = (normaliser - own).sum()
     return nats, _gradient(hidden, head, labels, normaliser, parts, tiles) if with_gradient else None

@@ -116,11 +116,15 @@ def of_plain_head(
     nats = torch.zeros((), device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for tile in live.tiles(len(hidden), max(16, TILE_BYTES // (4 * weight.shape[0])), hidden):
-        log_p = torch.log_softmax((hidden[tile].to(weight.dtype) @ weight.t()).float(), dim=-1)
+        logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
         own = labels[tile, None]
-        nats -= log_p.gather(1, own).sum()
+        logits -= logits.amax(dim=1, keepdim=True)  # in place from here on: one tile of float32, not three
+        nats -= logits.gather(1, own).sum()
+        p = logits.exp_()
+        total = p.sum(dim=1, keepdim=True)
+        nats += total.log().sum()
         if gradient is not None:
-            p = log_p.exp_()  # the logits' gradient is p - 1 at the label and p elsewhere
-            p.scatter_add_(1, own, torch.full_like(p[:, :1], -1.0))
+            p /= total  # the logits' gradient is p - 1 at the label and p elsewhere
+            p.scatter_add_(1, own, torch.full_like(total, -1.0))
             gradient[tile] = p.to(weight.dtype) @ weight
     return nats, gradient
