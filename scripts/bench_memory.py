@@ -7,6 +7,8 @@
 Three groups of rows: nothing at all; recomputation with one other technique; the ladder, each rung on top of those
 before it. Every row is a model of its own with the same weights and adapter. They take turns, one optimizer step each
 a round, so that a machine whose speed drifts slows all of them; speeds are medians, ratios are taken within a round.
+Time is the clock's on a card; on the CPU it is the processor time of this process, which other work does not lengthen
+and several threads add up to: set OMP_NUM_THREADS=1.
 
 Peaks are of a step apart from the timed ones, which it also warms up: on the CPU every tensor is counted, by what it
 would be on a card; on a card the allocator is asked for the device, and the counter for the host. The loss is that of
@@ -149,12 +151,13 @@ def count(stage: Stage, batch: Batch, is_cuda: bool) -> tuple[dict[str, int], di
 
 
 def timed_step(stage: Stage, batch: Batch, is_cuda: bool) -> tuple[float, float]:
-    """Seconds of one optimizer step, and its loss."""
-    start = time.perf_counter()
+    """Seconds of one optimizer step, on the CPU of processor time, and its loss."""
+    clock = time.perf_counter if is_cuda else time.process_time
+    start = clock()
     loss = step(stage, batch)
     if is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, loss
+    return clock() - start, loss
 
 
 def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -480,18 +480,17 @@ def draw(found: Profile, forecast_bytes: int, title: str, subtitle: str, target:
     for name, first, end in phase_spans(timeline):
         if first:
             axes.axvline(first, color="#222222", linewidth=0.8, alpha=0.6)
-        is_narrow = end - first < len(timeline) / 30
+        is_narrow = end - first < len(timeline) / 30 and end < len(timeline)
         place = (end if is_narrow else (first + end) / 2, 1.145 * highest / size)
         side = "left" if is_narrow else "center"
         axes.text(*place, name, ha=side, va="top", rotation=90 if is_narrow else 0, fontsize=10, weight="bold")
     axes.set_xlabel(f"{len(found.timeline):,} allocations, in the order of the step")
     axes.set_xticks([])
     axes.set_ylabel(f"live on the device, {unit}")
-    axes.set_title(f"{title}\n\n", fontsize=12, weight="bold", loc="left")
     peaks = f"peak: {forecast_bytes / size:,.1f} {unit} forecast (dashed), {sums[at] / size:,.1f} measured (triangle)"
-    axes.text(
-        0, 1.015, f"{textwrap.fill(subtitle, 130)}\n{peaks}", transform=axes.transAxes, fontsize=9, color="#444444"
-    )
+    below = [*textwrap.wrap(subtitle, 130), peaks]
+    axes.set_title(title + "\n" * len(below), fontsize=12, weight="bold", loc="left")
+    axes.text(0, 1.015, "\n".join(below), transform=axes.transAxes, fontsize=9, color="#444444")
     axes.grid(axis="y", linewidth=0.4, alpha=0.4)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

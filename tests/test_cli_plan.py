@@ -225,7 +225,7 @@ def test_layers_that_cannot_be_found_leave_the_other_rungs(
     notes = {rung["setting"]: rung["note"] for rung in json.loads(out)["rungs"]}
     assert status == 0
     for name in ("keep_layers", "checkpoints", "tile_tokens", "stream_layers", "head_groups"):
-        assert notes[name] == "refused: the decoder layers of LlamaForCausalLM cannot be told apart"
+        assert notes[name].startswith("refused: the decoder layers of LlamaForCausalLM cannot be ")
     assert not notes["embedding"].startswith("refused")
 
 

@@ -108,11 +108,11 @@ def test_thirty_billion_of_experts() -> None:
 
 
 def test_a_plan_is_quick() -> None:
-    """Ten seconds on two cores are promised; a machine with other work may take longer."""
+    """Ten seconds on two idle cores are promised; a core that shares its caches with other work takes longer."""
     card = Device("cuda:0", "a card", 8 * GIB, 8 * GIB, "bfloat16", "a test", 32 * GIB, CONTEXT)
-    start = time.perf_counter()
+    start = time.process_time()
     plan = decide(recipe_for("demo"), card, SHAPES["Llama-3.1-8B"], Work.of_full_sequences(2048))
-    assert time.perf_counter() - start < 25
+    assert time.process_time() - start < 25
     assert plan.fits
     assert plan.techniques.recomputed_layers > 0
     assert plan.techniques.streamed_layers == 0

@@ -76,11 +76,11 @@ fits   5.7 GiB of 7.0 GiB on RTX 4060, 1.3 GiB to spare; 672 MiB of 20 GiB host 
 
 at the peak, in the backward pass of the last layers     device                               host
 base                                                    3.3 GiB  ████████████████████████
-head                                                    1,000 MiB  ███████
+head                                                  1,000 MiB  ███████
+checkpoints                                                                                512 MiB
 layer workspace                                         700 MiB  █████
 slack                                                   200 MiB  █
 context                                                 500 MiB  ████
-checkpoints                                                                                512 MiB
 undo copy of the adapter                                                                   160 MiB
 in all                                                  5.7 GiB                            672 MiB
 

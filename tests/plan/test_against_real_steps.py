@@ -85,38 +85,36 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("gemma3"), Gemma3ForCausalLM, config)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dense_model(tiny_base: Path, dtype: str) -> None:
-    ladder = [Techniques(), Techniques(1), Techniques(2), Techniques(2, True), every_rung(2, 2)]
-    compare(tiny_base, dtype, ladder, DOCUMENTS)
+def test_a_dense_model(tiny_base: Path) -> None:
+    compare(tiny_base, "float32", [Techniques(), Techniques(1), Techniques(2, True), every_rung(2, 2)], DOCUMENTS)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
-@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize(
+    ("optimizer", "accumulates"), [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("paged_adamw_8bit", True)]
+)
 def test_every_optimizer(qwen3: Path, optimizer: str, accumulates: bool) -> None:
     compare(qwen3, "bfloat16", [Techniques(5, True)], [300], accumulates, tolerance=0.01, optimizer=optimizer)
 
 
 def test_without_quantisation(tiny_base: Path) -> None:
-    ladder = [Techniques(), Techniques(2, True, 64, True, False, 2, 2)]
-    compare(tiny_base, "float32", ladder, DOCUMENTS, quantization="none")
+    compare(tiny_base, "float32", [Techniques(2, True, 64, True, False, 2, 2)], DOCUMENTS, quantization="none")
 
 
 @pytest.mark.parametrize(
     "lora", [{"dropout": 0.1}, {"dora": True}, {"targets": ["q_proj"], "master_dtype": "bfloat16"}]
 )
 def test_other_adapters(tiny_base: Path, lora: dict) -> None:
-    compare(tiny_base, "float32", [Techniques(), Techniques(2, True, 64)], DOCUMENTS, lora=lora)
+    compare(tiny_base, "float32", [Techniques(2, True, 64)], DOCUMENTS, lora=lora)
 
 
 def test_a_tied_head_and_norms_of_heads(qwen3: Path) -> None:
-    ladder = [Techniques(), Techniques(3, True), Techniques(5, True, 64), every_rung(5, 2)]
+    ladder = [Techniques(), Techniques(3, True), every_rung(5, 2)]
     compare(qwen3, "bfloat16", ladder, DOCUMENTS)
 
 
 def test_packed_experts(qwen3_moe: Path) -> None:
     """Which experts a token visits is not known before: here the forecast takes the even share."""
-    ladder = [Techniques(), Techniques(4), Techniques(4, True, 64, True, True, 4, 2)]
+    ladder = [Techniques(), every_rung(4, 2)]
     compare(qwen3_moe, "bfloat16", ladder, (300, 120, 90), tolerance=0.01)
 
 
@@ -126,9 +124,14 @@ def test_windowed_layers(gemma3: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "groups"), [("demo", 6, 2), ("stories260K-llama", 5, 2), ("TinyStories-656K-llama", 2, 1)]
+    ("name", "layers", "groups", "dtype"),
+    [
+        ("demo", 6, 2, "bfloat16"),
+        ("stories260K-llama", 5, 2, "float32"),
+        ("TinyStories-656K-llama", 2, 1, "bfloat16"),
+        ("TinyStories-656K-llama", 2, 1, "float32"),
+    ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_real_trained_models(request: pytest.FixtureRequest, name: str, layers: int, groups: int, dtype: str) -> None:
     base = name if name == "demo" else request.getfixturevalue("material") / "models" / name
     ladder = [Techniques(), Techniques(layers - 1, True, 64), every_rung(layers, groups)]
@@ -154,15 +157,15 @@ def test_a_hundred_million_parameters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("is_card", "on_host"), [(True, False), (False, True)])
 def test_few_layers_stand_for_many(is_card: bool, on_host: bool) -> None:
     """Every phase, against a trace of all layers: each kept layer once took a checkpoint off the backward pass."""
-    recipe, config = recipe_for("demo"), tiny_config(num_hidden_layers=8)
+    recipe, config = recipe_for("demo"), tiny_config(num_hidden_layers=6)
     batch = Batch((50, 30), 60)
     forecaster = Forecaster(config, recipe, "bfloat16", is_card, 0)
-    for kept in (0, 1, 4, 8):
-        techniques = Techniques(8 - kept, host_checkpoints=on_host, tile_tokens=32)
+    for kept in (0, 1, 4):
+        techniques = Techniques(6 - kept, host_checkpoints=on_host, tile_tokens=32)
         whole = trace(config, recipe, "bfloat16", techniques, batch, is_card)
         for phase, peak in forecaster._passing(techniques, batch).items():
             traced = {part: size for part, size in whole[phase].device.items() if part != "standing"}
-            assert sum(peak.device.values()) == pytest.approx(sum(traced.values()), rel=0.02), (kept, phase)
+            assert sum(peak.device.values()) == pytest.approx(sum(traced.values()), rel=0.03), (kept, phase)
             assert peak.host.get("checkpoints", 0) == whole[phase].host.get("checkpoints", 0)
 
 
