@@ -614,7 +614,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load.load(library.find(options.recipe), options.set, options.demo)
         if importlib.util.find_spec("matplotlib") is None:
-            raise MachineError("The picture is drawn by matplotlib, which is not installed: pip install matplotlib")
+            raise MachineError("The picture is drawn by matplotlib, which is not installed: pip install 'qtune[plots]'")
         logs.hold()
         folder = options.output or Path("runs") / f"profile-{recipe.name}"
         profile_recipe(recipe, options.random_weights, folder, wide_console())

@@ -1,5 +1,7 @@
 """The ladder of memory techniques, cheapest first, and how far up it a run has to climb to fit.
 
+The one that changes the loss is the last, whatever it costs: a plan takes it only where nothing else fits.
+
 Every rung that the recipe leaves open is climbed only if what is below it does not fit; once it fits, rungs that turn
 out not to be needed are taken back, and those with a number are turned down as far as it goes.
 """
@@ -130,14 +132,6 @@ STEPS = (
         "only the rows looked up are copied",
     ),
     Step(
-        "output head in NF4",
-        "head",
-        "quantized_head",
-        lambda t, f: replace(t, quantized_head=True),
-        _head_cost,
-        "rounds the head while training; the saved adapter goes with the base's own",
-    ),
-    Step(
         "streamed layers",
         "stream_layers",
         "streamed_layers",
@@ -161,7 +155,16 @@ STEPS = (
         lambda t, f: 0.05 * TILE_TOKENS / max(1, t.tile_tokens),
         "weights are dequantised once a tile",
     ),
+    Step(
+        "output head in NF4",
+        "head",
+        "quantized_head",
+        lambda t, f: replace(t, quantized_head=True),
+        _head_cost,
+        "the only one that moves the loss: it rounds the head while training",
+    ),
 )
+ONE_A_SETTING = tuple(step for step in STEPS if step.name != "smaller tiles")
 
 
 def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
@@ -293,7 +296,7 @@ def _rungs(
     """Every rung with what it does here: one that is on, against the same without it; one that is off, if added."""
     off, refused = Techniques(), refusals(recipe, forecaster)
     found = forecast(techniques)
-    for step in STEPS[:-1]:
+    for step in ONE_A_SETTING:
         value = getattr(techniques, step.field)
         is_on = value != getattr(off, step.field)
         note = step.note

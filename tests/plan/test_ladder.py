@@ -9,12 +9,12 @@ from real_steps import recipe_for
 from qtune.memory.techniques import Techniques
 from qtune.plan import ladder
 from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import MARGIN_FRACTION, STEPS, Budget, Climb
+from qtune.plan.ladder import MARGIN_FRACTION, ONE_A_SETTING, STEPS, Budget, Climb
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 
 LAYERS, TOKENS, ROOMY = 3, 1500, 1 << 40
-WORK = Work((Batch.of_one_document(TOKENS),))
+WORK = Work((Batch((TOKENS,), labelled=TOKENS // 4),))  # with labels on all, the loss would be the peak
 CONFIG = tiny_config(num_hidden_layers=LAYERS, intermediate_size=384)
 RECIPE = recipe_for("demo")
 
@@ -43,10 +43,13 @@ def climbed(forecaster: Forecaster, device_bytes: float, host_bytes: int = ROOMY
 def highest(climb: Climb) -> int:
     """Number of the highest rung that is on; 0 for none."""
     off, on = Techniques(), climb.techniques
-    if 0 < on.tile_tokens <= ladder.SMALL_TILE_TOKENS:
-        return len(STEPS)
-    numbers = (i + 1 for i, step in enumerate(STEPS[:-1]) if getattr(on, step.field) != getattr(off, step.field))
-    return max(numbers, default=0)
+
+    def is_on(step: ladder.Step) -> bool:
+        if step.name == "smaller tiles":
+            return 0 < on.tile_tokens <= ladder.SMALL_TILE_TOKENS
+        return getattr(on, step.field) != getattr(off, step.field)
+
+    return max((i + 1 for i, step in enumerate(STEPS) if is_on(step)), default=0)
 
 
 @pytest.mark.parametrize("rung", range(len(STEPS) + 1), ids=["nothing", *(step.name for step in STEPS)])
@@ -88,8 +91,8 @@ def test_amounts_are_turned_down_as_far_as_they_go(forecaster: Forecaster, heigh
 def test_a_rung_says_what_it_does_here(forecaster: Forecaster, heights: list[int]) -> None:
     climb = climbed(forecaster, heights[-1], stream_layers=LAYERS, checkpoints="host", embedding="host", head="nf4")
     rungs = {rung.setting: rung for rung in climb.rungs}
-    assert list(rungs) == [step.key for step in STEPS[:-1]]
-    for step in STEPS[:-1]:
+    assert list(rungs) == [step.key for step in ONE_A_SETTING]
+    for step in ONE_A_SETTING:
         rung = rungs[step.key]
         without = replace(climb.techniques, **{step.field: getattr(Techniques(), step.field)})
         if rung.is_on and step.field != "recomputed_layers":
