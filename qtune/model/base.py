@@ -37,6 +37,8 @@ from qtune.recipe.schema import Model
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
 LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+SAYS_ALL_SIZES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "phimoe", "granite", "olmo2")
 WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
 
 
@@ -109,7 +111,7 @@ def read_config(model: Model) -> PreTrainedConfig:
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
     if model.base == "demo" or Path(model.base).is_absolute():
-        folder = DEMO_BASE if model.base == "demo" else Path(model.base)
+        folder = _local_folder(model)
     else:
         folder = Path(
             _fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))
@@ -119,10 +121,14 @@ def read_config_alone(model: Model) -> PreTrainedConfig:
     return _config_in(folder, model)
 
 
+def _local_folder(model: Model) -> Path:
+    """The base's folder, taken for one; it need not hold weights."""
+    return DEMO_BASE if model.base == "demo" else Path(model.base)
+
+
 def has_tokenizer_here(model: Model) -> bool:
     """Whether the base's tokenizer can be loaded without a network."""
-    folder = DEMO_BASE if model.base == "demo" else Path(model.base)
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return any((_local_folder(model) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
@@ -145,6 +151,12 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
             f"model.base: {folder} is a {kinds[0]}, and qtune tunes causal language models such as LlamaForCausalLM,"
             " Qwen3ForCausalLM or MistralForCausalLM."
         )
+    absent = [name for name in SIZES if name not in described]
+    if absent and described.get("model_type") in SAYS_ALL_SIZES:
+        raise ModelError(
+            f"model.base: {folder / 'config.json'} lacks {' and '.join(absent)}, and a default would describe another"
+            " model. Take the config.json that came with the weights."
+        )
     if described.get("attn_logit_softcapping") or described.get("model_type") == "gpt_oss":
         raise ModelError(
             f"model.base: {folder} caps its attention or gives it sinks, which packed attention cannot do. Bases such"
@@ -160,7 +172,8 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one."""
-    folder = base_folder(model)
+    is_here = model.base == "demo" or Path(model.base).is_absolute()
+    folder = _local_folder(model) if is_here else base_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as fault:  # tokenizer files fail in as many ways as there are formats

@@ -46,7 +46,7 @@ def test_one_row_that_does_not_fit_says_what_would_help(tiny_base) -> None:
 
     with (
         model.model.layers[1].register_forward_pre_hook(run_out),
-        pytest.raises(OutOfMemory, match="evaluate.max_new_tokens"),
+        pytest.raises(OutOfMemory, match=r"evaluate\.max_new_tokens"),
     ):
         answer(model, tokenizer, [[0, 6], [0, 7]], [1], 6, "cpu", "float32")
 
