@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qtune.memory import live
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, weight_rows
 
-SLICE_BYTES = 64 * 1024**2
+SLICE_BYTES = 16 * 1024**2
 
 
 def quantize_head(model: PreTrainedModel) -> None:
