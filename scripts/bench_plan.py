@@ -17,9 +17,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
-from qtune.units import format_bytes
+from qtune.errors import QtuneError
+from qtune.memory.device import ASSUMED_CONTEXT_BYTES
+from qtune.model import base
+from qtune.plan import ladder
+from qtune.plan.decide import HOST_FRACTION
+from qtune.plan.forecast import Forecaster
+from qtune.plan.ladder import Budget, Climb
+from qtune.plan.work import Work
+from qtune.recipe.load import load
+from qtune.units import GIB, format_bytes, parse_bytes
 
 CARDS_GIB = (6, 8, 12, 16, 24, 80)
 UNSLOTH_TOKENS = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475, 40: 153_977, 80: 342_733}  # unsloth.ai, r = 32
@@ -65,15 +75,10 @@ def plan(recipe: Path, *arguments: str) -> tuple[int, str, float]:
     return child.returncode, child.stdout or child.stderr, time.perf_counter() - start
 
 
-def cell(code: int, output: str) -> str:
-    """`5.8 GiB: recompute 31, offload`, or why there is no plan."""
-    if code not in (0, 3) or not output.startswith("{"):
-        return "refused"
-    found = json.loads(output)
-    needed = format_bytes(sum(found["forecast"]["device"].values()))
-    if code == 3:
-        return f"no ({needed})"
-    return f"{needed}: {rungs(found['techniques'], found['layers'])}"
+def cell(climb: Climb, layers: int) -> str:
+    """`5.8 GiB: recompute 31, offload`, or that there is no plan."""
+    needed = format_bytes(climb.forecast.needed_bytes)
+    return f"{needed}: {rungs(asdict(climb.techniques), layers)}" if climb.fits else f"no ({needed})"
 
 
 def rungs(techniques: dict[str, int], layers: int) -> str:
@@ -88,27 +93,31 @@ def rungs(techniques: dict[str, int], layers: int) -> str:
 
 
 def every_model(options: argparse.Namespace, folder: Path) -> None:
+    """Each model's climb for every card, its traces shared between them, as they do not depend on the card's size."""
+    base.quiet_libraries()
+    host_bytes = round(HOST_FRACTION * (parse_bytes(options.host_memory) or 0))
     sizes = " | ".join(f"{gib} GiB" for gib in CARDS_GIB)
-    print(f"| model | {sizes} | slowest |\n|{'---|' * (len(CARDS_GIB) + 2)}")
-    for name, base in configs(options.configs, folder):
-        recipe = folder / f"{name}.toml"
-        recipe.write_text(RECIPE.format(base=base, rank=options.rank, tokens=options.tokens))
-        cells, seconds = [], []
-        for gib in CARDS_GIB:
-            code, output, took = plan(recipe, f"--device-memory={gib}GiB", f"--host-memory={options.host_memory}")
-            cells.append(cell(code, output))
-            seconds.append(took)
-            if cells[-1] == "refused":
-                print(f"{name}: {output.strip()}", file=sys.stderr)
-                break
-        cells += [""] * (len(CARDS_GIB) - len(cells))
-        print(f"| {name} | {' | '.join(cells)} | {max(seconds):.1f} s |", flush=True)
+    print(f"| model | {sizes} | all six took |\n|{'---|' * (len(CARDS_GIB) + 2)}")
+    for name, home in configs(options.configs, folder):
+        path = folder / f"{name}.toml"
+        path.write_text(RECIPE.format(base=home, rank=options.rank, tokens=options.tokens))
+        recipe, start = load(path), time.perf_counter()
+        work = Work.of_full_sequences(options.tokens)
+        try:
+            config = base.read_config_alone(recipe.model)
+            forecaster = Forecaster(config, recipe, "bfloat16", True, ASSUMED_CONTEXT_BYTES)
+            climbs = [ladder.climb(recipe, forecaster, work, Budget(gib * GIB, host_bytes)) for gib in CARDS_GIB]
+            cells = [cell(climb, forecaster.layers) for climb in climbs]
+        except QtuneError as fault:
+            print(f"{name}: {fault}", file=sys.stderr)
+            cells = ["refused"] * len(CARDS_GIB)
+        print(f"| {name} | {' | '.join(cells)} | {time.perf_counter() - start:.1f} s |", flush=True)
 
 
 def one_model(options: argparse.Namespace, folder: Path) -> None:
-    name, base = next(found for found in configs(options.configs, folder) if options.longest in found[0])
+    name, home = next(found for found in configs(options.configs, folder) if options.longest in found[0])
     recipe = folder / "longest.toml"
-    recipe.write_text(RECIPE.format(base=base, rank=options.rank, tokens=options.tokens))
+    recipe.write_text(RECIPE.format(base=home, rank=options.rank, tokens=options.tokens))
     print(f"{name}, rank {options.rank}, one sequence a batch, {options.host_memory} of host memory\n")
     print("| card | qtune, forecast | Unsloth, published |\n|---|---|---|")
     for gib, published in UNSLOTH_TOKENS.items():
