@@ -351,7 +351,8 @@ def test_other_optimizers_and_batches_come_out_the_same(tiny_base, tmp_path, und
     accumulation = BATCHES // settings.get("micro_batch", 1)
     settings = {**settings, "gradient_accumulation": accumulation}
     run = Run(recipe_for(tiny_base, **settings), tmp_path, in_backward(FaultAt([accumulation])))
-    assert_same(run, undisturbed(**settings))
+    # in 8 bits a sum in another order may tip a moment into the next of its 256 values: a hundredth of a step of 3e-4
+    assert_same(run, undisturbed(**settings), tolerance=1e-5 if "optimizer" in settings else 1e-6)
     assert len(run.notices) == 1
 
 
