@@ -87,7 +87,7 @@ def longest_contexts(recipe: Recipe, devices: Sequence[Device]) -> list[tuple[De
     """The longest sequence in tokens that fits on each device, with every technique the recipe allows."""
     base.quiet_libraries()
     config = base.read_config_alone(recipe.model)
-    return [(device, longest_on(recipe, device, config)) for device in devices]
+    return list(zip(devices, longest_on(recipe, devices, config), strict=True))
 
 
 def show(ready: Ready, console: Console) -> None:

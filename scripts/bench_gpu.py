@@ -45,7 +45,6 @@ from profile_memory import (
     any_tokenizer,
     batch_of,
     count_step,
-    finish_step,
     random_rows,
     random_weights,
     set_up,
@@ -70,6 +69,7 @@ from qtune.plan.work import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.fit import fit
 from qtune.train.out_of_memory import free_memory, is_out_of_memory, let_go
+from qtune.train.rehearsal import finish_step
 from qtune.units import GIB
 
 Figures = dict[str, Any]
@@ -194,7 +194,7 @@ class Lab:
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         stage.loss_of(batch).backward()
-        finish_step(stage)
+        finish_step(stage.model, stage.optimizer)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         stage.model.zero_grad()

@@ -52,17 +52,18 @@ from qtune.memory import document_attention, experts, live, packed_experts, tile
 from qtune.memory.device import find_device
 from qtune.memory.layers import find_layers
 from qtune.memory.live import LiveBytes, Peak
-from qtune.memory.parts import PASSING_PARTS, STANDING_PARTS, standing_parts
+from qtune.memory.parts import PASSING_PARTS, STANDING_PARTS
 from qtune.memory.streaming import frozen_tensors, spread
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
 from qtune.plan.decide import Plan, decide, refuse_unless_it_fits
-from qtune.plan.work import Work
+from qtune.plan.work import Work, largest_rows
 from qtune.recipe import library, load
 from qtune.recipe.schema import Model, Recipe
 from qtune.rundir import is_used
 from qtune.train.fit import MeteredTrainer
 from qtune.train.out_of_memory import OpenStep, Recovery
+from qtune.train.rehearsal import as_after_a_step, count_what_is_there, finish_step
 from qtune.train.settings import sft_config
 from qtune.units import format_bytes
 
@@ -300,52 +301,32 @@ def batch_of(rows: Sequence[PackedRow], device: str) -> Batch:
     return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in found.items()}
 
 
-def largest_rows(rows: Sequence[PackedRow], micro_batch: int) -> list[PackedRow]:
-    """The rows that the rehearsal of a run takes."""
-    return sorted(rows, key=lambda row: (-len(row["input_ids"]), -max(row["seq_lengths"])))[:micro_batch]
-
-
 def step(stage: Stage, batch: Batch) -> float:
     """One real optimizer step; its loss."""
     loss = stage.loss_of(batch)
     loss.backward()
     value = loss.item()
-    finish_step(stage)
+    finish_step(stage.model, stage.optimizer)
     stage.model.zero_grad()
     return value
-
-
-def finish_step(stage: Stage) -> None:
-    torch.nn.utils.clip_grad_norm_(_with_gradient(stage.model), 1.0)
-    stage.optimizer.step()
-
-
-def _with_gradient(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in adapter.trained_parameters(model) if parameter.grad is not None]
 
 
 def count_step(stage: Stage, batch: Batch, accumulates: bool, counter: LiveBytes) -> None:
     """One step on `batch` under `counter`, as it is from the second step on: the optimizer's state is there, and so are
     the gradients if they outlive a pass. Gradients are dropped afterwards."""
-    for parameter in adapter.trained_parameters(stage.model):
-        parameter.grad = torch.zeros_like(parameter)
-    stage.optimizer.step()
-    if not accumulates:
-        stage.model.zero_grad()
+    as_after_a_step(stage.model, stage.optimizer, accumulates)
     hooks = [
         parameter.register_post_accumulate_grad_hook(lambda p: live.mark([p.grad], "gradients"))
         for parameter in adapter.trained_parameters(stage.model)
     ]
     with counter:
-        for part, side, tensors in standing_parts(stage.model, stage.engine, stage.optimizer):
-            counter.count(tensors, part, side)
-        counter.count([value for value in batch.values() if isinstance(value, torch.Tensor)], "batch")
+        count_what_is_there(counter, stage.model, stage.engine, stage.optimizer, batch)
         counter.enter_phase("forward")
         loss = stage.loss_of(batch)
         counter.enter_phase("backward")
         loss.backward()
         counter.enter_phase("step")
-        finish_step(stage)
+        finish_step(stage.model, stage.optimizer)
     for hook in hooks:
         hook.remove()
     stage.model.zero_grad()

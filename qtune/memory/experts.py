@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qtune.memory import live
-from qtune.memory.layers import autocast_here
+from qtune.memory.layers import autocast_here, compute_dtype_here
 from qtune.memory.packed_experts import block_scales, expert_modules, held_shape, is_packed, matrix, stacked_names
 
 NAME = "qtune_nf4"
@@ -78,7 +78,7 @@ class _Experts(torch.autograd.Function):
     ) -> torch.Tensor:
         order, counts = _routes(index, experts.num_experts)
         ctx.save_for_backward(hidden, weights, order, *factors)
-        ctx.counts, ctx.arguments = counts, (experts, _compute_dtype(hidden), scaling)
+        ctx.counts, ctx.arguments = counts, (experts, compute_dtype_here(hidden), scaling)
         ctx.autocast = autocast_here(hidden)
         run = _Pass(*ctx.arguments)
         output = torch.zeros_like(hidden)
@@ -126,11 +126,6 @@ def _own(factors: Sequence[torch.Tensor | None], expert: int, experts: int) -> l
         parts.append(None if a is None else a.view(experts, -1, a.shape[1])[expert])
         parts.append(None if b is None else b.view(b.shape[0], -1, experts)[:, :, expert])
     return parts
-
-
-def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _routes(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:

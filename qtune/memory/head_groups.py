@@ -14,6 +14,7 @@ forward with projections that return that group's heads.
 Letters: T tokens, H hidden, G groups.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from qtune.memory import live, nf4
-from qtune.memory.layers import autocast_here
+from qtune.memory.layers import autocast_here, backward_again
 from qtune.memory.lora_linear import Part, lora_linear, why_not_fused
 
 INPUTS, OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
@@ -138,9 +139,6 @@ class _Grouped(torch.autograd.Function):
         hidden = hidden.detach()
         sink = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for part in live.tiles(ctx.groups, 1, hidden):
-            with torch.enable_grad(), ctx.autocast():
-                output = ctx.run(Group(part.start, ctx.groups, sink, is_backward=True), hidden)
-            edge = torch.autograd.graph.get_gradient_edge(output)
-            del output
-            torch.autograd.backward(edge, gradient)
+            group = Group(part.start, ctx.groups, sink, is_backward=True)
+            backward_again(functools.partial(ctx.run, group), hidden, gradient, ctx.autocast)
         return sink, None, None, None

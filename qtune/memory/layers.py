@@ -158,6 +158,23 @@ class _Recomputed(torch.autograd.Function):
         return hidden.grad, None, None, None, None
 
 
+def backward_again(
+    forward: Forward, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Callable[[], torch.autocast]
+) -> None:
+    """Run `forward(hidden)` once more, with its graph, and its backward pass; its output is gone by then."""
+    with torch.enable_grad(), autocast():
+        output = forward(hidden)
+    edge = get_gradient_edge(output)
+    del output
+    torch.autograd.backward(edge, gradient)
+
+
+def compute_dtype_here(tensor: torch.Tensor) -> torch.dtype:
+    """What a product with `tensor` is computed in now: autocast's dtype where that is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def autocast_here(tensor: torch.Tensor) -> Callable[[], torch.autocast]:
     """The autocast that is on now, to be entered again in the backward pass, where none is."""
     kind = tensor.device.type

@@ -20,6 +20,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from qtune.memory import nf4
+from qtune.memory.layers import compute_dtype_here
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,13 @@ def _install(layer: LoraLayer) -> None:
 def lora_linear(layer: LoraLayer, x: torch.Tensor, part: Part = WHOLE) -> torch.Tensor:
     """The adapted linear of x (..., I), or the part of it that `part` names."""
     name, base = layer.active_adapters[0], layer.get_base_layer()
-    dtype = getattr(base, "compute_dtype", None) or _compute_dtype(x)
+    dtype = getattr(base, "compute_dtype", None) or compute_dtype_here(x)
     low, high = layer.lora_A[name].weight, layer.lora_B[name].weight
     if part.rows is not None:
         high = high[part.rows]
     if part.columns is not None:
         low = low[:, part.columns]
     return _LoraLinear.apply(x.to(dtype), low, high, layer.scaling[name], base, part)
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _weight(base: torch.nn.Linear, part: Part, dtype: torch.dtype) -> torch.Tensor:

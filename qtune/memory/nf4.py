@@ -27,17 +27,27 @@ def weight_rows(module: Any, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     if rows.start == 0 and rows.stop == state.shape[0]:
         return dequantize_4bit(module.weight.data, state).to(dtype)
     columns = state.shape[1]
-    first, last = rows.start * columns, rows.stop * columns
-    blocks = slice(first // BLOCK, -(-last // BLOCK))
+    weights = slice(rows.start * columns, rows.stop * columns)
+    scales = _block_scales(state, slice(weights.start // BLOCK, -(-weights.stop // BLOCK)))
+    return dequantised(module.weight, weights, scales, dtype).view(-1, columns)
+
+
+def dequantised(parameter: Any, weights: slice, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Some of a packed parameter's weights, flat, by the float32 `scales` of their blocks; the first starts a block.
+
+    Flat, as bitsandbytes' CPU kernel misreads rows of, say, 1.5 blocks.
+    """
+    state = parameter.quant_state
     part = QuantState(
-        absmax=_block_scales(state, blocks),
-        shape=torch.Size((last - first,)),
+        absmax=scales,
+        shape=torch.Size((weights.stop - weights.start,)),
         code=state.code,
         blocksize=state.blocksize,
         quant_type=state.quant_type,
         dtype=dtype,
     )
-    return dequantize_4bit(module.weight.data[first // 2 : -(-last // 2)], part).view(-1, columns)
+    flat: torch.Tensor = dequantize_4bit(parameter.data[weights.start // 2 : -(-weights.stop // 2)], part)
+    return flat
 
 
 def _block_scales(state: QuantState, blocks: slice) -> torch.Tensor:

@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Params4bit
 
-from qtune.memory.nf4 import BLOCK
-
-SCALES_BLOCK = 256
+from qtune.memory import nf4
+from qtune.memory.nf4 import BLOCK, OUTER_BLOCK
 
 
 def expert_modules(model: torch.nn.Module) -> Iterator[Any]:
@@ -93,7 +92,7 @@ def pack(matrices: Iterator[torch.Tensor], shape: torch.Size, double: bool) -> P
     state.shape, state.absmax = shape, scales.flatten()
     if double:
         state.offset = state.absmax.mean()
-        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=SCALES_BLOCK)
+        state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=OUTER_BLOCK)
         state.nested = True
     return Params4bit(
         packed.flatten(0, 1),
@@ -108,26 +107,7 @@ def pack(matrices: Iterator[torch.Tensor], shape: torch.Size, double: bool) -> P
 
 def packed_like(parameter: torch.Tensor, double: bool) -> Any:
     """What `pack` makes of a parameter (E, N, K), without values: on the device, and of the mode, that is active."""
-    blocks = parameter.numel() // BLOCK
-    state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
-        shape=parameter.shape,
-        code=torch.empty(16, dtype=torch.float32),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=parameter.dtype,
-    )
-    if double:
-        state.offset, state.nested = torch.empty((), dtype=torch.float32), True
-        state.state2 = QuantState(
-            absmax=torch.empty(-(-blocks // SCALES_BLOCK), dtype=torch.float32),
-            code=torch.empty(256, dtype=torch.float32),
-            blocksize=SCALES_BLOCK,
-            dtype=torch.float32,
-        )
-    packed: Any = torch.nn.Parameter(torch.empty(parameter.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
-    packed.quant_state = state
-    return packed
+    return nf4.empty_packed(tuple(parameter.shape), parameter.dtype, double)
 
 
 def packed_tensors(experts: Any) -> list[tuple[Any, str]]:
@@ -159,16 +139,8 @@ def matrix(parameter: Any, scales: torch.Tensor | None, expert: int, dtype: torc
     if scales is None:
         plain: torch.Tensor = parameter.detach()[expert].to(dtype)
         return plain
-    state = parameter.quant_state
-    _, rows, columns = state.shape
-    bytes_each, blocks_each = rows * columns // 2, rows * columns // BLOCK
-    part = QuantState(
-        absmax=scales[expert * blocks_each : (expert + 1) * blocks_each],
-        shape=torch.Size((rows * columns,)),  # bitsandbytes' CPU kernel misreads rows of, say, 1.5 blocks
-        code=state.code,
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-    )
-    flat: torch.Tensor = dequantize_4bit(parameter.data[expert * bytes_each : (expert + 1) * bytes_each], part)
-    return flat.view(rows, columns)
+    _, rows, columns = parameter.quant_state.shape
+    size = rows * columns
+    weights = slice(expert * size, (expert + 1) * size)
+    own_scales = scales[weights.start // BLOCK : weights.stop // BLOCK]
+    return nf4.dequantised(parameter, weights, own_scales, dtype).view(rows, columns)

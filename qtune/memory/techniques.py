@@ -3,7 +3,7 @@
 Every technique may be switched on in a model that is running, between two passes; none is switched off again.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -30,6 +30,18 @@ class Techniques:
     quantized_head: bool = False
     streamed_layers: int = 0
     head_groups: int = 1
+
+    def on_top_of(self, others: "Techniques") -> "Techniques":
+        """These, and of `others` what these do without: nothing is switched off, an amount asked for anew is taken."""
+        return Techniques(
+            recomputed_layers=max(self.recomputed_layers, others.recomputed_layers),
+            host_checkpoints=self.host_checkpoints or others.host_checkpoints,
+            tile_tokens=self.tile_tokens or others.tile_tokens,
+            host_embedding=self.host_embedding or others.host_embedding,
+            quantized_head=self.quantized_head or others.quantized_head,
+            streamed_layers=max(self.streamed_layers, others.streamed_layers),
+            head_groups=self.head_groups if self.head_groups > 1 else others.head_groups,
+        )
 
     def for_answers(self) -> "Techniques":
         """What a model that only answers needs of these: the weights where they were in training, the head as it is."""
@@ -67,33 +79,25 @@ class Engine:
     def switch_to(self, wanted: Techniques) -> None:
         """Bring the model to `wanted`. What is on stays on, also where `wanted` does without it."""
         causal, now = self._model.get_base_model(), self.techniques
+        target = wanted.on_top_of(now)
         if self._layers:
-            self.runner.recompute(max(wanted.recomputed_layers, now.recomputed_layers))
-        if wanted.host_checkpoints and self.runner.host is None:
+            self.runner.recompute(target.recomputed_layers)
+        if target.host_checkpoints and self.runner.host is None:
             self.runner.host = HostBuffers()
-        if wanted.tile_tokens and wanted.tile_tokens != now.tile_tokens:
-            self._tile(wanted.tile_tokens)
-        if wanted.head_groups > 1 and wanted.head_groups != now.head_groups:
+        if target.tile_tokens != now.tile_tokens:
+            self._tile(target.tile_tokens)
+        if target.head_groups != now.head_groups:
             for layer in self._layers:
-                group_heads(layer, wanted.head_groups)
-        if wanted.host_embedding:
+                group_heads(layer, target.head_groups)
+        if target.host_embedding:
             move_embedding_out(causal, self._device)
-        if wanted.quantized_head:
+        if target.quantized_head:
             quantize_head(causal)
-        if wanted.streamed_layers > now.streamed_layers:
+        if target.streamed_layers > now.streamed_layers:
             self.runner.stream_with(
-                LayerStream(self._layers, spread(wanted.streamed_layers, len(self._layers)), self._device)
+                LayerStream(self._layers, spread(target.streamed_layers, len(self._layers)), self._device)
             )
-        self.techniques = replace(
-            wanted,
-            recomputed_layers=max(wanted.recomputed_layers, now.recomputed_layers),
-            tile_tokens=wanted.tile_tokens or now.tile_tokens,
-            head_groups=wanted.head_groups if wanted.head_groups > 1 else now.head_groups,
-            host_checkpoints=wanted.host_checkpoints or now.host_checkpoints,
-            host_embedding=wanted.host_embedding or now.host_embedding,
-            quantized_head=wanted.quantized_head or now.quantized_head,
-            streamed_layers=max(wanted.streamed_layers, now.streamed_layers),
-        )
+        self.techniques = target
 
     def forget_pass(self) -> None:
         """Drop what a pass that did not come to its end has left behind."""

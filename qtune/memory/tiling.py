@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from qtune.memory import live, packed_experts, random_state
-from qtune.memory.layers import Forward, LayerRunner, autocast_here
+from qtune.memory.layers import Forward, LayerRunner, autocast_here, backward_again
 
-TILE_TOKENS = 2048
 NORM_TILE_TOKENS = 1024
 
 
@@ -101,12 +100,8 @@ class _Tiled(torch.autograd.Function):
         with random_state.rewound(ctx.random, hidden.device):
             for tile in live.tiles(hidden.shape[1], ctx.tokens, hidden):
                 piece = hidden[:, tile].detach().requires_grad_(of_input is not None)
-                with torch.enable_grad(), ctx.autocast():
-                    output = ctx.forward(piece)
-                edge = torch.autograd.graph.get_gradient_edge(output)
-                del output
-                torch.autograd.backward(edge, gradient[:, tile])
+                backward_again(ctx.forward, piece, gradient[:, tile], ctx.autocast)
                 if of_input is not None:
                     of_input[:, tile] = piece.grad
-                del piece, edge
+                del piece
         return of_input, None, None, None, None, None

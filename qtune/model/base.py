@@ -59,10 +59,7 @@ def base_folder(model: Model) -> Path:
     """
     if model.base == "demo":
         return DEMO_BASE
-    path = Path(model.base)
-    if path.is_absolute():
-        return _checked(path)
-    return _checked(_download(model))
+    return _checked(_local_folder(model) or _download(model))
 
 
 def _download(model: Model) -> Path:
@@ -110,25 +107,27 @@ def read_config(model: Model) -> PreTrainedConfig:
 
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
-    if model.base == "demo" or Path(model.base).is_absolute():
-        folder = _local_folder(model)
-    else:
-        folder = Path(
-            _fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))
-        ).parent
+    folder = _local_folder(model)
+    if folder is None:
+        fetched = _fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))
+        folder = Path(fetched).parent
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
     return _config_in(folder, model)
 
 
-def _local_folder(model: Model) -> Path:
-    """The base's folder, taken for one; it need not hold weights."""
-    return DEMO_BASE if model.base == "demo" else Path(model.base)
+def _local_folder(model: Model) -> Path | None:
+    """The folder that the recipe names, be it without weights; None for a hub model."""
+    if model.base == "demo":
+        return DEMO_BASE
+    path = Path(model.base)
+    return path if path.is_absolute() else None
 
 
 def has_tokenizer_here(model: Model) -> bool:
-    """Whether the base's tokenizer can be loaded without a network."""
-    return any((_local_folder(model) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    """Whether the base is a folder that holds a tokenizer, which needs no network then."""
+    folder = _local_folder(model)
+    return folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
@@ -172,8 +171,7 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one."""
-    is_here = model.base == "demo" or Path(model.base).is_absolute()
-    folder = _local_folder(model) if is_here else base_folder(model)
+    folder = _local_folder(model) or base_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as fault:  # tokenizer files fail in as many ways as there are formats

@@ -1,6 +1,7 @@
 """Recipe + data + device -> Plan: every open choice settled before anything is loaded, each with its reason."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from qtune.memory.techniques import Techniques
 from qtune.plan import ladder, speed
 from qtune.plan.forced import refuse_impossible
 from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import Budget, Climb, Reserve, Rung
+from qtune.plan.ladder import Budget, Reserve, Rung
 from qtune.plan.longest import STEP_TOKENS, longest
 from qtune.plan.remedies import explain, remedies
 from qtune.plan.speed import Speed
@@ -74,7 +75,7 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
     """
     train = recipe.train
     compute_dtype, why_compute = _compute_dtype(recipe, device)
-    forecaster = Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
+    forecaster = _forecaster(recipe, device, config, compute_dtype)
     budget = budget_of(recipe, device)
     refuse_impossible(recipe, forecaster, work.heaviest(1), budget.host_bytes)
     climb = ladder.climb(recipe, forecaster, work, budget)
@@ -90,7 +91,11 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
         Choice("compute", compute_dtype, why_compute),
         Choice("adapter", _adapter(recipe), "lora"),
         Choice("steps", "not known yet" if work.is_assumed else f"{steps:,}", why_steps),
-        Choice("sequences a step", f"{train.micro_batch * train.gradient_accumulation}", _batch(recipe, climb)),
+        Choice(
+            "sequences a step",
+            f"{train.micro_batch * train.gradient_accumulation}",
+            _batch(recipe, climb.micro_batch, accumulation),
+        ),
         Choice("learning rate", f"{train.learning_rate:g}", f"{train.schedule}, after {warmup_steps} steps of warm-up"),
         Choice("optimizer", train.optimizer, "train.optimizer"),
         Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
@@ -119,13 +124,19 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
     )
 
 
-def longest_on(recipe: Recipe, device: Device, config: PreTrainedConfig) -> int:
-    """The longest sequence in tokens that fits on `device`."""
-    compute_dtype, _ = _compute_dtype(recipe, device)
-    forecaster = Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
-    budget = budget_of(recipe, device)
-    refuse_impossible(recipe, forecaster, Batch.of_one_document(STEP_TOKENS), budget.host_bytes)
-    return longest(recipe, forecaster, budget)
+def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConfig) -> list[int]:
+    """The longest sequence in tokens that fits on each of `devices`, which differ in nothing but their memory."""
+    forecaster = _forecaster(recipe, devices[0], config, _compute_dtype(recipe, devices[0])[0])
+    found = []
+    for device in devices:
+        budget = budget_of(recipe, device)
+        refuse_impossible(recipe, forecaster, Batch.of_one_document(STEP_TOKENS), budget.host_bytes)
+        found.append(longest(recipe, forecaster, budget))
+    return found
+
+
+def _forecaster(recipe: Recipe, device: Device, config: PreTrainedConfig, compute_dtype: str) -> Forecaster:
+    return Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
 
 
 def budget_of(recipe: Recipe, device: Device) -> Budget:
@@ -143,14 +154,13 @@ def _adapter(recipe: Recipe) -> str:
     return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, in {lora.master_dtype}"
 
 
-def _batch(recipe: Recipe, climb: Climb) -> str:
-    train = recipe.train
-    accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
+def _batch(recipe: Recipe, micro_batch: int, accumulation: int) -> str:
+    asked = recipe.train.micro_batch
     told = (
-        f"micro_batch {climb.micro_batch} x gradient_accumulation {accumulation},"
+        f"micro_batch {micro_batch} x gradient_accumulation {accumulation},"
         f" each of at most {recipe.data.max_tokens:,} tokens"
     )
-    return told if climb.micro_batch == train.micro_batch else f"{told}; micro_batch {train.micro_batch} does not fit"
+    return told if micro_batch == asked else f"{told}; micro_batch {asked} does not fit"
 
 
 def _compute_dtype(recipe: Recipe, device: Device) -> tuple[str, str]:

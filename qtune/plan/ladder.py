@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from qtune.memory.techniques import Techniques
-from qtune.plan.forced import forced, key_value_heads, refusals
+from qtune.plan.forced import FIELDS, forced, key_value_heads, refusals
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
@@ -61,14 +61,18 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Step:
-    """How a rung is climbed: `key` is its setting in the recipe, `field` the one in Techniques."""
+    """How a rung is climbed: `key` is its setting in the recipe."""
 
     name: str
     key: str
-    field: str
     up: Callable[[Techniques, Forecaster], Techniques]
     cost: Callable[[Techniques, Forecaster], float]
     note: str
+
+    @property
+    def field(self) -> str:
+        """Its field in Techniques."""
+        return FIELDS[self.key]
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,6 @@ STEPS = (
     Step(
         "recompute layers",
         "keep_layers",
-        "recomputed_layers",
         lambda t, f: replace(t, recomputed_layers=f.layers),
         _recompute_cost,
         "activations are made again in the backward pass",
@@ -110,14 +113,12 @@ STEPS = (
     Step(
         "checkpoints in host memory",
         "checkpoints",
-        "host_checkpoints",
         lambda t, f: replace(t, host_checkpoints=True),
         lambda t, f: 0.03 * t.recomputed_layers / max(1, f.layers),
         "copied on a stream of their own",
     ),
     Step(
         "MLP and norms in tiles",
-        "tile_tokens",
         "tile_tokens",
         lambda t, f: replace(t, tile_tokens=TILE_TOKENS),
         lambda t, f: 0.05 * TILE_TOKENS / max(1, t.tile_tokens),
@@ -126,7 +127,6 @@ STEPS = (
     Step(
         "embedding in host memory",
         "embedding",
-        "host_embedding",
         lambda t, f: replace(t, host_embedding=True),
         lambda t, f: 0.005,
         "only the rows looked up are copied",
@@ -134,14 +134,12 @@ STEPS = (
     Step(
         "streamed layers",
         "stream_layers",
-        "streamed_layers",
         lambda t, f: replace(t, streamed_layers=f.layers, recomputed_layers=f.layers),
         lambda t, f: 0.10 * t.streamed_layers / max(1, f.layers),
         "copied in ahead of their turn, forward and backward",
     ),
     Step(
         "heads in groups",
-        "head_groups",
         "head_groups",
         lambda t, f: replace(t, head_groups=_most_groups(f)),
         lambda t, f: 0.10,
@@ -150,7 +148,6 @@ STEPS = (
     Step(
         "smaller tiles",
         "tile_tokens",
-        "tile_tokens",
         lambda t, f: replace(t, tile_tokens=SMALL_TILE_TOKENS),
         lambda t, f: 0.05 * TILE_TOKENS / max(1, t.tile_tokens),
         "weights are dequantised once a tile",
@@ -158,7 +155,6 @@ STEPS = (
     Step(
         "output head in NF4",
         "head",
-        "quantized_head",
         lambda t, f: replace(t, quantized_head=True),
         _head_cost,
         "the only one that moves the loss: it rounds the head while training",

@@ -30,7 +30,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Standing:
-    """Bytes of a whole model. A tied embedding has no table of its own: the head's is read for it."""
+    """Bytes of a whole model. A tied embedding has no table of its own: the head's is read for it. Gradients are as
+    large as the adapter."""
 
     base_bytes: int
     layers: tuple[Layer, ...]
@@ -40,7 +41,6 @@ class Standing:
     largest_bytes: int
     is_tied: bool
     adapter_bytes: int
-    gradient_bytes: int
     optimizer_bytes: int
     parameters: int
     active_parameters: int
@@ -64,7 +64,7 @@ class Standing:
             "embedding": embedding,
             "head": head,
             "adapter": self.adapter_bytes,
-            "gradients": self.gradient_bytes,
+            "gradients": self.adapter_bytes,
             "optimizer": self.optimizer_bytes,
         }
 
@@ -106,7 +106,6 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str) -> Stand
         largest_bytes=max((2 * _elements(p) // _stacked(p) for p in others), default=0),
         is_tied=is_tied,
         adapter_bytes=storage_sizes(trained),
-        gradient_bytes=storage_sizes(trained),
         optimizer_bytes=sum(_state_bytes(p.numel(), recipe.train.optimizer) for p in trained),
         parameters=sum(_elements(p) for p in frozen),
         active_parameters=round(sum(_elements(p) * _active_share(p, config) for p in others)),

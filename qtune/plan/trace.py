@@ -56,8 +56,7 @@ def trace(
             engine.switch_to(replace(techniques, streamed_layers=0))
             for parameter in adapter.trained_parameters(model):
                 parameter.grad = torch.zeros_like(parameter)
-            for part, tensors in standing_tensors(model).items():
-                counter.count(tensors, part)
+            counter.count(standing_tensors(model), STANDING)
             model.train()
             counter.peaks.clear()
             counter.enter_phase("forward")
@@ -71,12 +70,11 @@ def trace(
     return _first_and_last(counter.peaks)
 
 
-def standing_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The tensors that stand through a step, all under one name: they are counted elsewhere."""
+def standing_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that stand through a step; under one name, as they are counted elsewhere."""
     found: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     found += [p.grad for p in model.parameters() if p.grad is not None]
-    found += live.quantization_state(model.parameters())
-    return {STANDING: found}
+    return found + live.quantization_state(model.parameters())
 
 
 def _loss(

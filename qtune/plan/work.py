@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from qtune.data.packing import PackedRow
 from qtune.data.prepare import Prepared
@@ -40,12 +41,26 @@ class Work:
     def mean_tokens(self) -> float:
         return sum(sequence.tokens for sequence in self.sequences) / len(self.sequences)
 
+    @cached_property
+    def _heaviest_first(self) -> list[Batch]:
+        return sorted(self.sequences, key=lambda sequence: heaviest_first(sequence.document_lengths))
+
     def heaviest(self, micro_batch: int) -> Batch:
         """The largest batch that `micro_batch` sequences can make; of equal ones that of the longest documents."""
-        order = sorted(self.sequences, key=lambda s: (-s.tokens, -max(s.document_lengths)))
+        order = self._heaviest_first
         chosen = [order[i % len(order)] for i in range(micro_batch)] if self.is_assumed else order[:micro_batch]
         lengths = tuple(length for sequence in chosen for length in sequence.document_lengths)
         return Batch(lengths, sum(sequence.labelled for sequence in chosen))
+
+
+def heaviest_first(document_lengths: Sequence[int]) -> tuple[int, int]:
+    """What sequences are sorted by: most tokens first, of equal ones that of the longest document."""
+    return -sum(document_lengths), -max(document_lengths)
+
+
+def largest_rows(rows: Sequence[PackedRow], micro_batch: int) -> list[PackedRow]:
+    """The `micro_batch` heaviest of `rows`, which `Work.heaviest` is a forecast of."""
+    return sorted(rows, key=lambda row: heaviest_first(row["seq_lengths"]))[:micro_batch]
 
 
 def _labelled(labels: Sequence[int], lengths: Sequence[int]) -> int:

@@ -23,6 +23,7 @@ from qtune.memory.techniques import Engine
 from qtune.model.adapter import trained_parameters, use_master_dtype
 from qtune.model.base import autocast
 from qtune.plan.decide import Plan
+from qtune.plan.work import largest_rows
 from qtune.recipe.schema import Recipe
 from qtune.train import rehearsal
 from qtune.train.out_of_memory import Batch, Climb, OpenStep, Recovery, nothing_left, refusing
@@ -231,8 +232,7 @@ def rehearse_largest(
     trainer: MeteredTrainer, engine: Engine, plan: Plan, train: Sequence[PackedRow], climb: Climb
 ) -> tuple[rehearsal.Rehearsal, list[str]]:
     """The largest batch of `train` run once, and what had to be switched on for it."""
-    rows = sorted(train, key=lambda row: (-len(row["input_ids"]), -max(row["seq_lengths"])))[: plan.micro_batch]
-    batch = trainer._prepare_inputs(collate(rows))
+    batch = trainer._prepare_inputs(collate(largest_rows(train, plan.micro_batch)))
     trainer.open_step = OpenStep(trainer.recovery, "The rehearsal", trainer.args.device, trainer.model.zero_grad)
 
     def loss_of(batch: Batch) -> torch.Tensor:

@@ -1,14 +1,12 @@
 """The worst step first: the largest batch, once, before any time is spent on the others.
 
 Forward, backward and optimizer step run as they will, with a learning rate of 0; weights, state, gradients and random
-numbers are put back. On the CPU every tensor is counted, by the forecast's parts; on a card
-the allocator tells the peak of each phase. What runs out of memory, or takes more than was promised, climbs a rung and
-is tried again.
+numbers are put back. On the CPU every tensor is counted, by the forecast's parts; on a card the allocator tells the
+peak of each phase. What runs out of memory, or takes more than was promised, climbs a rung and is tried again.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +15,6 @@ from qtune.errors import OutOfMemory
 from qtune.events import Listener, MemoryMeasured, Rehearsed
 from qtune.memory import random_state
 from qtune.memory.device import Device
-from qtune.memory.host import HostBuffers
 from qtune.memory.live import LiveBytes, Peak
 from qtune.memory.parts import standing_parts
 from qtune.memory.techniques import Engine
@@ -104,7 +101,7 @@ def rehearse(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     try:
-        _as_after_a_step(model, optimizer, accumulates)
+        as_after_a_step(model, optimizer, accumulates)
         watch = _on_a_card if device.is_cuda else _by_counting
         return watch(model, engine, optimizer, batch, loss_of)
     finally:
@@ -116,7 +113,7 @@ def rehearse(
         random_state.wind_back(before, place)
 
 
-def _as_after_a_step(model: PeftModel, optimizer: torch.optim.Optimizer, accumulates: bool) -> None:
+def as_after_a_step(model: PeftModel, optimizer: torch.optim.Optimizer, accumulates: bool) -> None:
     """Have the optimizer's state there, as it is from the second step on, and gradients if they outlive a pass."""
     for parameter in trained_parameters(model):
         parameter.grad = torch.zeros_like(parameter)
@@ -125,22 +122,27 @@ def _as_after_a_step(model: PeftModel, optimizer: torch.optim.Optimizer, accumul
         model.zero_grad()
 
 
+def count_what_is_there(
+    counter: LiveBytes, model: PeftModel, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch
+) -> None:
+    """Have `counter` know, by part, what a step on `batch` begins with."""
+    for part, side, tensors in standing_parts(model, engine, optimizer):
+        counter.count(tensors, part, side)
+    counter.count([value for value in batch.values() if isinstance(value, torch.Tensor)], "batch")
+
+
 def _by_counting(
     model: PeftModel, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss
 ) -> Rehearsal:
-    if engine.runner.host is not None:
-        engine.runner.host = HostBuffers()  # those of an earlier pass would be taken for the device's
     with LiveBytes() as counter:
-        for part, side, tensors in standing_parts(model, engine, optimizer):
-            counter.count(tensors, part, side)
-        counter.count([value for value in batch.values() if isinstance(value, torch.Tensor)], "batch")
+        count_what_is_there(counter, model, engine, optimizer, batch)
         counter.enter_phase("forward")
         loss = loss_of(batch)
         loss.backward()
         del loss  # and what its graph still holds, as the trainer does before it steps
         counter.count([p.grad for p in trained_parameters(model) if p.grad is not None], "gradients")
         counter.enter_phase("step")
-        _step(model, optimizer)
+        finish_step(model, optimizer)
     counter.peaks.pop("load", None)
     return Rehearsal(counter.peaks)
 
@@ -161,12 +163,13 @@ def _on_a_card(
     loss.backward()
     del loss
     end("backward")
-    _step(model, optimizer)
+    finish_step(model, optimizer)
     end("step")
     return Rehearsal(peaks)
 
 
-def _step(model: PeftModel, optimizer: torch.optim.Optimizer) -> Any:
+def finish_step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Clip the gradients and take the step."""
     gradients = [p for p in trained_parameters(model) if p.grad is not None]
     torch.nn.utils.clip_grad_norm_(gradients, 1.0)
-    return optimizer.step()
+    optimizer.step()
