@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qtune.recipe.schema import Recipe
+    from qtune.rundir import RunDir
+    from qtune.train.fit import Fitted
 
 CARDS_GIB = (6, 8, 12, 16, 24, 48, 80)
 EXAMPLES = """\
@@ -32,6 +34,7 @@ start here:
   qtune check my.toml               is the recipe right, is the data?
   qtune plan my.toml                will it fit, how, and what it costs
   qtune run my.toml                 train it, watch it, score it
+  qtune resume runs/my-...          go on with it after Ctrl-C, a crash or a power cut
   qtune chat runs/my-...            talk to it
 """
 
@@ -86,6 +89,17 @@ def build_parser() -> argparse.ArgumentParser:
     run = _verb(verbs, "run", run_recipe, "train a recipe: check, score, train, score again")
     _recipe_arguments(run)
     run.add_argument("--output", type=Path, metavar="FOLDER", help="run folder; default runs/NAME-DATE-TIME")
+
+    resume = _verb(verbs, "resume", resume_run, "go on with a run that was stopped, exactly where it was")
+    resume.add_argument("run", type=Path, help="run folder")
+    _set_argument(resume)
+    resume.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on although this field, such as train.epochs, is not what it was; may be given again",
+    )
 
     plan = _verb(verbs, "plan", plan_recipe, "will it fit, how, and what it costs; nothing is downloaded or trained")
     _recipe_arguments(plan)
@@ -144,6 +158,11 @@ def _verb(verbs: Any, name: str, act: Any, text: str, as_json: bool = True) -> a
 
 def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a recipe file, or the name of a shipped one such as medical")
+    _set_argument(verb)
+    verb.add_argument("--demo", action="store_true", help="use what the recipe's [demo] says: small base, small data")
+
+
+def _set_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--set",
         action="append",
@@ -151,7 +170,6 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a setting, such as train.learning_rate=1e-4; may be given again",
     )
-    verb.add_argument("--demo", action="store_true", help="use what the recipe's [demo] says: small base, small data")
 
 
 def _size(text: str) -> int:
@@ -202,14 +220,38 @@ def run_recipe(options: argparse.Namespace) -> int:
     recipe, path = _load_recipe(options)
     console = _console(options)
     from qtune import run as story
-    from qtune.report import summary, tables
+    from qtune.recipe.load import given_anywhere
+    from qtune.resume import Invocation
 
     ready = story.get_ready(recipe)
     story.show(ready, console)
-    folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), options.output)
-    fitted = story.run(ready, folder, console)
+    invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
+    folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
+    return _told(folder, story.run(ready, folder, console), console, options.json)
+
+
+def resume_run(options: argparse.Namespace) -> int:
+    from qtune import logs, resume
+    from qtune.rundir import RunDir
+
+    folder = RunDir.open_to_resume(options.run)
+    recipe = resume.recipe_of(folder, options.set)
+    logs.hold()
+    _stay_offline_when_local(recipe)
+    console = _console(options)
+    from qtune import run as story
+
+    ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change)
+    resume.remember(folder, options.set)
+    return _told(folder, story.run(ready, folder, console, point, resumed), console, options.json)
+
+
+def _told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool) -> int:
+    """The end of a run, shown; returns the exit code."""
+    from qtune.report import summary, tables
+
     console.print(tables.end_of_run(folder))
-    if options.json:
+    if as_json:
         _print_json(summary.as_json(folder))
     return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by
 

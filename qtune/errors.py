@@ -3,6 +3,7 @@
     QtuneError                 exit 1: our fault, or a run that could not be finished
     ├── TrainingDiverged       a loss or gradient stopped being a number; raised before the step is taken
     ├── OutOfMemory            a step or a loss that does not fit, whatever was tried; the last whole step is kept
+    ├── DiskFull               a disk with no room left; what was there stays as it was
     ├── DoesNotFit             exit 3: a run that the forecast says cannot fit, with the changes that would
     ├── VerificationFailed     a merge that is not the model that was trained
     └── UserError              exit 2: something the user wrote, named or has; the message says what would work
@@ -30,6 +31,10 @@ class TrainingDiverged(QtuneError):
 
 class OutOfMemory(QtuneError):
     """Memory ran out, and there is nothing left to give up; the weights are those of the last whole step."""
+
+
+class DiskFull(QtuneError):
+    """The disk filled up in the middle of a run; the last checkpoint is whole."""
 
 
 class DoesNotFit(QtuneError):

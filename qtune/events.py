@@ -92,6 +92,24 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint was written after `step` steps."""
+
+    step: int
+    name: str
+    bytes: int
+    save_seconds: float
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that was stopped goes on after `step` steps; `text` says from which checkpoint, and why from that one."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Notice:
     """A plain sentence the user should read once."""
 
@@ -106,7 +124,19 @@ class Finished:
     train_seconds: float
 
 
-Event = Started | StepDone | Evaluated | MemoryMeasured | Rehearsed | Scored | Saved | Notice | Finished
+Event = (
+    Started
+    | StepDone
+    | Evaluated
+    | MemoryMeasured
+    | Rehearsed
+    | Scored
+    | Saved
+    | CheckpointSaved
+    | Resumed
+    | Notice
+    | Finished
+)
 Listener = Callable[[Event], None]
 EVENT_BY_NAME = {
     "started": Started,
@@ -116,6 +146,8 @@ EVENT_BY_NAME = {
     "rehearsed": Rehearsed,
     "score": Scored,
     "saved": Saved,
+    "checkpoint": CheckpointSaved,
+    "resumed": Resumed,
     "notice": Notice,
     "finished": Finished,
 }

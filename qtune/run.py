@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,19 +24,23 @@ from qtune.deploy.verify import Verdict, verify
 from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.evaluate.loss import held_out_loss
-from qtune.events import Event, Listener, Notice, Saved
+from qtune.events import Event, Listener, Notice, Resumed
 from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
-from qtune.plan.decide import Plan, decide, longest_on, refuse_unless_it_fits
+from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.report import forecast, summary, tables
 from qtune.report.dashboard import listener_for
+from qtune.resume import Invocation, changes, refuse_changes
 from qtune.rundir import RunDir, default_path, read_json, write_json
-from qtune.train.fit import Fitted, HeldOutLoss, fit
+from qtune.train import checkpoint
+from qtune.train.fit import Fitted, Keeping, fit
 from qtune.train.out_of_memory import Climb, Recovery
+from qtune.train.reporting import HeldOutLoss
+from qtune.train.saving import Point
 from qtune.units import format_bytes
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
@@ -59,13 +62,13 @@ class Ready:
         return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids)
 
 
-def get_ready(recipe: Recipe) -> Ready:
+def get_ready(recipe: Recipe, settled: Settled | None = None) -> Ready:
     """Read the data, settle the plan. Raises a UserError for anything that could not be trained on."""
     base.quiet_libraries()
     config = base.read_config(recipe.model)
     tokenizer = base.load_tokenizer(recipe.model)
     prepared = prepare(recipe, tokenizer)
-    plan = decide(recipe, find_device(), config, Work.of_prepared(prepared))
+    plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
     return Ready(recipe, tokenizer, prepared, plan)
 
 
@@ -97,35 +100,70 @@ def show(ready: Ready, console: Console) -> None:
     console.print(forecast.forecast_table(ready.plan.as_json()))
 
 
-def start_folder(ready: Ready, recipe_text: str, output: Path | None) -> RunDir:
+def start_folder(ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None) -> RunDir:
     """A new run folder that says what was asked for and what was settled, before anything can fail."""
     refuse_unless_it_fits(ready.recipe, ready.plan)
-    run = RunDir.create(output or default_path(ready.recipe.name, datetime.now()), recipe_text)
+    path = output or default_path(ready.recipe.name, datetime.now())
+    run = RunDir.create(path, recipe_text, dataclasses.asdict(invocation))
     logs.write_to(run.log)
-    write_json(run.plan, ready.plan.as_json())
-    write_json(run.data, dataclasses.asdict(ready.prepared.report))
-    write_json(run.probe, [example.input_ids for example in ready.prepared.held_out[:PROBE_ROWS]])
+    _describe(ready, run)
     return run
 
 
-def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
-    """Load, score, train, score again; everything worth keeping is in `folder` when this returns."""
+def _describe(ready: Ready, run: RunDir) -> None:
+    write_json(run.plan, ready.plan.as_json())
+    write_json(run.data, dataclasses.asdict(ready.prepared.report))
+    write_json(run.probe, [example.input_ids for example in ready.prepared.held_out[:PROBE_ROWS]])
+
+
+def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str]) -> tuple[Ready, Point | None, Resumed]:
+    """What a run that was stopped needs to go on, the checkpoint it goes on from, and a sentence on that one.
+
+    Raises RunFolderError where it no longer is what it was and that was not `allowed`, field by field, and where all
+    its checkpoints are broken.
+    """
+    path, why = checkpoint.choose(run.checkpoints)
+    point = None if path is None else Point.read(path)
+    is_replanned = any(field.startswith("memory.") for field in allowed)
+    ready = get_ready(recipe, None if point is None or is_replanned else Settled(point.techniques, point.micro_batch))
+    if run.lock.is_file():
+        before = read_json(run.lock)
+        now = lock(ready, before["quantized_modules"])
+        refuse_changes(run, changes(before, now), allowed)
+        write_json(run.lock, now)
+    refuse_unless_it_fits(recipe, ready.plan)
+    logs.write_to(run.log)
+    _describe(ready, run)
+    return ready, point, Resumed(point.step if point else 0, why)
+
+
+def run(
+    ready: Ready, folder: RunDir, console: Console, point: Point | None = None, resumed: Resumed | None = None
+) -> Fitted:
+    """Load, score, train, score again; everything worth keeping is in `folder` when this returns.
+
+    With a `point` it goes on from there, as if it had never been stopped.
+    """
     recipe, plan = ready.recipe, ready.plan
-    with listener_for(console, _title(recipe), plan.steps) as dashboard:
+    record = folder.record if point is None else folder.record_again
+    with folder.held(), listener_for(console, _title(recipe), plan.steps) as dashboard:
 
         def listen(event: Event) -> None:
-            folder.record(event)
+            record(event)
             dashboard(event)
 
+        folder.wind_back({} if point is None else point.journal_bytes)
+        for event in folder.events():
+            dashboard(event)
+        if resumed is not None:
+            listen(resumed)
         ledger = Ledger.begin(plan.device)
-        model, engine = _load(ready, folder, ledger, listen)
+        model, engine = _load(ready, folder, ledger, listen, point)
         recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass)
-        before = _score("base", ready, model, recovery, listen)
+        before = _base_score(ready, folder, model, recovery, listen, point)
         listen(ledger.measure("eval", 0, model, engine))
-        try:
-            fitted = _train(ready, model, engine, recovery, ledger, listen, folder)
-        finally:  # the weights are those of the last whole step, whatever ended training
-            listen(_save(folder, model, recipe.model.base))
+        record = folder.record
+        fitted = _train(ready, model, engine, recovery, ledger, listen, Keeping(folder, point))
         listen(ledger.measure("save", fitted.steps, model, engine))
         if fitted.stopped_by is None:
             after = _score("tuned", ready, model, recovery, listen)
@@ -134,20 +172,24 @@ def run(ready: Ready, folder: RunDir, console: Console) -> Fitted:
     return fitted
 
 
-def _load(ready: Ready, folder: RunDir, ledger: Ledger, listen: Listener) -> tuple[PeftModel, Engine]:
+def _load(
+    ready: Ready, folder: RunDir, ledger: Ledger, listen: Listener, point: Point | None
+) -> tuple[PeftModel, Engine]:
     """The base with a fresh adapter, and the memory techniques of the plan switched on.
 
-    A run that the user must put right before it can start leaves no folder.
+    A run that the user must put right before it can start leaves no folder, unless it has begun already.
     """
     recipe, plan = ready.recipe, ready.plan
     listen(Notice(f"loading {recipe.model.base}"))
     try:
         loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
-        write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
+        if point is None:
+            write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
         model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
         check_disk(folder.path, plan.disk_bytes)
     except UserError:
-        shutil.rmtree(folder.path)
+        if point is None and not folder.checkpoints.exists():
+            shutil.rmtree(folder.path)
         raise
     listen(ledger.measure("load", 0, model))
     engine = Engine(model)
@@ -181,7 +223,7 @@ def _train(
     recovery: Recovery,
     ledger: Ledger,
     listen: Listener,
-    run: RunDir,
+    keeping: Keeping,
 ) -> Fitted:
     plan, held_out = ready.plan, ready.held_out
 
@@ -192,10 +234,38 @@ def _train(
     if held_out.packs:
         largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
         measured = HeldOutLoss(len(held_out.examples), lambda: loss_over(held_out.packs), lambda: loss_over([largest]))
-    rows = packed_rows(ready.prepared.train, ready.prepared.train_packs)
+    examples, packs = ready.prepared.train, ready.prepared.train_packs
+
+    def places(rows: Sequence[int]) -> list[str]:
+        return [examples[i].place for row in rows for i in packs[row]]
+
     return fit(
-        ready.recipe, plan, model, engine, ready.tokenizer, rows, measured, ledger, listen, run.path, recovery.climb
+        ready.recipe,
+        plan,
+        model,
+        engine,
+        ready.tokenizer,
+        packed_rows(examples, packs),
+        measured,
+        ledger,
+        listen,
+        keeping.run.path,
+        recovery.climb,
+        keeping,
+        places,
     )
+
+
+def _base_score(
+    ready: Ready, run: RunDir, model: PeftModel, recovery: Recovery, listen: Listener, point: Point | None
+) -> Score | None:
+    """The base's score, measured once: a run that goes on has it in its folder."""
+    if point is not None and run.base_score.is_file():
+        return Score.from_json(read_json(run.base_score))
+    found = _score("base", ready, model, recovery, listen)
+    if found is not None:
+        write_json(run.base_score, dataclasses.asdict(found))
+    return found
 
 
 def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen: Listener) -> Score | None:
@@ -213,12 +283,6 @@ def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen:
 def _keep_scores(run: RunDir, ready: Ready, before: Score | None, after: Score | None) -> None:
     if before is not None and after is not None:
         write_json(run.scores, compare(before, after, ready.held_out, ready.recipe.evaluate))
-
-
-def _save(run: RunDir, model: PeftModel, base_name: str) -> Saved:
-    start = time.perf_counter()
-    size = adapter.save(model, run.adapter, base_name)
-    return Saved("adapter", size, time.perf_counter() - start)
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -250,6 +314,7 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "compute_dtype": ready.plan.compute_dtype,
         "data_sha256": ready.prepared.fingerprint,
         "template_sha256": ready.prepared.template_fingerprint,
+        "tokenizer_sha256": base.tokenizer_fingerprint(ready.tokenizer),
         "stop_token_ids": list(ready.prepared.stop_token_ids),
         "seed": recipe.train.seed,
         "versions": {name: importlib.metadata.version(name) for name in LOCKED_PACKAGES},

@@ -6,20 +6,27 @@ lock.json        base, data and template hashes,         summary.md      the run
                  versions, seed                          log.txt         what the libraries said
 metrics.jsonl    one event a line                        adapter/        a standard PEFT folder
 memory.jsonl     bytes by part, one step a line          merge.json      the verdict of the last merge
+history.jsonl    checkpoints, interruptions, resumes     checkpoints/    to go on from, the newest and the best
+invocation.json  the command line, to resume with        base_score.json the score before training
+
+metrics.jsonl is the same for a run that was interrupted and one that was not; what differs is kept in history.jsonl.
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qtune import sealed
 from qtune.errors import RunFolderError
-from qtune.events import EVENT_BY_NAME, Event, MemoryMeasured, Rehearsed
+from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed
 
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 
@@ -31,17 +38,17 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, recipe_text: str) -> "RunDir":
-        """Make a new folder with the recipe in it; one that holds anything already is refused."""
+    def create(cls, path: Path, recipe_text: str, invocation: dict[str, Any]) -> "RunDir":
+        """Make a new folder with the recipe, and how it was given, in it; one that holds anything is refused."""
         if is_used(path):
             raise RunFolderError(f"{path}: is not empty, and runs are never mixed. Name another --output.")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            with sealed.filled_in_place(path) as stage:
+                cls(stage).recipe.write_text(recipe_text, encoding="utf-8")
+                write_json(cls(stage).invocation, invocation)
         except OSError as fault:
             raise RunFolderError(f"{path}: cannot be created ({fault.strerror}). Name another --output.") from None
-        run = cls(path)
-        run.recipe.write_text(recipe_text, encoding="utf-8")
-        return run
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":
@@ -51,6 +58,14 @@ class RunDir:
         run = cls(path)
         if not run.lock.is_file():
             raise RunFolderError(f"{path}: is no run folder, it has no {run.lock.name}.{_runs_here()}")
+        return run
+
+    @classmethod
+    def open_to_resume(cls, path: Path) -> "RunDir":
+        """The run at `path`, which may have been stopped before it had a lock."""
+        run = cls(path)
+        if not run.invocation.is_file():
+            return cls.open(path)
         return run
 
     @property
@@ -94,6 +109,27 @@ class RunDir:
         return self.path / "probe.json"
 
     @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def invocation(self) -> Path:
+        return self.path / "invocation.json"
+
+    @property
+    def base_score(self) -> Path:
+        return self.path / "base_score.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def checkpoint_request(self) -> Path:
+        """A file of this name, put there by the user, asks for a checkpoint at the next step."""
+        return self.path / "CHECKPOINT"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 
@@ -102,18 +138,55 @@ class RunDir:
         return self.path / "adapter"
 
     def record(self, event: Event) -> None:
-        """Append one event. Bytes go to memory.jsonl, as they differ from run to run; the rest to metrics.jsonl."""
-        path = self.memory if isinstance(event, MemoryMeasured | Rehearsed) else self.metrics
+        """Append one event: bytes to memory.jsonl, as they differ from run to run, what only an interrupted run has to
+        history.jsonl, the rest to metrics.jsonl. Raises DiskFull."""
+        if isinstance(event, MemoryMeasured | Rehearsed):
+            self._append(self.memory, event)
+        elif isinstance(event, CheckpointSaved | Resumed):
+            self._append(self.history, event)
+        else:
+            self._append(self.metrics, event)
+
+    def record_again(self, event: Event) -> None:
+        """Append an event of a resumed run that repeats what was recorded before: it goes to history.jsonl."""
+        self._append(self.history, event)
+
+    def _append(self, path: Path, event: Event) -> None:
         line = json.dumps({"event": _NAME_BY_EVENT[type(event)], **dataclasses.asdict(event)}, ensure_ascii=False)
-        with path.open("a", encoding="utf-8") as file:
+        with sealed.refusing_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def journal_bytes(self) -> dict[str, int]:
+        """How long the journals are that a checkpoint winds back, flushed to disk first."""
+        journals = [path for path in (self.metrics, self.memory) if path.is_file()]
+        for path in journals:
+            sealed.flush(path)
+        return {path.name: path.stat().st_size for path in journals}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises RunFolderError where another process is at work in this folder."""
+        with (self.path / ".held").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunFolderError(f"{self.path}: another qtune is at work on this run. Wait for it.") from None
+            yield
+
+    def wind_back(self, journal_bytes: Mapping[str, int]) -> None:
+        """Cut the journals to the lengths of `journal_bytes`; those it does not name are removed."""
+        for path in (self.metrics, self.memory):
+            if path.name in journal_bytes:
+                os.truncate(path, journal_bytes[path.name])
+            else:
+                path.unlink(missing_ok=True)
+
     def events(self) -> Iterator[Event]:
-        """Every event of the run: metrics.jsonl in order, then memory.jsonl.
+        """Every event of the run: metrics.jsonl in order, then memory.jsonl, then history.jsonl.
 
         What stands behind the last line feed was never finished, and is left out.
         """
-        for path in (self.metrics, self.memory):
+        for path in (self.metrics, self.memory, self.history):
             finished = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
             for line in finished:
                 values = json.loads(line)

@@ -25,6 +25,12 @@ def parse_bytes(text: str) -> int | None:
     return size or None
 
 
+def parse_seconds(text: str) -> float | None:
+    """Seconds of `90s`, `10 min` or `1.5h`; None for anything else."""
+    found = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,3})?)\s*(s|min|h)\s*", text)
+    return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] or None if found else None
+
+
 def format_count(count: float) -> str:
     """`812`, `4,213`, `412k`, `33.0M`, `8.0B`: rows, tokens and parameters."""
     for suffix, size in (("B", 1e9), ("M", 1e6)):

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qtune"
 # A room may import itself and any room before it.
 ROOMS = [
     "errors",
+    "sealed",
     "units",
     "events",
     "logs",
@@ -25,6 +26,7 @@ ROOMS = [
     "evaluate",
     "report",
     "deploy",
+    "resume",
     "run",
     "doctor",
     "cli",

@@ -41,6 +41,10 @@ class Score:
     def mean(self) -> float | None:
         return sum(self.scores) / len(self.scores) if self.scores else None
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Score":
+        return cls(**{**values, "answers": tuple(values["answers"]), "scores": tuple(values["scores"])})
+
     def event(self, metric: str) -> Scored:
         return Scored(self.who, self.loss, metric, self.mean, len(self.scores), self.seconds)
 

@@ -6,7 +6,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qtune.errors import ModelError
@@ -94,6 +96,17 @@ def save(model: PeftModel, folder: Path, base_name: str) -> int:
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card template says nothing about this run
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def put_back(model: PeftModel, folder: Path) -> None:
+    """Give the adapter on `model` the weights that `save` wrote, to the bit and in the dtype that it has now.
+
+    Raises ModelError where they are not those of this adapter.
+    """
+    found = set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    missing = [name for name in found.missing_keys if ".lora_" in name]
+    if missing or found.unexpected_keys:
+        raise ModelError(f"{folder}: is not the adapter of this recipe ({(missing or found.unexpected_keys)[0]}).")
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:

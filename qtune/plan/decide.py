@@ -37,6 +37,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What a run that was interrupted had switched on, to be kept."""
+
+    techniques: Techniques
+    micro_batch: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a run needs to know besides the recipe and the rows.
 
@@ -67,8 +75,10 @@ class Plan:
         return asdict(self)
 
 
-def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work) -> Plan:
-    """The plan for training on `work` with `device`, here or imagined.
+def decide(
+    recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work, settled: Settled | None = None
+) -> Plan:
+    """The plan for training on `work` with `device`, here or imagined; a run that goes on has `settled` how.
 
     Raises ModelError where transformers cannot build the model that `config` describes, or a technique that the recipe
     asks for cannot be done with it, and MachineError where such a technique asks for more host memory than there is.
@@ -78,7 +88,10 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
     forecaster = _forecaster(recipe, device, config, compute_dtype)
     budget = budget_of(recipe, device)
     refuse_impossible(recipe, forecaster, work.heaviest(1), budget.host_bytes)
-    climb = ladder.climb(recipe, forecaster, work, budget)
+    if settled is None:
+        climb = ladder.climb(recipe, forecaster, work, budget)
+    else:
+        climb = ladder.stay(recipe, forecaster, work, budget, settled.techniques, settled.micro_batch)
     accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
     steps, why_steps = _steps(recipe, len(work.sequences))
     if work.is_assumed:
@@ -119,7 +132,7 @@ def decide(recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work)
         reserve=ladder.reserve(recipe, forecaster, climb.techniques, work.heaviest(climb.micro_batch), budget),
         speed=speed.estimate(recipe, forecaster, climb, work, device, steps),
         remedies=() if climb.fits else remedies(recipe, forecaster, work, budget, climb),
-        disk_bytes=4 * forecaster.standing.trained_parameters + SPARE_DISK_BYTES,
+        disk_bytes=_disk_bytes(recipe, forecaster),
         choices=choices,
     )
 
@@ -146,6 +159,13 @@ def budget_of(recipe: Recipe, device: Device) -> Budget:
         min(asked or device.free_bytes, device.free_bytes),
         min(asked_host or round(HOST_FRACTION * device.host_free_bytes), device.host_free_bytes),
     )
+
+
+def _disk_bytes(recipe: Recipe, forecaster: Forecaster) -> int:
+    """What a run leaves: the adapter, and the checkpoints kept, of which one more is there while it is written."""
+    adapter = 4 * forecaster.standing.trained_parameters
+    checkpoints = recipe.save.keep + 2  # the newest, the best, and the one being written
+    return adapter + checkpoints * (adapter + forecaster.standing.optimizer_bytes) + SPARE_DISK_BYTES
 
 
 def _adapter(recipe: Recipe) -> str:

@@ -172,14 +172,9 @@ def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
 def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> Climb:
     """The cheapest techniques with which the heaviest batch of `work` fits, else all of them. The effective batch is
     kept."""
-    accumulates = recipe.train.gradient_accumulation > 1
-
-    def forecast(techniques: Techniques, micro_batch: int) -> Forecast:
-        is_split = micro_batch < recipe.train.micro_batch
-        return forecaster.forecast(techniques, work.heaviest(micro_batch), accumulates or is_split)
 
     def fits(techniques: Techniques, micro_batch: int) -> bool:
-        return budget.has_room_for(forecast(techniques, micro_batch))
+        return budget.has_room_for(_forecast(recipe, forecaster, work, techniques, micro_batch))
 
     def split(micro_batch: int) -> int:
         return next((m for m in _divisors(micro_batch) if fits(techniques, m)), 1)
@@ -204,9 +199,25 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
             is_enough = fits(techniques, micro_batch)
     if is_enough:
         techniques = _pruned(techniques, start, climbed, lambda t: fits(t, micro_batch))
-    found = forecast(techniques, micro_batch)
-    rungs = tuple(_rungs(recipe, forecaster, techniques, lambda t: forecast(t, micro_batch)))
-    return Climb(is_enough, techniques, micro_batch, found, rungs)
+    return stay(recipe, forecaster, work, budget, techniques, micro_batch)
+
+
+def stay(
+    recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget, techniques: Techniques, micro_batch: int
+) -> Climb:
+    """What `techniques` come to, whether they are enough or not."""
+
+    def forecast(other: Techniques) -> Forecast:
+        return _forecast(recipe, forecaster, work, other, micro_batch)
+
+    found = forecast(techniques)
+    rungs = tuple(_rungs(recipe, forecaster, techniques, forecast))
+    return Climb(budget.has_room_for(found), techniques, micro_batch, found, rungs)
+
+
+def _forecast(recipe: Recipe, forecaster: Forecaster, work: Work, techniques: Techniques, micro_batch: int) -> Forecast:
+    is_accumulated = recipe.train.gradient_accumulation > 1 or micro_batch < recipe.train.micro_batch
+    return forecaster.forecast(techniques, work.heaviest(micro_batch), is_accumulated)
 
 
 def leanest(recipe: Recipe, forecaster: Forecaster, batch: Batch, budget: Budget) -> Techniques:

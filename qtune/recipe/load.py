@@ -1,5 +1,6 @@
 """TOML -> Recipe: every fault at once, each with its line and the nearest valid name. Never imports torch."""
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,16 +59,17 @@ class Origin:
         return [text for _, _, text in sorted(placed, key=lambda place: place[:2])]
 
 
-def load(path: Path, overrides: Sequence[str] = (), demo: bool = False) -> Recipe:
+def load(path: Path, overrides: Sequence[str] = (), demo: bool = False, beside: Path | None = None) -> Recipe:
     """The recipe at `path`, changed by `overrides` (texts such as `train.epochs=2`) and by its [demo] if that is asked.
 
     An override beats [demo], which beats the rest of the file. Names of files come back absolute: they are relative to
-    the recipe, in an override to the current folder. Raises RecipeError with every fault that is found.
+    the recipe, or to the folder `beside` which it came from, in an override to the current folder. Raises RecipeError
+    with every fault that is found.
     """
     found = document.read(path)
     given, wrong = _parse_overrides(overrides)
     origin = Origin(str(path), found.lines, given)
-    values = _put_all(paths.made_absolute(found.values, path.resolve().parent), given)
+    values = _put_all(paths.made_absolute(found.values, beside or path.resolve().parent), given)
     recipe, faults = _validate(values)
     faults += [*_faults_of_paths(values, origin, demo), *_idle(values, origin)]
     faults += [*conflicts.same_rows(values), *conflicts.exclude_each_other(values)]
@@ -79,6 +81,14 @@ def load(path: Path, overrides: Sequence[str] = (), demo: bool = False) -> Recip
         recipe, faults = _validate(_put_all(_with_demo(values, recipe.demo), given))
         assert recipe is not None, f"a valid [demo] in a valid recipe: {faults}"
     return recipe
+
+
+def given_anywhere(overrides: Sequence[str]) -> list[str]:
+    """The same overrides with the files they name made absolute, so that they hold in another current folder."""
+    given, _ = _parse_overrides(overrides)
+    return [
+        f"{'.'.join(each.key)}={json.dumps(each.value)}" if isinstance(each.value, str) else each.text for each in given
+    ]
 
 
 def json_schema() -> dict[str, Any]:

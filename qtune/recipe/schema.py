@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from qtune.units import parse_bytes
+from qtune.units import parse_bytes, parse_seconds
 
 
 class Table(BaseModel):
@@ -40,6 +40,14 @@ def _auto_or_size(value: Any) -> Any:
     if value == "auto" or (isinstance(value, str) and parse_bytes(value) is not None):
         return value
     raise PydanticCustomError("expected", '"auto" or a size such as "6GiB" or "7.5 GiB"')
+
+
+def _steps_or_duration(value: Any) -> Any:
+    """A whole number of steps, or a duration such as "10min"."""
+    is_steps = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+    if is_steps or (isinstance(value, str) and parse_seconds(value) is not None):
+        return value
+    raise PydanticCustomError("expected", 'a whole number of steps, or a duration such as "90s", "10min" or "1.5h"')
 
 
 MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
@@ -219,6 +227,21 @@ class Memory(Table):
     )
 
 
+class Save(Table):
+    """Checkpoints, from which a run that was stopped goes on."""
+
+    every: Annotated[int | str, BeforeValidator(_steps_or_duration)] = Field(
+        "10min",
+        description='Steps (a number) or time ("10min") between checkpoints; what is lost at a power cut is no more.',
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        le=1000,
+        description="Newest checkpoints kept, beside that of the best held-out loss; 2 survive a bad one.",
+    )
+
+
 class Evaluate(Table):
     """The score before and after."""
 
@@ -285,5 +308,6 @@ class Recipe(Table):
     data: Data = Field(description="What is learned from.")
     train: Train = Field(Train(), description="How it is trained.")
     memory: Memory = Field(Memory(), description="How it is made to fit.")
+    save: Save = Field(Save(), description="When checkpoints are written.")
     evaluate: Evaluate = Field(Evaluate(), description="How it is scored.")
     demo: Demo | None = Field(None, description="What --demo replaces.")

@@ -124,7 +124,7 @@ def _costs(plan: dict[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_row("batch", f"{plan['micro_batch']} x {plan['gradient_accumulation']} sequences a step")
     table.add_row("time", time + added)
-    table.add_row("disk", f"{format_bytes(plan['disk_bytes'])} for the adapter")
+    table.add_row("disk", f"{format_bytes(plan['disk_bytes'])} for adapter and checkpoints")
     if plan["is_assumed"]:
         table.add_row("data", "not read: every sequence is taken to be full")
     return table

@@ -4,7 +4,18 @@ import math
 import unicodedata
 from collections.abc import Callable
 
-from qtune.events import Evaluated, Event, Finished, Notice, Rehearsed, Saved, Scored, Started
+from qtune.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Finished,
+    Notice,
+    Rehearsed,
+    Resumed,
+    Saved,
+    Scored,
+    Started,
+)
 from qtune.units import format_bytes, format_count, format_percent, format_seconds
 
 # Zero-width and direction marks: nothing is seen of them, and a model learns them all the same. The joiners U+200C
@@ -73,7 +84,10 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...]) -> str | None:
         case Saved():
             took = finite(format_seconds, event.save_seconds)
             return f"{one_line(event.what)} saved ({format_bytes(event.bytes)}, {took})"
-        case Notice():
+        case CheckpointSaved():
+            took = finite(format_seconds, event.save_seconds)
+            return f"checkpoint of step {event.step:,} saved ({format_bytes(event.bytes)}, {took})"
+        case Resumed() | Notice():
             return one_line(event.text)
         case Finished():
             return f"{event.steps:,} steps done in {finite(format_seconds, event.train_seconds)}"

@@ -37,7 +37,7 @@ def make_run(
             torch.nn.init.normal_(parameter, std=strength)
         if ".lora_magnitude_vector." in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
-    run = RunDir.create(path, "")
+    run = RunDir.create(path, "", {})
     tuned.save_pretrained(run.adapter, save_embedding_layers=False)
     write_json(
         run.lock,

@@ -158,8 +158,8 @@ def test_the_longest_context_really_is_the_longest() -> None:
     def card(mib: int) -> Device:
         return Device("cuda:0", "a card", mib << 20, mib << 20, "bfloat16", "a test", GIB, 500 << 20)
 
-    assert longest_on(recipe(), card(400), SHALLOW) == 0
-    tokens = longest_on(recipe(), card(520), SHALLOW)
+    none, tokens = longest_on(recipe(), [card(400), card(520)], SHALLOW)
+    assert none == 0
     assert decide(recipe(), card(520), SHALLOW, Work.of_full_sequences(tokens)).fits
     found, more = Forecaster(SHALLOW, recipe(), "bfloat16", True, 500 << 20), round(1.02 * tokens) + 64
     assert fullness(recipe(), found, Batch.of_one_document(more), budget_of(recipe(), card(520))) > 1

@@ -166,7 +166,7 @@ LOCK: dict[str, Any] = {
 
 def start_run(folder: Path) -> RunDir:
     """A run folder in which nothing has happened yet."""
-    return RunDir.create(folder / "medical-1", 'name = "medical"\n')
+    return RunDir.create(folder / "medical-1", 'name = "medical"\n', {})
 
 
 def whole_run_in(folder: Path) -> RunDir:

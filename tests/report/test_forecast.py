@@ -93,7 +93,7 @@ technique                       frees      host     time
 
 batch   1 x 8 sequences a step
 time    about 1,500 tokens/s, 11 s a step, 1 h 30 min for 500 steps; the techniques add about 53.0 %
-disk    230 MiB for the adapter"""
+disk    230 MiB for adapter and checkpoints"""
     )
 
 

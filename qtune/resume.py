@@ -1,0 +1,135 @@
+"""A run that was stopped goes on: from which checkpoint, and only on what it stood on before."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from qtune.errors import RunFolderError
+from qtune.recipe import load
+from qtune.recipe.schema import Recipe
+from qtune.rundir import RunDir, read_json, write_json
+
+# What may change between two halves of a run if the user says so; a name that ends in a dot stands for all under it.
+CHANGEABLE = (
+    "name",
+    "about",
+    "demo.",
+    "evaluate.",
+    "memory.",
+    "save.",
+    "train.epochs",
+    "train.max_steps",
+    "train.learning_rate",
+    "train.schedule",
+    "train.warmup_fraction",
+    "train.weight_decay",
+    "train.max_grad_norm",
+    "train.eval_every",
+    "train.log_every",
+    "model.base",  # another place for the same weights, whose hash is held against them
+    "data.train",
+    "data.held_out",
+    "device",
+    "versions.",
+)
+IGNORED = ("base.folder", "base.name", "model.", "seed", "name")  # said by the recipe's own fields, or no matter
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How a run was asked for: `recipe_folder` is where the names in its recipe start, `overrides` are its --set."""
+
+    recipe_folder: str
+    overrides: tuple[str, ...]
+    demo: bool
+
+    @classmethod
+    def of_run(cls, run: RunDir) -> "Invocation":
+        values = read_json(run.invocation)
+        return cls(values["recipe_folder"], tuple(values["overrides"]), values["demo"])
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field that is not what it was when the run began."""
+
+    field: str
+    before: Any
+    now: Any
+
+    @property
+    def may_be_allowed(self) -> bool:
+        return any(self.field == name or (name[-1] == "." and self.field.startswith(name)) for name in CHANGEABLE)
+
+    def sentence(self) -> str:
+        told = f"{self.field}: was {_shown(self.before)}, is {_shown(self.now)}"
+        return f"{told} (--allow-change {self.field})" if self.may_be_allowed else told
+
+
+def recipe_of(run: RunDir, overrides: Sequence[str]) -> Recipe:
+    """The run's recipe as its folder has it now, with the overrides of then and, on top, those given now.
+
+    Raises RecipeError for one that does not hold any more.
+    """
+    began = Invocation.of_run(run)
+    return load.load(run.recipe, [*began.overrides, *overrides], began.demo, Path(began.recipe_folder))
+
+
+def remember(run: RunDir, overrides: Sequence[str]) -> None:
+    """Keep the overrides that a run goes on with, for the next time it is resumed."""
+    began = Invocation.of_run(run)
+    overrides = (*began.overrides, *load.given_anywhere(overrides))
+    write_json(run.invocation, asdict(replace(began, overrides=overrides)))
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What differs between two locks, by field; a recipe's fields go by the names they have in it."""
+    old, new = _flat(before), _flat(now)
+    found = [Change(field, old.get(field), new.get(field)) for field in dict.fromkeys([*old, *new])]
+    return [change for change in found if change.before != change.now]
+
+
+def refuse_changes(run: RunDir, found: Sequence[Change], allowed: Sequence[str]) -> None:
+    """Raises RunFolderError for changes that were not allowed, each with its old and its new value."""
+    names = {change.field for change in found}
+    idle = [field for field in allowed if field not in names]
+    if idle:
+        near = get_close_matches(idle[0], names, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise RunFolderError(f"--allow-change {idle[0]}: that has not changed.{hint}")
+    refused = [change for change in found if change.field not in allowed or not change.may_be_allowed]
+    if not refused:
+        return
+    lines = [f"{run.path}: is not what it was when the run began, so it would not be the same run."]
+    lines += [f"  {change.sentence()}" for change in refused]
+    if all(change.may_be_allowed for change in refused):
+        lines.append("Put it back, or allow the change as it says in brackets.")
+    else:
+        lines.append(
+            "Put it back, or begin a new run with `qtune run`: a run cannot go on with what has no --allow-change."
+        )
+    raise RunFolderError("\n".join(lines))
+
+
+def _flat(lock: Mapping[str, Any]) -> dict[str, Any]:
+    flat = dict(_leaves({key: value for key, value in lock.items() if key != "recipe"}))
+    flat = {field: value for field, value in flat.items() if not field.startswith(IGNORED)}
+    return {**dict(_leaves(lock["recipe"])), **flat}
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{above}{name}.")
+        else:
+            found.append((above + name, value))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value[:12]}..."' if len(value) == 64 else f'"{value}"'
+    return "unset" if value is None else str(value)

@@ -1,0 +1,124 @@
+"""Folders that are there whole or not at all, and that know when a byte in them has changed.
+
+A folder is filled beside its place, flushed to disk and renamed into it. SHA256SUMS, in the format of `sha256sum -c`,
+lists every file of a sealed one, so that a missing, added, cut or changed file is found before anything is read.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qtune.errors import DiskFull
+
+SUMS = "SHA256SUMS"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def filled_in_place(path: Path) -> Iterator[Path]:
+    """A new folder to fill; when the block ends it is flushed to disk and takes the place of `path`.
+
+    What goes wrong leaves `path` as it was. Raises DiskFull where the disk has no room for it.
+    """
+    with refusing_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield stage
+            stage.chmod(0o755)
+            _flush_all(stage)
+            _take_place(stage, path)
+            flush(path.parent)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
+def _take_place(stage: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(stage, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.rename(path, old)
+    try:
+        os.rename(stage, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def refusing_full_disk(path: Path) -> Iterator[None]:
+    """A disk that has no room left becomes a DiskFull that names `path`; a library's own error for it too."""
+    try:
+        yield
+    except Exception as fault:
+        if not _says_full(fault):
+            raise
+        raise DiskFull(
+            f"{path}: cannot be written, the disk is full. Free some space and go on with `qtune resume`."
+        ) from None
+
+
+def _says_full(fault: Exception) -> bool:
+    if isinstance(fault, OSError):
+        return fault.errno in FULL
+    return any(f"code: {number}," in str(fault) for number in FULL)  # safetensors writes in Rust
+
+
+def seal(folder: Path) -> None:
+    """Write SHA256SUMS over every other file in `folder`."""
+    (folder / SUMS).write_text(_sums(folder), encoding="utf-8")
+
+
+def what_is_broken(folder: Path) -> str | None:
+    """What of a sealed folder is not as it was sealed, as a clause such as `state.json is missing`; None if nothing."""
+    try:
+        sealed = (folder / SUMS).read_bytes()
+        found = _sums(folder)
+    except FileNotFoundError:
+        return f"it has no {SUMS}"
+    except OSError as fault:
+        return f"{fault.filename} cannot be read ({fault.strerror})"
+    return None if sealed == found.encode() else _difference(sealed.decode(errors="replace"), found)
+
+
+def _difference(sealed: str, found: str) -> str:
+    before, now = (
+        dict(line.split("  ", 1)[::-1] for line in text.splitlines() if "  " in line) for text in (sealed, found)
+    )
+    changed = next((name for name, digest in now.items() if name in before and before[name] != digest), None)
+    if changed is not None:
+        return f"{changed} was changed after it was written"
+    missing = next((name for name in before if name not in now), None)
+    return f"{missing} is missing" if missing is not None and before else f"{SUMS} was changed after it was written"
+
+
+def _sums(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    return "".join(f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

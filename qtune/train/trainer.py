@@ -1,0 +1,140 @@
+"""trl's SFTTrainer, made to take steps whole, in an order of our own, and to save and go on as a checkpoint says."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from qtune.errors import TrainingDiverged
+from qtune.memory import tiled_loss
+from qtune.train.order import DataOrder
+from qtune.train.out_of_memory import Batch, OpenStep, Recovery
+from qtune.train.whole_steps import keep_steps_whole
+
+SHOWN_PLACES = 5
+
+
+@dataclass
+class Meter:
+    """What passed through the trainer since the last log line; `loss` is the sum of its steps' losses."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    wait_seconds: float = 0.0
+    other_seconds: float = 0.0
+    steps: int = 0
+    loss: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        self.tokens += inputs["input_ids"].numel()
+        self.trained_tokens += int((inputs["labels"] != -100).sum())
+
+    def as_json(self) -> dict[str, Any]:
+        """The same, and how long ago `since` was, which means nothing to another process."""
+        values = asdict(self)
+        return {**values, "since": time.perf_counter() - values["since"]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Meter":
+        return cls(**{**values, "since": time.perf_counter() - values["since"]})
+
+
+class MeteredTrainer(SFTTrainer):
+    """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all."""
+
+    meter: Meter
+    recovery: Recovery
+    step_loss: torch.Tensor
+    open_step: OpenStep
+    order: DataOrder
+    places: Callable[[Sequence[int]], list[str]]
+    save_now: Callable[[], None]
+    put_adapter_back: Callable[[], None]
+    wind_random_back: Callable[[], None]
+    has_begun = False
+    began: float
+
+    @property
+    def step_under_way(self) -> str:
+        return f"Step {self.state.global_step + 1}"
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        keep_steps_whole(optimizer, self.recovery, lambda: self.step_under_way)
+        return optimizer
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> DataOrder:
+        return self.order
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of the next optimizer step."""
+        start = time.perf_counter()
+        samples, tokens = super().get_batch_samples(*args, **kwargs)
+        self.meter.wait_seconds += time.perf_counter() - start
+        self.open_step = OpenStep(self.recovery, self.step_under_way, self.args.device, self.model.zero_grad)
+        self.step_loss = torch.zeros((), device=self.args.device)
+        self.has_begun = True
+        return samples, tokens
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The summed loss over the tokens of the whole step; trl's own where the head does not allow tiles."""
+        if tiled_loss.suits(self.model):
+            output = model(**inputs, tiled_loss=True)
+            loss = output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
+        self.open_step.phase = "backward pass"
+        return loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The batch's share of the step's loss, its gradient added; in pieces, and again, where memory asks for it."""
+        self.meter.count(inputs)
+        if num_items_in_batch is None:  # a model of the user's own that takes no such argument
+            num_items_in_batch = (inputs["labels"][:, 1:] != -100).sum()
+
+        def run(piece: Batch) -> torch.Tensor:
+            return super(MeteredTrainer, self).training_step(model, piece, num_items_in_batch)
+
+        loss = self.open_step.add(inputs, run)
+        if not torch.isfinite(loss):
+            raise self.diverged("loss")
+        self.step_loss += loss
+        return loss
+
+    def diverged(self, what: str) -> TrainingDiverged:
+        """The refusal of a step whose loss or gradient is no number; names the rows that it was made of."""
+        step = self.state.global_step + 1
+        args = self.args
+        rows = self.order.of_step(step, args.per_device_train_batch_size, args.gradient_accumulation_steps)
+        places = self.places(rows)
+        more = f" and {len(places) - SHOWN_PLACES:,} more" if len(places) > SHOWN_PLACES else ""
+        named = f" It was made of {', '.join(places[:SHOWN_PLACES])}{more}." if places else ""
+        return TrainingDiverged(
+            f"Step {step}: the {what} is not a finite number, so the step was not taken.{named} The usual cause is a"
+            f" learning rate that is too high (train.learning_rate is {args.learning_rate:g}); a tenth of it is a good"
+            " next try."
+        )
+
+    # Checkpoints are ours from here on: what the trainer would write and read are pickles.
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.save_now()
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The adapter is put back when everything else is there, in `train.resuming`."""
+
+    def _load_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        """Called once the batches of the first step are fetched, or before an epoch that begins."""
+        self.wind_random_back()
