@@ -58,6 +58,7 @@ class RunDir:
         run = cls(path)
         if not run.lock.is_file():
             raise RunFolderError(f"{path}: is no run folder, it has no {run.lock.name}.{_runs_here()}")
+        _refuse_links(path)
         return run
 
     @classmethod
@@ -66,6 +67,7 @@ class RunDir:
         run = cls(path)
         if not run.invocation.is_file():
             return cls.open(path)
+        _refuse_links(path)
         return run
 
     @property
@@ -196,6 +198,13 @@ class RunDir:
                 if kind is Rehearsed:
                     values["climbed"] = tuple(values["climbed"])
                 yield kind(**values)
+
+
+def _refuse_links(folder: Path) -> None:
+    """What is written to a run folder stays in it, wherever it came from."""
+    link = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
+    if link is not None:
+        raise RunFolderError(f"{link}: is a link, and a run folder holds none. Put what it leads to in its place.")
 
 
 def is_used(path: Path) -> bool:

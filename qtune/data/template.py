@@ -8,13 +8,14 @@ What a template writes between its generation prompt and an answer (Qwen3's empt
 trained with the answer: when the model is asked, it stands at the generation prompt and has to write it itself.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.formats import Message
+from qtune.data.renderer import Asked, Renderer, Untraceable
 from qtune.errors import ModelError
 
 MARKER = "qtunemarker{}x"
@@ -30,10 +31,6 @@ class Piece:
     trained: bool
 
 
-class Untraceable(Exception):
-    """A conversation that the template rejects, or rewrites so that its answers cannot be found again."""
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's chat template, understood.
@@ -43,6 +40,7 @@ class ChatTemplate:
     """
 
     tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
     opening: str
     differing_prompts: tuple[str, str] | None
     end_of_turn: str
@@ -54,8 +52,9 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ModelError(f"model.base: this base has no chat template, and the rows are chats. {HOW_TO_GIVE_ONE}")
         try:
-            before, after = _render_marked(tokenizer, [QUESTION, ANSWER])
-            opening, differing_prompts = _opening(tokenizer, before)
+            renderer = Renderer.of(tokenizer)
+            before, after = _parts(_render(renderer, _marked([QUESTION, ANSWER])), answers=1)
+            opening, differing_prompts = _opening(renderer, before)
         except Untraceable as fault:
             raise ModelError(f"model.chat_template: fails on a question and an answer: {fault}.") from None
         end_of_turn = _end_of_turn(after, tokenizer)
@@ -64,7 +63,7 @@ class ChatTemplate:
                 f"model.chat_template: writes {after[:20]!r} after an answer, which is no special token, so a model"
                 f" trained with it would never stop. End every turn with one, {tokenizer.eos_token!r} perhaps."
             )
-        return cls(tokenizer, opening, differing_prompts, end_of_turn, _takes_system(tokenizer))
+        return cls(tokenizer, renderer, opening, differing_prompts, end_of_turn, _takes_system(renderer))
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -78,12 +77,38 @@ class ChatTemplate:
 
         The last trained piece is the last answer. Raises Untraceable.
         """
-        messages = messages if self.takes_system else fold_system(messages)
-        whole = _render(self.tokenizer, messages)
-        frame = _render_marked(self.tokenizer, messages)
+        (found,) = self.all_pieces([messages])
+        if isinstance(found, Untraceable):
+            raise found
+        return found
+
+    def all_pieces(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[Piece, ...] | Untraceable]:
+        """The same for many conversations, in less time; one that cannot be traced has its Untraceable here."""
+        folded = [messages if self.takes_system else _folded(messages) for messages in conversations]
+        known = [messages for messages in folded if not isinstance(messages, Untraceable)]
+        texts = iter(self.renderer.render([ask for chat in known for ask in (Asked(chat), Asked(_marked(chat)))]))
+        return [
+            messages if isinstance(messages, Untraceable) else self._traced(messages, next(texts), next(texts))
+            for messages in folded
+        ]
+
+    def _traced(
+        self, messages: Sequence[Message], whole: str | Untraceable, marked: str | Untraceable
+    ) -> tuple[Piece, ...] | Untraceable:
+        if isinstance(whole, Untraceable):
+            return whole
+        if isinstance(marked, Untraceable):
+            return marked
+        contents = [message.content for message in messages if message.role == "assistant"]
+        try:
+            return self._cut(whole, _parts(marked, len(contents)), contents)
+        except Untraceable as fault:
+            return fault
+
+    def _cut(self, whole: str, frame: list[str], contents: list[str]) -> tuple[Piece, ...]:
+        """`whole` as pieces: `frame` is what stands around its answers, `contents` are those as they came."""
         openings = [self.opening if part.endswith(self.opening) else "" for part in frame[:-1]]
         frame = [*map(str.removesuffix, frame[:-1], openings), frame[-1]]
-        contents = [message.content for message in messages if message.role == "assistant"]
         pieces, before = [], frame[0]
         answers = _answers_between(whole, frame, openings, contents)
         for opening, answer, after in zip(openings, answers, frame[1:], strict=True):
@@ -108,36 +133,44 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     return rest
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **kwargs: Any) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+def _folded(messages: Sequence[Message]) -> list[Message] | Untraceable:
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
-    except Exception as fault:  # a template is a program, and fails in as many ways as one
-        raise Untraceable(f"the chat template rejects it ({str(fault).splitlines()[0]})") from None
+        return fold_system(messages)
+    except Untraceable as fault:
+        return fault
 
 
-def _render_marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
-    """What stands before, between and after the answers: one part more than there are answers."""
-    markers: list[str] = []
-    marked = []
-    for message in messages:
-        if message.role == "assistant":
-            markers.append(MARKER.format(len(markers)))
-            message = Message("assistant", markers[-1])
-        marked.append(message)
-    rest, parts = _render(tokenizer, marked), []
-    for marker in markers:
-        before, found, rest = rest.partition(marker)
+def _render(renderer: Renderer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    (text,) = renderer.render([Asked(messages, add_generation_prompt)])
+    if isinstance(text, Untraceable):
+        raise text
+    return text
+
+
+def _marked(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with a marker, counted from 0, in place of every answer."""
+    numbers = itertools.count()
+    return [
+        Message("assistant", MARKER.format(next(numbers))) if message.role == "assistant" else message
+        for message in messages
+    ]
+
+
+def _parts(marked: str, answers: int) -> list[str]:
+    """What stands before, between and after the markers: one part more than there are answers."""
+    parts, rest = [], marked
+    for number in range(answers):
+        before, found, rest = rest.partition(MARKER.format(number))
         if not found:
             raise Untraceable("the chat template leaves one of its answers out")
         parts.append(before)
     return [*parts, rest]
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase, before: str) -> tuple[str, tuple[str, str] | None]:
+def _opening(renderer: Renderer, before: str) -> tuple[str, tuple[str, str] | None]:
     """What stands between the generation prompt and an answer; or both from the question on, where they disagree."""
-    asked = _render(tokenizer, [QUESTION], add_generation_prompt=True)
-    if asked == _render(tokenizer, [QUESTION]):  # it has no generation prompt
+    asked = _render(renderer, [QUESTION], add_generation_prompt=True)
+    if asked == _render(renderer, [QUESTION]):  # it has no generation prompt
         return "", None
     if before.startswith(asked):
         return before.removeprefix(asked), None
@@ -183,9 +216,9 @@ def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return end + tokenizer.eos_token if tokenizer.eos_token and after.startswith(end + tokenizer.eos_token) else end
 
 
-def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _takes_system(renderer: Renderer) -> bool:
     """Whether an answered question keeps its system prompt; some templates reject one, some drop it without a word."""
     try:
-        return SYSTEM in _render(tokenizer, [Message("system", SYSTEM), QUESTION, ANSWER])
+        return SYSTEM in _render(renderer, [Message("system", SYSTEM), QUESTION, ANSWER])
     except Untraceable:
         return False

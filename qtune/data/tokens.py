@@ -1,8 +1,9 @@
 """Conversations and documents become token ids and labels."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,8 +11,10 @@ from qtune.data.formats import Conversation, Document
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate, Piece, Untraceable, special_tokens
 
+T = TypeVar("T")
+
 NOT_TRAINED = -100
-BATCH_TEXTS = 1024  # enough to keep every core busy, few enough that the tokenizer's own records stay small
+BATCH_TEXTS, BATCH_CHARACTERS = 1024, 1 << 20  # enough for every core; the tokenizer holds 100 bytes a token of these
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,7 @@ class Encoder:
         return next(token for token in self.special_tokens if text.endswith(token))
 
     def _encode(self, texts: Sequence[tuple[str, str]]) -> Iterator[list[int]]:
-        for start in range(0, len(texts), BATCH_TEXTS):
-            batch = texts[start : start + BATCH_TEXTS]
+        for batch in batches_of(texts, lambda pair: len(pair[1])):
             encoded = self.tokenizer(
                 [guard + text for guard, text in batch], add_special_tokens=False, return_attention_mask=False
             )
@@ -87,11 +89,25 @@ class Encoder:
         return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
 
+def batches_of(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """`items` in lists of up to BATCH_TEXTS, which end early with the item that brings BATCH_CHARACTERS together."""
+    batch: list[T] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += characters(item)
+        if len(batch) >= BATCH_TEXTS or held >= BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
 def tokenize(
     items: Sequence[Conversation | Document], template: ChatTemplate | None, encoder: Encoder
 ) -> list[Example | Dropped]:
     """Every row as ids and labels, or why it is not used. `template` is only asked for conversations."""
-    cut = [_pieces(item, template) for item in items]
+    cut = _pieces(items, template)
     encoded = iter(
         encoder.rows([[piece.text for piece in pieces] for pieces in cut if not isinstance(pieces, Dropped)])
     )
@@ -101,14 +117,18 @@ def tokenize(
     ]
 
 
-def _pieces(item: Conversation | Document, template: ChatTemplate | None) -> Sequence[Piece] | Dropped:
-    if isinstance(item, Document):
-        return [Piece(item.text, True)]
-    assert template is not None, "conversations need a chat template"
-    try:
-        return template.pieces(item.messages)
-    except Untraceable as fault:
-        return Dropped(item.place, str(fault))
+def _pieces(items: Sequence[Conversation | Document], template: ChatTemplate | None) -> list[Sequence[Piece] | Dropped]:
+    chats = [item.messages for item in items if isinstance(item, Conversation)]
+    assert template is not None or not chats, "conversations need a chat template"
+    traced = iter(template.all_pieces(chats) if template is not None else ())
+    return [
+        [Piece(item.text, True)] if isinstance(item, Document) else _or_dropped(item.place, next(traced))
+        for item in items
+    ]
+
+
+def _or_dropped(place: str, pieces: Sequence[Piece] | Untraceable) -> Sequence[Piece] | Dropped:
+    return Dropped(place, str(pieces)) if isinstance(pieces, Untraceable) else pieces
 
 
 def _example(

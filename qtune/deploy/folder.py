@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qtune.deploy.shards import INDEX_NAME, write_synced
+from qtune.deploy.shards import write_synced
 from qtune.errors import ModelError
+from qtune.model.weights import INDEX_NAME, refuse_link_outside
 from qtune.recipe.schema import Model
 
 CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
@@ -31,6 +32,7 @@ def write_small_files(base: Path, output: Path, model: Model, stop_token_ids: Se
     patterns = (*COPIED, *(["*.py"] if model.trust_remote_code else []))
     for path in sorted({path for pattern in patterns for path in base.glob(pattern) if path.is_file()}):
         if path.name != INDEX_NAME:
+            refuse_link_outside(path)
             shutil.copyfile(path, output / path.name)
     config = _read(base / CONFIG)
     _edit(output / CONFIG, config, _plain(config, dtype))

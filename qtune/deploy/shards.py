@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtune.errors import ModelError
+from qtune.model.weights import INDEX_NAME, SINGLE_NAME, read_index
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 DTYPE_BY_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -75,13 +75,8 @@ class Checkpoint:
             return cls(folder, (_read_header(single),), None)
         if not index_path.is_file():
             raise ModelError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}, so there are no weights to merge.")
-        try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))
-            names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(f"{index_path}: is no shard index, it has no weight_map.") from None
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ModelError(f"{index_path}: names files outside its folder ({', '.join(outside)}).")
+        index = read_index(index_path)
+        names = sorted(set(index["weight_map"].values()))
         return cls(folder, tuple(_read_header(folder / name) for name in names), index)
 
     def specs(self) -> dict[str, TensorSpec]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -116,11 +117,13 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: holds no adapter, it has no adapter_config.json.")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft would look for a pickle
+        raise ModelError(f"{folder}: holds no adapter weights, it has no {SAFETENSORS_WEIGHTS_NAME}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = LoraConfig.from_pretrained(folder)
             expert_adapter.register(config, model)
             return PeftModel.from_pretrained(model, folder, config=config)
-    except (RuntimeError, ValueError) as fault:
+    except (RuntimeError, ValueError, SafetensorError) as fault:
         raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None

@@ -17,6 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ from qtune.memory import document_attention, tiled_loss
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.streaming import spread
 from qtune.memory.techniques import Techniques
+from qtune.model import weights
 from qtune.recipe.schema import Model
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
@@ -92,11 +94,8 @@ def _checked(folder: Path) -> Path:
         raise ModelError(f"model.base: there is no folder {folder}.")
     if not config.is_file():
         raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model.base: {folder} has no .safetensors file. Other weight formats can run code when they are opened;"
-            " save the model with `save_pretrained` first."
-        )
+    if absent := [path.name for path in weights.weight_files(folder) if not path.is_file()]:
+        raise ModelError(f"model.base: {folder} lacks {', '.join(absent)}. Download the base again.")
     return folder
 
 
@@ -131,6 +130,8 @@ def has_tokenizer_here(model: Model) -> bool:
 
 
 def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
+    if model.trust_remote_code:
+        weights.refuse_code_elsewhere(folder)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -172,6 +173,8 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one."""
     folder = _local_folder(model) or base_folder(model)
+    if model.trust_remote_code:
+        weights.refuse_code_elsewhere(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as fault:  # tokenizer files fail in as many ways as there are formats
@@ -200,15 +203,21 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
         quantization = nf4_config(model, dtype)
     lives_on_host = functools.partial(_lives_on_host, techniques or Techniques(), config)
     with quantized_experts(lives_on_host) if quantization else contextlib.nullcontext():
-        loaded = AutoModelForCausalLM.from_pretrained(
-            base_folder(model),
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-            attn_implementation=document_attention.NAME,
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-        )
+        folder = base_folder(model)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=quantization,
+                attn_implementation=document_attention.NAME,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+            )
+        except (SafetensorError, OSError) as fault:
+            raise ModelError(
+                f"model.base: {folder} cannot be loaded ({str(fault).splitlines()[0]}). Download the base again."
+            ) from None
     loaded.requires_grad_(False)
     keep_weights_as_quantised(loaded)
     tiled_loss.install(loaded)
@@ -269,7 +278,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the names and bytes of the weight files; the identity of a base."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

@@ -1,6 +1,7 @@
 """Settings that contradict one another: the few of which it is certain. A setting with no effect is a fault."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from qtune.recipe.faults import Fault, dotted, shown
 from qtune.recipe.lines import Key
 
 BASE, REVISION = ("model", "base"), ("model", "revision")
+TRUST_REMOTE_CODE, COMMIT = ("model", "trust_remote_code"), re.compile(r"[0-9a-f]{40}")
 QUANTIZATION, DOUBLE_QUANTIZATION = ("model", "quantization"), ("model", "double_quantization")
 TRAIN, TRAIN_SPLIT, SUBSET = ("data", "train"), ("data", "train_split"), ("data", "subset")
 HELD_OUT, HELD_OUT_SPLIT = ("data", "held_out"), ("data", "held_out_split")
@@ -85,6 +87,23 @@ def exclude_each_other(values: dict[str, Any]) -> Iterator[Fault]:
             HEAD,
             'memory.head = "nf4" would quantise the head of a base that model.quantization = "none" keeps whole. Leave'
             " one of them out.",
+        )
+
+
+def unpinned_code(values: dict[str, Any]) -> Iterator[Fault]:
+    """Code from the hub that nobody can have read: a branch or a tag is another program whenever its owner wants.
+
+    The code of a local folder is what lies there, and needs no revision.
+    """
+    base, revision = value_of(values, BASE), value_of(values, REVISION)
+    if value_of(values, TRUST_REMOTE_CODE) is not True or base in (None, "demo") or _is_file(base):
+        return
+    if not isinstance(revision, str) or not COMMIT.fullmatch(revision):
+        found = "there is none" if revision is None else f"it is {shown(revision)}"
+        yield (
+            TRUST_REMOTE_CODE,
+            "model.trust_remote_code = true runs code from the hub, so model.revision must be the commit you have read,"
+            f" 40 of 0-9 and a-f, and {found}. Add it, or name a local folder.",
         )
 
 

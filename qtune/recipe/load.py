@@ -72,7 +72,7 @@ def load(path: Path, overrides: Sequence[str] = (), demo: bool = False, beside: 
     values = _put_all(paths.made_absolute(found.values, beside or path.resolve().parent), given)
     recipe, faults = _validate(values)
     faults += [*_faults_of_paths(values, origin, demo), *_idle(values, origin)]
-    faults += [*conflicts.same_rows(values), *conflicts.exclude_each_other(values)]
+    faults += [*conflicts.same_rows(values), *conflicts.exclude_each_other(values), *conflicts.unpinned_code(values)]
     if demo and "demo" not in values:
         faults.append(((), "has no [demo] table for --demo to use. `qtune recipes show medical` shows one."))
     if faults or wrong or recipe is None:
