@@ -32,6 +32,7 @@ start here:
   qtune run medical --demo          a real QLoRA run in minutes, on any machine, nothing downloaded
   qtune recipes copy medical my.toml
   qtune check my.toml               is the recipe right, is the data?
+  qtune data check my.toml          everything that is wrong with the rows, by file and line
   qtune plan my.toml                will it fit, how, and what it costs
   qtune run my.toml                 train it, watch it, score it
   qtune resume runs/my-...          go on with it after Ctrl-C, a crash or a power cut
@@ -110,6 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     check = _verb(verbs, "check", check_recipe, "validate a recipe and its data, and train nothing")
     _recipe_arguments(check)
 
+    _data_verbs(verbs)
+
     recipes = _verb(verbs, "recipes", list_recipes, "list, show or copy the recipes inside qtune", as_json=False)
     actions = recipes.add_subparsers(dest="action", metavar="action")
     _verb(actions, "ls", list_recipes, "list them")
@@ -146,6 +149,20 @@ def build_parser() -> argparse.ArgumentParser:
     completion = _verb(verbs, "completion", print_completion, "shell completion script", as_json=False)
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="source what this prints")
     return parser
+
+
+def _data_verbs(verbs: Any) -> None:
+    data = _verb(verbs, "data", print_help, "look at a recipe's rows", as_json=False)
+    data.set_defaults(parser=data)
+    actions = data.add_subparsers(dest="action", metavar="action")
+    check = _verb(actions, "check", check_data, "everything that is wrong with the rows, by file and line")
+    _recipe_arguments(check)
+    check.add_argument("--all", action="store_true", help="print every place, not the first three of each kind")
+    check.add_argument("--plot", type=Path, metavar="FILE", help="draw the lengths of rows into this file or folder")
+    show = _verb(actions, "show", show_data, "one row as the model sees it, what is trained in colour")
+    _recipe_arguments(show)
+    show.add_argument("--row", default="1", metavar="ROW", help="its number, or its place such as rows.jsonl:17; 1")
+    show.add_argument("--held-out", action="store_true", help="of the rows that data.held_out names")
 
 
 def _verb(verbs: Any, name: str, act: Any, text: str, as_json: bool = True) -> argparse.ArgumentParser:
@@ -223,7 +240,7 @@ def run_recipe(options: argparse.Namespace) -> int:
     from qtune.recipe.load import given_anywhere
     from qtune.resume import Invocation
 
-    ready = story.get_ready(recipe)
+    ready = story.get_ready(recipe, console=console)
     story.show(ready, console)
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
     folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
@@ -241,7 +258,7 @@ def resume_run(options: argparse.Namespace) -> int:
     console = _console(options)
     from qtune import run as story
 
-    ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change)
+    ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, console)
     resume.remember(folder, options.set)
     return _told(folder, story.run(ready, folder, console, point, resumed), console, options.json)
 
@@ -272,7 +289,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
         _print_json(rows) if options.json else console.print(forecast.longest_table(recipe.model.base, rows))
         return 0
     target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)
-    plan = story.plan_without_downloads(recipe, target)
+    plan = story.plan_without_downloads(recipe, target, console)
     if options.json:
         _print_json(plan.as_json())
     else:
@@ -288,11 +305,57 @@ def check_recipe(options: argparse.Namespace) -> int:
 
     from qtune import run as story
 
-    ready = story.get_ready(recipe)
+    ready = story.get_ready(recipe, console=console)
     if options.json:
         _print_json({"data": dataclasses.asdict(ready.prepared.report), "plan": ready.plan.as_json()})
     else:
         story.show(ready, console)
+    return 0
+
+
+def print_help(options: argparse.Namespace) -> int:
+    options.parser.print_help()
+    return 0
+
+
+def check_data(options: argparse.Namespace) -> int:
+    recipe, _ = _load_recipe(options)
+    console = _console(options)
+    from qtune.data.audit import audit
+    from qtune.data.verdict import judge
+    from qtune.model import base
+    from qtune.report import histogram
+    from qtune.report.audit_table import audit_json, audit_table
+    from qtune.report.waiting import rows_shown
+
+    picture = histogram.picture_path(options.plot) if options.plot else None
+    base.quiet_libraries()
+    tokenizer = base.load_tokenizer(recipe.model)
+    with rows_shown(console) as tell:
+        checked = judge(audit(recipe.data, tokenizer, tell), recipe.data)
+    if picture is not None and checked.tokens is not None:
+        histogram.draw(checked.tokens, picture)
+    if options.json:
+        _print_json(audit_json(checked))
+    else:
+        console.print(audit_table(checked, options.all))
+    return UserError.exit_code if checked.outcome == "faults" else 0
+
+
+def show_data(options: argparse.Namespace) -> int:
+    recipe, _ = _load_recipe(options)
+    import dataclasses
+
+    from qtune.data.shown import show_row
+    from qtune.model import base
+    from qtune.report.row import row_table
+
+    base.quiet_libraries()
+    row = show_row(recipe.data, options.row, options.held_out, base.load_tokenizer(recipe.model))
+    if options.json:
+        _print_json(dataclasses.asdict(row))
+    else:
+        _console(options).print(row_table(row))
     return 0
 
 

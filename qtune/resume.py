@@ -31,6 +31,7 @@ CHANGEABLE = (
     "model.base",  # another place for the same weights, whose hash is held against them
     "data.train",
     "data.held_out",
+    "data.check.",
     "device",
     "versions.",
 )

@@ -34,6 +34,7 @@ from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.report import forecast, summary, tables
 from qtune.report.dashboard import listener_for
+from qtune.report.waiting import rows_shown
 from qtune.resume import Invocation, changes, refuse_changes
 from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train import checkpoint
@@ -62,17 +63,25 @@ class Ready:
         return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids)
 
 
-def get_ready(recipe: Recipe, settled: Settled | None = None) -> Ready:
-    """Read the data, settle the plan. Raises a UserError for anything that could not be trained on."""
+def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console | None = None) -> Ready:
+    """Read the data, settle the plan; `console` shows how far that is.
+
+    Raises a UserError for anything that could not be trained on.
+    """
     base.quiet_libraries()
     config = base.read_config(recipe.model)
     tokenizer = base.load_tokenizer(recipe.model)
-    prepared = prepare(recipe, tokenizer)
+    prepared = _prepared(recipe, tokenizer, console)
     plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
     return Ready(recipe, tokenizer, prepared, plan)
 
 
-def plan_without_downloads(recipe: Recipe, device: Device) -> Plan:
+def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Prepared:
+    with rows_shown(console) as tell:
+        return prepare(recipe, tokenizer, tell)
+
+
+def plan_without_downloads(recipe: Recipe, device: Device, console: Console | None = None) -> Plan:
     """The plan from config.json alone; rows are read where data and tokenizer are on this machine already.
 
     Raises a UserError for anything that could not be trained on.
@@ -83,7 +92,8 @@ def plan_without_downloads(recipe: Recipe, device: Device) -> Plan:
     is_here = base.has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if not is_here:
         return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens))
-    return decide(recipe, device, config, Work.of_prepared(prepare(recipe, base.load_tokenizer(recipe.model))))
+    prepared = _prepared(recipe, base.load_tokenizer(recipe.model), console)
+    return decide(recipe, device, config, Work.of_prepared(prepared))
 
 
 def longest_contexts(recipe: Recipe, devices: Sequence[Device]) -> list[tuple[Device, int]]:
@@ -116,7 +126,9 @@ def _describe(ready: Ready, run: RunDir) -> None:
     write_json(run.probe, [example.input_ids for example in ready.prepared.held_out[:PROBE_ROWS]])
 
 
-def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str]) -> tuple[Ready, Point | None, Resumed]:
+def get_ready_again(
+    run: RunDir, recipe: Recipe, allowed: Sequence[str], console: Console | None = None
+) -> tuple[Ready, Point | None, Resumed]:
     """What a run that was stopped needs to go on, the checkpoint it goes on from, and a sentence on that one.
 
     Raises RunFolderError where it no longer is what it was and that was not `allowed`, field by field, and where all
@@ -125,7 +137,8 @@ def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str]) -> tupl
     path, why = checkpoint.choose(run.checkpoints)
     point = None if path is None else Point.read(path)
     is_replanned = any(field.startswith("memory.") for field in allowed)
-    ready = get_ready(recipe, None if point is None or is_replanned else Settled(point.techniques, point.micro_batch))
+    settled = None if point is None or is_replanned else Settled(point.techniques, point.micro_batch)
+    ready = get_ready(recipe, settled, console)
     if run.lock.is_file():
         before = read_json(run.lock)
         now = lock(ready, before["quantized_modules"])

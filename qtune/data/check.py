@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
+
+from qtune.data.examples import Examples
 from qtune.data.formats import Conversation, Document
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate
-from qtune.data.tokens import Example
 
 SHOWN_PLACES = 3
 
@@ -52,15 +54,14 @@ def group_dropped(dropped: Sequence[Dropped]) -> tuple[Reason, ...]:
     return tuple(Reason(reason, len(rows), tuple(rows[:SHOWN_PLACES])) for reason, rows in ordered)
 
 
-def count_duplicates(examples: Sequence[Example]) -> int:
+def count_duplicates(examples: Examples) -> int:
     """Rows whose ids stood before already."""
-    return len(examples) - len({tuple(example.input_ids) for example in examples})
+    return len(examples) - len(numpy.unique(examples.digests))
 
 
-def count_overlap(train: Sequence[Example], held_out: Sequence[Example]) -> int:
+def count_overlap(train: Examples, held_out: Examples) -> int:
     """Held-out rows that are trained on too."""
-    seen = {tuple(example.input_ids) for example in train}
-    return sum(tuple(example.input_ids) in seen for example in held_out)
+    return int(numpy.isin(held_out.digests, train.digests).sum())
 
 
 def template_notices(template: ChatTemplate, items: Sequence[Conversation | Document]) -> tuple[str, ...]:

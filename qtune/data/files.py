@@ -2,6 +2,9 @@
 
 JSONL and CSV are read here, line by line, so that a fault has a line; `datasets` gives none, and a leading `null` in
 a JSONL file ends the whole process inside pyarrow (datasets 5.2).
+
+Files are read piece by piece, so memory holds a row or a batch of them, never the file. The exception is `.json`: one
+document has no rows until its end is known, and is read whole.
 """
 
 import csv
@@ -9,12 +12,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from qtune.data.text import BLOCK_BYTES, blocks_of, lines_of, refuse_bad_bytes, start_of
 from qtune.errors import DataError
 
 MAGIC = (
@@ -26,6 +31,7 @@ MAGIC = (
     (b"\xfe\xff", "UTF-16 text. Save it as UTF-8"),
     (b"%PDF", "a PDF document. Turn it into text first"),
 )
+PARQUET_BATCH_ROWS = 64
 KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
 
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv module stops at 128 KiB unless told
@@ -75,22 +81,10 @@ def _refuse_unreadable(path: Path) -> None:
             raise DataError(f"{path}: is {meaning}.")
 
 
-def _text_of(path: Path) -> str:
-    """The file as text, a byte-order mark left out; invalid UTF-8 is named by line and byte."""
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = raw.count(b"\n", 0, fault.start) + 1
-        raise DataError(
-            f"{path}:{line:,}: byte 0x{raw[fault.start]:02x} is not UTF-8 text. Save the file as UTF-8."
-        ) from None
-
-
 def _read_jsonl(path: Path) -> Iterator[Row | Dropped]:
-    lines = _text_of(path).split("\n")
-    _refuse_one_document(path, lines)
-    for number, line in enumerate(lines, start=1):
+    refuse_bad_bytes(path)
+    _refuse_one_document(path)
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         place = f"{path.name}:{number:,}"
@@ -102,15 +96,33 @@ def _read_jsonl(path: Path) -> Iterator[Row | Dropped]:
         yield _row_or_dropped(value, place)
 
 
-def _refuse_one_document(path: Path, lines: list[str]) -> None:
+def _refuse_one_document(path: Path) -> None:
     """JSON spread over lines, or one array in one line, is a fault of the file and not of each of its lines."""
-    first = next((line.strip() for line in lines if line.strip()), "")
+    start, is_whole = start_of(path)
+    first = next((line.strip() for line in start.split("\n") if line.strip()), "")
     if not first.startswith(("[", "{")) or (first.startswith("{") and _is_json(first)):
         return
-    if _is_json("\n".join(lines)):
+    if _is_json(start) if is_whole else _is_cut_document(start):
         raise DataError(f"{path}: is one JSON document, not one object a line. Name it .json.")
     if first in ("[", "{", "[{"):
         raise DataError(f"{path}: spreads its JSON over several lines. Write one object a line.")
+
+
+def _is_cut_document(start: str) -> bool:
+    """Whether a long file's first block, in whole lines, is right JSON whose first value does not end in it.
+
+    One line without an end is a document only as an array: a row that long is an object.
+    """
+    lines, found, _ = start.rpartition("\n")
+    if not lines.strip():
+        return (lines + found + start).lstrip().startswith("[")
+    try:
+        json.JSONDecoder().raw_decode(lines.lstrip())
+    except json.JSONDecodeError as fault:
+        return fault.pos >= len(lines.strip())
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def _is_json(text: str) -> bool:
@@ -142,8 +154,9 @@ def _row_or_dropped(value: Any, place: str) -> Row | Dropped:
 
 
 def _read_json(path: Path) -> Iterator[Row | Dropped]:
-    """An array of objects, an object that holds one under `data`, or objects by id."""
-    value = _json_document(path, _text_of(path))
+    """An array of objects, an object that holds one under `data`, or objects by id. The file is held whole."""
+    refuse_bad_bytes(path)
+    value = _json_document(path, path.read_bytes().decode("utf-8-sig"))
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     elif isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
@@ -169,11 +182,11 @@ def _json_document(path: Path, text: str) -> Any:
 
 def _read_csv(path: Path) -> Iterator[Row | Dropped]:
     """Comma- or tab-separated, by suffix; a cell may hold line breaks, and a record's place is its first line."""
-    text = _text_of(path).replace("\r\n", "\n").replace("\r", "\n")
-    if "\0" in text:
+    refuse_bad_bytes(path)
+    if any(b"\0" in block for block in blocks_of(path)):
         raise DataError(f"{path}: holds NUL bytes, so it is no text table. Save it as CSV in UTF-8.")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader((line + "\n" for line in text.split("\n")), delimiter=delimiter, strict=True)
+    reader = csv.reader((line + "\n" for line in lines_of(path, newline=None)), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -206,19 +219,23 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _row_or_dropped(values, f"{path.name} row {number:,}")
     except (pyarrow.ArrowException, OSError, ValueError) as fault:
         raise DataError(f"{path}: is not readable as Parquet ({str(fault).splitlines()[0]}).") from None
-    for number, values in enumerate(rows, start=1):
-        yield _row_or_dropped(values, f"{path.name} row {number:,}")
 
 
 def _read_txt(path: Path) -> Iterator[Row | Dropped]:
     """One document per paragraph; blank lines part them."""
+    refuse_bad_bytes(path)
     start = 1
     kept: list[str] = []
-    for number, line in enumerate([*_text_of(path).split("\n"), ""], start=1):
+    for number, line in enumerate(chain(lines_of(path), [""]), start=1):
         if line.strip():
             start = start if kept else number
             kept.append(line.removesuffix("\r"))

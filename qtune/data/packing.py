@@ -4,19 +4,51 @@ import bisect
 import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
+import numpy
 import torch
 
-from qtune.data.tokens import NOT_TRAINED, Example
+from qtune.data.examples import Examples, Ints
+from qtune.data.tokens import NOT_TRAINED
 
 
 class PackedRow(TypedDict):
     """One sequence: the token ids and labels of its documents, joined, and how long each document is."""
 
-    input_ids: list[int]
-    labels: list[int]
-    seq_lengths: list[int]
+    input_ids: Sequence[int] | Ints
+    labels: Sequence[int] | Ints
+    seq_lengths: Sequence[int]
+
+
+class PackedRows(Sequence[PackedRow]):
+    """The sequences that `packs` makes of `examples`, each put together when it is asked for."""
+
+    def __init__(self, examples: Examples, packs: Sequence[Sequence[int]]):
+        self.examples, self.packs = examples, packs
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    @overload
+    def __getitem__(self, at: int) -> PackedRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> "PackedRows": ...
+    def __getitem__(self, at: int | slice) -> "PackedRow | PackedRows":
+        if isinstance(at, slice):
+            return PackedRows(self.examples, self.packs[at])
+        ids, labels = zip(*(self.examples.arrays(i) for i in self.packs[at]), strict=True)
+        return {
+            "input_ids": numpy.concatenate(ids),
+            "labels": numpy.concatenate(labels),
+            "seq_lengths": [len(part) for part in ids],
+        }
+
+    @property
+    def seq_lengths(self) -> list[list[int]]:
+        """What `seq_lengths` is in each row, without making the rows."""
+        tokens = self.examples.tokens.tolist()
+        return [[tokens[i] for i in members] for members in self.packs]
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
@@ -47,16 +79,14 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
     return sorted(tuple(sorted(members)) for members in packs)
 
 
-def packed_rows(examples: Sequence[Example], packs: Sequence[Sequence[int]]) -> list[PackedRow]:
-    """The sequences that `packs` names, as rows a dataset can hold."""
-    return [
-        {
-            "input_ids": [token for i in members for token in examples[i].input_ids],
-            "labels": [label for i in members for label in examples[i].labels],
-            "seq_lengths": [len(examples[i].input_ids) for i in members],
-        }
-        for members in packs
-    ]
+def packed_rows(examples: Examples, packs: Sequence[Sequence[int]]) -> PackedRows:
+    """The sequences that `packs` names, by index into `examples`."""
+    return PackedRows(examples, packs)
+
+
+def seq_lengths(rows: Sequence[PackedRow]) -> list[Sequence[int]]:
+    """How long the documents of each row are, in the rows' order."""
+    return [*rows.seq_lengths] if isinstance(rows, PackedRows) else [row["seq_lengths"] for row in rows]
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,12 +95,17 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Positions start at 0 in every document, and a document's first token is never a label: nothing before it is its own.
     """
     lengths = tuple(length for row in rows for length in row["seq_lengths"])
-    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    labels = _joined([row["labels"] for row in rows])
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     labels[positions == 0] = NOT_TRAINED
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "input_ids": _joined([row["input_ids"] for row in rows]),
         "labels": labels,
         "position_ids": positions,
         "document_lengths": lengths,
     }
+
+
+def _joined(parts: Sequence[Sequence[int] | Ints]) -> torch.Tensor:
+    """(1, N) in int64."""
+    return torch.from_numpy(numpy.concatenate(parts).astype(numpy.int64))[None]

@@ -3,146 +3,97 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data import formats
+from qtune.data import cache
+from qtune.data.cache_key import key_of
 from qtune.data.check import DataReport, count_duplicates, count_overlap, group_dropped, template_notices
-from qtune.data.formats import Conversation, Document
+from qtune.data.examples import Examples, ExampleWriter
 from qtune.data.packing import pack
-from qtune.data.rows import SHOWN_FAULTS, Dropped, read_rows, refuse_bad_rows
+from qtune.data.prepared import Prepared
+from qtune.data.rows import Source
+from qtune.data.survey import Survey, Tell, survey
 from qtune.data.template import ChatTemplate
-from qtune.data.tokens import NOT_TRAINED, Encoder, Example, fit, tokenize
+from qtune.data.tokenise import Tokenised, tokenise
+from qtune.data.tokens import NOT_TRAINED, Encoder, Example
 from qtune.errors import DataError
 from qtune.recipe.schema import Data, Recipe
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenised rows, how they are packed (indices into them), and what identifies them."""
-
-    train: tuple[Example, ...]
-    held_out: tuple[Example, ...]
-    train_packs: tuple[tuple[int, ...], ...]
-    held_out_packs: tuple[tuple[int, ...], ...]
-    stop_token_ids: tuple[int, ...]
-    report: DataReport
-    fingerprint: str
-    template_fingerprint: str
+def _keep_quiet(what: str, done: int, total: int | None) -> None:
+    pass
 
 
-@dataclass(frozen=True)
-class Source:
-    """What one source held: rows read as its format has them, and those that are no use."""
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _keep_quiet) -> Prepared:
+    """Read, tokenise, split and pack what the recipe names, or take all that from the cache.
 
-    name: str
-    format: str
-    items: tuple[Conversation | Document, ...]
-    dropped: tuple[Dropped, ...]
-
-    @property
-    def rows_read(self) -> int:
-        return len(self.items) + len(self.dropped)
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A source's rows as examples, in its order, and all of its rows that were left out."""
-
-    examples: tuple[Example, ...]
-    dropped: tuple[Dropped, ...]
-
-
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Read, tokenise, split and pack what the recipe names.
-
-    Raises DataError for rows that cannot be used and where nothing is left, ModelError for a chat template.
+    `tell` hears how far it is. Raises DataError for rows that cannot be used and where nothing is left, ModelError for
+    a chat template.
     """
-    data = recipe.data
-    sources = [_read(data.train, data.train_split, data)]
+    data, seed = recipe.data, recipe.train.seed
+    encoder = Encoder.of(tokenizer)
+    sources = [Source.open(data.train, data.train_split, data.subset)]
     if data.held_out is not None:
-        sources.append(_read(data.held_out, data.held_out_split, data))
-    chats = any(isinstance(item, Conversation) for source in sources for item in source.items)
-    template, encoder = ChatTemplate.of(tokenizer) if chats else None, Encoder.of(tokenizer)
-    parts = [_tokenise(source, data, template, encoder) for source in sources]
-    if data.held_out is not None:
-        train, held_out = parts[0].examples, parts[1].examples
-    else:
-        train, held_out = _split(parts[0].examples, data.held_out_fraction, recipe.train.seed)
-    packs = _packs(train, data)
+        sources.append(Source.open(data.held_out, data.held_out_split, data.subset))
+    key = key_of(data, seed, sources, tokenizer) if cache.folder() else None
+    entry = cache.load(key) if key else None
+    if entry is not None:
+        return Prepared.of_entry(entry, data.train)
+    with cache.staged() as folder:
+        writer = ExampleWriter(folder)
+        prepared = _prepare(data, seed, sources, encoder, writer, tell)
+        if key and writer.folder and key == key_of(data, seed, sources, tokenizer):  # no file changed meanwhile
+            cache.keep(key, writer.folder, *prepared.as_entry())
+    return prepared
+
+
+def _prepare(
+    data: Data,
+    seed: int,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    writer: ExampleWriter,
+    tell: Tell,
+) -> Prepared:
+    tokenizer = encoder.tokenizer
+    surveys = [survey(source, data, tell) for source in sources]
+    template = ChatTemplate.of(tokenizer) if any(found.has_chats for found in surveys) else None
+    advance = _counted(tell, sum(found.usable_rows for found in surveys))
+    parts = [tokenise(found, template, encoder, writer, advance) for found in surveys]
+    train, held_out = _parted(writer.finish(), parts, data, seed)
+    train_packs = _packs(train, data)
     return Prepared(
         train=train,
         held_out=held_out,
-        train_packs=packs,
+        train_packs=train_packs,
         held_out_packs=_packs(held_out, data),
         stop_token_ids=_stop_token_ids(template, tokenizer),
-        report=_report(data, sources, parts, train, held_out, len(packs), template, tokenizer),
+        report=_report(surveys, parts, train, held_out, len(train_packs), template, tokenizer),
         fingerprint=_fingerprint(train, held_out),
         template_fingerprint=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
     )
 
 
-def _read(name: str, split: str, data: Data) -> Source:
-    raw = read_rows(name, split, data.subset, data.max_rows, data.on_bad_row)
-    if not raw.rows:
-        return Source(name, data.format, (), raw.dropped)
-    try:
-        form = formats.recognise(data.format, raw.rows, data.columns)
-    except DataError as fault:
-        raise DataError(f"{name}: {fault}") from None
-    read = [formats.read(row, form, data.columns, data.system) for row in raw.rows]
-    unusable = tuple(item for item in read if isinstance(item, Dropped))
-    if data.on_bad_row == "error":
-        refuse_bad_rows(unusable)
-    items = tuple(item for item in read if not isinstance(item, Dropped))
-    return Source(name, form, items, (*raw.dropped, *unusable))
+def _counted(tell: Tell, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        tell("tokenising", done, total)
+
+    return advance
 
 
-def _tokenise(source: Source, data: Data, template: ChatTemplate | None, encoder: Encoder) -> Tokenised:
-    """Every row's tokens, within data.max_tokens. Raises DataError where the recipe wants that, or none is left."""
-    whole = tokenize(source.items, template, encoder)
-    untraceable = [item for item in whole if isinstance(item, Dropped)]
-    if data.on_bad_row == "error":
-        refuse_bad_rows(untraceable)
-    rows = [item for item in whole if isinstance(item, Example)]
-    if data.on_long == "error":
-        _refuse_long_rows(rows, data.max_tokens)
-    fitted = [fit(row, data.max_tokens, is_cut=data.on_long == "truncate") for row in rows]
-    examples = tuple(item for item in fitted if isinstance(item, Example))
-    dropped = (*source.dropped, *untraceable, *(item for item in fitted if isinstance(item, Dropped)))
-    if not examples:
-        raise DataError(_nothing_left_message(source.name, dropped, rows))
-    return Tokenised(examples, dropped)
-
-
-def _refuse_long_rows(rows: Sequence[Example], max_tokens: int) -> None:
-    long = [row for row in rows if len(row.input_ids) > max_tokens]
-    if not long:
-        return
-    named = [f"{row.place}: has {len(row.input_ids):,} tokens." for row in long[:SHOWN_FAULTS]]
-    longest = max(len(row.input_ids) for row in long)
-    raise DataError(
-        "\n".join(named) + f"\n{len(long):,} of {len(rows):,} rows have more than data.max_tokens = {max_tokens:,}, the"
-        f' longest {longest:,}. Raise it, or choose data.on_long = "drop" or "truncate".'
-    )
-
-
-def _nothing_left_message(source: str, dropped: Sequence[Dropped], rows: Sequence[Example]) -> str:
-    reason = group_dropped(dropped)[0]
-    message = f"{source}: no row can be used. {reason.rows:,} of {len(dropped):,} rows: {reason.reason}."
-    if rows:
-        message += f" The shortest row has {min(len(row.input_ids) for row in rows):,} tokens: raise data.max_tokens."
-    return message
-
-
-def _split(
-    examples: tuple[Example, ...], fraction: float, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+def _parted(examples: Examples, parts: Sequence[Tokenised], data: Data, seed: int) -> tuple[Examples, Examples]:
     """Train and held-out rows, both in file order; at least one row is held out where a share was asked for."""
+    if data.held_out is not None:
+        return examples[: parts[0].rows], examples[parts[0].rows :]
+    fraction = data.held_out_fraction
     if fraction == 0:
-        return examples, ()
+        return examples, examples[:0]
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
         raise DataError(
@@ -150,14 +101,13 @@ def _split(
             " it, add rows, or name a data.held_out file."
         )
     apart = set(random.Random(seed).sample(range(len(examples)), count))
-    train = tuple(example for i, example in enumerate(examples) if i not in apart)
-    return train, tuple(examples[i] for i in sorted(apart))
+    return examples.take(i for i in range(len(examples)) if i not in apart), examples.take(sorted(apart))
 
 
-def _packs(examples: Sequence[Example], data: Data) -> tuple[tuple[int, ...], ...]:
+def _packs(examples: Examples, data: Data) -> tuple[tuple[int, ...], ...]:
     if not data.packing:
         return tuple((i,) for i in range(len(examples)))
-    return tuple(pack([len(example.input_ids) for example in examples], data.max_tokens))
+    return tuple(pack(examples.tokens.tolist(), data.max_tokens))
 
 
 def _stop_token_ids(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -168,34 +118,34 @@ def _stop_token_ids(template: ChatTemplate | None, tokenizer: PreTrainedTokenize
 
 
 def _report(
-    data: Data,
-    sources: Sequence[Source],
+    surveys: Sequence[Survey],
     parts: Sequence[Tokenised],
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    train: Examples,
+    held_out: Examples,
     packs: int,
     template: ChatTemplate | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataReport:
-    examples = [*train, *held_out]
-    tokens = sum(len(example.input_ids) for example in train)
+    data = surveys[0].data
+    tokens = int(train.tokens.sum())
+    systems = [found.system for found in surveys if found.system is not None]
     return DataReport(
         source=data.train,
-        format=sources[0].format,
-        rows_read=sum(source.rows_read for source in sources),
+        format=surveys[0].format,
+        rows_read=sum(found.rows_read for found in surveys),
         dropped=group_dropped([row for part in parts for row in part.dropped]),
-        truncated_rows=sum(example.cut_tokens > 0 for example in examples),
-        trained_tokens_lost=sum(example.cut_tokens for example in examples),
+        truncated_rows=sum(int((part.cut_tokens > 0).sum()) for part in (train, held_out)),
+        trained_tokens_lost=sum(int(part.cut_tokens.sum()) for part in (train, held_out)),
         train_rows=len(train),
         held_out_rows=len(held_out),
         tokens=tokens,
-        trained_tokens=sum(example.trained_tokens for example in train),
-        longest_row_tokens=max(len(example.input_ids) for example in examples),
+        trained_tokens=int(train.trained_tokens.sum()),
+        longest_row_tokens=max(int(part.tokens.max()) for part in (train, held_out) if part),
         packs=packs,
         pack_fill_fraction=tokens / (packs * data.max_tokens) if data.packing else 1.0,
         duplicate_rows=count_duplicates(train),
         overlap_rows=count_overlap(train, held_out),
-        notices=() if template is None else template_notices(template, [item for s in sources for item in s.items]),
+        notices=() if template is None else template_notices(template, systems),
         sample=_sample(train[0], tokenizer),
     )
 
@@ -211,11 +161,11 @@ def _sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple
     return tuple((tokenizer.decode(ids), trained) for ids, trained in stretches)
 
 
-def _fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> str:
+def _fingerprint(train: Examples, held_out: Examples) -> str:
     """SHA-256 of every id and label, in order."""
     digest = hashlib.sha256()
     for part in (train, held_out):
-        for example in part:
-            digest.update(json.dumps([example.input_ids, example.labels]).encode())
+        for ids, labels in part.each():
+            digest.update(json.dumps([ids.tolist(), labels.tolist()]).encode())
         digest.update(b"|")
     return digest.hexdigest()

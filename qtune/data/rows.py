@@ -1,15 +1,52 @@
 """Where rows come from: files and hub datasets. Each row remembers its place."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qtune.data import hub
 from qtune.data.files import Dropped, Row, read_file
 from qtune.errors import DataError
 
 SHOWN_FAULTS = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file (an absolute path) or a hub dataset (a name, loaded once), whose rows can be read again and again."""
+
+    name: str
+    dataset: Iterable[dict[str, Any]] | None = None
+
+    @classmethod
+    def open(cls, name: str, split: str = "train", subset: str | None = None) -> "Source":
+        """Raises DataError and MachineError for a hub dataset that cannot be had; files are looked at when read."""
+        return cls(name) if Path(name).is_absolute() else cls(name, hub.load(name, split, subset))
+
+    def read(self, max_rows: int | None = None) -> Iterator[Row | Dropped]:
+        """The rows one by one, `max_rows` of them at the most. Raises DataError for a file that cannot be read."""
+        rows = 0
+        for item in read_file(Path(self.name)) if self.dataset is None else self._of_dataset(self.dataset):
+            if max_rows is not None and rows >= max_rows:
+                return
+            rows += isinstance(item, Row)
+            yield item
+
+    def _of_dataset(self, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
+        for number, values in enumerate(dataset, start=1):
+            yield Row(values, f"{self.name} row {number:,}")
+
+    def fingerprint(self) -> str | None:
+        """What changes with the content: a file's SHA-256, what `datasets` goes by for its own; None if unknown."""
+        if self.dataset is not None:
+            return getattr(self.dataset, "_fingerprint", None)
+        try:
+            with open(self.name, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -31,12 +68,9 @@ def read_rows(
 
     Raises DataError for a source that cannot be read at all, and for bad rows unless they are to be dropped.
     """
-    found = read_file(Path(source)) if Path(source).is_absolute() else _read_hub(source, split, subset)
     rows: list[Row] = []
     dropped: list[Dropped] = []
-    for item in found:
-        if max_rows is not None and len(rows) >= max_rows:
-            break
+    for item in Source.open(source, split, subset).read(max_rows):
         if isinstance(item, Row):
             rows.append(item)
         else:
@@ -55,8 +89,3 @@ def refuse_bad_rows(bad: Sequence[Dropped]) -> None:
     named = [f"{row.place}: {row.reason}." for row in bad[:SHOWN_FAULTS]]
     more = f"{len(bad) - SHOWN_FAULTS:,} more rows like these. " if len(bad) > SHOWN_FAULTS else ""
     raise DataError("\n".join([*named, f'{more}Mend them, or skip them with data.on_bad_row = "drop".']))
-
-
-def _read_hub(name: str, split: str, subset: str | None) -> Iterator[Row]:
-    for number, values in enumerate(hub.load(name, split, subset), start=1):
-        yield Row(values, f"{name} row {number:,}")

@@ -1,5 +1,6 @@
 """Before and after: base and tuned on the same held-out rows, scored and set side by side."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
     """The rows that are answered: those with a prompt, up to `rows`, none without a metric."""
     if wanted.metric == "none":
         return []
-    return [example for example in held_out.examples if example.prompt_ids][: wanted.rows]
+    return list(itertools.islice((example for example in held_out.examples if example.prompt_ids), wanted.rows))
 
 
 def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """What there is to train on, as far as memory and time are concerned: how long the documents of each sequence are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qtune.data.packing import PackedRow
+from qtune.data.packing import PackedRow, seq_lengths
 from qtune.data.prepare import Prepared
 from qtune.data.tokens import NOT_TRAINED
 from qtune.plan.trace import Batch
@@ -25,13 +25,10 @@ class Work:
 
     @classmethod
     def of_prepared(cls, prepared: Prepared) -> "Work":
-        sequences = []
-        for pack in prepared.train_packs:
-            examples = [prepared.train[i] for i in pack]
-            lengths = tuple(len(example.input_ids) for example in examples)
-            labels = [label for example in examples for label in example.labels]
-            sequences.append(Batch(lengths, _labelled(labels, lengths)))
-        return cls(tuple(sequences))
+        tokens, trained = prepared.train.tokens.tolist(), prepared.train.trained_tokens.tolist()
+        return cls(
+            tuple(Batch(tuple(tokens[i] for i in pack), sum(trained[i] for i in pack)) for pack in prepared.train_packs)
+        )
 
     @classmethod
     def of_full_sequences(cls, tokens: int) -> "Work":
@@ -60,10 +57,12 @@ def heaviest_first(document_lengths: Sequence[int]) -> tuple[int, int]:
 
 def largest_rows(rows: Sequence[PackedRow], micro_batch: int) -> list[PackedRow]:
     """The `micro_batch` heaviest of `rows`, which `Work.heaviest` is a forecast of."""
-    return sorted(rows, key=lambda row: heaviest_first(row["seq_lengths"]))[:micro_batch]
+    lengths = seq_lengths(rows)
+    order = sorted(range(len(rows)), key=lambda i: heaviest_first(lengths[i]))
+    return [rows[i] for i in order[:micro_batch]]
 
 
-def _labelled(labels: Sequence[int], lengths: Sequence[int]) -> int:
+def _labelled(labels: Iterable[int], lengths: Sequence[int]) -> int:
     """Labels that something is predicted for: a document's first token is never one."""
     starts, position = set(), 0
     for length in lengths:

@@ -117,6 +117,33 @@ class Columns(Table):
     text: NonEmpty | None = Field(None, description="Column with plain text.")
 
 
+class DataCheck(Table):
+    """How much `qtune data check` lets pass before it calls the data faulty."""
+
+    max_dropped_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description='Share of rows that may be of no use with on_bad_row = "drop"; more points to a wrong export.',
+    )
+    max_long_fraction: float = Field(
+        0.05, ge=0, le=1, description="Share of rows that may be over max_tokens; with more, it is the wrong limit."
+    )
+    max_duplicate_fraction: float = Field(
+        0.1, ge=0, le=1, description="Share of rows that may repeat another; they count as often as they are there."
+    )
+    max_overlap_fraction: float = Field(
+        0.0, ge=0, le=1, description="Share of held_out rows that may be trained on too; each one flatters the score."
+    )
+    near_duplicate_similarity: float = Field(
+        0.85,
+        ge=0.7,
+        le=1,
+        description="Share of 5-character runs two rows have in common (Jaccard, by MinHash) to be called nearly the"
+        " same; 0.85 is a word or two changed in a sentence, and under 0.7 many pairs would be missed.",
+    )
+
+
 class Data(Table):
     """What is learned from."""
 
@@ -153,6 +180,7 @@ class Data(Table):
     packing: bool = Field(
         True, description="Join short rows into full sequences that cannot see one another; often twice as fast."
     )
+    check: DataCheck = Field(DataCheck(), description="What `qtune data check` lets pass.")
 
 
 class Train(Table):

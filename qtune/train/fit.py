@@ -100,9 +100,10 @@ def fit(
         model=model,
         args=sft_config(recipe, plan, folder),
         data_collator=collate,
-        train_dataset=Dataset.from_list([dict(row) for row in train]),
+        train_dataset=Dataset.from_list([dict(train[0])]),  # trl takes no other class, and looks at one row
         processing_class=tokenizer,
     )
+    trainer.train_dataset = train
     trainer.recovery = Recovery(listen, climb, engine.forget_pass)
     trainer.order, trainer.places = DataOrder(len(train), recipe.train.seed), places
     trainer.remove_callback(PrinterCallback)

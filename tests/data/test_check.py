@@ -3,6 +3,7 @@
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 
 from qtune.data.check import Reason, count_duplicates, count_overlap, group_dropped, template_notices
+from qtune.data.examples import Examples, ExampleWriter
 from qtune.data.formats import Conversation, Document, Message
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate
@@ -11,8 +12,11 @@ from qtune.data.tokens import Example
 CHAT = Conversation((Message("system", "s"), Message("user", "q"), Message("assistant", "a")), "r:1")
 
 
-def example(*ids: int) -> Example:
-    return Example(list(ids), list(ids), [], "", "", "r:1")
+def examples(*rows: tuple[int, ...]) -> Examples:
+    writer = ExampleWriter(None)
+    for ids in rows:
+        writer.add(Example(list(ids), list(ids), [], "", "", "r:1"))
+    return writer.finish()
 
 
 def template(text: str) -> ChatTemplate:
@@ -30,9 +34,9 @@ def test_dropped_rows_are_grouped_by_reason_the_commonest_first() -> None:
 
 
 def test_duplicates_and_overlap_go_by_the_ids() -> None:
-    train = [example(1, 2), example(1, 3), example(1, 2), example(1, 2)]
+    train = examples((1, 2), (1, 3), (1, 2), (1, 2))
     assert count_duplicates(train) == 2
-    assert count_overlap(train, [example(1, 3), example(1, 4), example(1, 3)]) == 2
+    assert count_overlap(train, examples((1, 3), (1, 4), (1, 3))) == 2
 
 
 def test_a_folded_system_prompt_is_said_once_and_only_where_there_is_one() -> None:

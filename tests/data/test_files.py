@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qtune.data import text
+from qtune.data.files import Row, read_file
 from qtune.data.rows import read_rows
 from qtune.errors import DataError
 
@@ -157,6 +160,56 @@ def test_real_messy_files(material, name, words) -> None:
     with pytest.raises(DataError) as fault:
         read_rows(str(material / "datasets" / "messy" / name))
     assert words in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.txt", "a.parquet"])
+def test_memory_is_that_of_a_row_not_of_the_file(tmp_path, name) -> None:
+    path, rows = tmp_path / name, 400
+    if name == "a.parquet":
+        table = pyarrow.table({"text": [f"{i} " + "x" * 100_000 for i in range(rows)]})
+        pyarrow.parquet.write_table(table, path, row_group_size=10)
+    else:
+        line, header = {
+            "a.jsonl": ('{{"text": "{0} {1}"}}\n', ""),
+            "a.csv": ("{0},{1}\n", "n,text\n"),
+            "a.tsv": ("{0}\t{1}\r", "n\ttext\r"),
+            "a.txt": ("{0} {1}\n\n", ""),
+        }[name]
+        path.write_text(header + "".join(line.format(i, "x" * 100_000) for i in range(rows)), newline="")
+    tracemalloc.start()
+    assert sum(isinstance(item, Row) for item in read_file(path)) == rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000 < rows * 100_000
+
+
+@pytest.mark.parametrize(
+    ("start", "line", "words"),
+    [
+        ("[\n", ' {"x": "1"},\n', "Name it .json"),
+        ("[", '{"x": "1"}, ', "Name it .json"),
+        ('{\n "a": [', ' {"x": "1"},\n', "Name it .json"),
+        ('{\n"x": 1\n}\n', '{\n"x": 1\n}\n', "spreads its JSON over several lines"),
+        ("", "[1]\n", "a.jsonl:1: is an array"),
+        ('{"x": \n', '{"x": "1"}\n', "a.jsonl:1: is not JSON"),
+    ],
+)
+def test_a_long_file_is_judged_by_its_start(tmp_path, start, line, words) -> None:
+    """A block of it, though the whole was read for this once."""
+    with pytest.raises(DataError) as fault:
+        read_rows(write(tmp_path, "a.jsonl", start + line * 150_000))
+    assert words in str(fault.value)
+
+
+def test_bad_bytes_are_named_wherever_a_block_ends(tmp_path, monkeypatch) -> None:
+    """A character may lie across two blocks, and a byte-order mark before the fault moved the byte that was named."""
+    good = "\ufeff" + '{"x": "é☃𝄞"}\n' * 3
+    for size in (1, 2, 3, 5, 8):
+        monkeypatch.setattr(text, "BLOCK_BYTES", size)
+        assert len(list(read_file(Path(write(tmp_path, "a.jsonl", good))))) == 3
+        for broken in (b"\xff", "☃".encode()[:2]):
+            with pytest.raises(DataError, match=f"a.jsonl:4: byte 0x{broken[0]:02x} is not UTF-8"):
+                list(read_file(Path(write(tmp_path, "a.jsonl", good.encode() + b'{"x": "' + broken + b'"}'))))
 
 
 def test_a_zip_named_csv_is_not_read_as_text(tmp_path) -> None:

@@ -7,9 +7,17 @@ import time
 import torch
 from conftest import byte_tokenizer
 
+from qtune.data.examples import Examples, ExampleWriter
 from qtune.data.formats import Document
 from qtune.data.packing import collate, pack, packed_rows
-from qtune.data.tokens import Encoder, tokenize
+from qtune.data.tokens import Encoder, Example, tokenize
+
+
+def written(examples: list[Example]) -> Examples:
+    writer = ExampleWriter(None)
+    for example in examples:
+        writer.add(example)
+    return writer.finish()
 
 
 def test_every_document_is_in_one_pack_and_none_is_over_full() -> None:
@@ -56,7 +64,7 @@ def test_it_fills_well() -> None:
 def test_a_batch_is_one_row_with_positions_that_start_anew() -> None:
     encoder = Encoder.of(byte_tokenizer())
     examples = tokenize([Document(text, "r") for text in ("ab", "c", "defg")], None, encoder)
-    rows = packed_rows(examples, [(0, 2), (1,)])
+    rows = packed_rows(written(examples), [(0, 2), (1,)])
     assert rows[0]["seq_lengths"] == [4, 6]
     batch = collate(rows)
     assert batch["document_lengths"] == (4, 6, 3)

@@ -1,6 +1,7 @@
 """The room's one door: counts that add up, a split that stays, faults that say what would work."""
 
 import contextlib
+import hashlib
 import json
 import random
 from collections import Counter
@@ -62,6 +63,28 @@ def test_the_split_follows_the_seed_and_nothing_else(tmp_path) -> None:
     assert first.fingerprint != other.fingerprint
     places = [int(example.place.split(":")[1]) for example in first.train]
     assert places == sorted(places)
+
+
+def test_the_fingerprint_is_that_of_the_ids_and_labels_as_json(tmp_path) -> None:
+    """Older runs hold it in their lock: it must not change with how rows are held."""
+    prepared = run(rows_file(tmp_path, questions(50)), held_out_fraction=0.2)
+    digest = hashlib.sha256()
+    for part in (prepared.train, prepared.held_out):
+        for example in part:
+            digest.update(json.dumps([example.input_ids, example.labels]).encode())
+        digest.update(b"|")
+    assert prepared.fingerprint == digest.hexdigest()
+
+
+def test_how_far_it_is_can_be_heard(tmp_path) -> None:
+    heard = []
+    recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=rows_file(tmp_path, questions(3000))))
+    prepare(recipe, TOKENIZER, lambda *words: heard.append(words))
+    assert [what for what, _, _ in heard] == sorted(
+        (what for what, _, _ in heard), key=["reading", "checking", "tokenising"].index
+    )
+    assert heard[0] == ("reading", 1024, None)
+    assert heard[-1] == ("tokenising", 3000, 3000)
 
 
 def test_a_held_out_file_is_kept_apart(tmp_path) -> None:

@@ -1,0 +1,115 @@
+"""Text in the wrong encoding: files that are not UTF-8, and texts that once were read as what they are not."""
+
+import codecs
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import charset_normalizer
+import ftfy
+from ftfy.badness import is_bad
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+SAMPLE_BYTES = 1 << 16
+EXCERPT_CHARACTERS = 24
+NOT_ASCII = re.compile(r"[^\x00-\x7f]{3,}")
+LOST_TWICE = "锟斤拷"  # two U+FFFD in UTF-8, read as GBK
+
+
+@dataclass(frozen=True)
+class FileEncoding:
+    """How a text file is written. `bad_lines` are those that are not UTF-8, `probably` what they seem to be instead."""
+
+    lines: int
+    has_bom: bool
+    bad_lines: tuple[int, ...]
+    probably: str | None
+
+
+def encoding_of(path: Path) -> FileEncoding:
+    """Reads the whole file, a line at a time. Raises OSError."""
+    bad: list[int] = []
+    sample = bytearray()
+    number = 0
+    has_bom = False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            has_bom = has_bom or (number == 1 and line.startswith(codecs.BOM_UTF8))
+            if not line.isascii() and not _is_utf8(line):
+                bad.append(number)
+                sample += line[: SAMPLE_BYTES - len(sample)]
+    return FileEncoding(number, has_bom, tuple(bad), _guess(bytes(sample)) if bad else None)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _guess(sample: bytes) -> str | None:
+    found = charset_normalizer.from_bytes(sample).best()
+    return None if found is None or found.encoding == "utf_8" else found.encoding
+
+
+def called(encoding: str | None) -> str:
+    """`probably GB18030`, as a person would write it."""
+    return f"probably {encoding.replace('_', '-').upper()}" if encoding else "in no encoding that can be told"
+
+
+@contextlib.contextmanager
+def as_utf8(path: Path, found: FileEncoding) -> Iterator[Path]:
+    """A copy of the file with the same name whose bad lines are decoded as what they probably are, for as long as the
+    context lasts; `path` itself where no line is bad."""
+    if not found.bad_lines:
+        yield path
+        return
+    folder = tempfile.mkdtemp(prefix="qtune-check-")
+    try:
+        copy = Path(folder, path.name)
+        with path.open("rb") as source, copy.open("wb") as target:
+            for line in source:
+                target.write(line if _is_utf8(line) else line.decode(found.probably or "utf-8", "replace").encode())
+        yield copy
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lost_characters(text: str) -> str | None:
+    """The first U+FFFD with what stands around it: a character that some program could not read."""
+    at = text.find("\ufffd")
+    return None if at < 0 else _around(text, at)
+
+
+def mojibake(text: str) -> str | None:
+    """The first text that was written in one encoding and read in another, and what it was: `cafÃ© for café`."""
+    if text.isascii():
+        return None
+    if LOST_TWICE in text:
+        return f"{LOST_TWICE}, characters lost between UTF-8 and GBK"
+    if is_bad(text):
+        for word in text.split():
+            mended = word if word.isascii() else ftfy.fix_encoding(word)
+            if mended != word:
+                return f"{word[:EXCERPT_CHARACTERS]} for {mended[:EXCERPT_CHARACTERS]}"
+    return next(filter(None, map(_utf8_read_as_gbk, NOT_ASCII.findall(text))), None)
+
+
+def _utf8_read_as_gbk(run: str) -> str | None:
+    """Chinese that is valid UTF-8 once encoded as GBK was UTF-8; by chance that is next to impossible."""
+    try:
+        meant = run.encode("gb18030").decode()
+    except UnicodeError:
+        return None
+    return f"{run[:EXCERPT_CHARACTERS]} for {meant[:EXCERPT_CHARACTERS]}"
+
+
+def _around(text: str, at: int) -> str:
+    half = EXCERPT_CHARACTERS // 2
+    return text[max(0, at - half) : at + half]

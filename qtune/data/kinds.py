@@ -1,0 +1,105 @@
+"""Every kind of fault a check knows: what it means and what would work. `code_of` says which kind a bad row is."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`clause` follows "3 of 3,000 rows", with {s}, {have} and {are} for its verb; `advice` is a sentence or two."""
+
+    clause: str
+    advice: str
+
+
+REASONS = (  # patterns over the reasons that `formats.read` gives; the first that is found counts
+    (r"^the answer |no answer to learn|no column for the .*completion", "missing-answer"),
+    (r"^the prompt |no column for the prompt", "missing-prompt"),
+    (r"has the role|has no role", "unknown-role"),
+    (r"calls a tool", "tool-call"),
+    (r"half a character", "half-character"),
+    (r"^the (text|content|list) .*is (empty|null)", "empty-text"),
+)
+WRONG_SHAPE = "wrong-shape"
+
+# What makes a row of no use to a run.
+UNUSABLE = (
+    "unreadable-row",
+    *dict.fromkeys(code for _, code in REASONS),
+    WRONG_SHAPE,
+    "template-refuses",
+)
+# What no run gets past.
+WHOLE_FILE = ("unreadable-file", "not-utf8", "unknown-columns")
+
+KINDS = {
+    "unreadable-file": Kind("cannot be read", "Nothing behind this place was checked."),
+    "not-utf8": Kind(
+        "{are} not UTF-8 text",
+        "Save the file as UTF-8. The rest of this check reads those lines as what they seem to be.",
+    ),
+    "unknown-columns": Kind("{have} columns that no format fits", "Nothing else was checked in this file."),
+    "unreadable-row": Kind("cannot be read", ""),
+    "missing-answer": Kind("lack{s} an answer", "There is nothing to learn from them."),
+    "missing-prompt": Kind("lack{s} a prompt", ""),
+    "unknown-role": Kind(
+        "name{s} a role that does not exist",
+        "Roles are system, user and assistant; human, gpt and model are understood too.",
+    ),
+    "tool-call": Kind("call{s} a tool", "qtune trains text only."),
+    "half-character": Kind("hold{s} half a character", ""),
+    "empty-text": Kind("{have} an empty text", ""),
+    WRONG_SHAPE: Kind("{have} another shape than the format", ""),
+    "template-refuses": Kind("cannot be written with the chat template", ""),
+    "nothing-to-train": Kind("{have} nothing to train", "A row needs a token after its first. Take them out."),
+    "too-long": Kind(
+        "{have} more tokens than data.max_tokens",
+        "Raise data.max_tokens where memory allows (`qtune plan"
+        ' --longest` says how far), or choose what data.on_long does with them: "drop" or "truncate".',
+    ),
+    "role-order": Kind(
+        "{have} roles out of order",
+        "Most templates are made for user and assistant in turn; look at one with `qtune data show`.",
+    ),
+    "system-moved": Kind(
+        "{have} a system prompt, which the chat template does not know",
+        "It is put before the first question. Leave it out if it should not be there, or choose a base that takes one.",
+    ),
+    "duplicate": Kind("repeat{s} an earlier one", "Take them out, unless they are meant to weigh more."),
+    "near-duplicate": Kind(
+        "nearly repeat{s} an earlier one",
+        "Fine where only a name differs by intent. Otherwise keep"
+        " one of each; data.check.near_duplicate_similarity says what counts as near.",
+    ),
+    "overlap": Kind(
+        "held out {are} trained on too", "The score would measure memory. Take them out of one of the two files."
+    ),
+    "near-overlap": Kind(
+        "held out {are} nearly trained on", "The score may flatter. Hold out whole groups of like rows."
+    ),
+    "byte-order-mark": Kind(
+        "begin{s} with a byte-order mark",
+        "It is skipped, and other programs may stumble over it: save the file as UTF-8 without.",
+    ),
+    "lost-character": Kind(
+        "hold{s} U+FFFD, a character that was lost",
+        "The model learns to write it. Export them again from where they came from.",
+    ),
+    "mojibake": Kind(
+        "look{s} read in the wrong encoding",
+        "The model learns to write it. Export them again as UTF-8, or mend them with ftfy.",
+    ),
+    "secret": Kind(
+        "seem{s} to hold a secret",
+        "A model can recite what it learned. Take them out, and withdraw the secret if it is real. None is shown here.",
+    ),
+    "personal-data": Kind(
+        "seem{s} to hold personal data",
+        "A model can recite what it learned. Take them out or replace them unless they are public. None is shown here.",
+    ),
+}
+
+
+def code_of(reason: str) -> str:
+    """The kind of a row that its format cannot use, by the reason given for it."""
+    return next((code for pattern, code in REASONS if re.search(pattern, reason)), WRONG_SHAPE)

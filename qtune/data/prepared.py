@@ -1,0 +1,81 @@
+"""What the data room gives: rows ready to train on, and how they are kept between runs."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from qtune.data.cache import OFF, VARIABLE, Entry
+from qtune.data.check import DataReport, Reason
+from qtune.data.examples import Examples, Ints
+
+Packs = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised rows, how they are packed (indices into them), and what identifies them."""
+
+    train: Examples
+    held_out: Examples
+    train_packs: Packs
+    held_out_packs: Packs
+    stop_token_ids: tuple[int, ...]
+    report: DataReport
+    fingerprint: str
+    template_fingerprint: str
+
+    @classmethod
+    def of_entry(cls, entry: Entry, source: str) -> "Prepared":
+        """As it was kept; the report names `source`, which may have moved, and says where the rows come from."""
+        report = entry.facts["report"]
+        told = f"The tokenised rows are from the cache; {VARIABLE}={OFF} in the environment makes them anew."
+        return cls(
+            train=Examples(entry.blocks, entry.arrays["train"]),
+            held_out=Examples(entry.blocks, entry.arrays["held_out"]),
+            train_packs=_packs_of(entry.arrays, "train"),
+            held_out_packs=_packs_of(entry.arrays, "held_out"),
+            stop_token_ids=tuple(entry.facts["stop_token_ids"]),
+            report=DataReport(
+                **report
+                | {
+                    "source": source,
+                    "dropped": tuple(Reason(r["reason"], r["rows"], tuple(r["places"])) for r in report["dropped"]),
+                    "notices": (*report["notices"], told),
+                    "sample": tuple((text, trained) for text, trained in report["sample"]),
+                }
+            ),
+            fingerprint=entry.facts["fingerprint"],
+            template_fingerprint=entry.facts["template_fingerprint"],
+        )
+
+    def as_entry(self) -> tuple[dict[str, Ints], dict[str, Any]]:
+        """The arrays and facts of an `Entry` beside the blocks."""
+        arrays = {"train": self.train.indices, "held_out": self.held_out.indices}
+        arrays |= _arrays_of(self.train_packs, "train") | _arrays_of(self.held_out_packs, "held_out")
+        facts = {
+            "report": dataclasses.asdict(self.report),
+            "stop_token_ids": self.stop_token_ids,
+            "fingerprint": self.fingerprint,
+            "template_fingerprint": self.template_fingerprint,
+        }
+        return arrays, facts
+
+
+def _arrays_of(packs: Packs, name: str) -> dict[str, Ints]:
+    return {
+        f"{name}_packs": _int64(itertools.chain.from_iterable(packs)),
+        f"{name}_pack_ends": numpy.cumsum(_int64(map(len, packs))),
+    }
+
+
+def _packs_of(arrays: dict[str, Ints], name: str) -> Packs:
+    members, ends = arrays[f"{name}_packs"].tolist(), arrays[f"{name}_pack_ends"].tolist()
+    return tuple(tuple(members[start:end]) for start, end in itertools.pairwise([0, *ends]))
+
+
+def _int64(values: Iterable[int]) -> Ints:
+    return numpy.fromiter(values, numpy.int64)

@@ -1,0 +1,105 @@
+"""What is looked at in every row, and what is kept of it once it is gone."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qtune.data import encodings, private
+from qtune.data.findings import Groups
+from qtune.data.formats import Conversation, Document
+from qtune.data.likeness import Likeness
+from qtune.data.places import Places
+from qtune.data.rows import Dropped
+from qtune.data.template import ChatTemplate
+from qtune.data.tokens import Encoder, Example, fit, tokenize
+from qtune.recipe.schema import Data
+
+SHOWN_ROLES = 6
+HIDDEN = "not shown, as the row seems to hold secrets or personal data"
+
+
+@dataclass
+class Seen:
+    """What is kept of the rows that went by."""
+
+    likeness: Likeness
+    groups: Groups = field(default_factory=Groups)
+    places: Places = field(default_factory=Places)
+    tokens: array = field(default_factory=lambda: array("I"))
+    trained: array = field(default_factory=lambda: array("I"))
+    lost_trained_tokens: int = 0
+
+
+def characters_of(item: Conversation | Document) -> int:
+    return len(item.text) if isinstance(item, Document) else sum(len(message.content) for message in item.messages)
+
+
+def see_batch(
+    batch: Sequence[Conversation | Document],
+    template: ChatTemplate | None,
+    encoder: Encoder,
+    data: Data,
+    seen: Seen,
+) -> None:
+    """Tokenise a batch of rows, and keep what is wrong with each."""
+    usable = []
+    for item, row in zip(batch, tokenize(batch, template, encoder), strict=True):
+        if isinstance(row, Dropped):
+            seen.groups.add("template-refuses", row.place, row.reason)
+            continue
+        usable.append(item)
+        seen.places.add(row.place)
+        seen.tokens.append(len(row.input_ids))
+        seen.trained.append(row.trained_tokens)
+        _see_length(row, data, seen)
+        _see_text(item, seen.groups)
+        if isinstance(item, Conversation):
+            _see_roles(item, template, seen.groups)
+    seen.likeness.add(list(map(_whole, usable)), list(map(_compared, usable)))
+
+
+def _see_length(row: Example, data: Data, seen: Seen) -> None:
+    if row.trained_tokens == 0:
+        seen.groups.add("nothing-to-train", row.place, f"has {len(row.input_ids):,} tokens and trains none of them")
+    if len(row.input_ids) <= data.max_tokens:
+        return
+    fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
+    lost = row.trained_tokens if isinstance(fitted, Dropped) else fitted.cut_tokens
+    seen.lost_trained_tokens += lost
+    told = f"has {len(row.input_ids):,} tokens; {lost:,} of {row.trained_tokens:,} trained ones are lost"
+    seen.groups.add("too-long", row.place, told)
+
+
+def _see_text(item: Conversation | Document, groups: Groups) -> None:
+    text = item.text if isinstance(item, Document) else "\n".join(message.content for message in item.messages)
+    secrets, personal = list(private.secrets_in(text)), list(private.personal_data_in(text))
+    for code, told in (("secret", secrets), ("personal-data", personal)):
+        if told:
+            groups.add(code, item.place, ", ".join(told))
+    for code, excerpt in (("lost-character", encodings.lost_characters(text)), ("mojibake", encodings.mojibake(text))):
+        if excerpt:
+            groups.add(code, item.place, HIDDEN if secrets or personal else excerpt)
+
+
+def _see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups) -> None:
+    roles = [message.role for message in item.messages]
+    if roles[0] == "system":
+        if template is not None and not template.takes_system:
+            groups.add("system-moved", item.place, "has a system prompt")
+        roles = roles[1:]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        shown = ", ".join(roles[:SHOWN_ROLES]) + (", …" if len(roles) > SHOWN_ROLES else "")
+        groups.add("role-order", item.place, shown)
+
+
+def _whole(item: Conversation | Document) -> str:
+    if isinstance(item, Document):
+        return item.text
+    return "\n".join(f"{message.role}: {message.content}" for message in item.messages)
+
+
+def _compared(item: Conversation | Document) -> str:
+    """Without the system prompt, which many rows may share and be different for all that."""
+    if isinstance(item, Document):
+        return item.text
+    return "\n".join(message.content for message in item.messages if message.role != "system")

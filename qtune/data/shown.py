@@ -1,0 +1,128 @@
+"""One row as the model sees it: what is only read, what is trained, and what the limit takes."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data import formats
+from qtune.data.audit import format_of
+from qtune.data.places import parted
+from qtune.data.rows import Dropped, Row, Source
+from qtune.data.template import ChatTemplate, special_tokens
+from qtune.data.tokens import NOT_TRAINED, Encoder, Example, fit, tokenize
+from qtune.errors import DataError
+from qtune.recipe.schema import Data
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Text of tokens in a row that share a fate; `is_cut` where they stand behind data.max_tokens."""
+
+    text: str
+    is_trained: bool
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """`number` counts the rows of the source from 1. `not_used` is a clause that says why a run leaves the row out.
+
+    A row that has no tokens has no stretches. `trained_tokens` are those before the cut.
+    """
+
+    place: str
+    number: int
+    format: str
+    stretches: tuple[Stretch, ...]
+    tokens: int
+    trained_tokens: int
+    cut_trained_tokens: int
+    max_tokens: int
+    not_used: str | None
+    special_tokens: tuple[str, ...]
+
+
+def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
+    """The row that `wanted` names, by number (`17`) or place (`rows.jsonl:17`).
+
+    Raises DataError for a source without such a row, or one that cannot be read up to it, ModelError for a template.
+    """
+    source = _source(data, is_held_out)
+    number, row = _find(source, wanted)
+    if isinstance(row, Dropped):
+        return _unused(number, row, "", data)
+    form = format_of(source, data)
+    item = formats.read(row, form, data.columns, data.system)
+    if isinstance(item, Dropped):
+        return _unused(number, item, form, data)
+    template = None if form == "text" else ChatTemplate.of(tokenizer)
+    example = tokenize([item], template, Encoder.of(tokenizer))[0]
+    if isinstance(example, Dropped):
+        return _unused(number, example, form, data)
+    return _shown(number, example, form, data, tokenizer)
+
+
+def _source(data: Data, is_held_out: bool) -> Source:
+    if not is_held_out:
+        return Source.open(data.train, data.train_split, data.subset)
+    if data.held_out is None:
+        raise DataError(
+            "--held-out: this recipe names no data.held_out; its held-out rows are rows of data.train, so show them"
+            " without --held-out."
+        )
+    return Source.open(data.held_out, data.held_out_split, data.subset)
+
+
+def _find(source: Source, wanted: str) -> tuple[int, Row | Dropped]:
+    """The row and its number, read no further than to it."""
+    plain = wanted.replace(",", "")
+    number, before = 0, None
+    for number, row in enumerate(source.read(), start=1):
+        if plain == (str(number) if plain.isdecimal() else row.place.replace(",", "")):
+            return number, row
+        before = row if _is_before(row, plain) else before
+    name = Path(source.name).name
+    if plain.isdecimal():
+        raise DataError(f"{name}: has {number:,} rows, so there is no row {wanted}.")
+    near = f" The row before it begins at {before.place}." if before else ""
+    raise DataError(f"{wanted}: no row of {name} begins there.{near} Rows go by number too: --row 17.")
+
+
+def _is_before(row: Row | Dropped, wanted: str) -> bool:
+    stem, line = parted(row.place)
+    return wanted.startswith(stem) and wanted.removeprefix(stem).isdecimal() and line < int(wanted.removeprefix(stem))
+
+
+def _unused(number: int, row: Dropped, form: str, data: Data) -> ShownRow:
+    return ShownRow(row.place, number, form, (), 0, 0, 0, data.max_tokens, row.reason, ())
+
+
+def _shown(number: int, row: Example, form: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
+    fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
+    kept = 0 if isinstance(fitted, Dropped) else fitted.trained_tokens
+    return ShownRow(
+        place=row.place,
+        number=number,
+        format=form,
+        stretches=_stretches(row, data.max_tokens, tokenizer),
+        tokens=len(row.input_ids),
+        trained_tokens=kept,
+        cut_trained_tokens=row.trained_tokens - kept,
+        max_tokens=data.max_tokens,
+        not_used=fitted.reason if isinstance(fitted, Dropped) else None,
+        special_tokens=special_tokens(tokenizer),
+    )
+
+
+def _stretches(row: Example, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Stretch, ...]:
+    """The row's tokens as text, special ones included; the first token is never predicted, so never trained."""
+
+    def fate(position: int) -> tuple[bool, bool]:
+        return position > 0 and row.labels[position] != NOT_TRAINED, position >= max_tokens
+
+    return tuple(
+        Stretch(tokenizer.decode([row.input_ids[position] for position in positions]), *shared)
+        for shared, positions in groupby(range(len(row.input_ids)), fate)
+    )

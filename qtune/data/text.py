@@ -1,0 +1,45 @@
+"""Files of UTF-8, a block or a line at a time."""
+
+import codecs
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from qtune.errors import DataError
+
+BLOCK_BYTES = 1 << 20
+
+
+def refuse_bad_bytes(path: Path) -> None:
+    """Raises DataError for a byte that is not UTF-8, by its line, before any row is read."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = 0
+    for block in chain(blocks_of(path), [b""]):
+        held, _ = decoder.getstate()  # the start of a character that the block before ended in
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as fault:
+            line = newlines + (held + block).count(b"\n", 0, fault.start) + 1
+            found = fault.object[fault.start]
+            raise DataError(f"{path}:{line:,}: byte 0x{found:02x} is not UTF-8 text. Save the file as UTF-8.") from None
+        newlines += block.count(b"\n")
+
+
+def blocks_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def lines_of(path: Path, newline: str | None = "\n") -> Iterator[str]:
+    """The lines of a file without their ends, a byte-order mark left out; `newline` is as in `open`."""
+    with path.open(encoding="utf-8-sig", newline=newline) as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
+def start_of(path: Path) -> tuple[str, bool]:
+    """The file's first block of text, and whether that is all of it."""
+    with path.open("rb") as file:
+        block, more = file.read(BLOCK_BYTES), file.read(1)
+    return codecs.getincrementaldecoder("utf-8-sig")().decode(block, final=not more), not more
