@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qtune import sealed
 from qtune.deploy.fold import DType, Fold, LayerChange, Onto
 from qtune.deploy.verify import REPORT_NAME, Live, Verdict, compare
 from qtune.errors import MachineError, RunFolderError, UserError
@@ -139,19 +140,11 @@ def _measure(run: RunDir, folders: dict[Onto, Path], rows: Sequence[Sequence[int
 
 def _publish(staged: Path, output: Path) -> None:
     """Move a finished folder into place in one step, and wait until both directories are on the disk."""
-    _sync_folder(staged)
+    sealed.flush(staged)
     if output.exists():
         output.rmdir()
     os.rename(staged, output)
-    _sync_folder(output.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sealed.flush(output.parent)
 
 
 def _counting(progress: Progress | None, total: int) -> Callable[[str], None]:
