@@ -20,7 +20,7 @@ from qtune.errors import QtuneError, UserError
 from qtune.units import GIB, parse_bytes
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
     from qtune.recipe.schema import Recipe
     from qtune.rundir import RunDir
@@ -141,8 +141,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="dtype of the result (auto)"
     )
 
-    report = _verb(verbs, "report", report_run, "a run again, as tables")
-    report.add_argument("run", type=Path, help="run folder")
+    report = _verb(verbs, "report", report_run, "a run again, as tables or as a page; or several runs side by side")
+    report.add_argument("run", type=Path, nargs="?", help="run folder")
+    report.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="put these runs side by side")
+    report.add_argument("--html", action="store_true", help="write one page that opens without a network")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page; default report.html in the run folder")
+
+    push = _verb(verbs, "push", push_run, "upload the adapter, with its model card, to the Hugging Face hub")
+    push.add_argument("run", type=Path, help="run folder")
+    push.add_argument("address", metavar="OWNER/NAME", help="the repository; made where there is none")
+    push.add_argument(
+        "--what", choices=("adapter", "merged"), default="adapter", help="the adapter, or the model it was merged into"
+    )
+    push.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
+    push.add_argument("--yes", action="store_true", help="upload without asking")
 
     _verb(verbs, "doctor", examine_machine, "what this machine has, and what that means")
     _verb(verbs, "schema", print_schema, "JSON schema of a recipe, for editors", as_json=False)
@@ -215,6 +227,12 @@ def _load_recipe(options: argparse.Namespace) -> tuple["Recipe", Path]:
     return recipe, path
 
 
+def _refuse_absent_tracker(recipe: "Recipe") -> None:
+    from qtune.train import trackers
+
+    trackers.refuse_absent(recipe.report.to)
+
+
 def _stay_offline_when_local(recipe: "Recipe") -> None:
     """Without a hub name in the recipe no library may ask the network for anything."""
     sources = (recipe.model.base, recipe.data.train, recipe.data.held_out)
@@ -235,6 +253,7 @@ def _print_json(value: Any) -> None:
 
 def run_recipe(options: argparse.Namespace) -> int:
     recipe, path = _load_recipe(options)
+    _refuse_absent_tracker(recipe)
     console = _console(options)
     from qtune import run as story
     from qtune.recipe.load import given_anywhere
@@ -253,6 +272,7 @@ def resume_run(options: argparse.Namespace) -> int:
 
     folder = RunDir.open_to_resume(options.run)
     recipe = resume.recipe_of(folder, options.set)
+    _refuse_absent_tracker(recipe)
     logs.hold()
     _stay_offline_when_local(recipe)
     console = _console(options)
@@ -300,6 +320,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
 
 def check_recipe(options: argparse.Namespace) -> int:
     recipe, _ = _load_recipe(options)
+    _refuse_absent_tracker(recipe)
     console = _console(options)
     import dataclasses
 
@@ -421,15 +442,66 @@ def merge_run(options: argparse.Namespace) -> int:
 
 
 def report_run(options: argparse.Namespace) -> int:
-    from qtune.report import summary
+    from qtune.report import compare, page, summary
+    from qtune.rundir import RunDir
+
+    if (options.run is None) == (options.compare is None):
+        raise UserError("report: name one run folder, or several after --compare.")
+    if options.output and not options.html:
+        raise UserError("report: --output says where the page goes that --html writes. Give both.")
+    if options.compare:
+        found = compare.compare([RunDir.open(path) for path in options.compare])
+        if options.html:
+            page.write(options.output or Path("comparison.html"), page.comparison_page(found))
+        return _shown(options, compare.as_json(found), compare.table(found), Path("comparison.html"))
+    run = RunDir.open(options.run)
+    if options.html:
+        page.write(options.output or run.page, page.run_page(run))
+    return _shown(options, summary.as_json(run), summary.report(run), run.page)
+
+
+def _shown(options: argparse.Namespace, value: Any, table: "RenderableType", page: Path) -> int:
+    """A report as JSON, as the place of its page, or as tables."""
+    if options.json:
+        _print_json(value)
+    elif options.html:
+        print(options.output or page)
+    else:
+        _console(options).print(table)
+    return 0
+
+
+def push_run(options: argparse.Namespace) -> int:
     from qtune.rundir import RunDir
 
     run = RunDir.open(options.run)
+    console = _console(options)
+    from huggingface_hub import HfApi
+
+    from qtune.deploy import push
+
+    api = HfApi()
+    push.refuse_without_token(api)
+    upload = push.prepare(run, options.address, options.what)
+    console.print(push.table(upload, options.public))
+    if not options.yes and not _agreed(f"Upload to {options.address}?"):
+        console.print("Nothing was uploaded.")
+        return 0
+    place = push.push(upload, options.public, api)
+    console.print(f"uploaded: {place}", markup=False)
     if options.json:
-        _print_json(summary.as_json(run))
-    else:
-        _console(options).print(summary.report(run))
+        _print_json({"address": place, "files": [name for name, _ in upload.files], "bytes": upload.bytes})
     return 0
+
+
+def _agreed(question: str) -> bool:
+    """Whether the person at the terminal says yes. Raises UserError where there is no terminal to ask at."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(
+            "There is no terminal to ask at, so nothing was uploaded. Give --yes to upload what was listed."
+        )
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def examine_machine(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from qtune.errors import RunFolderError
 from qtune.recipe import load
 from qtune.recipe.schema import Recipe
-from qtune.rundir import RunDir, read_json, write_json
+from qtune.rundir import RunDir, leaves, read_json, write_json
 
 # What may change between two halves of a run if the user says so; a name that ends in a dot stands for all under it.
 CHANGEABLE = (
@@ -18,6 +18,7 @@ CHANGEABLE = (
     "demo.",
     "evaluate.",
     "memory.",
+    "report.",
     "save.",
     "train.epochs",
     "train.max_steps",
@@ -115,19 +116,9 @@ def refuse_changes(run: RunDir, found: Sequence[Change], allowed: Sequence[str])
 
 
 def _flat(lock: Mapping[str, Any]) -> dict[str, Any]:
-    flat = dict(_leaves({key: value for key, value in lock.items() if key != "recipe"}))
+    flat = dict(leaves({key: value for key, value in lock.items() if key != "recipe"}))
     flat = {field: value for field, value in flat.items() if not field.startswith(IGNORED)}
-    return {**dict(_leaves(lock["recipe"])), **flat}
-
-
-def _leaves(values: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{above}{name}.")
-        else:
-            found.append((above + name, value))
-    return found
+    return {**dict(leaves(lock["recipe"])), **flat}
 
 
 def _shown(value: Any) -> str:

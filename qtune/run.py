@@ -32,7 +32,7 @@ from qtune.model import adapter, base
 from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
-from qtune.report import forecast, summary, tables
+from qtune.report import card, forecast, summary, tables
 from qtune.report.dashboard import listener_for
 from qtune.report.waiting import rows_shown
 from qtune.resume import Invocation, changes, refuse_changes
@@ -182,6 +182,7 @@ def run(
             after = _score("tuned", ready, model, recovery, listen)
             _keep_scores(folder, ready, before, after)
     summary.write_summary(folder)
+    card.write_card(folder)
     return fitted
 
 
@@ -295,7 +296,7 @@ def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen:
 
 def _keep_scores(run: RunDir, ready: Ready, before: Score | None, after: Score | None) -> None:
     if before is not None and after is not None:
-        write_json(run.scores, compare(before, after, ready.held_out, ready.recipe.evaluate))
+        write_json(run.scores, compare(before, after, ready.held_out, ready.recipe.evaluate, ready.recipe.train.seed))
 
 
 def check_disk(folder: Path, needed: int) -> None:

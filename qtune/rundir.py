@@ -8,6 +8,7 @@ metrics.jsonl    one event a line                        adapter/        a stand
 memory.jsonl     bytes by part, one step a line          merge.json      the verdict of the last merge
 history.jsonl    checkpoints, interruptions, resumes     checkpoints/    to go on from, the newest and the best
 invocation.json  the command line, to resume with        base_score.json the score before training
+report.html      the run as a page, where asked for      export*.json    proofs of what was exported
 
 metrics.jsonl is the same for a run that was interrupted and one that was not; what differs is kept in history.jsonl.
 """
@@ -28,6 +29,7 @@ from qtune import sealed
 from qtune.errors import RunFolderError
 from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed
 
+MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 
 
@@ -105,6 +107,10 @@ class RunDir:
     @property
     def merge(self) -> Path:
         return self.path / "merge.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def probe(self) -> Path:
@@ -241,6 +247,15 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path}: is missing. The run did not get that far, or the file was removed.") from None
     except ValueError as fault:
         raise RunFolderError(f"{path}: is not readable JSON ({fault}).") from None
+
+
+def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested JSON objects that is no object itself, by its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _runs_here() -> str:

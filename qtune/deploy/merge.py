@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from qtune import sealed
 from qtune.deploy.fold import DType, Fold, LayerChange, Onto
-from qtune.deploy.verify import REPORT_NAME, Live, Verdict, compare
+from qtune.deploy.verify import Live, Verdict, compare
 from qtune.errors import MachineError, RunFolderError, UserError
-from qtune.rundir import RunDir, is_used, write_json
+from qtune.rundir import MERGE_REPORT, RunDir, is_used, write_json
 from qtune.units import MIB, format_bytes
 
 Progress = Callable[[int, int, str], None]
@@ -97,7 +97,7 @@ def merge(
             layers=tuple(layers[chosen]),
             measured=measured,
         )
-        write_json(folders[chosen] / REPORT_NAME, report.as_json())
+        write_json(folders[chosen] / MERGE_REPORT, report.as_json())
         _publish(folders[chosen], output)
     write_json(run.merge, report.as_json())
     return report

@@ -24,12 +24,11 @@ from qtune.errors import ModelError, UserError
 from qtune.memory.device import find_device
 from qtune.model import adapter, base
 from qtune.recipe.schema import Model
-from qtune.rundir import RunDir, read_json, write_json
+from qtune.rundir import MERGE_REPORT, RunDir, read_json, write_json
 from qtune.units import format_percent
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
-REPORT_NAME = "merge_report.json"
 MAX_ROWS, MAX_ROW_TOKENS = 64, 512  # float32 logits of 512 tokens and a vocabulary of 128k are 256 MiB a side
 GREEDY_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 3, 32, 24
 POSITIONS_AT_ONCE = 64
@@ -103,10 +102,10 @@ def verify(run: RunDir, output: Path, rows: Sequence[Sequence[int]]) -> Verdict:
     At most 64 rows of 512 tokens are used. The verdict is added to the run's merge.json and the folder's
     merge_report.json. Raises UserError where no row has two tokens, ModelError where `output` does not load.
     """
-    report = read_json(output / REPORT_NAME)
+    report = read_json(output / MERGE_REPORT)
     verdict = compare(Live.open(run), output, rows, report["onto"], report["dtype"])
     known = {**report, "verdict": verdict.as_json()}
-    write_json(output / REPORT_NAME, known)
+    write_json(output / MERGE_REPORT, known)
     write_json(run.merge, known)
     return verdict
 

@@ -1,6 +1,7 @@
 """Before and after: base and tuned on the same held-out rows, scored and set side by side."""
 
 import itertools
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from qtune.data.packing import PackedRow
 from qtune.data.tokens import Example
 from qtune.evaluate.answer import answer
 from qtune.evaluate.loss import held_out_loss
-from qtune.evaluate.metrics import METRICS, interval
+from qtune.evaluate.metrics import METRICS, interval, paired_interval
 from qtune.events import Scored
 from qtune.recipe.schema import Evaluate
 from qtune.train.out_of_memory import Recovery
@@ -92,11 +93,13 @@ def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
     return list(itertools.islice((example for example in held_out.examples if example.prompt_ids), wanted.rows))
 
 
-def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate) -> dict[str, Any]:
-    """What scores.json holds: figures of both, and sample answers spread evenly over the rows."""
+def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate, seed: int) -> dict[str, Any]:
+    """What scores.json holds: figures of both, what lies between them, every row's score, and sample answers.
+
+    `seed` chooses the samples, so that nobody does.
+    """
     asked = scored_examples(held_out, wanted)
-    stride = max(1, len(asked) // max(1, wanted.samples))
-    picked = range(0, len(asked), stride)[: wanted.samples]
+    picked = sorted(random.Random(seed).sample(range(len(asked)), min(wanted.samples, len(asked))))
     samples = [
         {
             "prompt": asked[i].prompt_text,
@@ -113,5 +116,17 @@ def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate) -> d
         "rows": len(asked),
         "base": base.figures(),
         "tuned": tuned.figures(),
+        "difference": difference(base.scores, tuned.scores),
+        "base_scores": list(base.scores),
+        "tuned_scores": list(tuned.scores),
+        "samples_seed": seed,
         "samples": samples,
     }
+
+
+def difference(base: Sequence[float], tuned: Sequence[float]) -> dict[str, float] | None:
+    """How much the mean score rose from base to tuned on the same rows, with its interval; None without scores."""
+    if not base:
+        return None
+    low, high = paired_interval(base, tuned)
+    return {"score": sum(tuned) / len(tuned) - sum(base) / len(base), "low": low, "high": high}

@@ -95,7 +95,7 @@ def save(model: PeftModel, folder: Path, base_name: str) -> int:
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's card template says nothing about this run
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the run's own card comes at its end
     return sum(path.stat().st_size for path in folder.iterdir())
 
 

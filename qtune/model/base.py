@@ -41,7 +41,7 @@ DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
 LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 SAYS_ALL_SIZES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "phimoe", "granite", "olmo2")
-WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
 def quiet_libraries() -> None:

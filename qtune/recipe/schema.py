@@ -283,6 +283,14 @@ class Evaluate(Table):
     samples: int = Field(5, ge=0, le=100, description="Answers shown side by side in the summary.")
 
 
+class Report(Table):
+    """Where else the run is told, beside the dashboard and the run folder."""
+
+    to: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = Field(
+        None, description="An experiment tracker that gets the losses as they come; unset tells none."
+    )
+
+
 class DemoModel(Table):
     """What --demo puts in [model]."""
 
@@ -338,4 +346,5 @@ class Recipe(Table):
     memory: Memory = Field(Memory(), description="How it is made to fit.")
     save: Save = Field(Save(), description="When checkpoints are written.")
     evaluate: Evaluate = Field(Evaluate(), description="How it is scored.")
+    report: Report = Field(Report(), description="Where else it is told.")
     demo: Demo | None = Field(None, description="What --demo replaces.")

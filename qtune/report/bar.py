@@ -43,6 +43,12 @@ def title(memory: MemoryMeasured) -> str:
     return "host memory (this machine has no GPU)" if on_host else "device memory"
 
 
+def heading(memory: MemoryMeasured) -> str:
+    """`title`, at the beginning of a line."""
+    text = title(memory)
+    return text[0].upper() + text[1:]
+
+
 def peak_of_total(memory: MemoryMeasured) -> str:
     """`4.9 GiB of 11 GiB`."""
     return f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.total_bytes)}"
@@ -77,9 +83,14 @@ def other_bytes(memory: MemoryMeasured) -> int:
     return max(0, memory.total_bytes - memory.free_bytes - held)
 
 
+def parts(memory: MemoryMeasured) -> list[tuple[Fill, str, str]]:
+    """(fill, name, bytes) of each part that holds anything."""
+    return [(FILLS.get(name, UNKNOWN), name, format_bytes(size)) for name, size in memory.parts if size > 0]
+
+
 def legend(memory: MemoryMeasured) -> list[tuple[Fill, str, str]]:
-    """(fill, name, bytes) of each part that holds anything, then of what others hold and what is free."""
-    rows = [(FILLS.get(name, UNKNOWN), name, format_bytes(size)) for name, size in memory.parts if size > 0]
+    """`parts`, then what others hold and what is free."""
+    rows = parts(memory)
     others = other_bytes(memory)
     if others > 0.01 * memory.total_bytes:
         rows.append((OTHER, "other", format_bytes(others)))

@@ -56,7 +56,7 @@ def draw(points: Sequence[Point], marks: Sequence[Point], width: int, height: in
     marks = [mark for mark in marks if math.isfinite(mark[1])]
     if width < 12 or height < 2 or not (points or marks):
         return []
-    frame, ticks = _frame(points, marks, width, height)
+    frame, y_labels = _frame(points, marks, width, height)
     raw, line = _canvas(frame), _canvas(frame)
     for step, loss in points:
         _dot(raw, frame.dot_x(step), frame.dot_y(loss))
@@ -65,7 +65,7 @@ def draw(points: Sequence[Point], marks: Sequence[Point], width: int, height: in
     placed = {_cell(frame, mark): (MARK, MARK_STYLE) for mark in marks if mark != best}
     if best:
         placed[_cell(frame, best)] = (BEST_MARK, BEST_STYLE)
-    labels = {frame.dot_y(value) // 4: text for value, text in ticks}
+    labels = {frame.dot_y(value) // 4: text for value, text in y_labels}
     margin = width - frame.columns - 1
     lines = []
     for row in range(frame.rows):
@@ -120,13 +120,13 @@ def _frame(
 ) -> tuple[Frame, list[tuple[float, str]]]:
     """The frame that the values and the labels of their axis leave room for, and those labels."""
     steps = [step for step, _ in (*points, *marks)]
-    low, high = _range(points, marks)
-    ticks = _ticks(low, high, max(2, min(6, (height - 1) // 3)))
-    margin = max(len(text) for _, text in ticks) + 1
-    return Frame(max(1, width - margin - 1), height - 1, min(steps), max(steps), low, high), ticks
+    low, high = loss_range(points, marks)
+    labels = ticks(low, high, max(2, min(6, (height - 1) // 3)))
+    margin = max(len(text) for _, text in labels) + 1
+    return Frame(max(1, width - margin - 1), height - 1, min(steps), max(steps), low, high), labels
 
 
-def _range(points: Sequence[Point], marks: Sequence[Point]) -> tuple[float, float]:
+def loss_range(points: Sequence[Point], marks: Sequence[Point]) -> tuple[float, float]:
     """Lowest and highest loss drawn; a few raw outliers at the top do not flatten all the others."""
     losses = sorted(loss for _, loss in points)
     losses = losses[: len(losses) - int(OUTLIER_FRACTION * len(losses))]
@@ -136,7 +136,7 @@ def _range(points: Sequence[Point], marks: Sequence[Point]) -> tuple[float, floa
     return low - pad, high + pad
 
 
-def _ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
+def ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
     """Round values between `low` and `high`, at most `most + 1` of them, and their labels."""
     unit = 10.0 ** math.floor(math.log10((high - low) / most) - 1)
     strides = (unit * factor for factor in (1, 2, 5, 10, 20, 50, 100))

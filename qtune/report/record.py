@@ -1,29 +1,39 @@
 """A run folder, read once: its files and its events, sorted by kind. What is not there is named, not an error."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qtune.errors import RunFolderError
-from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Notice, StepDone
+from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Notice, Rehearsed, StepDone
 from qtune.report.words import best_held_out
 from qtune.rundir import RunDir, read_json
+
+LICENSE = re.compile(r"^license:[ \t]*[\"']?([a-z0-9][a-z0-9.-]*)[\"']?[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run left behind. `memory` is the measurement at its peak; `missing` says in full what is not there."""
+    """What a run left behind. `memory` is the measurement at the peak of `memory_series`; `exports` are the proofs of
+    what was exported, by file name; `base_license` is what the base's own card says; `missing` says in full what is not
+    there."""
 
     run: RunDir
+    recipe: str | None
     lock: dict[str, Any] | None
     data: dict[str, Any] | None
     plan: dict[str, Any] | None
     scores: dict[str, Any] | None
     merge: dict[str, Any] | None
+    exports: tuple[tuple[str, dict[str, Any]], ...]
+    base_license: str | None
     steps: tuple[StepDone, ...]
     held_out: tuple[Evaluated, ...]
     memory: MemoryMeasured | None
+    memory_series: tuple[MemoryMeasured, ...]
+    rehearsed: Rehearsed | None
     notices: tuple[str, ...]
     train_seconds: float | None
     missing: tuple[str, ...]
@@ -48,6 +58,24 @@ class Record:
         return sum(done.tokens for done in self.steps) / seconds if seconds > 0 else None
 
     @property
+    def name(self) -> str:
+        return str(self.lock["name"]) if self.lock else self.run.path.name
+
+    @property
+    def base_on_hub(self) -> str | None:
+        """The hub name of the base; None for a folder and for the base inside qtune."""
+        name = self.lock["base"]["name"] if self.lock else "demo"
+        return None if name == "demo" or Path(name).is_absolute() else str(name)
+
+    @property
+    def forecast_bytes(self) -> int | None:
+        """What the plan said the peak on the card would be; None on the CPU, where a plan counts tensors and what is
+        measured is the whole process."""
+        plan = self.plan or {}
+        on_card = "forecast" in plan and plan["device"]["name"] != "cpu"
+        return sum(plan["forecast"]["device"].values()) if on_card else None
+
+    @property
     def has_adapter(self) -> bool:
         return self.run.adapter.is_dir()
 
@@ -62,17 +90,23 @@ def read(run: RunDir) -> Record:
         missing.append("Training did not come to its end.")
     if not run.adapter.is_dir():
         missing.append("No adapter was saved.")
-    memory = (e for e in events if isinstance(e, MemoryMeasured) and not e.phase.startswith("rehearsed"))
+    memory = [e for e in events if isinstance(e, MemoryMeasured) and not e.phase.startswith("rehearsed")]
+    exports = ((path.name, _json(path, missing)) for path in sorted(run.path.glob("export*.json")))
     return Record(
         run=run,
+        recipe=run.recipe.read_text(encoding="utf-8-sig", errors="replace") if run.recipe.is_file() else None,
         lock=lock,
         data=data,
         plan=plan,
         scores=scores,
         merge=_json(run.merge, missing) if run.merge.is_file() else None,  # merging is a later wish, not a lack
+        exports=tuple((name, value) for name, value in exports if value),
+        base_license=_license(Path(lock["base"]["folder"])) if lock else None,
         steps=tuple(event for event in events if isinstance(event, StepDone)),
         held_out=tuple(event for event in events if isinstance(event, Evaluated)),
         memory=max(memory, key=lambda event: event.peak_bytes, default=None),
+        memory_series=tuple(memory),
+        rehearsed=next((event for event in reversed(events) if isinstance(event, Rehearsed)), None),
         notices=tuple(event.text for event in events if isinstance(event, Notice)),
         train_seconds=finished[-1].train_seconds if finished else None,
         missing=tuple(missing),
@@ -89,6 +123,15 @@ def _json(path: Path, missing: list[str]) -> dict[str, Any] | None:
         missing.append(str(fault))
         return None
     return value if isinstance(value, dict) else None
+
+
+def _license(base: Path) -> str | None:
+    """The licence in the header of the base's model card, as the hub names licences."""
+    card = base / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = LICENSE.search(header[1]) if header else None
+    return found[1] if found else None
 
 
 def _events(run: RunDir, missing: list[str]) -> list[Event]:

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-import re
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qtune.report import bar, curve, record, tables
+from qtune.report import bar, curve, markdown, record, serving, tables
 from qtune.report.record import Record
-from qtune.report.words import finite, format_loss, one_line, visible
+from qtune.report.words import finite, format_loss, one_line
 from qtune.rundir import RunDir, write_text
 from qtune.units import format_bytes, format_count, format_percent, format_rate, format_seconds
 
@@ -48,7 +46,7 @@ def report(run: RunDir) -> Group:
     for table, values in ((tables.data_table, found.data), (tables.plan_table, found.plan)):
         parts += [Text(), table(values)] if values else []
     if found.steps:
-        parts += [Text(), Text.assemble(("loss", "bold"), f"  {_pace(found)}")]
+        parts += [Text(), Text.assemble(("loss", "bold"), f"  {pace(found)}")]
         parts.append(tables.ToWidth(lambda width: _curve(found, width)))
     if found.memory:
         parts += [Text(), Text.assemble((bar.title(found.memory), "bold"), "  ", bar.peak(found.memory))]
@@ -72,7 +70,7 @@ def _curve(found: Record, width: int) -> list[Text]:
     return curve.draw(found.losses, found.held_out_losses, width, CURVE_LINES)
 
 
-def _pace(found: Record) -> str:
+def pace(found: Record) -> str:
     """`1.191 at step 282 in 18 min 24 s, 4,133 tokens/s, best held-out 1.243 at step 252`."""
     last = found.steps[-1]
     took = f" in {format_seconds(found.train_seconds)}" if found.train_seconds is not None else ""
@@ -94,28 +92,28 @@ def write_summary(run: RunDir) -> None:
 
 def _head(found: Record) -> list[str]:
     lock = found.lock
-    lines = [f"# {_inline(lock['name'] if lock else found.run.path.name)}", ""]
+    lines = [f"# {markdown.inline(lock['name'] if lock else found.run.path.name)}", ""]
     if lock:
         about = lock["recipe"].get("about")
-        lines += [_inline(about), ""] if about else []
+        lines += [markdown.inline(about), ""] if about else []
         lines += [f"Base `{lock['base']['name']}`, weights SHA-256 `{lock['base']['sha256'][:16]}`.", ""]
     for sentence in found.missing:
-        lines += [f"> {_inline(sentence)}", ""]
+        lines += [f"> {markdown.inline(sentence)}", ""]
     return lines
 
 
 def _before_and_after(found: Record) -> list[str]:
     if not found.scores:
         return []
-    return ["## Before and after", "", *_table(("", "base → tuned"), tables.score_rows(found.scores))]
+    return ["## Before and after", "", *markdown.table(("", "base → tuned"), tables.score_rows(found.scores))]
 
 
 def _loss(found: Record) -> list[str]:
     if not found.steps:
         return []
-    picture = _fenced("\n".join(line.plain.rstrip() for line in _curve(found, tables.MOST_COLUMNS)))
-    rows = _table(("step", "loss", "held-out", "learning rate"), loss_rows(found))
-    return ["## Loss", "", f"{_pace(found)}.", "", *picture, "", *rows]
+    picture = markdown.fenced("\n".join(line.plain.rstrip() for line in _curve(found, tables.MOST_COLUMNS)))
+    rows = markdown.table(("step", "loss", "held-out", "learning rate"), loss_rows(found))
+    return ["## Loss", "", f"{pace(found)}.", "", *picture, "", *rows]
 
 
 def loss_rows(found: Record) -> list[tuple[str, str, str, str]]:
@@ -136,27 +134,29 @@ def loss_rows(found: Record) -> list[tuple[str, str, str, str]]:
 
 def _samples(found: Record) -> list[str]:
     lines: list[str] = []
+    fenced = markdown.fenced
     for sample in found.scores["samples"] if found.scores else ():
-        lines += ["**Asked**", "", *_fenced(sample["prompt"]), "", "**Wanted**", "", *_fenced(sample["reference"]), ""]
+        lines += ["**Asked**", "", *fenced(sample["prompt"]), "", "**Wanted**", "", *fenced(sample["reference"]), ""]
         for who in ("base", "tuned"):
             score = tables.format_score(sample[f"{who}_score"])
-            lines += [f"**{who.capitalize()}**, {score}", "", *_fenced(sample[who]), ""]
+            lines += [f"**{who.capitalize()}**, {score}", "", *markdown.fenced(sample[who]), ""]
     return ["## Sample answers", "", *lines] if lines else []
 
 
 def _data(found: Record) -> list[str]:
-    data = found.data
-    if not data:
-        return []
-    rows = [
-        ("source", f"{data['source']} ({data['format']})"),
+    return ["## Data", "", *markdown.table(("", ""), data_rows(found.data))] if found.data else []
+
+
+def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """data.json by name and value, what was left out last."""
+    return [
+        ("source", f"{serving.folder_name(data['source'])} ({data['format']})"),
         ("rows", f"{data['rows_read']:,} read, {data['train_rows']:,} to train on, {data['held_out_rows']:,} held out"),
         ("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"),
         ("longest row", f"{data['longest_row_tokens']:,} tokens"),
         ("sequences", f"{data['packs']:,}, {format_percent(data['pack_fill_fraction'])} full"),
         *(("note", sentence) for sentence in (*tables.data_warnings(data), *data["notices"])),
     ]
-    return ["## Data", "", *_table(("", ""), rows)]
 
 
 def _memory(found: Record) -> list[str]:
@@ -165,44 +165,30 @@ def _memory(found: Record) -> list[str]:
         return []
     rows = [(name, format_bytes(size)) for name, size in memory.parts]
     rows.append(("**peak**", f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.total_bytes)}"))
-    return [f"## {bar.title(memory).capitalize()} at the peak", "", *_table(("part", "held"), rows)]
+    return [f"## {bar.heading(memory)} at the peak", "", *markdown.table(("part", "held"), rows)]
 
 
 def _plan(found: Record) -> list[str]:
-    if not found.plan:
-        return []
-    rows = [(choice["name"], choice["value"], choice["reason"]) for choice in found.plan["choices"]]
-    return ["## Plan", "", *_table(("choice", "value", "why"), rows)]
+    return ["## Plan", "", *markdown.table(("choice", "value", "why"), plan_rows(found.plan))] if found.plan else []
+
+
+def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Every choice with its value and its reason."""
+    return [(choice["name"], choice["value"], choice["reason"]) for choice in plan["choices"]]
 
 
 def _recipe(found: Record) -> list[str]:
-    path = found.run.recipe
-    if not path.is_file():
+    if found.recipe is None:
         return []
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    return ["## Recipe as given", "", *_fenced(text.rstrip(), "toml"), ""]
+    return ["## Recipe as given", "", *markdown.fenced(found.recipe.rstrip(), "toml"), ""]
 
 
 def _versions(found: Record) -> list[str]:
     if not found.lock:
         return []
-    versions = ", ".join(f"{name} {version}" for name, version in found.lock["versions"].items())
-    return ["## Versions", "", f"{versions}. Seed {found.lock['seed']}."]
+    return ["## Versions", "", f"{versions(found.lock)}. Seed {found.lock['seed']}."]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table and an empty line."""
-    cells = [[_inline(cell) for cell in row] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in (list(head), ["---"] * len(head), *cells)] + [""]
-
-
-def _inline(text: str) -> str:
-    """Text from outside, on one line, that cannot end a table cell or begin an HTML tag."""
-    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _fenced(text: str, language: str = "") -> list[str]:
-    """`text` as a code block, fenced by more backticks than it holds in a row."""
-    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [f"{fence}{language}", visible(text), fence]
+def versions(lock: dict[str, Any]) -> str:
+    """`torch 2.13.0, peft 0.21.2`."""
+    return ", ".join(f"{name} {version}" for name, version in lock["versions"].items())

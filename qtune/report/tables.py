@@ -116,13 +116,30 @@ def score_table(scores: dict[str, Any]) -> RenderableType:
 
 
 def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
-    """(`held-out loss`, `2.113 → 1.246`), and the metric likewise with its 95 % intervals where one was asked for."""
-    base, tuned = scores["base"], scores["tuned"]
-    rows = [("held-out loss", f"{format_loss(base['held_out_loss'])} {ARROW} {format_loss(tuned['held_out_loss'])}")]
-    if tuned["score"] is not None:
-        name = f"{scores['metric']} on {scores['rows']:,} rows"
-        rows.append((name, f"{with_interval(base)} {ARROW} {with_interval(tuned)}"))
+    """(`held-out loss`, `2.113 → 1.246`); where a metric was asked for the same of it with 95 % intervals, and by how
+    much it rose on the same rows."""
+    rows = [(name, f"{base} {ARROW} {tuned}") for name, base, tuned in score_cells(scores)]
+    if scores.get("difference"):
+        rows.append(("difference", difference(scores["difference"])))
     return rows
+
+
+def score_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, base, tuned) of the held-out loss, and of the metric with its intervals where one was asked for."""
+    base, tuned = scores["base"], scores["tuned"]
+    rows = [("held-out loss", format_loss(base["held_out_loss"]), format_loss(tuned["held_out_loss"]))]
+    if tuned["score"] is not None:
+        rows.append((f"{scores['metric']} on {scores['rows']:,} rows", with_interval(base), with_interval(tuned)))
+    return rows
+
+
+def difference(figures: dict[str, float]) -> str:
+    """`+0.221 (+0.190 to +0.252)`: the rise on the same rows, and its interval; in words where it may be none."""
+    low, high = figures["low"], figures["high"]
+    if low == high == 0:
+        return "none, every row scored the same"
+    told = f"{figures['score']:+.3f} ({low:+.3f} to {high:+.3f})"
+    return f"{told}, which may be chance" if low <= 0 <= high else told
 
 
 def with_interval(figures: dict[str, Any]) -> str:
@@ -145,22 +162,33 @@ def _sample(sample: dict[str, Any]) -> RenderableType:
 def merge_table(report: dict[str, Any], verdict: dict[str, Any]) -> RenderableType:
     """What was written, and how close it is to the adapter it came from."""
     table = _grid(2)
-    written = f"{report['tensors']:,} tensors in {report['shards']} files, {format_bytes(report['bytes'])}"
-    table.add_row("merged", Text(f"onto the {report['onto']} base, {report['dtype']}, {written}: {report['output']}"))
-    for tried in report["measured"]:
-        table.add_row("measured", f"{tried['onto']}: {_closeness(tried)}")
-    outcome = Text("passed", "green") if verdict["passed"] else Text("FAILED", "bold red")
-    table.add_row("verdict", outcome.append(f": {_closeness(verdict)}", "default"))
-    same = sum(answer["same"] for answer in verdict["greedy"])
-    table.add_row(
-        "",
-        f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['merged_loss']:.4f} merged;"
-        f" {same} of {len(verdict['greedy'])} greedy answers the same",
-    )
+    for name, value in merge_rows(report, verdict):
+        if name == "verdict":
+            outcome = Text("passed", "green") if verdict["passed"] else Text("FAILED", "bold red")
+            table.add_row(name, outcome.append(f": {value}", "default"))
+        else:
+            table.add_row(name, Text(value))
     return table
 
 
-def _closeness(verdict: dict[str, Any]) -> str:
+def merge_rows(report: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    """merge.json by name and value; whether it passed is for the reader of `verdict` to colour."""
+    written = f"{report['tensors']:,} tensors in {report['shards']} files, {format_bytes(report['bytes'])}"
+    same = sum(answer["same"] for answer in verdict["greedy"])
+    return [
+        ("merged", f"onto the {report['onto']} base, {report['dtype']}, {written}: {report['output']}"),
+        *(("measured", f"{tried['onto']}: {closeness(tried)}") for tried in report["measured"]),
+        ("verdict", closeness(verdict)),
+        (
+            "",
+            f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['merged_loss']:.4f}"
+            f" merged; {same} of {len(verdict['greedy'])} greedy answers the same",
+        ),
+    ]
+
+
+def closeness(verdict: dict[str, Any]) -> str:
+    """How near a merged model is to the adapter it came from."""
     return f"mean KL {verdict['mean_kl']:.1e} nats, same next token {format_percent(verdict['agreement_fraction'])}"
 
 

@@ -125,6 +125,15 @@ class Reporter(TrainerCallback):
         if is_best:
             self.best_loss, self.best_step = loss, step
         self.listen(Evaluated(step, loss, is_best, seconds))
+        if self.trainer.args.report_to:
+            self._tell_trackers(loss)
+
+    def _tell_trackers(self, loss: float) -> None:
+        """Ours is no evaluation of the trainer's, so trackers would not hear of it."""
+        control = self.trainer.control
+        is_log_due = control.should_log
+        self.trainer.log({"eval_loss": loss})
+        control.should_log = is_log_due  # the trainer takes any log for the one that was due
 
 
 class EvaluateEvery(TrainerCallback):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_events import start_run, whole_run_in
+from made_events import SCORES, start_run, whole_run_in
 from rich.console import Console, RenderableType
 
 from qtune.report import tables
@@ -152,3 +152,18 @@ def test_figures_of_a_merge(whole_run: RunDir) -> None:
     assert "passed: mean KL 5.6e-06 nats, same next token 99.8 %" in text
     assert "FAILED" in shown(tables.merge_table(report, {**measured, "passed": False}), 120)
     write_json(whole_run.merge, report)
+
+
+@pytest.mark.parametrize(
+    ("score", "low", "high", "told"),
+    [
+        (0.221, 0.19, 0.252, "+0.221 (+0.190 to +0.252)"),
+        (-0.1, -0.2, -0.05, "-0.100 (-0.200 to -0.050)"),
+        (0.02, -0.01, 0.05, "+0.020 (-0.010 to +0.050), which may be chance"),
+        (0.0, 0.0, 0.0, "none, every row scored the same"),
+    ],
+)
+def test_a_difference_says_when_it_may_be_none(score: float, low: float, high: float, told: str) -> None:
+    figures = {"score": score, "low": low, "high": high}
+    assert tables.difference(figures) == told
+    assert tables.score_rows({**SCORES, "difference": figures})[-1] == ("difference", told)
