@@ -263,17 +263,25 @@ def run_recipe(options: argparse.Namespace) -> int:
     story.show(ready, console)
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
     folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
-    return _told(folder, story.run(ready, folder, console), console, options.json)
+    with folder.held():
+        return _told(folder, story.run(ready, folder, console), console, options.json)
 
 
 def resume_run(options: argparse.Namespace) -> int:
-    from qtune import logs, resume
+    from qtune import logs
     from qtune.rundir import RunDir
 
     folder = RunDir.open_to_resume(options.run)
+    logs.hold()
+    with folder.held():
+        return _resume_held(folder, options)
+
+
+def _resume_held(folder: "RunDir", options: argparse.Namespace) -> int:
+    from qtune import resume
+
     recipe = resume.recipe_of(folder, options.set)
     _refuse_absent_tracker(recipe)
-    logs.hold()
     _stay_offline_when_local(recipe)
     console = _console(options)
     from qtune import run as story

@@ -13,6 +13,7 @@ def hold() -> None:
     root = logging.getLogger()
     root.handlers = [_held]
     root.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for a traceback
     logging.captureWarnings(True)
 
 

@@ -49,8 +49,12 @@ class Invocation:
 
     @classmethod
     def of_run(cls, run: RunDir) -> "Invocation":
+        """Raises RunFolderError for one that qtune did not write."""
         values = read_json(run.invocation)
-        return cls(values["recipe_folder"], tuple(values["overrides"]), values["demo"])
+        try:
+            return cls(values["recipe_folder"], tuple(values["overrides"]), values["demo"])
+        except (KeyError, TypeError):
+            raise RunFolderError(f"{run.invocation}: is not as qtune wrote it.") from None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,15 @@ def remember(run: RunDir, overrides: Sequence[str]) -> None:
     began = Invocation.of_run(run)
     overrides = (*began.overrides, *load.given_anywhere(overrides))
     write_json(run.invocation, asdict(replace(began, overrides=overrides)))
+
+
+def lock_of(run: RunDir) -> dict[str, Any]:
+    """What the run stood on when it began. Raises RunFolderError for a lock that qtune did not write."""
+    lock = read_json(run.lock)
+    tables = lock if isinstance(lock, dict) else {}
+    if not isinstance(tables.get("recipe"), dict) or not isinstance(tables.get("quantized_modules"), list):
+        raise RunFolderError(f"{run.lock}: is not as qtune wrote it.")
+    return tables
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -35,7 +35,7 @@ from qtune.recipe.schema import Recipe
 from qtune.report import card, forecast, summary, tables
 from qtune.report.dashboard import listener_for
 from qtune.report.waiting import rows_shown
-from qtune.resume import Invocation, changes, refuse_changes
+from qtune.resume import Invocation, changes, lock_of, refuse_changes
 from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train import checkpoint
 from qtune.train.fit import Fitted, Keeping, fit
@@ -139,12 +139,12 @@ def get_ready_again(
     is_replanned = any(field.startswith("memory.") for field in allowed)
     settled = None if point is None or is_replanned else Settled(point.techniques, point.micro_batch)
     ready = get_ready(recipe, settled, console)
+    refuse_unless_it_fits(recipe, ready.plan)
     if run.lock.is_file():
-        before = read_json(run.lock)
+        before = lock_of(run)
         now = lock(ready, before["quantized_modules"])
         refuse_changes(run, changes(before, now), allowed)
         write_json(run.lock, now)
-    refuse_unless_it_fits(recipe, ready.plan)
     logs.write_to(run.log)
     _describe(ready, run)
     return ready, point, Resumed(point.step if point else 0, why)
@@ -155,11 +155,11 @@ def run(
 ) -> Fitted:
     """Load, score, train, score again; everything worth keeping is in `folder` when this returns.
 
-    With a `point` it goes on from there, as if it had never been stopped.
+    With a `point` it goes on from there, as if it had never been stopped. The caller holds the folder.
     """
     recipe, plan = ready.recipe, ready.plan
     record = folder.record if point is None else folder.record_again
-    with folder.held(), listener_for(console, _title(recipe), plan.steps) as dashboard:
+    with listener_for(console, _title(recipe), plan.steps) as dashboard:
 
         def listen(event: Event) -> None:
             record(event)

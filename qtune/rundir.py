@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -182,12 +183,30 @@ class RunDir:
             yield
 
     def wind_back(self, journal_bytes: Mapping[str, int]) -> None:
-        """Cut the journals to the lengths of `journal_bytes`; those it does not name are removed."""
+        """Cut the journals to the lengths of `journal_bytes`, and remove those it does not name.
+
+        What a write that was cut short has left goes too. Raises RunFolderError for a journal that is shorter.
+        """
+        self._remove_leftovers()
         for path in (self.metrics, self.memory):
-            if path.name in journal_bytes:
-                os.truncate(path, journal_bytes[path.name])
-            else:
+            if path.name not in journal_bytes:
                 path.unlink(missing_ok=True)
+            elif not path.is_file() or path.stat().st_size < journal_bytes[path.name]:
+                raise RunFolderError(
+                    f"{path}: was cut or removed after the checkpoint was written, so the run cannot go on with it."
+                )
+            else:
+                os.truncate(path, journal_bytes[path.name])
+
+    def _remove_leftovers(self) -> None:
+        for name in (self.adapter.name, "*.json", self.summary.name):
+            for path in self.path.glob(f".{name}.*"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        if self.history.is_file():
+            os.truncate(self.history, self.history.read_bytes().rfind(b"\n") + 1)
 
     def events(self) -> Iterator[Event]:
         """Every event of the run: metrics.jsonl in order, then memory.jsonl, then history.jsonl.
@@ -195,15 +214,22 @@ class RunDir:
         What stands behind the last line feed was never finished, and is left out.
         """
         for path in (self.metrics, self.memory, self.history):
-            finished = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-            for line in finished:
-                values = json.loads(line)
-                kind = EVENT_BY_NAME[values.pop("event")]
-                if kind is MemoryMeasured:
-                    values["parts"] = tuple((name, size) for name, size in values["parts"])
-                if kind is Rehearsed:
-                    values["climbed"] = tuple(values["climbed"])
-                yield kind(**values)
+            finished = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.is_file() else []
+            for number, line in enumerate(finished, start=1):
+                try:
+                    yield _event_of(line)
+                except (ValueError, KeyError, TypeError):
+                    raise RunFolderError(f"{path}:{number}: is no event of a run; the file was changed.") from None
+
+
+def _event_of(line: str) -> Event:
+    values = json.loads(line)
+    kind = EVENT_BY_NAME[values.pop("event")]
+    if kind is MemoryMeasured:
+        values["parts"] = tuple((name, size) for name, size in values["parts"])
+    if kind is Rehearsed:
+        values["climbed"] = tuple(values["climbed"])
+    return kind(**values)
 
 
 def _refuse_links(folder: Path) -> None:
@@ -224,19 +250,24 @@ def default_path(name: str, now: datetime) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all."""
+    """Write `value` whole or not at all. Raises DiskFull."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, flush to disk, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    """Write beside `path`, flush to disk, then rename over it. Raises DiskFull, and leaves `path` as it was then."""
+    with sealed.refusing_full_disk(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 def read_json(path: Path) -> Any:

@@ -7,9 +7,10 @@ lists every file of a sealed one, so that a missing, added, cut or changed file 
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from qtune.errors import DiskFull
 
 SUMS = "SHA256SUMS"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RUST_OS_ERROR = re.compile(r"(?:\(os error |code: )(\d+)[,)]")  # safetensors, whose errors have no errno
 
 
 @contextmanager
@@ -83,7 +85,8 @@ def refusing_full_disk(path: Path) -> Iterator[None]:
 def _says_full(fault: Exception) -> bool:
     if isinstance(fault, OSError):
         return fault.errno in FULL
-    return any(f"code: {number}," in str(fault) for number in FULL)  # safetensors writes in Rust
+    found = RUST_OS_ERROR.search(str(fault))
+    return found is not None and int(found[1]) in FULL
 
 
 def seal(folder: Path) -> None:
@@ -94,29 +97,38 @@ def seal(folder: Path) -> None:
 def what_is_broken(folder: Path) -> str | None:
     """What of a sealed folder is not as it was sealed, as a clause such as `state.json is missing`; None if nothing."""
     try:
-        sealed = (folder / SUMS).read_bytes()
-        found = _sums(folder)
+        before = (folder / SUMS).read_bytes().decode(errors="backslashreplace")
+        now = _sums(folder)
     except FileNotFoundError:
         return f"it has no {SUMS}"
     except OSError as fault:
         return f"{fault.filename} cannot be read ({fault.strerror})"
-    return None if sealed == found.encode() else _difference(sealed.decode(errors="replace"), found)
+    return None if before == now else _difference(_by_name(before), _by_name(now))
 
 
-def _difference(sealed: str, found: str) -> str:
-    before, now = (
-        dict(line.split("  ", 1)[::-1] for line in text.splitlines() if "  " in line) for text in (sealed, found)
-    )
+def _by_name(sums: str) -> dict[str, str]:
+    return dict(line.split("  ", 1)[::-1] for line in sums.splitlines() if "  " in line)
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     changed = next((name for name, digest in now.items() if name in before and before[name] != digest), None)
     if changed is not None:
         return f"{changed} was changed after it was written"
     missing = next((name for name in before if name not in now), None)
-    return f"{missing} is missing" if missing is not None and before else f"{SUMS} was changed after it was written"
+    if missing is not None:
+        return f"{missing} is missing"
+    added = next((name for name in now if name not in before), None)
+    return f"{SUMS if added is None else added} was {'changed' if added is None else 'added'} after it was written"
 
 
 def _sums(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-    return "".join(f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    return "".join(f"{_digest(path)}  {_name(path, folder)}\n" for path in files)
+
+
+def _name(path: Path, folder: Path) -> str:
+    """As text that can be written and shown: a file that was added may be called anything."""
+    return os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
 
 
 def _digest(path: Path) -> str:

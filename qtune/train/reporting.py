@@ -159,6 +159,8 @@ class StopOnSignal(TrainerCallback):
     @contextmanager
     def watching(self) -> Iterator[None]:
         def note(number: int, frame: Any) -> None:
+            if self.caught is not None and number == signal.SIGTERM:
+                raise SystemExit(128 + number)
             if self.caught is not None:
                 raise KeyboardInterrupt
             self.caught = signal.Signals(number)
