@@ -8,8 +8,8 @@ import torch
 
 from fault_lab import real_models
 
-WHAT = "24 sequences as 1 x 24, 2 x 12 ... 24 x 1, in float64; loss and gradient within 1e-7"
-SEQUENCES, MOST = 24, 1e-7
+WHAT = "24 sequences as 1 x 24, 2 x 12 ... 24 x 1; loss within two float32 roundings, gradient within 1e-6"
+SEQUENCES, MOST_LOSS, MOST_GRADIENT = 24, 2 * 2.0**-23, 1e-6  # weights are float64; norms, logits and the sum are float32 by design
 
 
 def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
@@ -33,7 +33,7 @@ def _one(model: torch.nn.Module, packed: list, sizes: list[int], name: str) -> s
         found.append((loss, real_models.gradients(model)))
     loss, gradient = found[0]
     for size, (other_loss, other) in zip(sizes[1:], found[1:], strict=True):
-        off = max(abs(other_loss / loss - 1), float((other - gradient).norm() / gradient.norm()))
-        if off > MOST:
-            return f"{name}, micro-batch {size}: {off:.1e} from micro-batch 1"
+        off, turned = abs(other_loss / loss - 1), float((other - gradient).norm() / gradient.norm())
+        if off > MOST_LOSS or turned > MOST_GRADIENT:
+            return f"{name}, micro-batch {size}: loss {off:.1e} and gradient {turned:.1e} from micro-batch 1"
     return None
