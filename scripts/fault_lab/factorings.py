@@ -9,7 +9,9 @@ import torch
 from fault_lab import real_models
 
 WHAT = "24 sequences as 1 x 24, 2 x 12 ... 24 x 1; loss within two float32 roundings, gradient within 1e-6"
-SEQUENCES, MOST_LOSS, MOST_GRADIENT = 24, 2 * 2.0**-23, 1e-6  # weights are float64; norms, logits and the sum are float32 by design
+SEQUENCES = 24
+# Weights are float64 here; norms, logits and the sum of the loss are float32 by design.
+MOST_LOSS, MOST_GRADIENT = 2 * 2.0**-23, 1e-6
 
 
 def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
