@@ -126,7 +126,7 @@ def test_what_cannot_be_profiled_is_said_in_a_sentence(written, config_alone, tm
         ([str(written()), "--output", str(full)], 2, "Name another --output"),
         ([str(written()), "--set", "memory.budget=soon"], 2, "memory.budget"),
         ([str(written()), "--set", f"model.base={tmp_path / 'none'}"], 2, "model.base"),
-        ([str(written()), "--set", f"model.base={config_alone}"], 2, "no .safetensors file"),
+        ([str(written()), "--set", f"model.base={config_alone}"], 2, "has neither model.safetensors"),
     ]
     for arguments, wanted, part in tries:
         code = profile_memory.main(arguments)

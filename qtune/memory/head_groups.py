@@ -1,12 +1,13 @@
 """Attention a few heads at a time: projections, rotation, attention and output of one group after another.
 
-Held less of: queries, keys, values, their rotated copies, the attention's output and all of their gradients, which
-exist for one group of heads at a time.
-Costs: one more forward pass of the attention, inside a recomputed layer the third; the output projection is dequantised
-once a group.
+Held less of: queries, keys, values, their rotated copies and the attention's output, which exist for one group of heads
+at a time; of their gradients those that the projections need.
+Costs: one more forward pass of the attention, inside a recomputed layer the third; in the backward pass the output
+projection is dequantised once a group.
 Refuses: attention that is not four plain projections (with norms of the head's size between them), that has parameters
-of its own or drops out weights, adapters that are not plain LoRA, and one key/value head. Same loss and gradients to
-rounding: the groups' outputs are summed.
+of its own or drops out weights, adapters that are not plain LoRA, and one key/value head. Same loss and gradients, of
+which nothing is summed up group by group in 16 bits: the groups' heads are laid side by side before they are projected
+out, and the gradients of queries, keys and values before they are projected back.
 
 A module of transformers takes the number of its heads from what its projections return, so a group is the module's own
 forward with projections that return that group's heads.
@@ -25,21 +26,28 @@ from peft.tuners.lora import LoraLayer
 
 from qtune.memory import live, nf4
 from qtune.memory.layers import autocast_here, backward_again
-from qtune.memory.lora_linear import Part, lora_linear, why_not_fused
+from qtune.memory.lora_linear import Part, add_input_gradient, inner_of, lora_linear, why_not_fused
 
 INPUTS, OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
 OTHERS = {"q_norm", "k_norm", "rotary_emb"}
 
 
 @dataclass(frozen=True)
+class Backward:
+    """What the groups of a backward pass share: the output projection's x A' (T, r) of all heads, and the `gradients`
+    (1, T, O) of what each input projection returned, by its name, filled by one group after another."""
+
+    inner: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Group:
-    """The heads that run now: number `index` of `count` groups. In a backward pass `sink` (1, T, H) gathers the input's
-    gradient, and the value of the output is not wanted."""
+    """The heads that run now: number `index` of `count` groups, forward, or as part of a backward pass."""
 
     index: int
     count: int
-    sink: torch.Tensor | None = None
-    is_backward: bool = False
+    backward: Backward | None = None
 
     def share(self, features: int) -> slice:
         size = features // self.count
@@ -83,7 +91,7 @@ def group_heads(layer: Any, groups: int) -> None:
     attention.whole_forward = whole
     active: list[Group] = []
     for name in (*INPUTS, OUTPUT):
-        _project_in_groups(getattr(attention, name), active, is_output=name == OUTPUT)
+        _project_in_groups(attention, name, active)
 
     def forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         is_plain = any(getattr(attention, name).disable_adapters for name in (*INPUTS, OUTPUT))
@@ -99,46 +107,99 @@ def group_heads(layer: Any, groups: int) -> None:
                 active.pop()
 
         anchor = hidden_states.new_empty(0, requires_grad=True)
-        return _Grouped.apply(hidden_states, anchor, run, groups), None
+        return _Grouped.apply(hidden_states, anchor, attention, run, groups), None
 
     attention.forward = types.MethodType(forward, attention)
 
 
-def _project_in_groups(projection: Any, active: list[Group], is_output: bool) -> None:
-    """Let `projection` return (or, the output projection, take) the heads of the active group only."""
+def _project_in_groups(attention: Any, name: str, active: list[Group]) -> None:
+    """Let a projection return (or, the output projection, take) the heads of the active group only."""
+    projection = getattr(attention, name)
     whole = projection.__dict__.get("whole_forward", projection.forward)
     projection.whole_forward = whole
-    base = projection.get_base_layer()
+    project = _output if name == OUTPUT else functools.partial(_input, name)
 
     def forward(self: LoraLayer, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not active:
-            return whole(x, *args, **kwargs)
-        group = active[-1]
-        if is_output:
-            return lora_linear(self, x, Part(columns=group.share(base.in_features), is_skipped=group.is_backward))
-        return lora_linear(self, x, Part(rows=group.share(base.out_features), sink=group.sink))
+        return project(self, x, active[-1]) if active else whole(x, *args, **kwargs)
 
     projection.forward = types.MethodType(forward, projection)
 
 
+def _input(name: str, projection: LoraLayer, x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Queries, keys or values of the group. In a backward pass their gradient goes no further than `gradients`."""
+    rows = group.share(projection.get_base_layer().out_features)
+    with torch.no_grad():
+        heads = lora_linear(projection, x, Part(rows=rows))
+    if group.backward is None:
+        return heads
+    gradients = group.backward.gradients
+    if name not in gradients:
+        gradients[name] = heads.new_empty(*heads.shape[:-1], projection.get_base_layer().out_features)
+    return _GradientInto.apply(heads, x.new_empty(0, requires_grad=True), gradients[name][..., rows])
+
+
+def _output(projection: LoraLayer, x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The group's heads as they are; in a backward pass, in which no value is wanted, what leads to their gradient."""
+    if group.backward is None:
+        return x
+    columns = group.share(projection.get_base_layer().in_features)
+    return lora_linear(projection, x, Part(columns=columns, inner=group.backward.inner, is_skipped=True))
+
+
+class _GradientInto(torch.autograd.Function):
+    """`heads` as they are. Their gradient is copied to a place and goes no further: nothing holds on to them."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: torch.Tensor, anchor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.place = place
+        return torch.ops.aten._unsafe_view(heads, heads.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        ctx.place.copy_(gradient)
+        return None, None, None
+
+
 class _Grouped(torch.autograd.Function):
-    """The sum of `run(group, hidden)` over the groups, of which only `hidden` is kept."""
+    """The attention of `hidden`, of which that and the output projection's x A' are kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, run: Run, groups: int) -> torch.Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.run, ctx.groups, ctx.autocast = run, groups, autocast_here(hidden)
-        output = run(Group(0, groups), hidden)
-        for part in live.tiles(groups, 1, hidden)[1:]:
-            output += run(Group(part.start, groups), hidden)
-        return output
+    def forward(
+        ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, attention: Any, run: Run, groups: int
+    ) -> torch.Tensor:
+        projection = getattr(attention, OUTPUT)
+        heads = _side_by_side(run, hidden, groups, projection.get_base_layer().in_features)
+        ctx.save_for_backward(hidden, inner_of(projection, heads))
+        ctx.attention, ctx.run, ctx.groups, ctx.autocast = attention, run, groups, autocast_here(hidden)
+        return lora_linear(projection, heads)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        (hidden,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        hidden, inner = ctx.saved_tensors
         hidden = hidden.detach()
-        sink = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        shared = Backward(inner, {})
         for part in live.tiles(ctx.groups, 1, hidden):
-            group = Group(part.start, ctx.groups, sink, is_backward=True)
+            group = Group(part.start, ctx.groups, shared)
             backward_again(functools.partial(ctx.run, group), hidden, gradient, ctx.autocast)
-        return sink, None, None, None
+        of_input = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for name in reversed(INPUTS):  # the order of autograd, as it is the order of a sum
+            projection, of_output = getattr(ctx.attention, name), shared.gradients.pop(name)
+            adapter = functools.partial(lora_linear, projection, part=Part(is_skipped=True))
+            backward_again(adapter, hidden, of_output, ctx.autocast)
+            if of_input is not None:
+                add_input_gradient(projection, of_output, of_input, -(-hidden.shape[1] // ctx.groups))
+        return of_input, None, None, None, None
+
+
+def _side_by_side(run: Run, hidden: torch.Tensor, groups: int, features: int) -> torch.Tensor:
+    """The heads (1, T, `features`) of all groups."""
+    first, *others = live.tiles(groups, 1, hidden)
+    piece = run(Group(first.start, groups), hidden)
+    heads = piece.new_empty(*piece.shape[:-1], features)
+    heads[..., Group(first.start, groups).share(features)] = piece
+    for part in others:
+        del piece  # or two of them are alive while the next is made
+        group = Group(part.start, groups)
+        piece = run(group, hidden)
+        heads[..., group.share(features)] = piece
+    return heads

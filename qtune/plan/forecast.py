@@ -97,8 +97,16 @@ class Forecaster:
         if self.is_card:
             slack = round(SLACK_FRACTION * sums[highest])
             device |= {"slack": slack, "context": self.context_bytes}
-        loading = self.standing.while_loading(techniques) + (self.context_bytes if self.is_card else 0)
-        return Forecast(device, self.host_parts(techniques, batch), highest, sums, loading)
+        return Forecast(device, self.host_parts(techniques, batch), highest, sums, self._loading_bytes(techniques))
+
+    def least_bytes(self, techniques: Techniques) -> int:
+        """What the device has to hold whatever the batch: the optimizer's step and loading. It needs no trace."""
+        step = sum(self.standing.on_device(techniques).values()) + self._step_workspace()
+        outside = round(SLACK_FRACTION * step) + self.context_bytes if self.is_card else 0
+        return max(step + outside, self._loading_bytes(techniques))
+
+    def _loading_bytes(self, techniques: Techniques) -> int:
+        return self.standing.while_loading(techniques) + (self.context_bytes if self.is_card else 0)
 
     def host_parts(self, techniques: Techniques, batch: Batch) -> Parts:
         """Bytes by part in host memory, found without a trace of the other techniques."""

@@ -174,6 +174,8 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
     kept."""
 
     def fits(techniques: Techniques, micro_batch: int) -> bool:
+        if not _stands(techniques, forecaster, budget):
+            return False
         return budget.has_room_for(_forecast(recipe, forecaster, work, techniques, micro_batch))
 
     def split(micro_batch: int) -> int:
@@ -226,6 +228,19 @@ def leanest(recipe: Recipe, forecaster: Forecaster, batch: Batch, budget: Budget
     for step in open_steps(recipe, forecaster):
         techniques = _up(step, techniques, forecaster, batch, budget) or techniques
     return techniques
+
+
+def has_no_room(recipe: Recipe, forecaster: Forecaster, budget: Budget) -> bool:
+    """Whether not even what stands through a step has room with every open rung climbed, however short the batch."""
+    techniques = forced(recipe, forecaster)
+    for step in open_steps(recipe, forecaster):
+        techniques = step.up(techniques, forecaster)
+    return not _stands(techniques, forecaster, budget)
+
+
+def _stands(techniques: Techniques, forecaster: Forecaster, budget: Budget) -> bool:
+    """Whether there is room for a run before any batch is looked at, which saves tracing one in vain."""
+    return forecaster.least_bytes(techniques) <= budget.device_bytes * (1 - MARGIN_FRACTION)
 
 
 def reserve(

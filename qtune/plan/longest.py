@@ -19,6 +19,9 @@ def longest(recipe: Recipe, forecaster: Forecaster, budget: Budget) -> int:
     budget, kept between the longest that fits and the shortest that does not.
     """
 
+    if ladder.has_no_room(recipe, forecaster, budget):
+        return 0
+
     def full_with(tokens: int) -> float:
         return fullness(recipe, forecaster, Batch.of_one_document(tokens), budget)
 

@@ -29,6 +29,8 @@ def remedies(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget,
 def _fits(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> bool:
     """Whether `recipe`, which is not that of `forecaster`, fits with every technique on, one sequence at a time."""
     changed = replace(forecaster, recipe=recipe, _traces={})
+    if ladder.has_no_room(recipe, changed, budget):
+        return False
     return fullness(recipe, changed, work.heaviest(1), budget) <= 1
 
 
@@ -58,18 +60,25 @@ def _shorter(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget)
 
 
 def _narrower(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    rank = recipe.lora.rank // 2
-    while rank >= LEAST_RANK:
+    """The largest of the halves of the rank that fits; where the smallest does not, the others are not asked about."""
+
+    def fits(rank: int) -> bool:
         lora = recipe.lora.model_copy(update={"rank": rank})
-        if _fits(recipe.model_copy(update={"lora": lora}), forecaster, work, budget):
-            return f"lora.rank = {rank} in place of {recipe.lora.rank}"
-        rank //= 2
-    return None
+        return _fits(recipe.model_copy(update={"lora": lora}), forecaster, work, budget)
+
+    ranks = [rank for n in range(1, recipe.lora.rank.bit_length()) if (rank := recipe.lora.rank >> n) >= LEAST_RANK]
+    if not ranks or not fits(ranks[-1]):
+        return None
+    rank = next((rank for rank in ranks[:-1] if fits(rank)), ranks[-1])
+    return f"lora.rank = {rank} in place of {recipe.lora.rank}"
 
 
 def _more_host_memory(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
     """Where the host held the climb back."""
-    climb = ladder.climb(recipe, forecaster, work, Budget(budget.device_bytes, 1 << 60))
+    unlimited = Budget(budget.device_bytes, 1 << 60)
+    if ladder.has_no_room(recipe, forecaster, unlimited):
+        return None
+    climb = ladder.climb(recipe, forecaster, work, unlimited)
     if not climb.fits or climb.forecast.host_bytes <= budget.host_bytes:
         return None
     needed, now = _rounded_up(climb.forecast.host_bytes), format_bytes(budget.host_bytes)

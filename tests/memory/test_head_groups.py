@@ -1,4 +1,4 @@
-"""Attention a few heads at a time: the sums of all heads at once, to rounding."""
+"""Attention a few heads at a time: the loss and gradients of all heads at once."""
 
 import pytest
 import torch
@@ -55,6 +55,16 @@ def test_any_number_of_groups_and_again_another(groups) -> None:
     one_pass(ours, batch())
     engine.switch_to(Techniques(head_groups=groups))
     assert_close(one_pass(ours, batch()), one_pass(plain, batch()), 1e-12)
+
+
+def test_in_bfloat16_nothing_is_rounded_otherwise() -> None:
+    """Summed up group by group, outputs and gradients made losses that were 4.8e-3 apart after five steps."""
+    results = []
+    for techniques in (Techniques(), Techniques(head_groups=2)):
+        model = adapted(base("llama", torch.bfloat16, nf4="double"))
+        switched(model, techniques)
+        results.append(one_pass(model, batch()))
+    assert_close(results[1], results[0], 1e-6)
 
 
 def test_memory_of_attention_is_that_of_a_group() -> None:

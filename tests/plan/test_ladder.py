@@ -10,6 +10,7 @@ from qtune.memory.techniques import Techniques
 from qtune.plan import ladder
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import MARGIN_FRACTION, ONE_A_SETTING, STEPS, Budget, Climb
+from qtune.plan.longest import longest
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 
@@ -60,6 +61,21 @@ def test_each_rung_is_where_some_budget_ends(forecaster: Forecaster, heights: li
     assert highest(climb) == rung
     assert climb.forecast.needed_bytes <= heights[rung]
     assert climb.forecast.device_bytes == forecaster.forecast(climb.techniques, WORK.heaviest(1)).device_bytes
+
+
+def test_what_a_run_needs_without_any_batch_is_never_more_than_with_one(forecaster: Forecaster) -> None:
+    for techniques in (Techniques(), Techniques(LAYERS, True, 256, True, True, LAYERS, 2)):
+        needed = forecaster.forecast(techniques, Batch.of_one_document(64)).needed_bytes
+        assert 0 < forecaster.least_bytes(techniques) <= needed
+
+
+def test_where_no_batch_has_room_none_is_traced() -> None:
+    fresh = Forecaster(CONFIG, RECIPE, "float32", False, 0)
+    least = fresh.least_bytes(Techniques(LAYERS, True, 256, True, True, LAYERS, 2))
+    budgets = [Budget(round(least * share / (1 - MARGIN_FRACTION)), ROOMY) for share in (0.99, 1.01)]
+    assert [ladder.has_no_room(RECIPE, fresh, budget) for budget in budgets] == [True, False]
+    assert longest(RECIPE, fresh, budgets[0]) == 0
+    assert not fresh._traces
 
 
 def test_more_memory_never_climbs_higher(forecaster: Forecaster, heights: list[int]) -> None:
