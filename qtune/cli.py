@@ -37,6 +37,7 @@ start here:
   qtune run my.toml                 train it, watch it, score it
   qtune resume runs/my-...          go on with it after Ctrl-C, a crash or a power cut
   qtune chat runs/my-...            talk to it
+  qtune export runs/my-...          a GGUF file of it, for llama.cpp and Ollama
 """
 
 
@@ -139,6 +140,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument(
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="dtype of the result (auto)"
+    )
+
+    export = _verb(verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, proven")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument(
+        "--to",
+        choices=("gguf", "ollama", "adapter-gguf"),
+        default="gguf",
+        help="a GGUF file, one with a Modelfile beside it, or the LoRA alone (gguf)",
+    )
+    export.add_argument(
+        "--quant",
+        choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+        help="how weights are stored (q8_0); the LoRA alone is always f32",
+    )
+    export.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="new folder for the files; default exports/RUN-QUANT"
+    )
+    export.add_argument(
+        "--onto",
+        choices=("dequantised", "original"),
+        help="base to fold into: default what the last merge kept, else the one trained on",
     )
 
     report = _verb(verbs, "report", report_run, "a run again, as tables or as a page; or several runs side by side")
@@ -446,6 +469,21 @@ def merge_run(options: argparse.Namespace) -> int:
     verdict = story.merge_and_verify(run, options.output, options.onto, options.dtype, console)
     if options.json:
         _print_json(verdict.as_json())
+    return 0
+
+
+def export_run(options: argparse.Namespace) -> int:
+    from qtune import logs
+    from qtune.rundir import RunDir
+
+    run = RunDir.open(options.run)
+    logs.hold()
+    console = _console(options)
+    from qtune import run as story
+
+    report = story.export_and_verify(run, options.output, options.to, options.quant, options.onto, console)
+    if options.json:
+        _print_json(report.as_json())
     return 0
 
 

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from qtune import logs
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
+from qtune.deploy.export import ExportReport, Target, export
 from qtune.deploy.fold import DType, Onto
+from qtune.deploy.gguf_storage import Quant
 from qtune.deploy.merge import merge
 from qtune.deploy.verify import Verdict, verify
 from qtune.errors import MachineError, UserError, VerificationFailed
@@ -357,3 +359,25 @@ def merge_and_verify(
     if not verdict.passed:
         raise VerificationFailed(f"{output}: {verdict.sentence()}")
     return verdict
+
+
+def export_and_verify(
+    run: RunDir, output: Path | None, to: Target, quant: Quant | None, onto: Onto | None, console: Console
+) -> ExportReport:
+    """Export a finished run for llama.cpp or Ollama, prove the file, and say how.
+
+    Raises VerificationFailed where the file is not the model that was trained; the figures are kept either way.
+    """
+    base.quiet_libraries()
+    rows = read_json(run.probe)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("exporting")
+
+        def tell(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"exporting {name}")
+
+        report = export(run, output, to, quant, onto, rows, tell)
+    console.print(tables.export_table(report.as_json()))
+    if report.faults:
+        raise VerificationFailed(f"{report.output}: {'; '.join(report.faults)}.")
+    return report

@@ -113,6 +113,10 @@ class RunDir:
     def page(self) -> Path:
         return self.path / "report.html"
 
+    def export_report(self, name: str) -> Path:
+        """Where the proof of the export into a folder called `name` is kept."""
+        return self.path / f"export-{name}.json"
+
     @property
     def probe(self) -> Path:
         return self.path / "probe.json"

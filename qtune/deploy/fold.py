@@ -87,6 +87,11 @@ class Fold:
         """The tensor as it will be in the output."""
         return dataclasses.replace(spec, dtype=self.dtype) if self.dtype and spec.dtype.is_floating_point else spec
 
+    def tensors(self, onto: Onto) -> Iterator[torch.Tensor]:
+        """Every tensor of the checkpoint's `specs`, in their order, folded `onto` one base and not written."""
+        for shard in self.checkpoint.shards:
+            yield from self._merged(shard, onto, None, lambda name: None)
+
     def write(self, folder: Path, onto: Onto, tell: Callable[[str], None]) -> list[LayerChange]:
         """The whole output in the new `folder`, folded `onto` one base; every file is on the disk on return."""
         folder.mkdir()
@@ -104,15 +109,15 @@ class Fold:
         return changes
 
     def _merged(
-        self, shard: Shard, onto: Onto, changes: list[LayerChange], tell: Callable[[str], None]
+        self, shard: Shard, onto: Onto, changes: list[LayerChange] | None, tell: Callable[[str], None]
     ) -> Iterator[torch.Tensor]:
-        """The shard's tensors as they are to be written; what moved is added to `changes`."""
+        """The shard's tensors as they are to be written; what moved is added to `changes`, if they are wanted."""
         for spec in shard.tensors:
             yield self._finished(spec, self.checkpoint.tensor(shard, spec.name), onto, changes)
             tell(spec.name)
 
     def _finished(
-        self, spec: TensorSpec, original: torch.Tensor, onto: Onto, changes: list[LayerChange]
+        self, spec: TensorSpec, original: torch.Tensor, onto: Onto, changes: list[LayerChange] | None
     ) -> torch.Tensor:
         """One tensor in the dtype it is written in; what is not floating point goes through untouched."""
         if not spec.dtype.is_floating_point:
@@ -121,7 +126,7 @@ class Fold:
         _refuse_not_finite(spec, merged, original)
         return merged
 
-    def _fold(self, name: str, original: torch.Tensor, onto: Onto, changes: list[LayerChange]) -> torch.Tensor:
+    def _fold(self, name: str, original: torch.Tensor, onto: Onto, changes: list[LayerChange] | None) -> torch.Tensor:
         """One tensor with its part of the adapter; float32 where the adapter adds to it."""
         if name in self.adapter.replaced:
             return self.adapter.replaced[name]
@@ -130,6 +135,8 @@ class Fold:
         if change is None:
             return self._as_held(module, original) if onto == "dequantised" else original
         original = original.to(self.device)
+        if changes is None:
+            return change.apply(self._as_held(module, original) if onto == "dequantised" else original)
         held = self._as_held(module, original)
         start = held if onto == "dequantised" else original
         merged = change.apply(start)

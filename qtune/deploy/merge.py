@@ -79,8 +79,8 @@ def merge(
         raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
     fold = Fold.open(run, dtype)
     candidates = _candidates(onto, fold.lock, rows)
-    _check_disk(output, len(candidates) * fold.weight_bytes)
-    tell = _counting(progress, len(candidates) * len(fold.checkpoint.specs()))
+    check_disk(output, len(candidates) * fold.weight_bytes, "merge")
+    tell = counting(progress, len(candidates) * len(fold.checkpoint.specs()))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:
         folders = {candidate: Path(staging) / candidate for candidate in candidates}
         layers = {candidate: fold.write(folder, candidate, tell) for candidate, folder in folders.items()}
@@ -98,7 +98,7 @@ def merge(
             measured=measured,
         )
         write_json(folders[chosen] / MERGE_REPORT, report.as_json())
-        _publish(folders[chosen], output)
+        publish(folders[chosen], output)
     write_json(run.merge, report.as_json())
     return report
 
@@ -119,7 +119,8 @@ def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequen
     return ("dequantised", "original")
 
 
-def _check_disk(output: Path, weight_bytes: int) -> None:
+def check_disk(output: Path, weight_bytes: int, what: str) -> None:
+    """Make the folder that `output` is to stand in; MachineError where that fails, or its disk is too small."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output.parent).free
@@ -128,7 +129,7 @@ def _check_disk(output: Path, weight_bytes: int) -> None:
     needed = weight_bytes + SPARE_DISK_BYTES
     if free < needed:
         raise MachineError(
-            f"{output}: the merge needs {format_bytes(needed)} and {output.parent} has {format_bytes(free)} free. Free"
+            f"{output}: the {what} needs {format_bytes(needed)} and {output.parent} has {format_bytes(free)} free. Free"
             " some, or name an --output on another disk."
         )
 
@@ -138,7 +139,7 @@ def _measure(run: RunDir, folders: dict[Onto, Path], rows: Sequence[Sequence[int
     return tuple(compare(live, folder, rows, onto, dtype) for onto, folder in folders.items())
 
 
-def _publish(staged: Path, output: Path) -> None:
+def publish(staged: Path, output: Path) -> None:
     """Move a finished folder into place in one step, and wait until both directories are on the disk."""
     sealed.flush(staged)
     if output.exists():
@@ -147,7 +148,7 @@ def _publish(staged: Path, output: Path) -> None:
     sealed.flush(output.parent)
 
 
-def _counting(progress: Progress | None, total: int) -> Callable[[str], None]:
+def counting(progress: Progress | None, total: int) -> Callable[[str], None]:
     """`progress` for one tensor more each time it is called with a name."""
     done = 0
 

@@ -133,12 +133,7 @@ class Live:
 
 def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto, dtype: str) -> Verdict:
     """The figures of `verify` for weights of `dtype` merged `onto` a base, nothing written."""
-    usable = [list(row[:MAX_ROW_TOKENS]) for row in rows if len(row) > 1][:MAX_ROWS]
-    if not usable:
-        raise UserError(
-            f"{output}: there is no held-out row of two tokens or more to compare it on. Train with"
-            " data.held_out_fraction above 0 to have some."
-        )
+    usable = usable_rows(rows, output)
     merged, tokenizer = _load_merged(output, live)
     with torch.inference_mode():
         measured = [_measure(live, merged, row) for row in usable]
@@ -161,6 +156,17 @@ def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto,
         loss_rise_bound=loss_rise_bound,
         greedy=greedy,
     )
+
+
+def usable_rows(rows: Sequence[Sequence[int]], output: Path) -> list[list[int]]:
+    """The rows that are compared, cut to the tokens that are; UserError where there is none."""
+    usable = [list(row[:MAX_ROW_TOKENS]) for row in rows if len(row) > 1][:MAX_ROWS]
+    if not usable:
+        raise UserError(
+            f"{output}: there is no held-out row of two tokens or more to compare it on. Train with"
+            " data.held_out_fraction above 0 to have some."
+        )
+    return usable
 
 
 def _bounds(live: Live, onto: Onto, dtype: str) -> tuple[float | None, float | None, float | None]:
@@ -197,7 +203,7 @@ def _measure(live: Live, merged: PreTrainedModel, row: list[int]) -> _RowFigures
     ids = torch.tensor([row], device=live.device)
     expected, found = (model(input_ids=ids, use_cache=False).logits[0].float() for model in (live.model, merged))
     pieces = zip(expected.split(POSITIONS_AT_ONCE), found.split(POSITIONS_AT_ONCE), strict=True)
-    kl = torch.cat([_divergence(*pair) for pair in pieces])
+    kl = torch.cat([divergence(*pair) for pair in pieces])
     live_loss, merged_loss = (
         float(cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")) for logits in (expected, found)
     )
@@ -205,7 +211,7 @@ def _measure(live: Live, merged: PreTrainedModel, row: list[int]) -> _RowFigures
     return _RowFigures(len(row), float(kl.sum()), float(kl.max()), agreeing, live_loss, merged_loss)
 
 
-def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL of each position in nats, from logits of (positions, vocabulary); double, as 1e-6 drowns in float32 sums."""
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
@@ -213,8 +219,8 @@ def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 
 def _continue_both(live: Live, merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: list[int]) -> Greedy:
     """Both models go on from the first half of `row`."""
-    prompt = row[: min(PROMPT_TOKENS, max(1, len(row) // 2))]
-    from_live, from_merged = (_continue(model, prompt, live) for model in (live.model, merged))
+    prompt = prompt_of(row)
+    from_live, from_merged = (continued(model, prompt, live) for model in (live.model, merged))
     return Greedy(
         prompt=tokenizer.decode(prompt),
         live=tokenizer.decode(from_live),
@@ -223,7 +229,11 @@ def _continue_both(live: Live, merged: PreTrainedModel, tokenizer: PreTrainedTok
     )
 
 
-def _continue(model: PreTrainedModel | PeftModel, prompt: list[int], live: Live) -> list[int]:
+def prompt_of(row: list[int]) -> list[int]:
+    return row[: min(PROMPT_TOKENS, max(1, len(row) // 2))]
+
+
+def continued(model: PreTrainedModel | PeftModel, prompt: list[int], live: Live) -> list[int]:
     """What follows `prompt`, until one of the run's stop tokens: the base's own settings may know fewer of them."""
     ids, stop = torch.tensor([prompt], device=live.device), list(live.stop_token_ids) or None
     settings = GenerationConfig(

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -190,6 +191,57 @@ def merge_rows(report: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[st
 def closeness(verdict: dict[str, Any]) -> str:
     """How near a merged model is to the adapter it came from."""
     return f"mean KL {verdict['mean_kl']:.1e} nats, same next token {format_percent(verdict['agreement_fraction'])}"
+
+
+def export_table(report: dict[str, Any]) -> RenderableType:
+    """What was written, how it was proven, and how to serve it."""
+    table = _grid(2)
+    stored = ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())
+    file = f"{report['output']}/{report['file']}"
+    table.add_row("exported", Text(f"{file}, {format_bytes(report['bytes'])}: {stored} tensors, {_origin(report)}"))
+    read = report["read_back"]
+    proof = f"{read['tensors']:,} tensors, the worst {format_percent(read['worst_fraction'])} of what its type may cost"
+    texts = f"; {report['texts']} texts become the same tokens" if report["texts"] else ""
+    table.add_row("read back", Text(proof + texts))
+    for row in _verdict_rows(report["verdict"]) if report["verdict"] else ():
+        table.add_row(*row)
+    table.add_row("verdict", Text("passed", "green") if report["passed"] else Text("FAILED", "bold red"))
+    for note in report["notes"]:
+        table.add_row("", Text(note, WARNING_STYLE))
+    return Group(table, Text(f"\n  {serve_command(report)}", "bold", overflow="fold"))
+
+
+def _origin(report: dict[str, Any]) -> str:
+    return "the LoRA alone" if report["to"] == "adapter-gguf" else f"folded onto the {report['onto']} base"
+
+
+def _verdict_rows(verdict: dict[str, Any]) -> list[tuple[str, Text]]:
+    same = sum(answer["same"] for answer in verdict["greedy"])
+    return [
+        (
+            "llama.cpp",
+            Text(
+                f"{closeness(verdict)} and another as likely {format_percent(verdict['near_tie_fraction'])} of"
+                f" {verdict['positions']:,} positions"
+            ),
+        ),
+        (
+            "",
+            Text(
+                f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['file_loss']:.4f} in"
+                f" llama.cpp; {same} of {len(verdict['greedy'])} greedy answers the same; where the live model"
+                f" ends its answer, so does the file: {verdict['ends_found']:,} of {verdict['ends']:,}"
+            ),
+        ),
+    ]
+
+
+def serve_command(report: dict[str, Any]) -> str:
+    """Ready to paste."""
+    folder, file = (shlex.quote(text) for text in (report["output"], f"{report['output']}/{report['file']}"))
+    if report["to"] == "ollama":
+        return f"ollama create {shlex.quote(Path(report['output']).name)} -f {folder}/Modelfile"
+    return f"llama-server -m base.gguf --lora {file}" if report["to"] == "adapter-gguf" else f"llama-server -m {file}"
 
 
 def memory_table(memory: MemoryMeasured) -> RenderableType:

@@ -1,0 +1,182 @@
+"""A run as something llama.cpp and Ollama serve: one pass from base and adapter to a GGUF file.
+
+There is no merged copy on the way. Every tensor is folded in float32, stored, held against what it stands for, and
+forgotten; then the file is read back and must be that. Before a byte is written, what the file will say of the
+tokenizer must turn texts into the ids that the base's own does.
+"""
+
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from gguf import GGUFReader
+
+from qtune.deploy import gguf_storage, gguf_verdict, ollama
+from qtune.deploy.fold import Onto
+from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
+from qtune.deploy.gguf_storage import Quant, ReadBack, Written
+from qtune.deploy.gguf_verdict import GgufVerdict
+from qtune.deploy.gguf_vocabulary import Vocabulary
+from qtune.deploy.merge import Progress, check_disk, counting, publish
+from qtune.deploy.shards import write_synced
+from qtune.deploy.verify import Live
+from qtune.errors import MachineError, RunFolderError, UserError
+from qtune.rundir import RunDir, is_used, read_json, write_json
+
+Target = Literal["gguf", "ollama", "adapter-gguf"]
+REPORT_NAME, MODEL_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "model.gguf", "adapter.gguf", "Modelfile"
+LICENCES = ("LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it was proven. `stored` counts tensors by type; `texts` became the same ids.
+
+    `verdict` is llama.cpp's, None where it was not asked, and `notes` say why not.
+    """
+
+    output: str
+    to: Target
+    file: str
+    quant: Quant
+    onto: Onto
+    bytes: int
+    stored: dict[str, int]
+    texts: int
+    read_back: ReadBack
+    verdict: GgufVerdict | None
+    export_seconds: float
+    notes: tuple[str, ...]
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What does not hold, a clause each."""
+        broken = () if self.read_back.passed else (f"{self.read_back.worst_tensor} is not what was to be written",)
+        return (*broken, *(self.verdict.faults if self.verdict else ()))
+
+    def as_json(self) -> dict[str, Any]:
+        return {"passed": not self.faults, "faults": self.faults, **dataclasses.asdict(self)}
+
+
+def export(
+    run: RunDir,
+    output: Path | None,
+    to: Target,
+    quant: Quant | None = None,
+    onto: Onto | None = None,
+    rows: Sequence[Sequence[int]] = (),
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write the run to the new folder `output`, whole or not at all, and prove it.
+
+    Without an `output` it is exports/RUN-QUANT, without a `quant` 8 bits, and without `onto` what the last merge kept.
+    `rows` are held-out token ids for llama.cpp, if it is installed. The report is kept in the folder as
+    export_report.json, and in the run under the folder's name. Raises UserError (RunFolderError, ModelError,
+    MachineError) for an output that exists, a base or adapter that does not fit the run, what GGUF cannot say, and a
+    disk that is too small.
+    """
+    start = time.perf_counter()
+    if to == "adapter-gguf" and (quant or onto):
+        raise UserError("--to adapter-gguf: holds A and B in f32 and no base; leave out --quant and --onto.")
+    quant = quant or "q8_0"
+    output = output or Path("exports") / f"{run.path.resolve().name}-{'adapter' if to == 'adapter-gguf' else quant}"
+    if is_used(output):
+        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
+    draft = adapter_draft(run) if to == "adapter-gguf" else model_draft(run, quant, chosen_onto(run, onto))
+    modelfile = _modelfile(draft) if to == "ollama" else None
+    check_disk(output, draft.bytes, "export")
+    tell = counting(progress, len(draft.entries))
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:
+        folder = Path(staging) / "export"
+        path = folder / (ADAPTER_NAME if draft.vocabulary is None else MODEL_NAME)
+        try:
+            folder.mkdir()
+            _write_small_files(draft.fold.checkpoint.folder, folder, modelfile)
+            written = gguf_storage.write(draft.writer, path, draft.entries, _told(draft, tell))
+        except OSError as fault:
+            raise MachineError(f"{output}: writing failed ({fault.strerror or fault}).") from None
+        read = _read_back(draft, path, written)
+        verdict, unasked = _asked(run, draft, path, rows, progress)
+        report = ExportReport(
+            output=str(output),
+            to=to,
+            file=path.name,
+            quant=draft.quant,
+            onto=draft.onto,
+            bytes=path.stat().st_size,
+            stored=dict(Counter(entry.kind.name for entry in draft.entries)),
+            texts=len(draft.references),
+            read_back=read,
+            verdict=verdict,
+            export_seconds=time.perf_counter() - start,
+            notes=(*draft.notes, *unasked),
+        )
+        write_json(folder / REPORT_NAME, report.as_json())
+        publish(folder, output)
+    write_json(run.export_report(output.name), report.as_json())
+    return report
+
+
+def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
+    """The base that was asked for, that the last merge kept, or that the run was trained on."""
+    is_quantized = bool(read_json(run.lock)["quantized_modules"])
+    if onto == "dequantised" and not is_quantized:
+        raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
+    if onto is None and run.merge.is_file():
+        onto = read_json(run.merge)["onto"]
+    return onto or ("dequantised" if is_quantized else "original")
+
+
+def _modelfile(draft: Draft) -> str:
+    assert draft.tokenizer is not None, "an adapter has no Modelfile"
+    assert draft.vocabulary is not None
+    frame = ollama.Frame.of(draft.tokenizer, draft.vocabulary.adds_bos)
+    stop = [draft.vocabulary.tokens[token] for token in draft.fold.lock["stop_token_ids"]]
+    return ollama.modelfile(frame, MODEL_NAME, stop)
+
+
+def _write_small_files(base_folder: Path, folder: Path, modelfile: str | None) -> None:
+    for pattern in LICENCES:
+        for path in base_folder.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    if modelfile is not None:
+        write_synced(folder / MODELFILE_NAME, modelfile.encode())
+
+
+def _told(draft: Draft, tell: Callable[[str], None]) -> Iterator[torch.Tensor]:
+    """The tensors, each told when it is asked for."""
+    for entry in draft.entries:
+        tell(entry.place)
+        yield next(draft.tensors)
+
+
+def _read_back(draft: Draft, path: Path, written: dict[str, Written]) -> ReadBack:
+    reader = GGUFReader(path)
+    found = gguf_storage.read_back(path, reader, draft.entries, written)
+    if draft.vocabulary is not None and Vocabulary.read(reader) != draft.vocabulary:
+        return dataclasses.replace(found, worst_fraction=math.inf, worst_tensor="the tokenizer")
+    return found
+
+
+def _asked(
+    run: RunDir, draft: Draft, path: Path, rows: Sequence[Sequence[int]], progress: Progress | None
+) -> tuple[GgufVerdict | None, tuple[str, ...]]:
+    """llama.cpp's verdict, or why there is none."""
+    if draft.vocabulary is None:
+        return None, ("Not run in llama.cpp, which needs the GGUF file of the base beside an adapter.",)
+    if not gguf_verdict.is_installed():
+        return None, (f"Not verified with llama.cpp: {gguf_verdict.HOW_TO_GET_IT}",)
+    if not any(len(row) > 1 for row in rows):
+        return None, ("Not verified with llama.cpp: the run kept no held-out rows to compare on.",)
+    if progress is not None:
+        progress(len(draft.entries), len(draft.entries), "and asking llama.cpp")
+    live = Live.open(run)
+    return gguf_verdict.judge(live, path, rows, draft.references, draft.quant, draft.onto), ()

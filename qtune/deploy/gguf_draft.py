@@ -1,0 +1,115 @@
+"""Everything a GGUF file will hold, gathered and checked before a byte is written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter
+from transformers import PreTrainedTokenizerBase
+
+from qtune.deploy import gguf_adapter
+from qtune.deploy.fold import Fold, Onto
+from qtune.deploy.gguf_layout import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
+from qtune.deploy.gguf_storage import F32, FILE_TYPE_BY_QUANT, Entry, Quant, stored_type
+from qtune.deploy.gguf_tokens import Reference, matching
+from qtune.deploy.gguf_vocabulary import Vocabulary
+from qtune.model import base
+from qtune.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Draft:
+    """`writer` knows all but the tensors; `tensors` are the weights of `entries` in float32, made when asked for.
+
+    `references` are the texts that its tokenizer was held to. `vocabulary` and `tokenizer` are None for an adapter.
+    """
+
+    fold: Fold
+    writer: GGUFWriter
+    quant: Quant
+    onto: Onto
+    entries: tuple[Entry, ...]
+    tensors: Iterator[torch.Tensor]
+    vocabulary: Vocabulary | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    references: tuple[Reference, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        return sum(entry.bytes for entry in self.entries)
+
+
+def model_draft(run: RunDir, quant: Quant, onto: Onto) -> Draft:
+    """The whole model. Raises ModelError for what does not fit the run, or has no GGUF form."""
+    fold = Fold.open(run, "float32")
+    layout = Layout.of(base.read_config(fold.model))
+    specs = fold.checkpoint.specs()
+    names = layout.names(specs)
+    tokenizer = base.load_tokenizer(fold.model)
+    rows = specs[EMBEDDING if EMBEDDING in specs else HEAD].shape[0]
+    vocabulary, references = matching(tokenizer, rows, fold.lock["stop_token_ids"])
+    head = OUTPUT if OUTPUT in names.values() else TOKEN_EMBEDDING
+    factors = layout.rope_factors()
+
+    def tensors() -> Iterator[torch.Tensor]:
+        if factors is not None:
+            yield factors
+        folded = fold.tensors(onto)
+        for name in specs:
+            if name in names:
+                yield layout.arranged(name, next(folded).float())
+            else:
+                next(folded)
+
+    writer = _introduced(run, fold, layout, GGUFType.MODEL)
+    writer.add_file_type(FILE_TYPE_BY_QUANT[quant])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    layout.describe(writer, rows)
+    vocabulary.write_to(writer)
+    entries = [] if factors is None else [Entry(ROPE_FACTORS, ROPE_FACTORS, tuple(factors.shape), F32)]
+    for name, place in names.items():
+        shape = specs[name].shape
+        entries.append(Entry(name, place, shape, stored_type(quant, shape, place == head)))
+    notes = _notes(layout, vocabulary)
+    return Draft(fold, writer, quant, onto, tuple(entries), tensors(), vocabulary, tokenizer, references, notes)
+
+
+def adapter_draft(run: RunDir) -> Draft:
+    """A and B alone. Raises ModelError for what does not fit the run, and for an adapter that is more than those."""
+    fold = Fold.open(run, "float32")
+    layout = Layout.of(base.read_config(fold.model))
+    adapter = fold.adapter
+    gguf_adapter.refuse_what_is_no_lora(adapter)
+    entries = gguf_adapter.entries(adapter, layout.names(fold.checkpoint.specs()))
+    writer = _introduced(run, fold, layout, GGUFType.ADAPTER)
+    gguf_adapter.describe(writer, adapter)
+    onto: Onto = "dequantised" if fold.quantized else "original"
+    return Draft(fold, writer, "f32", onto, tuple(entries), gguf_adapter.tensors(adapter, layout))
+
+
+def _introduced(run: RunDir, fold: Fold, layout: Layout, kind: str) -> GGUFWriter:
+    """A writer that knows whose file this is; a base that is a folder is named without the way to it."""
+    writer = GGUFWriter(None, layout.name)
+    writer.add_type(kind)
+    writer.add_name(fold.lock.get("name") or run.path.resolve().name)
+    name = fold.lock["base"]["name"]
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, Path(name).name)
+    if "/" in name and not Path(name).is_absolute():
+        writer.add_base_model_organization(0, name.split("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
+    return writer
+
+
+def _notes(layout: Layout, vocabulary: Vocabulary) -> tuple[str, ...]:
+    """What the user of the file should know, a sentence each."""
+    notes = []
+    if layout.context_tokens < layout.config.max_position_embeddings:
+        notes.append(f"Beyond {layout.context_tokens:,} tokens the base attends to a window, so the file ends there.")
+    if not vocabulary.spells_everything:
+        notes.append("The tokenizer has no bytes to spell unknown characters with, and llama.cpp rejects those.")
+    if "strftime_now" in (vocabulary.chat_template or ""):
+        notes.append("The chat template writes the date; in a Modelfile it stays that of this export.")
+    return tuple(notes)
