@@ -140,6 +140,6 @@ def _events(run: RunDir, missing: list[str]) -> list[Event]:
     try:
         for event in run.events():
             events.append(event)
-    except (ValueError, KeyError, TypeError):
-        missing.append("metrics.jsonl or memory.jsonl breaks off in the middle of a line; what follows is not shown.")
+    except RunFolderError as fault:
+        missing.append(f"{fault} What follows is not shown.")
     return events

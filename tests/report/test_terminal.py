@@ -64,7 +64,7 @@ class Terminal:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.columns, self.lines = columns, lines
 
-    def read_until(self, enough: Callable[[], bool], seconds: float = 20.0) -> None:
+    def read_until(self, enough: Callable[[], bool], seconds: float = 60.0) -> None:
         until = time.monotonic() + seconds
         while not enough():
             assert time.monotonic() < until, self.output[-3000:].decode(errors="replace")

@@ -497,7 +497,7 @@ def test_an_evaluation_that_never_fits_ends_the_run_after_a_whole_step(tiny_base
 def test_memory_that_runs_out_between_passes_is_a_refusal_too(tiny_base, tmp_path, monkeypatch) -> None:
     calls = FaultAt([BATCHES - 2])
     measure = Ledger.measure
-    monkeypatch.setattr("qtune.train.fit.SECONDS_BETWEEN_LEDGERS", 0.0)
+    monkeypatch.setattr("qtune.train.reporting.SECONDS_BETWEEN_LEDGERS", 0.0)
     monkeypatch.setattr(Ledger, "measure", lambda self, *args: (calls(), measure(self, *args))[1])
     run = Run(recipe_for(tiny_base), tmp_path)
     assert "ran out of memory between its passes (CUDA out of memory. Tried" in str(run.fault)
