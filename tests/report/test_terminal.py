@@ -19,7 +19,8 @@ import pyte
 import pytest
 
 RUN = """
-import runpy, sys, time
+import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from rich.console import Console
 from qtune.events import StepDone
 from qtune.report.dashboard import Dashboard, listener_for
@@ -64,7 +65,7 @@ class Terminal:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.columns, self.lines = columns, lines
 
-    def read_until(self, enough: Callable[[], bool], seconds: float = 60.0) -> None:
+    def read_until(self, enough: Callable[[], bool], seconds: float = 20.0) -> None:
         until = time.monotonic() + seconds
         while not enough():
             assert time.monotonic() < until, self.output[-3000:].decode(errors="replace")
