@@ -258,9 +258,23 @@ def _refuse_absent_tracker(recipe: "Recipe") -> None:
 
 def _stay_offline_when_local(recipe: "Recipe") -> None:
     """Without a hub name in the recipe no library may ask the network for anything."""
-    sources = (recipe.model.base, recipe.data.train, recipe.data.held_out)
+    _stay_offline_with(recipe.model.base, recipe.data.train, recipe.data.held_out)
+
+
+def _stay_offline_with(*sources: str | None) -> None:
     if all(source is None or source == "demo" or Path(source).is_absolute() for source in sources):
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _open_to_use(path: Path) -> "RunDir":
+    """A run to answer, merge or export with; its libraries ask no network where its base is on this machine."""
+    from qtune import logs
+    from qtune.rundir import RunDir, read_json
+
+    run = RunDir.open(path)
+    logs.hold()
+    _stay_offline_with(read_json(run.lock)["model"]["base"])
+    return run
 
 
 def _console(options: argparse.Namespace) -> "Console":
@@ -443,11 +457,7 @@ def copy_recipe(options: argparse.Namespace) -> int:
 
 
 def chat_with_run(options: argparse.Namespace) -> int:
-    from qtune import logs
-    from qtune.rundir import RunDir
-
-    run = RunDir.open(options.run)
-    logs.hold()
+    run = _open_to_use(options.run)
     console = _console(options)
     from qtune.deploy.chat import Chat, converse
 
@@ -458,11 +468,7 @@ def chat_with_run(options: argparse.Namespace) -> int:
 
 
 def merge_run(options: argparse.Namespace) -> int:
-    from qtune import logs
-    from qtune.rundir import RunDir
-
-    run = RunDir.open(options.run)
-    logs.hold()
+    run = _open_to_use(options.run)
     console = _console(options)
     from qtune import run as story
 
@@ -473,11 +479,7 @@ def merge_run(options: argparse.Namespace) -> int:
 
 
 def export_run(options: argparse.Namespace) -> int:
-    from qtune import logs
-    from qtune.rundir import RunDir
-
-    run = RunDir.open(options.run)
-    logs.hold()
+    run = _open_to_use(options.run)
     console = _console(options)
     from qtune import run as story
 
