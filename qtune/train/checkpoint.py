@@ -75,7 +75,10 @@ def prune(folder: Path, newest: Path, keep: int, best: Path | None) -> None:
     """
     steps = [path for _, path in steps_in(folder)]
     kept = {*steps[steps.index(newest) :][:keep], best}
-    for path in [*(path for path in steps if path not in kept), *folder.glob(".step-*")]:
+    for path in steps:
+        if path not in kept:
+            path.rename(folder / f".{path.name}.old")  # what is removed half-way is no checkpoint that is broken
+    for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
