@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, metavar="FOLDER", help="run folder; default runs/NAME-DATE-TIME")
 
     resume = _verb(verbs, "resume", resume_run, "go on with a run that was stopped, exactly where it was")
-    resume.add_argument("run", type=Path, help="run folder")
+    _run_argument(resume)
     _set_argument(resume)
     resume.add_argument(
         "--allow-change",
@@ -124,13 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
     copy.add_argument("target", type=Path, help="the file to write, such as my.toml")
 
     chat = _verb(verbs, "chat", chat_with_run, "talk to a finished run", as_json=False)
-    chat.add_argument("run", type=Path, help="run folder")
+    _run_argument(chat)
     chat.add_argument("--compare", action="store_true", help="answer with base and tuned, side by side")
     chat.add_argument("--prompt", metavar="TEXT", help="ask this one thing and exit")
     chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
 
     merge = _verb(verbs, "merge", merge_run, "fold the adapter into its base: a plain Hugging Face folder")
-    merge.add_argument("run", type=Path, help="run folder")
+    _run_argument(merge)
     merge.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the merged model")
     merge.add_argument(
         "--onto",
@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     export = _verb(verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, proven")
-    export.add_argument("run", type=Path, help="run folder")
+    _run_argument(export)
     export.add_argument(
         "--to",
         choices=("gguf", "ollama", "adapter-gguf"),
@@ -171,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, metavar="FILE", help="the page; default report.html in the run folder")
 
     push = _verb(verbs, "push", push_run, "upload the adapter, with its model card, to the Hugging Face hub")
-    push.add_argument("run", type=Path, help="run folder")
+    _run_argument(push)
     push.add_argument("address", metavar="OWNER/NAME", help="the repository; made where there is none")
     push.add_argument(
         "--what", choices=("adapter", "merged"), default="adapter", help="the adapter, or the model it was merged into"
@@ -212,6 +212,10 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a recipe file, or the name of a shipped one such as medical")
     _set_argument(verb)
     verb.add_argument("--demo", action="store_true", help="use what the recipe's [demo] says: small base, small data")
+
+
+def _run_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", type=Path, help="run folder")
 
 
 def _set_argument(verb: argparse.ArgumentParser) -> None:

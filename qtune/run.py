@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from qtune import logs
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
+from qtune.data.tokens import tokenizer_sha256
 from qtune.deploy.export import ExportReport, Target, export
 from qtune.deploy.fold import DType, Onto
 from qtune.deploy.gguf_storage import Quant
@@ -36,7 +36,7 @@ from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.report import card, forecast, summary, tables
 from qtune.report.dashboard import listener_for
-from qtune.report.waiting import rows_shown
+from qtune.report.waiting import rows_shown, tensors_shown
 from qtune.resume import Invocation, changes, lock_of, refuse_changes
 from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train import checkpoint
@@ -330,7 +330,7 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "compute_dtype": ready.plan.compute_dtype,
         "data_sha256": ready.prepared.fingerprint,
         "template_sha256": ready.prepared.template_fingerprint,
-        "tokenizer_sha256": base.tokenizer_fingerprint(ready.tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(ready.tokenizer),
         "stop_token_ids": list(ready.prepared.stop_token_ids),
         "seed": recipe.train.seed,
         "versions": {name: importlib.metadata.version(name) for name in LOCKED_PACKAGES},
@@ -346,14 +346,9 @@ def merge_and_verify(
     """
     base.quiet_libraries()
     rows = read_json(run.probe)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("merging")
-
-        def tell(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, description=f"merging {name}")
-
+    with tensors_shown(console, "merging") as (tell, say):
         report = merge(run, output, onto, dtype, rows, tell)
-        progress.update(task, description="comparing with the live adapter")
+        say("comparing with the live adapter")
         verdict = report.verdict or verify(run, output, rows)
     console.print(tables.merge_table(report.as_json(), verdict.as_json()))
     if not verdict.passed:
@@ -370,12 +365,7 @@ def export_and_verify(
     """
     base.quiet_libraries()
     rows = read_json(run.probe)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("exporting")
-
-        def tell(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, description=f"exporting {name}")
-
+    with tensors_shown(console, "exporting") as (tell, _):
         report = export(run, output, to, quant, onto, rows, tell)
     console.print(tables.export_table(report.as_json()))
     if report.faults:

@@ -45,14 +45,25 @@ def _take_place(stage: Path, path: Path) -> None:
     if not path.exists():
         os.rename(stage, path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    os.rename(path, old)
+    old = _set_aside(path)
     try:
         os.rename(stage, path)
     except BaseException:
         os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, of which no half is ever seen in its place."""
+    shutil.rmtree(_set_aside(path), ignore_errors=True)
+
+
+def _set_aside(path: Path) -> Path:
+    """`path` under a hidden name beside it."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.rename(path, aside)
+    return aside
 
 
 def _flush_all(folder: Path) -> None:
@@ -123,7 +134,7 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def _sums(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
-    return "".join(f"{_digest(path)}  {_name(path, folder)}\n" for path in files)
+    return "".join(f"{digest_of(path)}  {_name(path, folder)}\n" for path in files)
 
 
 def _name(path: Path, folder: Path) -> str:
@@ -131,6 +142,7 @@ def _name(path: Path, folder: Path) -> str:
     return os.fsencode(path.relative_to(folder)).decode(errors="backslashreplace")
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

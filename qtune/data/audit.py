@@ -20,13 +20,13 @@ from qtune.data.findings import Groups
 from qtune.data.formats import Conversation, Document
 from qtune.data.likeness import Likeness
 from qtune.data.places import parted
-from qtune.data.row_checks import Seen, characters_of, see_batch
+from qtune.data.row_checks import Seen, see_batch
 from qtune.data.rows import Dropped, Row, Source
 from qtune.data.stops import StopChain, stop_chain
 from qtune.data.survey import Tell
 from qtune.data.template import ChatTemplate
 from qtune.data.token_counts import SHOWN_LONGEST, LongRow, TokenCounts, as_numbers, bars_of
-from qtune.data.tokens import Encoder, batches_of
+from qtune.data.tokens import Encoder, batches_of, characters_of
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 from qtune.units import format_percent
@@ -86,14 +86,12 @@ def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> Audit:
     Raises ModelError for a chat template that no row could be written with, DataError and MachineError for a hub
     dataset that cannot be had.
     """
-    named = [(data.train, data.train_split, False)]
-    if data.held_out is not None:
-        named.append((data.held_out, data.held_out_split, True))
     with Likeness() as likeness:
         seen = Seen(likeness)
         counts, chains = [], []
-        for name, split, is_held_out in named:
-            source = Source.open(name, split, data.subset)
+        for source, is_held_out in ((Source.of_train(data), False), (Source.of_held_out(data), True)):
+            if source is None:
+                continue
             found, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell)
             counts.append(found)
             chains.append(chain)

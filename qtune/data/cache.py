@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qtune import sealed
 from qtune.data.examples import Block, Ints, block_files, map_block
 from qtune.units import GIB
 
@@ -119,11 +120,7 @@ def load(key: str) -> Entry | None:
 
 
 def _sums(path: Path) -> dict[str, str]:
-    sums = {}
-    for file in path.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            sums[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return sums
+    return {file.name: sealed.digest_of(file) for file in path.glob("*.safetensors")}
 
 
 def _sum_of(entry: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.rows import Source
+from qtune.data.tokens import tokenizer_sha256
 from qtune.recipe.schema import Data
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -45,7 +46,7 @@ def _facts_of(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
         return None
     return [
         type(tokenizer).__name__,
-        hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        tokenizer_sha256(tokenizer),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         str(tokenizer.chat_template or ""),
         str(getattr(tokenizer, "clean_up_tokenization_spaces", None)),

@@ -14,10 +14,11 @@ from qtune.data.examples import Examples, ExampleWriter
 from qtune.data.packing import pack
 from qtune.data.prepared import Prepared
 from qtune.data.rows import Source
+from qtune.data.stops import stop_token_ids
 from qtune.data.survey import Survey, Tell, survey
 from qtune.data.template import ChatTemplate
 from qtune.data.tokenise import Tokenised, tokenise
-from qtune.data.tokens import NOT_TRAINED, Encoder, Example
+from qtune.data.tokens import Encoder, stretches
 from qtune.errors import DataError
 from qtune.recipe.schema import Data, Recipe
 
@@ -34,9 +35,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     """
     data, seed = recipe.data, recipe.train.seed
     encoder = Encoder.of(tokenizer)
-    sources = [Source.open(data.train, data.train_split, data.subset)]
-    if data.held_out is not None:
-        sources.append(Source.open(data.held_out, data.held_out_split, data.subset))
+    sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
     key = key_of(data, seed, sources, tokenizer) if cache.folder() else None
     entry = cache.load(key) if key else None
     if entry is not None:
@@ -69,7 +68,7 @@ def _prepare(
         held_out=held_out,
         train_packs=train_packs,
         held_out_packs=_packs(held_out, data),
-        stop_token_ids=_stop_token_ids(template, tokenizer),
+        stop_token_ids=stop_token_ids(template, tokenizer),
         report=_report(surveys, parts, train, held_out, len(train_packs), template, tokenizer),
         fingerprint=_fingerprint(train, held_out),
         template_fingerprint=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
@@ -110,13 +109,6 @@ def _packs(examples: Examples, data: Data) -> tuple[tuple[int, ...], ...]:
     return tuple(pack(examples.tokens.tolist(), data.max_tokens))
 
 
-def _stop_token_ids(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What ends an answer. Documents end with the tokenizer's end of sequence."""
-    if template is not None:
-        return template.stop_token_ids
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-
-
 def _report(
     surveys: Sequence[Survey],
     parts: Sequence[Tokenised],
@@ -146,19 +138,8 @@ def _report(
         duplicate_rows=count_duplicates(train),
         overlap_rows=count_overlap(train, held_out),
         notices=() if template is None else template_notices(template, systems),
-        sample=_sample(train[0], tokenizer),
+        sample=tuple((each.text, each.is_trained) for each in stretches(train[0], data.max_tokens, tokenizer)),
     )
-
-
-def _sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, bool], ...]:
-    """The row as the model sees it, special tokens shown, in stretches that are trained or not."""
-    stretches: list[tuple[list[int], bool]] = []
-    for position, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True)):
-        trained = position > 0 and label != NOT_TRAINED
-        if not stretches or stretches[-1][1] != trained:
-            stretches.append(([], trained))
-        stretches[-1][0].append(token)
-    return tuple((tokenizer.decode(ids), trained) for ids, trained in stretches)
 
 
 def _fingerprint(train: Examples, held_out: Examples) -> str:

@@ -30,10 +30,6 @@ class Seen:
     lost_trained_tokens: int = 0
 
 
-def characters_of(item: Conversation | Document) -> int:
-    return len(item.text) if isinstance(item, Document) else sum(len(message.content) for message in item.messages)
-
-
 def see_batch(
     batch: Sequence[Conversation | Document],
     template: ChatTemplate | None,

@@ -1,14 +1,15 @@
 """Where rows come from: files and hub datasets. Each row remembers its place."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qtune import sealed
 from qtune.data import hub
 from qtune.data.files import Dropped, Row, read_file
 from qtune.errors import DataError
+from qtune.recipe.schema import Data
 
 SHOWN_FAULTS = 3
 
@@ -24,6 +25,15 @@ class Source:
     def open(cls, name: str, split: str = "train", subset: str | None = None) -> "Source":
         """Raises DataError and MachineError for a hub dataset that cannot be had; files are looked at when read."""
         return cls(name) if Path(name).is_absolute() else cls(name, hub.load(name, split, subset))
+
+    @classmethod
+    def of_train(cls, data: Data) -> "Source":
+        return cls.open(data.train, data.train_split, data.subset)
+
+    @classmethod
+    def of_held_out(cls, data: Data) -> "Source | None":
+        """None where the held-out rows are some of data.train."""
+        return None if data.held_out is None else cls.open(data.held_out, data.held_out_split, data.subset)
 
     def read(self, max_rows: int | None = None) -> Iterator[Row | Dropped]:
         """The rows one by one, `max_rows` of them at the most. Raises DataError for a file that cannot be read."""
@@ -43,8 +53,7 @@ class Source:
         if self.dataset is not None:
             return getattr(self.dataset, "_fingerprint", None)
         try:
-            with open(self.name, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sealed.digest_of(Path(self.name))
         except OSError:
             return None
 

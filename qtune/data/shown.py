@@ -1,7 +1,6 @@
 """One row as the model sees it: what is only read, what is trained, and what the limit takes."""
 
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -11,18 +10,9 @@ from qtune.data.audit import format_of
 from qtune.data.places import parted
 from qtune.data.rows import Dropped, Row, Source
 from qtune.data.template import ChatTemplate, special_tokens
-from qtune.data.tokens import NOT_TRAINED, Encoder, Example, fit, tokenize
+from qtune.data.tokens import Encoder, Example, Stretch, fit, stretches, tokenize
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Text of tokens in a row that share a fate; `is_cut` where they stand behind data.max_tokens."""
-
-    text: str
-    is_trained: bool
-    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -66,13 +56,14 @@ def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTo
 
 def _source(data: Data, is_held_out: bool) -> Source:
     if not is_held_out:
-        return Source.open(data.train, data.train_split, data.subset)
-    if data.held_out is None:
+        return Source.of_train(data)
+    source = Source.of_held_out(data)
+    if source is None:
         raise DataError(
             "--held-out: this recipe names no data.held_out; its held-out rows are rows of data.train, so show them"
             " without --held-out."
         )
-    return Source.open(data.held_out, data.held_out_split, data.subset)
+    return source
 
 
 def _find(source: Source, wanted: str) -> tuple[int, Row | Dropped]:
@@ -106,23 +97,11 @@ def _shown(number: int, row: Example, form: str, data: Data, tokenizer: PreTrain
         place=row.place,
         number=number,
         format=form,
-        stretches=_stretches(row, data.max_tokens, tokenizer),
+        stretches=stretches(row, data.max_tokens, tokenizer),
         tokens=len(row.input_ids),
         trained_tokens=kept,
         cut_trained_tokens=row.trained_tokens - kept,
         max_tokens=data.max_tokens,
         not_used=fitted.reason if isinstance(fitted, Dropped) else None,
         special_tokens=special_tokens(tokenizer),
-    )
-
-
-def _stretches(row: Example, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Stretch, ...]:
-    """The row's tokens as text, special ones included; the first token is never predicted, so never trained."""
-
-    def fate(position: int) -> tuple[bool, bool]:
-        return position > 0 and row.labels[position] != NOT_TRAINED, position >= max_tokens
-
-    return tuple(
-        Stretch(tokenizer.decode([row.input_ids[position] for position in positions]), *shared)
-        for shared, positions in groupby(range(len(row.input_ids)), fate)
     )

@@ -23,9 +23,16 @@ class StopChain:
     doubts: tuple[str, ...]
 
 
+def stop_token_ids(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What ends an answer, the one that is learned first. Documents end with the tokenizer's end of sequence."""
+    if template is not None:
+        return template.stop_token_ids
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
 def stop_chain(template: ChatTemplate | None, tokenizer: PreTrainedTokenizerBase) -> StopChain:
-    """The chain for chats (with a template) or documents, whose answers end with the tokenizer's end of sequence."""
-    learned = tokenizer.eos_token_id if template is None else template.stop_token_ids[0]
+    """The chain for chats (with a template) or documents."""
+    learned = next(iter(stop_token_ids(template, tokenizer)), None)
     served, served_by = _served(Path(tokenizer.name_or_path))
     name = tokenizer.convert_ids_to_tokens
     doubts = []

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 
 from qtune.data.check import group_dropped
 from qtune.data.examples import ExampleWriter
-from qtune.data.formats import Conversation, Document
 from qtune.data.rows import SHOWN_FAULTS, Dropped, refuse_bad_rows
 from qtune.data.survey import Survey
 from qtune.data.template import ChatTemplate
-from qtune.data.tokens import Encoder, Example, batches_of, fit, tokenize
+from qtune.data.tokens import Encoder, Example, batches_of, characters_of, fit, tokenize
 from qtune.errors import DataError
 
 
@@ -65,7 +64,7 @@ def tokenise(
     data, lengths = found.data, Lengths(found.data.max_tokens)
     untraceable: list[Dropped] = []
     unfit: list[Dropped] = []
-    for batch in batches_of(found.items(), _characters):
+    for batch in batches_of(found.items(), characters_of):
         for row in tokenize(batch, template, encoder):
             if isinstance(row, Dropped):
                 untraceable.append(row)
@@ -85,10 +84,6 @@ def tokenise(
     if lengths.rows == len(unfit):
         raise DataError(_nothing_left_message(found.source.name, dropped, lengths))
     return Tokenised(lengths.rows - len(unfit), dropped)
-
-
-def _characters(item: Conversation | Document) -> int:
-    return len(item.text) if isinstance(item, Document) else sum(len(message.content) for message in item.messages)
 
 
 def _nothing_left_message(source: str, dropped: Sequence[Dropped], lengths: Lengths) -> str:

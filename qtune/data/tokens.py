@@ -1,8 +1,11 @@
 """Conversations and documents become token ids and labels."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -87,6 +90,38 @@ class Encoder:
         while bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]
         return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Text of tokens in a row that share a fate; `is_cut` where they stand behind data.max_tokens."""
+
+    text: str
+    is_trained: bool
+    is_cut: bool
+
+
+def stretches(row: Example, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Stretch, ...]:
+    """The row's tokens as text, special ones included; the first token is never predicted, so never trained."""
+
+    def fate(position: int) -> tuple[bool, bool]:
+        return position > 0 and row.labels[position] != NOT_TRAINED, position >= max_tokens
+
+    return tuple(
+        Stretch(tokenizer.decode([row.input_ids[position] for position in positions]), *shared)
+        for shared, positions in groupby(range(len(row.input_ids)), fate)
+    )
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of everything that turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def characters_of(item: Conversation | Document) -> int:
+    return len(item.text) if isinstance(item, Document) else sum(len(message.content) for message in item.messages)
 
 
 def batches_of(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:

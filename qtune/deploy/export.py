@@ -25,11 +25,11 @@ from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
 from qtune.deploy.gguf_storage import Quant, ReadBack, Written
 from qtune.deploy.gguf_verdict import GgufVerdict
 from qtune.deploy.gguf_vocabulary import Vocabulary
-from qtune.deploy.merge import Progress, check_disk, counting, publish
+from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone, refuse_used
 from qtune.deploy.shards import write_synced
 from qtune.deploy.verify import Live
-from qtune.errors import MachineError, RunFolderError, UserError
-from qtune.rundir import RunDir, is_used, read_json, write_json
+from qtune.errors import MachineError, UserError
+from qtune.rundir import RunDir, read_json, write_json
 
 Target = Literal["gguf", "ollama", "adapter-gguf"]
 REPORT_NAME, MODEL_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "model.gguf", "adapter.gguf", "Modelfile"
@@ -88,8 +88,7 @@ def export(
         raise UserError("--to adapter-gguf: holds A and B in f32 and no base; leave out --quant and --onto.")
     quant = quant or "q8_0"
     output = output or Path("exports") / f"{run.path.resolve().name}-{'adapter' if to == 'adapter-gguf' else quant}"
-    if is_used(output):
-        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
+    refuse_used(output)
     draft = adapter_draft(run) if to == "adapter-gguf" else model_draft(run, quant, chosen_onto(run, onto))
     modelfile = _modelfile(draft) if to == "ollama" else None
     check_disk(output, draft.bytes, "export")
@@ -127,12 +126,11 @@ def export(
 
 def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
     """The base that was asked for, that the last merge kept, or that the run was trained on."""
-    is_quantized = bool(read_json(run.lock)["quantized_modules"])
-    if onto == "dequantised" and not is_quantized:
-        raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
+    lock = read_json(run.lock)
+    refuse_dequantised_alone(onto, lock)
     if onto is None and run.merge.is_file():
         onto = read_json(run.merge)["onto"]
-    return onto or ("dequantised" if is_quantized else "original")
+    return onto or ("dequantised" if lock["quantized_modules"] else "original")
 
 
 def _modelfile(draft: Draft) -> str:

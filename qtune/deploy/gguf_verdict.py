@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from qtune.deploy.fold import Onto
 from qtune.deploy.gguf_storage import Quant
@@ -21,11 +20,11 @@ from qtune.deploy.verify import (
     GREEDY_PROMPTS,
     MAX_ROW_TOKENS,
     ORIGINAL_LOSS_RISE,
-    POSITIONS_AT_ONCE,
+    Closeness,
     Greedy,
     Live,
+    RowCloseness,
     continued,
-    divergence,
     prompt_of,
     usable_rows,
 )
@@ -111,19 +110,18 @@ def judge(
     with torch.inference_mode():
         measured = [_measure(live, model, row) for row in usable]
         greedy = tuple(_continue_both(live, model, row) for row in usable[:GREEDY_PROMPTS])
-    positions = sum(row.positions for row in measured)
-    predicted = positions - len(usable)  # nothing comes before a row's first token
+    closeness = Closeness.over([row.closeness for row in measured])
     is_another_base = onto == "original" and live.quantized
     return GgufVerdict(
-        rows=len(usable),
-        positions=positions,
-        mean_kl=sum(row.kl_sum for row in measured) / positions,
-        max_kl=max(row.max_kl for row in measured),
-        agreement_fraction=sum(row.agreeing for row in measured) / positions,
-        near_tie_fraction=sum(row.near_ties for row in measured) / positions,
+        rows=closeness.rows,
+        positions=closeness.positions,
+        mean_kl=closeness.mean_kl,
+        max_kl=closeness.max_kl,
+        agreement_fraction=closeness.agreement_fraction,
+        near_tie_fraction=sum(row.near_ties for row in measured) / closeness.positions,
         agreement_bound_fraction=None if is_another_base else AGREEMENT_BOUND_FRACTION.get(quant),
-        live_loss=sum(row.live_loss_sum for row in measured) / predicted,
-        file_loss=sum(row.file_loss_sum for row in measured) / predicted,
+        live_loss=closeness.live_loss,
+        file_loss=closeness.other_loss,
         loss_rise_bound=ORIGINAL_LOSS_RISE if is_another_base else None,
         texts=len(references),
         differing_texts=tuple(differing(references, lambda text: _tokenize(model, text))),
@@ -169,13 +167,8 @@ def _text(model: "Llama", ids: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _RowFigures:
-    positions: int
-    kl_sum: float
-    max_kl: float
-    agreeing: int
+    closeness: RowCloseness
     near_ties: int
-    live_loss_sum: float
-    file_loss_sum: float
     ends: int
     ends_found: int
 
@@ -183,25 +176,13 @@ class _RowFigures:
 def _measure(live: Live, model: "Llama", row: list[int]) -> _RowFigures:
     expected = live.model(input_ids=torch.tensor([row], device=live.device), use_cache=False).logits[0].float().cpu()
     found = _logits(model, row)
-    pieces = zip(expected.split(POSITIONS_AT_ONCE), found.split(POSITIONS_AT_ONCE), strict=True)
-    kl = torch.cat([divergence(*pair) for pair in pieces])
     best, guess = expected.argmax(-1), found.argmax(-1)
     ends = torch.isin(best, torch.tensor(live.stop_token_ids))
-    next_ids = torch.tensor(row[1:])
-    live_loss, file_loss = (
-        float(cross_entropy(logits[:-1], next_ids, reduction="sum")) for logits in (expected, found)
-    )
-    agreeing = best == guess
     likely = expected.softmax(-1)
     behind = (likely.gather(-1, best[:, None]) - likely.gather(-1, guess[:, None])).squeeze(-1)
     return _RowFigures(
-        len(row),
-        float(kl.sum()),
-        float(kl.max()),
-        int(agreeing.sum()),
-        int((~agreeing & (behind <= NEAR_TIE_PROBABILITY)).sum()),
-        live_loss,
-        file_loss,
+        RowCloseness.of(expected, found, row),
+        int(((best != guess) & (behind <= NEAR_TIE_PROBABILITY)).sum()),
         int(ends.sum()),
         sum(_ends(model, token) for token in guess[ends].tolist()),
     )

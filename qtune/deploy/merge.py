@@ -75,8 +75,7 @@ def merge(
     and a disk that is too small.
     """
     start = time.perf_counter()
-    if is_used(output):
-        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
+    refuse_used(output)
     fold = Fold.open(run, dtype)
     candidates = _candidates(onto, fold.lock, rows)
     check_disk(output, len(candidates) * fold.weight_bytes, "merge")
@@ -105,9 +104,8 @@ def merge(
 
 def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
     """The bases to try, in order of preference where they measure alike."""
+    refuse_dequantised_alone(onto, lock)
     if not lock["quantized_modules"]:
-        if onto == "dequantised":
-            raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
         return ("original",)
     if onto != "auto":
         return (onto,)
@@ -117,6 +115,18 @@ def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequen
             " trained on."
         )
     return ("dequantised", "original")
+
+
+def refuse_used(output: Path) -> None:
+    """Raises RunFolderError for a folder that holds something."""
+    if is_used(output):
+        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
+
+
+def refuse_dequantised_alone(onto: str | None, lock: dict[str, Any]) -> None:
+    """Raises UserError where the dequantised base is asked for and the run had none."""
+    if onto == "dequantised" and not lock["quantized_modules"]:
+        raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
 
 
 def check_disk(output: Path, weight_bytes: int, what: str) -> None:

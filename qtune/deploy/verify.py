@@ -136,21 +136,19 @@ def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto,
     usable = usable_rows(rows, output)
     merged, tokenizer = _load_merged(output, live)
     with torch.inference_mode():
-        measured = [_measure(live, merged, row) for row in usable]
+        closeness = Closeness.over([_measure(live, merged, row) for row in usable])
         greedy = tuple(_continue_both(live, merged, tokenizer, row) for row in usable[:GREEDY_PROMPTS])
-    positions = sum(row.positions for row in measured)
-    predicted = positions - len(usable)  # nothing comes before a row's first token
     kl_bound, agreement_bound, loss_rise_bound = _bounds(live, onto, dtype)
     return Verdict(
         onto=onto,
         dtype=dtype,
-        rows=len(usable),
-        positions=positions,
-        mean_kl=sum(row.kl_sum for row in measured) / positions,
-        max_kl=max(row.max_kl for row in measured),
-        agreement_fraction=sum(row.agreeing for row in measured) / positions,
-        live_loss=sum(row.live_loss_sum for row in measured) / predicted,
-        merged_loss=sum(row.merged_loss_sum for row in measured) / predicted,
+        rows=closeness.rows,
+        positions=closeness.positions,
+        mean_kl=closeness.mean_kl,
+        max_kl=closeness.max_kl,
+        agreement_fraction=closeness.agreement_fraction,
+        live_loss=closeness.live_loss,
+        merged_loss=closeness.other_loss,
         mean_kl_bound=kl_bound,
         agreement_bound_fraction=agreement_bound,
         loss_rise_bound=loss_rise_bound,
@@ -190,28 +188,61 @@ def _load_merged(output: Path, live: Live) -> tuple[PreTrainedModel, PreTrainedT
 
 
 @dataclass(frozen=True)
-class _RowFigures:
+class RowCloseness:
+    """How another model's logits over one row compare with those of the live one."""
+
     positions: int
     kl_sum: float
     max_kl: float
     agreeing: int
     live_loss_sum: float
-    merged_loss_sum: float
+    other_loss_sum: float
+
+    @classmethod
+    def of(cls, expected: torch.Tensor, found: torch.Tensor, row: list[int]) -> "RowCloseness":
+        """From both logits, (positions, vocabulary)."""
+        pieces = zip(expected.split(POSITIONS_AT_ONCE), found.split(POSITIONS_AT_ONCE), strict=True)
+        kl = torch.cat([_divergence(*pair) for pair in pieces])
+        next_ids = torch.tensor(row[1:], device=expected.device)
+        losses = (float(cross_entropy(logits[:-1], next_ids, reduction="sum")) for logits in (expected, found))
+        agreeing = int((expected.argmax(-1) == found.argmax(-1)).sum())
+        return cls(len(row), float(kl.sum()), float(kl.max()), agreeing, *losses)
 
 
-def _measure(live: Live, merged: PreTrainedModel, row: list[int]) -> _RowFigures:
+@dataclass(frozen=True)
+class Closeness:
+    """The same over all rows: per position, and the losses per token."""
+
+    rows: int
+    positions: int
+    mean_kl: float
+    max_kl: float
+    agreement_fraction: float
+    live_loss: float
+    other_loss: float
+
+    @classmethod
+    def over(cls, measured: Sequence[RowCloseness]) -> "Closeness":
+        positions = sum(row.positions for row in measured)
+        predicted = positions - len(measured)  # nothing comes before a row's first token
+        return cls(
+            rows=len(measured),
+            positions=positions,
+            mean_kl=sum(row.kl_sum for row in measured) / positions,
+            max_kl=max(row.max_kl for row in measured),
+            agreement_fraction=sum(row.agreeing for row in measured) / positions,
+            live_loss=sum(row.live_loss_sum for row in measured) / predicted,
+            other_loss=sum(row.other_loss_sum for row in measured) / predicted,
+        )
+
+
+def _measure(live: Live, merged: PreTrainedModel, row: list[int]) -> RowCloseness:
     ids = torch.tensor([row], device=live.device)
     expected, found = (model(input_ids=ids, use_cache=False).logits[0].float() for model in (live.model, merged))
-    pieces = zip(expected.split(POSITIONS_AT_ONCE), found.split(POSITIONS_AT_ONCE), strict=True)
-    kl = torch.cat([divergence(*pair) for pair in pieces])
-    live_loss, merged_loss = (
-        float(cross_entropy(logits[:-1], ids[0, 1:], reduction="sum")) for logits in (expected, found)
-    )
-    agreeing = int((expected.argmax(-1) == found.argmax(-1)).sum())
-    return _RowFigures(len(row), float(kl.sum()), float(kl.max()), agreeing, live_loss, merged_loss)
+    return RowCloseness.of(expected, found, row)
 
 
-def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+def _divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL of each position in nats, from logits of (positions, vocabulary); double, as 1e-6 drowns in float32 sums."""
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)

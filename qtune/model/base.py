@@ -268,13 +268,6 @@ def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of everything that turns text into ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the names and bytes of the weight files; the identity of a base."""
     digest = hashlib.sha256()

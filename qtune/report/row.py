@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from qtune.data.shown import ShownRow, Stretch
+from qtune.data.shown import ShownRow
+from qtune.data.tokens import Stretch
 from qtune.report.tables import TRAINED_STYLE, WARNING_STYLE
 from qtune.report.words import one_line, visible
 

@@ -32,3 +32,20 @@ def rows_shown(console: Console | None) -> Iterator[Callable[[str, int, int | No
         yield tell
     finally:
         progress.stop()
+
+
+@contextmanager
+def tensors_shown(
+    console: Console, what: str
+) -> Iterator[tuple[Callable[[int, int, str], None], Callable[[str], None]]]:
+    """A bar for `what` is done to tensors: a callable for tensors done, tensors in all and a name; one for a word."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(what)
+
+        def tell(done: int, total: int, name: str) -> None:
+            progress.update(task, completed=done, total=total, description=f"{what} {name}")
+
+        def say(word: str) -> None:
+            progress.update(task, description=word)
+
+        yield tell, say

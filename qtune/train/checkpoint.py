@@ -77,7 +77,7 @@ def prune(folder: Path, newest: Path, keep: int, best: Path | None) -> None:
     kept = {*steps[steps.index(newest) :][:keep], best}
     for path in steps:
         if path not in kept:
-            path.rename(folder / f".{path.name}.old")  # what is removed half-way is no checkpoint that is broken
+            sealed.remove(path)  # one that is removed half-way is no checkpoint that is broken
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
