@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from qtune.data.tokens import NOT_TRAINED, Example
 
 BLOCK_ROWS, BLOCK_TOKENS, BLOCK_TEXT_BYTES = 1 << 17, 1 << 23, 1 << 25  # some 100 MB at the most
-TEXTS = ("place", "prompt_text", "answer")
+TEXTS = ("place", "prompt_text", "answer", "check")
 Ints = NDArray[numpy.integer[Any]]
 
 
@@ -31,7 +31,7 @@ class Block:
 
     `ids` are a row's tokens, and those of its prompt where truncation left less of the row than that. `runs` are the
     lengths of its stretches of labels, the first not trained, the second trained, and so on. `text` is UTF-8: the
-    place, the prompt text and the answer of each row.
+    place, the prompt text, the answer and the check of each row.
     """
 
     ids: Ints
@@ -60,7 +60,7 @@ class Block:
 
     def example(self, row: int) -> Example:
         start = self.id_ends[row - 1] if row else 0
-        place, prompt_text, answer = (self._text(len(TEXTS) * row + i) for i in range(len(TEXTS)))
+        place, prompt_text, answer, check = (self._text(len(TEXTS) * row + i) for i in range(len(TEXTS)))
         return Example(
             input_ids=self.input_ids(row).tolist(),
             labels=self.labels(row).tolist(),
@@ -68,6 +68,7 @@ class Block:
             prompt_text=prompt_text,
             answer=answer,
             place=place,
+            check=check,
             cut_tokens=int(self.cut_tokens[row]),
         )
 

@@ -1,5 +1,6 @@
 """One raw row becomes a conversation or a document; one function per format."""
 
+import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,10 +30,11 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that end with an assistant's, and where they come from."""
+    """Turns that end with an assistant's, where they come from, and what a metric holds the answer against."""
 
     messages: tuple[Message, ...]
     place: str
+    check: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,10 @@ def _kind(value: Any) -> str:
 
 
 FORMATS = {
-    "messages": Format({"messages": ("messages",), "system": ("system",)}, ("messages",), _chat),
-    "sharegpt": Format({"messages": ("conversations", "conversation"), "system": ("system",)}, ("messages",), _chat),
+    "messages": Format({"messages": ("messages",), "system": ("system",), "check": ()}, ("messages",), _chat),
+    "sharegpt": Format(
+        {"messages": ("conversations", "conversation"), "system": ("system",), "check": ()}, ("messages",), _chat
+    ),
     "alpaca": Format(
         {
             "prompt": ("instruction",),
@@ -193,12 +197,19 @@ FORMATS = {
             "input": ("input",),
             "system": ("system",),
             "history": ("history",),
+            "check": (),
         },
         ("prompt", "completion"),
         _pair,
     ),
     "prompt-completion": Format(
-        {"prompt": ("prompt",), "completion": ("completion", "response"), "input": (), "system": ("system",)},
+        {
+            "prompt": ("prompt",),
+            "completion": ("completion", "response"),
+            "input": (),
+            "system": ("system",),
+            "check": (),
+        },
         ("prompt", "completion"),
         _pair,
     ),
@@ -208,6 +219,7 @@ FORMATS = {
             "completion": ("answer", "response", "output"),
             "input": (),
             "system": ("system",),
+            "check": (),
         },
         ("prompt", "completion"),
         _pair,
@@ -252,7 +264,16 @@ def read(row: Row, name: str, mapped: Columns, system: str | None) -> Conversati
         _refuse_half_characters([result] if isinstance(result, str) else [message.content for message in result])
     except BadRow as fault:
         return Dropped(row.place, str(fault))
-    return Document(result, row.place) if isinstance(result, str) else Conversation(result, row.place)
+    if isinstance(result, str):
+        return Document(result, row.place)
+    return Conversation(result, row.place, _check(row.values.get(columns.get("check", ""))))
+
+
+def _check(value: Any) -> str:
+    """Text as it is, a list of texts one a line, everything else as JSON."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _refuse_half_characters(texts: Iterable[str]) -> None:

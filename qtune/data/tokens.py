@@ -25,7 +25,8 @@ class Example:
     """One row, ready for the model: `labels` are the ids where trained and -100 elsewhere, both of one length.
 
     `prompt_ids` is what the model sees before the last answer (empty for a document), `prompt_text` and `answer` the
-    last question and answer as written, `cut_tokens` how many trained tokens truncation took.
+    last question and answer as written, `check` what a metric holds the answer against, `cut_tokens` how many trained
+    tokens truncation took.
     """
 
     input_ids: list[int]
@@ -34,6 +35,7 @@ class Example:
     prompt_text: str
     answer: str
     place: str
+    check: str = ""
     cut_tokens: int = 0
 
     @property
@@ -182,7 +184,7 @@ def _example(
     last = max(i for i, piece in enumerate(pieces) if piece.trained)
     prompt = [token for part in encoded[:last] for token in part]
     question = next((m.content for m in reversed(item.messages[:-1]) if m.role == "user"), "")
-    return Example(ids, labels, prompt, question, item.messages[-1].content, item.place)
+    return Example(ids, labels, prompt, question, item.messages[-1].content, item.place, item.check)
 
 
 def fit(example: Example, max_tokens: int, is_cut: bool) -> Example | Dropped:

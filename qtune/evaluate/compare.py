@@ -4,7 +4,7 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.packing import PackedRow
 from qtune.data.tokens import Example
 from qtune.evaluate.answer import answer
+from qtune.evaluate.interval import interval, paired_interval
 from qtune.evaluate.loss import held_out_loss
-from qtune.evaluate.metrics import METRICS, interval, paired_interval
+from qtune.evaluate.metrics import METRICS, mean_parts
 from qtune.events import Scored
 from qtune.recipe.schema import Evaluate
 from qtune.train.out_of_memory import Recovery
@@ -31,13 +32,17 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Score:
-    """One model's result; `scores` and `answers` are empty where no metric was asked for."""
+    """One model's result; `scores` and `answers` are empty where no metric was asked for.
+
+    `parts` are the means of what the metric's score is made of, by name.
+    """
 
     who: str
     loss: float
     answers: tuple[str, ...]
     scores: tuple[float, ...]
     seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -52,7 +57,7 @@ class Score:
 
     def figures(self) -> dict[str, Any]:
         low, high = interval(self.scores) if self.scores else (None, None)
-        return {"held_out_loss": self.loss, "score": self.mean, "low": low, "high": high}
+        return {"held_out_loss": self.loss, "score": self.mean, "low": low, "high": high, "parts": self.parts}
 
 
 def score(
@@ -82,8 +87,9 @@ def score(
         compute_dtype,
     )
     metric = METRICS.get(wanted.metric)
-    scores = [metric(a, e.answer) for a, e in zip(answers, asked, strict=True)] if metric else []
-    return Score(who, loss, tuple(answers), tuple(scores), time.monotonic() - start)
+    marks = [metric(a, e) for a, e in zip(answers, asked, strict=True)] if metric else []
+    scores = tuple(mark.score for mark in marks)
+    return Score(who, loss, tuple(answers), scores, time.monotonic() - start, mean_parts(marks))
 
 
 def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:

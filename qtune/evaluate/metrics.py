@@ -1,28 +1,37 @@
-"""How an answer is scored, from 0 to 1, and how sure a mean of scores is."""
+"""How an answer is scored, from 0 to 1."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-import numpy
-
-RESAMPLES = 10_000
-RESAMPLES_AT_ONCE = 1 << 20  # row numbers drawn in one go: 8 MiB of them
+from qtune.data.tokens import Example
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """1 where both say the same after normalising, else 0."""
-    return float(normalise(answer) == normalise(reference))
+@dataclass(frozen=True)
+class Marks:
+    """How one answer did, 0 to 1; `parts` names what the score is made of, where it is made of something."""
+
+    score: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
-def token_f1(answer: str, reference: str) -> float:
+Metric = Callable[[str, Example], Marks]
+
+
+def exact_match(answer: str, asked: Example) -> Marks:
+    """1 where answer and reference say the same after normalising, else 0."""
+    return Marks(float(normalise(answer) == normalise(asked.answer)))
+
+
+def token_f1(answer: str, asked: Example) -> Marks:
     """Harmonic mean of word precision and recall (Rajpurkar et al. 2016, SQuAD); two empty texts agree."""
-    given, wanted = normalise(answer).split(), normalise(reference).split()
+    given, wanted = normalise(answer).split(), normalise(asked.answer).split()
     if not given or not wanted:
-        return float(given == wanted)
+        return Marks(float(given == wanted))
     shared = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * shared / (len(given) + len(wanted))
+    return Marks(2 * shared / (len(given) + len(wanted)))
 
 
 def normalise(text: str) -> str:
@@ -31,23 +40,11 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "token_f1": token_f1}
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1}
 
 
-def interval(scores: Sequence[float]) -> tuple[float, float]:
-    """A 95 % percentile-bootstrap interval of the mean (Efron 1979); always the same for the same scores."""
-    values, rng = numpy.asarray(scores, dtype=numpy.float64), numpy.random.default_rng(0)
-    most = max(1, RESAMPLES_AT_ONCE // len(values))
-    sizes = [min(most, RESAMPLES - done) for done in range(0, RESAMPLES, most)]
-    means = [values[rng.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
-    low, high = numpy.quantile(numpy.concatenate(means), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of how much the mean rises, the same rows scored `before` and `after`.
-
-    Rows are resampled with both of their scores (paired bootstrap, Efron and Tibshirani 1993), so that rows which are
-    easy or hard for both do not widen it.
-    """
-    return interval([b - a for a, b in zip(before, after, strict=True)])
+def mean_parts(marks: Sequence[Marks]) -> dict[str, float]:
+    """The mean of each part over the answers that have it; a part may be for some rows only."""
+    names = dict.fromkeys(name for mark in marks for name in mark.parts)
+    values = {name: [mark.parts[name] for mark in marks if name in mark.parts] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}

@@ -115,6 +115,9 @@ class Columns(Table):
     system: NonEmpty | None = Field(None, description="Column with the row's own system prompt.")
     messages: NonEmpty | None = Field(None, description="Column with the list of messages.")
     text: NonEmpty | None = Field(None, description="Column with plain text.")
+    check: NonEmpty | None = Field(
+        None, description="Column with what a metric holds the answer against, such as tests; never shown to the model."
+    )
 
 
 class DataCheck(Table):

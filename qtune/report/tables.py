@@ -126,12 +126,19 @@ def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def score_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, base, tuned) of the held-out loss, and of the metric with its intervals where one was asked for."""
+    """(what, base, tuned) of the held-out loss, of the metric with its intervals where one was asked for, and of what
+    that is made of."""
     base, tuned = scores["base"], scores["tuned"]
     rows = [("held-out loss", format_loss(base["held_out_loss"]), format_loss(tuned["held_out_loss"]))]
     if tuned["score"] is not None:
         rows.append((f"{scores['metric']} on {scores['rows']:,} rows", with_interval(base), with_interval(tuned)))
-    return rows
+    names = dict.fromkeys((*base.get("parts", ()), *tuned.get("parts", ())))
+    return rows + [(name, _part(base, name), _part(tuned, name)) for name in names]
+
+
+def _part(figures: dict[str, Any], name: str) -> str:
+    value = figures.get("parts", {}).get(name)
+    return "" if value is None else format_score(value)
 
 
 def difference(figures: dict[str, float]) -> str:

@@ -22,7 +22,7 @@ def made_rows(count: int) -> list[Example]:
         labels = [token if mark else NOT_TRAINED for token, mark in zip(ids, trained, strict=True)]
         prompt = rng.choice([[], ids[: len(ids) // 2], [*ids, 7, 8]])
         text = rng.choice(["", "naïve ☃ 𝄞", "a\nb\0"])
-        rows.append(Example(ids, labels, prompt, text, text * 2, f"r.jsonl:{number:,}", rng.choice([0, 5])))
+        rows.append(Example(ids, labels, prompt, text, text * 2, f"r.jsonl:{number:,}", text[::-1], rng.choice([0, 5])))
     return rows
 
 

@@ -154,6 +154,17 @@ def test_a_mapping_chooses_the_format() -> None:
     assert turns(values, mapped=Columns(prompt="ask", completion="reply")) == ((USER, "q"), (ASSISTANT, "a"))
 
 
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [("assert f(1) == 2", "assert f(1) == 2"), (["a", "b"], "a\nb"), ({"k": ["é"]}, '{"k": ["é"]}'), (None, "")],
+)
+def test_the_check_of_a_row_is_kept_and_not_told_to_the_model(value: object, kept: str) -> None:
+    row, mapped = Row({"prompt": "q", "completion": "a", "tests": value}, "r:1"), Columns(check="tests")
+    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    assert isinstance(item, Conversation)
+    assert (item.check, [message.content for message in item.messages]) == (kept, ["q", "a"])
+
+
 def test_a_mapped_column_is_read_once() -> None:
     """Mapping alpaca's input to the prompt asked every question twice, as prompt and as the input under it."""
     values = {"instruction": "Answer truthfully", "input": "q", "output": "a"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from qtune.evaluate.compare import HeldOut, Score, compare, difference
-from qtune.evaluate.metrics import interval, paired_interval
+from qtune.evaluate.interval import interval, paired_interval
 from qtune.recipe.schema import Evaluate
 
 ROWS = 40
