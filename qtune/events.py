@@ -72,7 +72,10 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Scored:
-    """Base (`who="base"`) or tuned (`who="tuned"`) on the held-out rows; `score` is None where no metric was asked."""
+    """Base (`who="base"`) or tuned (`who="tuned"`) on the held-out rows; `score` is None where no metric was asked.
+
+    `general_loss` is over text that has nothing to do with the task, None where none was measured.
+    """
 
     who: str
     loss: float | None
@@ -80,6 +83,7 @@ class Scored:
     score: float | None
     rows: int
     score_seconds: float
+    general_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from qtune.deploy.merge import merge
 from qtune.deploy.verify import Verdict, verify
 from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
+from qtune.evaluate.general import general_packs
 from qtune.evaluate.loss import held_out_loss
 from qtune.events import Event, Listener, Notice, Resumed
 from qtune.memory.device import Device, find_device
@@ -58,11 +59,12 @@ class Ready:
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     plan: Plan
+    general: Sequence[PackedRow] | None
 
     @cached_property
     def held_out(self) -> HeldOut:
         packs = packed_rows(self.prepared.held_out, self.prepared.held_out_packs)
-        return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids)
+        return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids, self.general)
 
 
 def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console | None = None) -> Ready:
@@ -74,8 +76,9 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     config = base.read_config(recipe.model)
     tokenizer = base.load_tokenizer(recipe.model)
     prepared = _prepared(recipe, tokenizer, console)
+    general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
     plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
-    return Ready(recipe, tokenizer, prepared, plan)
+    return Ready(recipe, tokenizer, prepared, plan, general)
 
 
 def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Prepared:

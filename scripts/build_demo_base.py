@@ -88,6 +88,14 @@ def drug_names() -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)), re.IGNORECASE)
 
 
+def parted_synsets(folder: Path) -> tuple[list[Synset], list[Synset]]:
+    """Held-out and training synsets, none of which names a drug of the sample data; every hundredth is held out."""
+    drugs = drug_names()
+    synsets = [s for s in read_wordnet(folder) if not drugs.search(" ".join((*s.words, s.gloss, s.kind)))]
+    random.Random(0).shuffle(synsets)
+    return synsets[: len(synsets) // 100], synsets[len(synsets) // 100 :]
+
+
 def chat(question: str, answer: str) -> str:
     return f"{BOS}<|user|>\n{question}{END}\n<|assistant|>\n{answer}{END}\n"
 
@@ -209,10 +217,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    drugs = drug_names()
-    synsets = [s for s in read_wordnet(arguments.wordnet) if not drugs.search(" ".join((*s.words, s.gloss, s.kind)))]
-    random.Random(0).shuffle(synsets)
-    held_out, train_set = synsets[: len(synsets) // 100], synsets[len(synsets) // 100 :]
+    held_out, train_set = parted_synsets(arguments.wordnet)
     rng = random.Random(0)
     tokenizer = train_tokenizer([text for synset in train_set for text in documents(synset, rng)])
     config = LlamaConfig(

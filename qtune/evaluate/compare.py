@@ -23,18 +23,20 @@ from qtune.train.out_of_memory import Recovery
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What both models are asked: packed rows for the loss, and examples for the score."""
+    """What both models are asked: packed rows for the loss, examples for the score, and general text where wanted."""
 
     packs: Sequence[PackedRow]
     examples: Sequence[Example]
     stop_token_ids: Sequence[int]
+    general: Sequence[PackedRow] | None = None
 
 
 @dataclass(frozen=True)
 class Score:
     """One model's result; `scores` and `answers` are empty where no metric was asked for.
 
-    `parts` are the means of what the metric's score is made of, by name.
+    `parts` are the means of what the metric's score is made of, by name; `general_loss` is that over text which has
+    nothing to do with the task.
     """
 
     who: str
@@ -43,6 +45,7 @@ class Score:
     scores: tuple[float, ...]
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
+    general_loss: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -53,11 +56,18 @@ class Score:
         return cls(**{**values, "answers": tuple(values["answers"]), "scores": tuple(values["scores"])})
 
     def event(self, metric: str) -> Scored:
-        return Scored(self.who, self.loss, metric, self.mean, len(self.scores), self.seconds)
+        return Scored(self.who, self.loss, metric, self.mean, len(self.scores), self.seconds, self.general_loss)
 
     def figures(self) -> dict[str, Any]:
         low, high = interval(self.scores) if self.scores else (None, None)
-        return {"held_out_loss": self.loss, "score": self.mean, "low": low, "high": high, "parts": self.parts}
+        return {
+            "held_out_loss": self.loss,
+            "general_loss": self.general_loss,
+            "score": self.mean,
+            "low": low,
+            "high": high,
+            "parts": self.parts,
+        }
 
 
 def score(
@@ -70,12 +80,14 @@ def score(
     compute_dtype: str,
     recovery: Recovery | None = None,
 ) -> Score:
-    """The held-out loss over all rows, and the metric over the first `wanted.rows` that ask something.
+    """The loss over all held-out rows and over general text, and the metric over the first `wanted.rows` that ask
+    something.
 
     Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
     """
     start = time.monotonic()
     loss = held_out_loss(model, held_out.packs, device, compute_dtype, recovery)
+    general = held_out_loss(model, held_out.general, device, compute_dtype, recovery) if held_out.general else None
     asked = scored_examples(held_out, wanted)
     answers = answer(
         model,
@@ -89,7 +101,7 @@ def score(
     metric = METRICS.get(wanted.metric)
     marks = [metric(a, e) for a, e in zip(answers, asked, strict=True)] if metric else []
     scores = tuple(mark.score for mark in marks)
-    return Score(who, loss, tuple(answers), scores, time.monotonic() - start, mean_parts(marks))
+    return Score(who, loss, tuple(answers), scores, time.monotonic() - start, mean_parts(marks), general)
 
 
 def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:

@@ -17,6 +17,8 @@ DATA: tuple[Key, ...] = (
     ("demo", "data", "train"),
     ("demo", "data", "held_out"),
 )
+GENERAL: Key = ("evaluate", "general")
+GENERAL_WORDS = ("builtin", "none")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 PATH_STARTS = ("./", "../", "/", "~")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -37,7 +39,9 @@ def made_absolute(values: dict[str, Any], folder: Path, above: Key = ()) -> dict
 
 def fault_of(key: Key, value: Any) -> Fault | None:
     """What is wrong with what a setting names, after `made_absolute`; None where it is there or is a hub's name."""
-    if key not in (*MODELS, TEMPLATE, *DATA) or not isinstance(value, str) or not value.strip():
+    if key == GENERAL and value in GENERAL_WORDS:
+        return None
+    if key not in (*MODELS, TEMPLATE, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
         return None
     kind = "folder" if key in MODELS else "file"
     if not os.path.isabs(value):
@@ -53,6 +57,8 @@ def _is_path(key: Key, value: str, folder: Path) -> bool:
     """Whether a name is a path: it looks like one, or something of that name lies in `folder`."""
     if key == TEMPLATE:
         return bool(value)
+    if key == GENERAL:
+        return bool(value) and value not in GENERAL_WORDS
     if key not in MODELS + DATA or value in ("", "demo"):
         return False
     looks = value in (".", "..") or value.startswith(PATH_STARTS)

@@ -284,6 +284,11 @@ class Evaluate(Table):
     )
     max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer in tokens.")
     samples: int = Field(5, ge=0, le=100, description="Answers shown side by side in the summary.")
+    general: NonEmpty = Field(
+        "builtin",
+        description="Plain text, a document a line, whose loss before and after tells what was forgotten: a .txt file,"
+        ' "builtin" (dictionary entries) or "none".',
+    )
 
 
 class Report(Table):

@@ -93,6 +93,7 @@ def _results(records: Sequence[Record]) -> Iterator[Row]:
         "base score": lambda found: tables.with_interval(found.scores["base"]) if found.scores else None,
         "tuned score": lambda found: tables.with_interval(found.scores["tuned"]) if found.scores else None,
         "difference": _difference,
+        "loss on general text": _forgotten,
         "peak memory": lambda found: bar.peak_of_total(found.memory) if found.memory else None,
         "tokens/s": lambda found: format_count(pace) if (pace := found.tokens_per_second) is not None else None,
         "training took": _took,
@@ -109,6 +110,11 @@ def _best(found: Record) -> str | None:
 
 def _score(found: Record, figure: str) -> str | None:
     return format_loss(found.scores["tuned"][figure]) if found.scores else None
+
+
+def _forgotten(found: Record) -> str | None:
+    base, tuned = (found.scores[who].get("general_loss") if found.scores else None for who in ("base", "tuned"))
+    return None if base is None or tuned is None else f"{format_loss(base)} {tables.ARROW} {format_loss(tuned)}"
 
 
 def _difference(found: Record) -> str | None:

@@ -110,7 +110,7 @@ def _what(found: Record) -> str:
 def _figures(found: Record) -> list[tuple[str, str, str]]:
     """(name, value, note) of what one asks first."""
     figures: list[tuple[str, str, str]] = []
-    for name, base, tuned in tables.score_cells(found.scores) if found.scores else ():
+    for name, base, tuned in tables.main_cells(found.scores) if found.scores else ():
         plain = [value.split(" (")[0] for value in (base, tuned)]
         rise = (found.scores or {}).get("difference")
         note = f"difference {tables.difference(rise)}" if rise and figures else "base, then tuned"

@@ -126,14 +126,22 @@ def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def score_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, base, tuned) of the held-out loss, of the metric with its intervals where one was asked for, and of what
-    that is made of."""
+    """(what, base, tuned) of the main figures, of what the metric is made of, and of what was forgotten."""
+    base, tuned = scores["base"], scores["tuned"]
+    names = dict.fromkeys((*base.get("parts", ()), *tuned.get("parts", ())))
+    rows = main_cells(scores) + [(name, _part(base, name), _part(tuned, name)) for name in names]
+    if tuned.get("general_loss") is not None:
+        rows.append(("loss on general text", format_loss(base["general_loss"]), format_loss(tuned["general_loss"])))
+    return rows
+
+
+def main_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, base, tuned) of the held-out loss, and of the metric with its intervals where one was asked for."""
     base, tuned = scores["base"], scores["tuned"]
     rows = [("held-out loss", format_loss(base["held_out_loss"]), format_loss(tuned["held_out_loss"]))]
     if tuned["score"] is not None:
         rows.append((f"{scores['metric']} on {scores['rows']:,} rows", with_interval(base), with_interval(tuned)))
-    names = dict.fromkeys((*base.get("parts", ()), *tuned.get("parts", ())))
-    return rows + [(name, _part(base, name), _part(tuned, name)) for name in names]
+    return rows
 
 
 def _part(figures: dict[str, Any], name: str) -> str:

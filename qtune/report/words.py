@@ -122,6 +122,8 @@ def _score_sentence(event: Scored) -> str:
         figures.append(f"held-out {format_loss(event.loss)}")
     if event.score is not None:
         figures.append(f"{event.metric} {format_score(event.score)} on {format_count(event.rows)} rows")
+    if event.general_loss is not None:
+        figures.append(f"general text {format_loss(event.general_loss)}")
     return f"{event.who}: {', '.join(figures) or 'no score asked for'} ({finite(format_seconds, event.score_seconds)})"
 
 

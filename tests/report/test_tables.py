@@ -109,10 +109,15 @@ def test_without_a_metric_only_the_loss_is_compared(scores: dict[str, Any]) -> N
     assert tables.score_rows(bare) == [("held-out loss", "2.113 → 1.246")]
 
 
-def test_what_a_score_is_made_of_stands_under_it(scores: dict[str, Any]) -> None:
+def test_what_a_score_is_made_of_and_what_was_forgotten_stand_under_it(scores: dict[str, Any]) -> None:
     made = copy.deepcopy(scores)
-    made["base"]["parts"], made["tuned"]["parts"] = {"parses": 0.25}, {"parses": 1.0, "passes": 0.5}
-    assert tables.score_rows(made)[2:] == [("parses", "0.250 → 1.000"), ("passes", " → 0.500")]
+    made["base"] |= {"parts": {"parses": 0.25}, "general_loss": 3.5}
+    made["tuned"] |= {"parts": {"parses": 1.0, "passes": 0.5}, "general_loss": 3.6204}
+    assert tables.score_rows(made)[2:] == [
+        ("parses", "0.250 → 1.000"),
+        ("passes", " → 0.500"),
+        ("loss on general text", "3.500 → 3.620"),
+    ]
 
 
 def test_the_end_of_a_run_says_what_came_out_and_what_to_type_next(whole_run: RunDir) -> None:

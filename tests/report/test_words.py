@@ -39,6 +39,10 @@ def test_one_line_is_one_line() -> None:
             Scored("base", 2.113, "token_f1", 0.181, 100, 41.2),
             "base: held-out 2.113, token_f1 0.181 on 100 rows (41 s)",
         ),
+        (
+            Scored("tuned", 1.246, "none", None, 0, 2.0, 3.6204),
+            "tuned: held-out 1.246, general text 3.620 (2.0 s)",
+        ),
         (Scored("tuned", 1.3, "none", None, 0, 2.0), "tuned: held-out 1.300 (2.0 s)"),
         (Notice("[bold]loading\x1b"), "[bold]loading␛"),
         (Finished(282, 1_104.0), "282 steps done in 18 min 24 s"),
