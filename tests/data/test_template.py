@@ -1,8 +1,10 @@
 """The chat template: what is trained is the answer and its end of turn, whatever the template does around them."""
 
 import re
+from pathlib import Path
 
 import pytest
+import trl
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoTokenizer
 
@@ -35,6 +37,23 @@ TEMPLATES = (
     "microsoft-Phi-3.5-mini-instruct",
     "openai-gpt-oss-120b",
 )
+TEMPLATES_OF_TRL = (
+    *(
+        "cohere",
+        "cohere2",
+        "deepseek_r1_distill",
+        "deepseekv3",
+        "gemma",
+        "gemma3",
+        "gemma4",
+        "gptoss",
+        "lfm2",
+        "lfm2_2_5",
+    ),
+    *("llama3", "llama3_1", "llama3_2", "nemotron_3_nano", "nemotron_3_super", "phi3", "phi3_5", "qwen2_5", "qwen3"),
+    *("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507"),
+)
+SPECIAL_TOKEN = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<\|?[a-z_]+\|?>|\[/?[A-Z_]+\]")
 
 
 def with_template(template: str):
@@ -187,19 +206,28 @@ def test_a_generation_prompt_unlike_the_rows_is_known() -> None:
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_published_templates(material, name) -> None:
-    template = (material / "chat_templates" / f"{name}.jinja").read_text()
+    hold_to_the_rules((material / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES_OF_TRL)
+def test_the_templates_trl_carries(name: str) -> None:
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"this trl carries no {path.name}")
+    hold_to_the_rules(path.read_text(encoding="utf-8"))
+
+
+def hold_to_the_rules(template: str) -> None:
+    """One BOS, the system prompt kept, answers trained and nothing else, the last one with its end of turn."""
     tokenizer = with_template(template)
-    markers = sorted(set(re.findall(r"<\|[A-Za-z_]+\|>|<end_of_turn>|<start_of_turn>|\[/?[A-Z_]+\]", template)))
-    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL_TOKEN.findall(template)))})
     chat = ChatTemplate.of(tokenizer)
     pieces = chat.pieces(CHAT)
-    text = "".join(piece.text for piece in pieces)
-    assert "Be brief." in text
+    assert "Be brief." in "".join(piece.text for piece in pieces)
     answers = [piece.text for piece in pieces if piece.trained and piece.text != chat.opening]
     assert answers[0] in (CHAT[2].content + chat.end_of_turn, CHAT[2].content)
     assert answers[1:] == [CHAT[4].content + chat.end_of_turn]
-    encoder = Encoder.of(tokenizer)
-    (example,) = tokenize([Conversation(tuple(CHAT), "r:1")], chat, encoder)
+    (example,) = tokenize([Conversation(tuple(CHAT), "r:1")], chat, Encoder.of(tokenizer))
     assert example.input_ids.count(tokenizer.bos_token_id) == 1
     trained = [label for label in example.labels if label != NOT_TRAINED]
     assert tokenizer.decode(trained) == "".join(piece.text for piece in pieces if piece.trained)
