@@ -179,7 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--public", action="store_true", help="make a new repository public; it is private otherwise")
     push.add_argument("--yes", action="store_true", help="upload without asking")
 
-    _verb(verbs, "doctor", examine_machine, "what this machine has, and what that means")
+    doctor = _verb(verbs, "doctor", examine, "what this machine has, or which servers can take a run")
+    doctor.add_argument("--run", type=Path, metavar="RUN", help="a run folder: who can serve it, and why others cannot")
     _verb(verbs, "schema", print_schema, "JSON schema of a recipe, for editors", as_json=False)
     completion = _verb(verbs, "completion", print_completion, "shell completion script", as_json=False)
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="source what this prints")
@@ -556,7 +557,9 @@ def _agreed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def examine_machine(options: argparse.Namespace) -> int:
+def examine(options: argparse.Namespace) -> int:
+    if options.run:
+        return _examine_run(options)
     from qtune import logs
 
     logs.hold()
@@ -568,6 +571,20 @@ def examine_machine(options: argparse.Namespace) -> int:
     else:
         _console(options).print(doctor.table(findings))
     return 0 if all(finding.is_fine for finding in findings) else UserError.exit_code
+
+
+def _examine_run(options: argparse.Namespace) -> int:
+    run = _open_to_use(options.run)
+    from qtune.deploy import servers
+    from qtune.model import base
+
+    base.quiet_libraries()
+    found = servers.servers(run)
+    if options.json:
+        _print_json([server.as_json() for server in found])
+    else:
+        _console(options).print(servers.table(found))
+    return 0
 
 
 def print_schema(options: argparse.Namespace) -> int:

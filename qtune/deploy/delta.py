@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from qtune.errors import ModelError
 
 PREFIX = "base_model.model."
+CONFIG_NAME = "adapter_config.json"
 # Settings under which B @ A is not the whole change, or not a change of this base; `False` and absent are fine.
 UNMERGEABLE = ("fan_in_fan_out", "lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication")
 UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -57,7 +58,8 @@ class AdapterWeights:
     @classmethod
     def read(cls, folder: Path) -> "AdapterWeights":
         """Read a PEFT folder. Raises ModelError for a missing or damaged file, half a pair, or another method."""
-        config = _read_config(folder)
+        config = read_config(folder)
+        _refuse_unmergeable(folder, config)
         parts: dict[str, dict[str, torch.Tensor]] = {}
         replaced: dict[str, torch.Tensor] = {}
         for key, tensor in _read_weights(folder).items():
@@ -78,30 +80,43 @@ class AdapterWeights:
         return cls(changes, replaced)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
+def read_config(folder: Path) -> dict[str, Any]:
+    """What an adapter says of itself. Raises ModelError for a missing or damaged file, and another method than LoRA."""
+    path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{folder}: holds no adapter, it has no adapter_config.json.") from None
+        raise ModelError(f"{folder}: holds no adapter, it has no {CONFIG_NAME}.") from None
     except ValueError as fault:
         raise ModelError(f"{path}: is not readable JSON ({fault}).") from None
-    odd = [f"{key} = {config[key]!r}" for key in UNMERGEABLE if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        odd.append(f"peft_type = {config.get('peft_type')!r}")
-    if config.get("init_lora_weights", True) not in UNCHANGED_BASE_INITS:
-        odd.append(f"init_lora_weights = {config['init_lora_weights']!r}, which trains against a changed base")
-    if odd:
-        raise ModelError(f"{path}: cannot be merged: {', '.join(odd)}. Serve the adapter beside its base instead.")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"{path}: describes no LoRA adapter (peft_type = {found!r}), and qtune knows no other.")
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
+    odd = [f"{key} = {config[key]!r}" for key in UNMERGEABLE if config.get(key)]
+    if config.get("init_lora_weights", True) not in UNCHANGED_BASE_INITS:
+        odd.append(f"init_lora_weights = {config['init_lora_weights']!r}, which trains against a changed base")
+    if odd:
+        raise ModelError(
+            f"{folder / CONFIG_NAME}: cannot be merged: {', '.join(odd)}. Serve the adapter beside its base instead."
+        )
+
+
+def weights_path(folder: Path) -> Path:
+    """The file with A and B. Raises ModelError where there is none."""
     path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{folder}: holds no adapter weights, it has no {path.name}.")
+    return path
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    path = weights_path(folder)
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: holds no adapter weights, it has no {path.name}.") from None
     except (SafetensorError, OSError) as fault:
         raise ModelError(f"{path}: cannot be read ({fault}).") from None
 

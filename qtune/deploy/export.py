@@ -20,7 +20,7 @@ import torch
 from gguf import GGUFReader
 
 from qtune.deploy import gguf_storage, gguf_verdict, ollama
-from qtune.deploy.fold import Onto
+from qtune.deploy.fold import Fold, Onto
 from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
 from qtune.deploy.gguf_storage import Quant, ReadBack, Written
 from qtune.deploy.gguf_verdict import GgufVerdict
@@ -89,8 +89,10 @@ def export(
     quant = quant or "q8_0"
     output = output or Path("exports") / f"{run.path.resolve().name}-{'adapter' if to == 'adapter-gguf' else quant}"
     refuse_used(output)
-    draft = adapter_draft(run) if to == "adapter-gguf" else model_draft(run, quant, chosen_onto(run, onto))
-    modelfile = _modelfile(draft) if to == "ollama" else None
+    onto = None if to == "adapter-gguf" else chosen_onto(run, onto)
+    fold = Fold.open(run, "float32")
+    draft = adapter_draft(run, fold) if onto is None else model_draft(run, fold, quant, onto)
+    text = modelfile_of(draft) if to == "ollama" else None
     check_disk(output, draft.bytes, "export")
     tell = counting(progress, len(draft.entries))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:
@@ -98,7 +100,7 @@ def export(
         path = folder / (ADAPTER_NAME if draft.vocabulary is None else MODEL_NAME)
         try:
             folder.mkdir()
-            _write_small_files(draft.fold.checkpoint.folder, folder, modelfile)
+            _write_small_files(draft.fold.checkpoint.folder, folder, text)
             written = gguf_storage.write(draft.writer, path, draft.entries, _told(draft, tell))
         except OSError as fault:
             raise MachineError(f"{output}: writing failed ({fault.strerror or fault}).") from None
@@ -133,7 +135,8 @@ def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
     return onto or ("dequantised" if lock["quantized_modules"] else "original")
 
 
-def _modelfile(draft: Draft) -> str:
+def modelfile_of(draft: Draft) -> str:
+    """The Modelfile beside a whole model. Raises ModelError for a chat template that it cannot say."""
     assert draft.tokenizer is not None, "an adapter has no Modelfile"
     assert draft.vocabulary is not None
     frame = ollama.Frame.of(draft.tokenizer, draft.vocabulary.adds_bos)

@@ -63,6 +63,13 @@ class Fold:
                 f"{folder}: is not the base of {run.path}; its weights have SHA-256 {found}, and the run was trained on"
                 f" {expected}. Put back the base the run names ({lock['base']['name']})."
             )
+        return cls.beside(run, folder, dtype)
+
+    @classmethod
+    def beside(cls, run: RunDir, folder: Path, dtype: DType) -> "Fold":
+        """The same for a base in `folder` that is taken for the run's, as hashing takes as long as reading it all."""
+        lock = read_json(run.lock)
+        model = Model(**lock["model"])
         checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         quantized = frozenset(lock["quantized_modules"])

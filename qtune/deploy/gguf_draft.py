@@ -41,9 +41,8 @@ class Draft:
         return sum(entry.bytes for entry in self.entries)
 
 
-def model_draft(run: RunDir, quant: Quant, onto: Onto) -> Draft:
-    """The whole model. Raises ModelError for what does not fit the run, or has no GGUF form."""
-    fold = Fold.open(run, "float32")
+def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
+    """The whole model; `fold` is in float32. Raises ModelError for what has no GGUF form."""
     layout = Layout.of(base.read_config(fold.model))
     specs = fold.checkpoint.specs()
     names = layout.names(specs)
@@ -76,9 +75,8 @@ def model_draft(run: RunDir, quant: Quant, onto: Onto) -> Draft:
     return Draft(fold, writer, quant, onto, tuple(entries), tensors(), vocabulary, tokenizer, references, notes)
 
 
-def adapter_draft(run: RunDir) -> Draft:
-    """A and B alone. Raises ModelError for what does not fit the run, and for an adapter that is more than those."""
-    fold = Fold.open(run, "float32")
+def adapter_draft(run: RunDir, fold: Fold) -> Draft:
+    """A and B alone; `fold` is in float32. Raises ModelError for an adapter that is more than those."""
     layout = Layout.of(base.read_config(fold.model))
     adapter = fold.adapter
     gguf_adapter.refuse_what_is_no_lora(adapter)

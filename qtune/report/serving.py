@@ -1,8 +1,9 @@
 """How one uses what a run made: commands and a snippet, ready to paste."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qtune.report import tables
 from qtune.report.record import Record
@@ -47,13 +48,45 @@ def base_place(found: Record) -> str:
 
 
 def vllm_command(found: Record, base: str, adapter: str) -> str | None:
-    """None for an adapter that vLLM does not take: a DoRA one, or one of too high a rank."""
+    """None for an adapter that vLLM does not take."""
     lora = (found.lock or {})["recipe"].get("lora", {})
-    rank = next((rank for rank in VLLM_RANKS if rank >= lora.get("rank", 0)), None)
-    if rank is None or lora.get("dora"):
+    rank = lora.get("rank", 0)
+    if vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
         return None
-    module = shlex.quote(f"{found.name}={adapter}")
-    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {module}"
+    return vllm_with_adapter(base, found.name, adapter, rank)
+
+
+def vllm_faults(config: Mapping[str, Any]) -> list[str]:
+    """What keeps vLLM from an adapter, a clause each; `config` is its adapter_config.json.
+
+    The loader is vllm/lora/peft_helper.py: it refuses DoRA and modules_to_save (and biases since they became an
+    option), and scales every module by one alpha and one rank. Ranks are MaxLoRARanks in vllm/config/lora.py.
+    """
+    faults = [] if config["r"] <= VLLM_RANKS[-1] else [f"its rank is {config['r']}, and vLLM's highest is 512"]
+    if config.get("use_dora"):
+        faults.append("it is DoRA, which vLLM does not have")
+    return faults + faults_of_plain_loaders(config, "vLLM")
+
+
+def faults_of_plain_loaders(config: Mapping[str, Any], server: str) -> list[str]:
+    """What a server that reads A, B, one rank and one alpha would refuse or pass over."""
+    faults = []
+    if config.get("modules_to_save"):
+        faults.append(f"{', '.join(config['modules_to_save'])} was trained whole, and {server} takes A and B alone")
+    if config.get("bias", "none") != "none":
+        faults.append(f"it trained biases, and {server} takes A and B alone")
+    if config.get("alpha_pattern") or config.get("rank_pattern"):
+        faults.append(f"rank or alpha differ by module, and {server} scales them all alike")
+    if config.get("target_parameters"):
+        faults.append(f"it adapts experts as parameters, which {server} reads in another form")
+    return faults
+
+
+def vllm_with_adapter(base: str, name: str, adapter: str, rank: int) -> str:
+    """The command that serves `adapter` as the model `name`, with the lowest --max-lora-rank that holds `rank`."""
+    most = next(each for each in VLLM_RANKS if each >= rank)
+    module = shlex.quote(f"{name}={adapter}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {most} --lora-modules {module}"
 
 
 def peft_snippet(base: str, adapter: str) -> str:

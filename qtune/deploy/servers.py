@@ -1,0 +1,181 @@
+"""Which servers take a run, as an adapter or merged, and what stands in the way of the others.
+
+What qtune writes by itself is asked of the code that writes it: nothing is written, but it refuses what it would
+refuse. What others read is known from their sources and documents: vLLM as in `report.serving`; SGLang's
+python/sglang/srt/lora/lora.py scales by alpha / rank whatever use_rslora says (its issue 40835) and keeps no DoRA;
+llama.cpp's convert_lora_to_gguf.py takes lora_A and lora_B and stops at any other tensor; Ollama's modelfile
+documentation has ADAPTER for a GGUF file beside the model it was trained on.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from qtune.deploy.delta import read_config, weights_path
+from qtune.deploy.export import chosen_onto, modelfile_of
+from qtune.deploy.fold import Fold
+from qtune.deploy.gguf_draft import adapter_draft, model_draft
+from qtune.errors import ModelError, QtuneError
+from qtune.model import base
+from qtune.report import record, serving, tables
+from qtune.rundir import RunDir, read_json
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether a server takes one form of a run; `how` is the command, or what stands in the way.
+
+    `is_taken` is None where that cannot be said without the base's files.
+    """
+
+    is_taken: bool | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server, and its answers to the adapter and to the merged model."""
+
+    name: str
+    adapter: Answer
+    merged: Answer
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def servers(run: RunDir) -> list[Server]:
+    """Every server known here. Raises ModelError for a run without an adapter, or with one that is no LoRA."""
+    return _Asked.of(run).servers()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the answers are made of: `config` is adapter_config.json, `fold` is why there can be none, where there is a
+    reason, and else the run's weights; None where the base is not on this machine."""
+
+    run: RunDir
+    found: record.Record
+    config: Mapping[str, Any]
+    fold: Fold | ModelError | None
+
+    @classmethod
+    def of(cls, run: RunDir) -> "_Asked":
+        config = read_config(run.adapter)
+        weights_path(run.adapter)
+        return cls(run, record.read(run), config, _fold(run))
+
+    def servers(self) -> list[Server]:
+        return [
+            Server(
+                "transformers + peft",
+                self._peft(),
+                self._merged("; then AutoModelForCausalLM.from_pretrained({folder!r})"),
+            ),
+            Server("vLLM", self._vllm(), self._merged(" && vllm serve {folder}")),
+            Server("SGLang", self._sglang(), self._merged(" && python -m sglang.launch_server --model-path {folder}")),
+            Server("llama.cpp", self._llama_cpp(), self._gguf("gguf", "llama-server -m {folder}/model.gguf")),
+            Server("Ollama", self._ollama(), self._gguf("ollama", "ollama create {name} -f {folder}/Modelfile")),
+        ]
+
+    @property
+    def base(self) -> str:
+        """The base's hub name or folder."""
+        return serving.base_place(self.found)
+
+    @property
+    def adapter(self) -> str:
+        return str(self.run.adapter)
+
+    def _peft(self) -> Answer:
+        return Answer(True, f"PeftModel.from_pretrained(base, {self.adapter!r})")
+
+    def _vllm(self) -> Answer:
+        faults = serving.vllm_faults(self.config)
+        if faults:
+            return _refused(faults)
+        return Answer(True, serving.vllm_with_adapter(self.base, self.found.name, self.adapter, self.config["r"]))
+
+    def _sglang(self) -> Answer:
+        faults = serving.faults_of_plain_loaders(self.config, "SGLang")
+        if self.config.get("use_dora"):
+            faults.append("it is DoRA, which SGLang does not have")
+        if self.config.get("use_rslora"):
+            faults.append("it is rsLoRA, which SGLang would scale as LoRA, that is too weakly")
+        if faults:
+            return _refused(faults)
+        served, module = shlex.quote(self.base), shlex.quote(f"{self.found.name}={self.adapter}")
+        return Answer(True, f"python -m sglang.launch_server --model-path {served} --enable-lora --lora-paths {module}")
+
+    def _merged(self, command: str) -> Answer:
+        """For a server that reads a Hugging Face folder."""
+        merge = tables.next_commands(self.run)[1]
+        folder = shlex.split(merge)[-1]
+        return self._drafted(lambda fold: None, merge + command.format(folder=folder))
+
+    def _llama_cpp(self) -> Answer:
+        export, folder = self._export("adapter-gguf", "adapter")
+        command = f"{export} && llama-server -m BASE.gguf --lora {folder}/adapter.gguf"
+        return self._drafted(lambda fold: adapter_draft(self.run, fold), command)
+
+    def _ollama(self) -> Answer:
+        export, folder = self._export("adapter-gguf", "adapter")
+        command = f"{export}; then a Modelfile: FROM BASE.gguf, ADAPTER {folder}/adapter.gguf"
+        return self._drafted(lambda fold: adapter_draft(self.run, fold), command)
+
+    def _gguf(self, target: str, command: str) -> Answer:
+        def draft(fold: Fold) -> None:
+            drafted = model_draft(self.run, fold, "q8_0", chosen_onto(self.run, None))
+            if target == "ollama":
+                modelfile_of(drafted)
+
+        export, folder = self._export(target, "q8_0")
+        return self._drafted(draft, f"{export} && {command.format(folder=folder, name=shlex.quote(self.found.name))}")
+
+    def _export(self, target: str, suffix: str) -> tuple[str, str]:
+        """The command that exports, and where it writes."""
+        folder = shlex.quote(f"exports/{self.run.path.resolve().name}-{suffix}")
+        return f"qtune export {shlex.quote(str(self.run.path))} --to {target}", folder
+
+    def _drafted(self, draft: Callable[[Fold], object], command: str) -> Answer:
+        """Whether qtune itself would write what `draft` drafts."""
+        if self.fold is None:
+            return Answer(None, f"cannot be said here: the base {self.base} is not on this machine")
+        try:
+            if isinstance(self.fold, ModelError):
+                raise self.fold
+            draft(self.fold)
+        except QtuneError as fault:
+            return Answer(False, str(fault))
+        return Answer(True, command)
+
+
+def _fold(run: RunDir) -> Fold | ModelError | None:
+    lock = read_json(run.lock)
+    folder = base.DEMO_BASE if lock["base"]["name"] == "demo" else Path(lock["base"]["folder"])
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        return Fold.beside(run, folder, "float32")
+    except ModelError as fault:
+        return fault
+
+
+def _refused(faults: list[str]) -> Answer:
+    return Answer(False, "; ".join(faults))
+
+
+def table(found: list[Server]) -> Table:
+    """One server a line, the adapter above the merged model; what does not work says why."""
+    result = Table("server", "", "takes it", "how, or what stands in the way", box=None, padding=(0, 2, 1, 0))
+    words = {True: ("yes", "green"), False: ("no", "red"), None: ("?", "yellow")}
+    for server in found:
+        for form, answer, name in (("adapter", server.adapter, server.name), ("merged", server.merged, "")):
+            word, style = words[answer.is_taken]
+            result.add_row(name, form, Text(word, style), Text(answer.how, overflow="fold"))
+    return result
