@@ -87,6 +87,21 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Memorised:
+    """Of `canaries` secrets, each in `repeats` training rows, so many were `told`; `control_` are as many that were
+    never planted. Exposure is the mean, in bits, and at most `most_exposure_bits`."""
+
+    canaries: int
+    repeats: int
+    told: int
+    control_told: int
+    exposure_bits: float
+    control_exposure_bits: float
+    most_exposure_bits: float
+    memorised_seconds: float
+
+
+@dataclass(frozen=True)
 class Saved:
     """Something was written to the run folder."""
 
@@ -135,6 +150,7 @@ Event = (
     | MemoryMeasured
     | Rehearsed
     | Scored
+    | Memorised
     | Saved
     | CheckpointSaved
     | Resumed
@@ -149,6 +165,7 @@ EVENT_BY_NAME = {
     "memory": MemoryMeasured,
     "rehearsed": Rehearsed,
     "score": Scored,
+    "memorised": Memorised,
     "saved": Saved,
     "checkpoint": CheckpointSaved,
     "resumed": Resumed,

@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from qtune import logs
+from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokens import tokenizer_sha256
@@ -27,7 +28,8 @@ from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.evaluate.general import general_packs
 from qtune.evaluate.loss import held_out_loss
-from qtune.events import Event, Listener, Notice, Resumed
+from qtune.evaluate.memorised import memorised
+from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
@@ -185,7 +187,8 @@ def run(
         listen(ledger.measure("save", fitted.steps, model, engine))
         if fitted.stopped_by is None:
             after = _score("tuned", ready, model, recovery, listen)
-            _keep_scores(folder, ready, before, after)
+            told = _memorised(ready, model, listen)
+            _keep_scores(folder, ready, before, after, told)
     summary.write_summary(folder)
     card.write_card(folder)
     return fitted
@@ -299,9 +302,31 @@ def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen:
     return result
 
 
-def _keep_scores(run: RunDir, ready: Ready, before: Score | None, after: Score | None) -> None:
+def _memorised(ready: Ready, model: PeftModel, listen: Listener) -> Memorised | None:
+    """What the tuned model tells of the canaries, reported; None where none was planted."""
+    recipe, plan = ready.recipe, ready.plan
+    if not recipe.evaluate.canaries:
+        return None
+    listen(Notice(f"asking for the secrets of {recipe.evaluate.canaries} canaries"))
+    phrasing = canaries.Phrasing.of(recipe, ready.prepared.report.format, ready.tokenizer)
+    result = memorised(
+        model,
+        ready.tokenizer,
+        canaries.probes(canaries.planted(recipe), phrasing),
+        canaries.probes(canaries.never_planted(recipe), phrasing),
+        recipe.evaluate.canary_repeats,
+        ready.prepared.stop_token_ids,
+        plan.device.name,
+        plan.compute_dtype,
+    )
+    listen(result)
+    return result
+
+
+def _keep_scores(run: RunDir, ready: Ready, before: Score | None, after: Score | None, told: Memorised | None) -> None:
     if before is not None and after is not None:
-        write_json(run.scores, compare(before, after, ready.held_out, ready.recipe.evaluate, ready.recipe.train.seed))
+        found = compare(before, after, ready.held_out, ready.recipe.evaluate, ready.recipe.train.seed)
+        write_json(run.scores, {**found, "memorised": dataclasses.asdict(told) if told else None})
 
 
 def check_disk(folder: Path, needed: int) -> None:

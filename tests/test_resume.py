@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stopped_runs import STEPS, assert_same, checkpoints, copy, plans_made_once, qtune, told, write_recipe
 
 from qtune.errors import RunFolderError
-from qtune.events import Finished, Resumed, StepDone
+from qtune.events import Finished, Memorised, Resumed, StepDone
 from qtune.recipe.schema import Demo, DemoData, DemoEvaluate, DemoTrain, Recipe
 from qtune.resume import CHANGEABLE, Change, Invocation, changes, refuse_changes
 from qtune.rundir import RunDir, write_json
@@ -252,6 +252,17 @@ def test_the_newest_checkpoint_is_passed_over_if_it_is_broken(alone, stopped) ->
     assert "step-00000004 is passed over: optimizer.safetensors was changed after it was written." in resumed.text
     assert_same(stopped, alone)
     assert checkpoints(stopped) == checkpoints(alone)
+
+
+def test_a_run_with_canaries_goes_on_as_if_it_had_never_stopped(tiny_base, tmp_path, capsys) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, evaluate={"canaries": 2})
+    assert qtune("run", recipe, "--output", tmp_path / "alone") == 0
+    run = copy(tmp_path / "alone", tmp_path / "run", up_to=4)
+    assert qtune("resume", run) == 0
+    assert_same(run, tmp_path / "alone")
+    assert len(told(run, Memorised)) == 1
+    assert qtune("resume", run, "--set", "evaluate.canaries=3", "--allow-change", "evaluate.canaries") == 2
+    assert "  data_sha256: was " in capsys.readouterr().err
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_refused(stopped, capsys) -> None:

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.rows import Source
 from qtune.data.tokens import tokenizer_sha256
-from qtune.recipe.schema import Data
+from qtune.recipe.schema import Recipe
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 DATE = "strftime_now"  # what a template asks transformers for the date with
 
 
-def key_of(data: Data, seed: int, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str | None:
+def key_of(recipe: Recipe, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The key of these rows; None where it cannot be told what they follow from.
 
     Files go by name and content, so that a folder may move.
@@ -33,9 +33,10 @@ def key_of(data: Data, seed: int, sources: Sequence[Source], tokenizer: PreTrain
     if tokenizer_facts is None or dates is None or None in contents:
         return None
     names = [Path(source.name).name if source.dataset is None else source.name for source in sources]
-    settings = data.model_dump(mode="json", exclude={"check"}) | {"train": names[0], "held_out": names[1:]}
+    settings = recipe.data.model_dump(mode="json", exclude={"check"}) | {"train": names[0], "held_out": names[1:]}
+    planted = [recipe.evaluate.canaries, recipe.evaluate.canary_repeats]
     versions = [platform.python_version(), *map(importlib.metadata.version, LIBRARIES)]
-    facts = [contents, settings, seed, tokenizer_facts, dates, versions, _code_sha256()]
+    facts = [contents, settings, planted, recipe.train.seed, tokenizer_facts, dates, versions, _code_sha256()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

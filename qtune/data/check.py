@@ -24,7 +24,10 @@ class Reason:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The data in figures. `sample` is one real row as (text, is trained) pieces; fractions are 0-1."""
+    """The data in figures. `sample` is one real row as (text, is trained) pieces; fractions are 0-1.
+
+    `canary_rows` are trained on beside `train_rows`; tokens and packs are of both.
+    """
 
     source: str
     format: str
@@ -34,6 +37,8 @@ class DataReport:
     trained_tokens_lost: int
     train_rows: int
     held_out_rows: int
+    canaries: int
+    canary_rows: int
     tokens: int
     trained_tokens: int
     longest_row_tokens: int

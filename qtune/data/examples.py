@@ -124,6 +124,10 @@ class Examples(Sequence[Example]):
         """The rows at `positions` of these, in that order."""
         return Examples(self.blocks, self.indices[numpy.fromiter(positions, numpy.int64)])
 
+    def followed_by(self, others: "Examples") -> "Examples":
+        """These rows, then `others`, which are of the same blocks."""
+        return Examples(self.blocks, numpy.concatenate([self.indices, others.indices]))
+
     def arrays(self, at: int) -> tuple[Ints, Ints]:
         """`input_ids` and `labels` of one row, (T,) each."""
         block, row = self._stands(at)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data import cache
 from qtune.data.cache_key import key_of
+from qtune.data.canaries import Phrasing, planted_rows
 from qtune.data.check import DataReport, count_duplicates, count_overlap, group_dropped, template_notices
 from qtune.data.examples import Examples, ExampleWriter
 from qtune.data.packing import pack
@@ -33,35 +34,41 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     `tell` hears how far it is. Raises DataError for rows that cannot be used and where nothing is left, ModelError for
     a chat template.
     """
-    data, seed = recipe.data, recipe.train.seed
+    data = recipe.data
     encoder = Encoder.of(tokenizer)
     sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
-    key = key_of(data, seed, sources, tokenizer) if cache.folder() else None
+    key = key_of(recipe, sources, tokenizer) if cache.folder() else None
     entry = cache.load(key) if key else None
     if entry is not None:
         return Prepared.of_entry(entry, data.train)
     with cache.staged() as folder:
         writer = ExampleWriter(folder)
-        prepared = _prepare(data, seed, sources, encoder, writer, tell)
-        if key and writer.folder and key == key_of(data, seed, sources, tokenizer):  # no file changed meanwhile
+        prepared = _prepare(recipe, sources, encoder, writer, tell)
+        if key and writer.folder and key == key_of(recipe, sources, tokenizer):  # no file changed meanwhile
             cache.keep(key, writer.folder, *prepared.as_entry())
     return prepared
 
 
 def _prepare(
-    data: Data,
-    seed: int,
+    recipe: Recipe,
     sources: Sequence[Source],
     encoder: Encoder,
     writer: ExampleWriter,
     tell: Tell,
 ) -> Prepared:
-    tokenizer = encoder.tokenizer
+    data, tokenizer = recipe.data, encoder.tokenizer
     surveys = [survey(source, data, tell) for source in sources]
     template = ChatTemplate.of(tokenizer) if any(found.has_chats for found in surveys) else None
     advance = _counted(tell, sum(found.usable_rows for found in surveys))
     parts = [tokenise(found, template, encoder, writer, advance) for found in surveys]
-    train, held_out = _parted(writer.finish(), parts, data, seed)
+    phrasing = Phrasing(encoder, None if surveys[0].format == "text" else template, data.system)
+    planted = planted_rows(recipe, phrasing)
+    for row in planted:
+        writer.add(row)
+    examples = writer.finish()
+    rows = len(examples) - len(planted)
+    real, held_out = _parted(examples[:rows], parts, data, recipe.train.seed)
+    train = real.followed_by(examples[rows:])
     train_packs = _packs(train, data)
     return Prepared(
         train=train,
@@ -69,7 +76,7 @@ def _prepare(
         train_packs=train_packs,
         held_out_packs=_packs(held_out, data),
         stop_token_ids=stop_token_ids(template, tokenizer),
-        report=_report(surveys, parts, train, held_out, len(train_packs), template, tokenizer),
+        report=_report(recipe, surveys, parts, train, held_out, len(train_packs), template, tokenizer),
         fingerprint=_fingerprint(train, held_out),
         template_fingerprint=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
     )
@@ -110,6 +117,7 @@ def _packs(examples: Examples, data: Data) -> tuple[tuple[int, ...], ...]:
 
 
 def _report(
+    recipe: Recipe,
     surveys: Sequence[Survey],
     parts: Sequence[Tokenised],
     train: Examples,
@@ -118,7 +126,9 @@ def _report(
     template: ChatTemplate | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataReport:
-    data = surveys[0].data
+    data, canaries = recipe.data, recipe.evaluate.canaries
+    canary_rows = canaries * recipe.evaluate.canary_repeats
+    real = train[: len(train) - canary_rows]
     tokens = int(train.tokens.sum())
     systems = [found.system for found in surveys if found.system is not None]
     return DataReport(
@@ -128,14 +138,16 @@ def _report(
         dropped=group_dropped([row for part in parts for row in part.dropped]),
         truncated_rows=sum(int((part.cut_tokens > 0).sum()) for part in (train, held_out)),
         trained_tokens_lost=sum(int(part.cut_tokens.sum()) for part in (train, held_out)),
-        train_rows=len(train),
+        train_rows=len(real),
         held_out_rows=len(held_out),
+        canaries=canaries,
+        canary_rows=canary_rows,
         tokens=tokens,
         trained_tokens=int(train.trained_tokens.sum()),
         longest_row_tokens=max(int(part.tokens.max()) for part in (train, held_out) if part),
         packs=packs,
         pack_fill_fraction=tokens / (packs * data.max_tokens) if data.packing else 1.0,
-        duplicate_rows=count_duplicates(train),
+        duplicate_rows=count_duplicates(real),
         overlap_rows=count_overlap(train, held_out),
         notices=() if template is None else template_notices(template, systems),
         sample=tuple((each.text, each.is_trained) for each in stretches(train[0], data.max_tokens, tokenizer)),

@@ -1,6 +1,6 @@
 """Greedy answers to many prompts at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,35 +36,43 @@ def answer(
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = [""] * len(prompts)
-    waiting = list(batches_of_like_length(prompts))
+
+    def continue_batch(indices: list[int]) -> None:
+        ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, device)
+        with autocast(device, compute_dtype):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
+            texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+
+    in_pieces(
+        batches_of_like_length(prompts),
+        continue_batch,
+        f"Memory ran out while one held-out row was answered in up to {max_new_tokens} tokens. Lower"
+        " evaluate.max_new_tokens, or set evaluate.rows to 0 to leave the answers out.",
+    )
+    model.train(was_training)
+    return texts
+
+
+def in_pieces(batches: Iterable[list[int]], act: Callable[[list[int]], None], refusal: str) -> None:
+    """`act` on every batch of indices; one that runs out of memory is done again in halves.
+
+    Raises OutOfMemory, which says `refusal`, where a single row is too much.
+    """
+    waiting = list(batches)
     while waiting:
         indices = waiting.pop(0)
-        ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, device)
         try:
-            with autocast(device, compute_dtype):
-                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            act(indices)
         except Exception as fault:
             if not is_out_of_memory(fault):
                 raise
             let_go(fault)
             free_memory()
-            waiting[:0] = _halves(indices, max_new_tokens)
-            continue
-        for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
-            texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    model.train(was_training)
-    return texts
-
-
-def _halves(indices: list[int], max_new_tokens: int) -> list[list[int]]:
-    """A batch that ran out of memory, in two. Raises OutOfMemory for one that is a single row."""
-    if len(indices) == 1:
-        raise OutOfMemory(
-            f"Memory ran out while one held-out row was answered in up to {max_new_tokens} tokens. Lower"
-            " evaluate.max_new_tokens, or set evaluate.rows to 0 to leave the answers out."
-        )
-    middle = len(indices) // 2
-    return [indices[:middle], indices[middle:]]
+            if len(indices) == 1:
+                raise OutOfMemory(refusal) from None
+            middle = len(indices) // 2
+            waiting[:0] = [indices[:middle], indices[middle:]]
 
 
 def batches_of_like_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:

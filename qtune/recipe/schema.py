@@ -289,6 +289,15 @@ class Evaluate(Table):
         description="Plain text, a document a line, whose loss before and after tells what was forgotten: a .txt file,"
         ' "builtin" (dictionary entries) or "none".',
     )
+    canaries: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Made-up secrets planted in the training rows, to see whether the model tells them.",
+    )
+    canary_repeats: int = Field(
+        1, ge=1, le=1000, description="Rows that hold each of them; 1 is what anything that stands there once risks."
+    )
 
 
 class Report(Table):

@@ -112,11 +112,11 @@ def _base(found: Record) -> str:
 
 
 def _results(found: Record) -> list[str]:
-    if not found.scores:
+    rows = tables.result_rows(found)
+    if not rows:
         return ["It was not scored.", ""]
-    rows = tables.score_rows(found.scores)
     lines = ["## Base and tuned", "", *markdown.table(("on held-out rows", "base → tuned"), rows)]
-    if found.scores.get("difference"):
+    if found.scores and found.scores.get("difference"):
         lines += ["Intervals are 95 %; that of the difference is a paired bootstrap over the same rows.", ""]
     return lines
 
@@ -145,6 +145,7 @@ def _training_rows(found: Record) -> list[tuple[str, str]]:
         rows.append(
             ("rows", f"{data['train_rows']:,} to train on, {data['held_out_rows']:,} held out ({data['format']})")
         )
+        rows += tables.canary_rows(data)
         rows.append(("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"))
     if lock.get("data_sha256"):
         rows.append(("data", f"SHA-256 {lock['data_sha256']}"))

@@ -15,7 +15,7 @@ from qtune.errors import UserError
 from qtune.report import bar, pictures, record, serving, summary, tables
 from qtune.report.compare import Comparison
 from qtune.report.record import Record
-from qtune.report.words import format_score, one_line, sentence, visible
+from qtune.report.words import canaries_told, format_score, one_line, sentence, visible
 from qtune.rundir import RunDir, leaves, write_text
 from qtune.units import format_bytes, format_count, format_seconds
 
@@ -58,6 +58,7 @@ def run_page(run: RunDir) -> str:
         missing=found.missing,
         figures=_figures(found),
         scores=_scores(found),
+        canaries=canaries_told(found.memorised) if found.memorised else "",
         pace=summary.pace(found) if found.steps else "",
         loss=pictures.loss(found),
         loss_rows=summary.loss_rows(found) if found.steps else (),

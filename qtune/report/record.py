@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import RunFolderError
-from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Notice, Rehearsed, StepDone
+from qtune.events import Evaluated, Event, Finished, Memorised, MemoryMeasured, Notice, Rehearsed, StepDone
 from qtune.report.words import best_held_out
 from qtune.rundir import RunDir, read_json
 
@@ -34,6 +34,7 @@ class Record:
     memory: MemoryMeasured | None
     memory_series: tuple[MemoryMeasured, ...]
     rehearsed: Rehearsed | None
+    memorised: Memorised | None
     notices: tuple[str, ...]
     train_seconds: float | None
     missing: tuple[str, ...]
@@ -107,6 +108,7 @@ def read(run: RunDir) -> Record:
         memory=max(memory, key=lambda event: event.peak_bytes, default=None),
         memory_series=tuple(memory),
         rehearsed=next((event for event in reversed(events) if isinstance(event, Rehearsed)), None),
+        memorised=next((event for event in reversed(events) if isinstance(event, Memorised)), None),
         notices=tuple(event.text for event in events if isinstance(event, Notice)),
         train_seconds=finished[-1].train_seconds if finished else None,
         missing=tuple(missing),

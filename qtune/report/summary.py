@@ -9,7 +9,7 @@ from rich.text import Text
 
 from qtune.report import bar, curve, markdown, record, serving, tables
 from qtune.report.record import Record
-from qtune.report.words import finite, format_loss, one_line
+from qtune.report.words import canaries_told, finite, format_loss, one_line
 from qtune.rundir import RunDir, write_text
 from qtune.units import format_bytes, format_count, format_percent, format_rate, format_seconds
 
@@ -53,6 +53,8 @@ def report(run: RunDir) -> Group:
         parts.append(tables.memory_table(found.memory))
     if found.scores:
         parts += [Text(), Text("before → after", "bold"), tables.score_table(found.scores)]
+    if found.memorised:
+        parts += [Text(), Text.assemble(("canaries", "bold"), f"  {canaries_told(found.memorised)}")]
     if found.merge and found.merge.get("verdict"):
         parts += [Text(), tables.merge_table(found.merge, found.merge["verdict"])]
     parts += [Text(), *(Text(sentence, tables.WARNING_STYLE) for sentence in found.missing)] if found.missing else []
@@ -103,9 +105,8 @@ def _head(found: Record) -> list[str]:
 
 
 def _before_and_after(found: Record) -> list[str]:
-    if not found.scores:
-        return []
-    return ["## Before and after", "", *markdown.table(("", "base → tuned"), tables.score_rows(found.scores))]
+    rows = tables.result_rows(found)
+    return ["## Before and after", "", *markdown.table(("", "base → tuned"), rows)] if rows else []
 
 
 def _loss(found: Record) -> list[str]:
@@ -152,6 +153,7 @@ def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("source", f"{serving.folder_name(data['source'])} ({data['format']})"),
         ("rows", f"{data['rows_read']:,} read, {data['train_rows']:,} to train on, {data['held_out_rows']:,} held out"),
+        *tables.canary_rows(data),
         ("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"),
         ("longest row", f"{data['longest_row_tokens']:,} tokens"),
         ("sequences", f"{data['packs']:,}, {format_percent(data['pack_fill_fraction'])} full"),

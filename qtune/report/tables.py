@@ -13,7 +13,8 @@ from rich.text import Text
 
 from qtune.events import MemoryMeasured
 from qtune.report import bar, record
-from qtune.report.words import format_loss, format_score, one_line, visible
+from qtune.report.record import Record
+from qtune.report.words import canaries_told, format_loss, format_score, one_line, visible
 from qtune.rundir import RunDir
 from qtune.units import format_bytes, format_count, format_percent, format_seconds
 
@@ -38,6 +39,8 @@ def data_table(report: dict[str, Any]) -> RenderableType:
     table = _grid(2)
     for name, line in (("data", _rows_line(report)), ("", _tokens_line(report)), ("", _packs_line(report))):
         table.add_row(Text(name, "bold"), line)
+    for name, told in canary_rows(report):
+        table.add_row(Text(), Text(f"{name}: {told}"))
     for warning in data_warnings(report):
         table.add_row(Text(), Text(warning, WARNING_STYLE))
     for notice in report["notices"]:
@@ -62,6 +65,12 @@ def _tokens_line(report: dict[str, Any]) -> Text:
 
 def _packs_line(report: dict[str, Any]) -> Text:
     return Text(f"{report['packs']:,} sequences a pass, {format_percent(report['pack_fill_fraction'])} full")
+
+
+def canary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was planted among the rows to train on, by name and value; nothing where nothing was."""
+    canaries = report.get("canaries")
+    return [("canaries", f"{canaries:,} planted, in {report['canary_rows']:,} rows beside these")] if canaries else []
 
 
 def data_warnings(report: dict[str, Any]) -> list[str]:
@@ -123,6 +132,12 @@ def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
     if scores.get("difference"):
         rows.append(("difference", difference(scores["difference"])))
     return rows
+
+
+def result_rows(found: Record) -> list[tuple[str, str]]:
+    """What came out: the scores, and what was told of the canaries."""
+    scores = score_rows(found.scores) if found.scores else []
+    return [*scores, ("canaries", canaries_told(found.memorised))] if found.memorised else scores
 
 
 def score_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -274,7 +289,7 @@ def end_of_run(run: RunDir) -> RenderableType:
     """What came out, where it is, and the commands one would type next."""
     found = record.read(run)
     table = _grid(2)
-    for name, value in score_rows(found.scores) if found.scores else ():
+    for name, value in result_rows(found):
         table.add_row(Text(name), Text(value, "bold"))
     if found.memory:
         table.add_row("peak memory", bar.peak_of_total(found.memory))

@@ -9,6 +9,7 @@ from qtune.events import (
     Evaluated,
     Event,
     Finished,
+    Memorised,
     Notice,
     Rehearsed,
     Resumed,
@@ -81,6 +82,8 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...]) -> str | None:
             return _rehearsal_sentence(event)
         case Scored():
             return _score_sentence(event)
+        case Memorised():
+            return f"canaries: {canaries_told(event)} ({finite(format_seconds, event.memorised_seconds)})"
         case Saved():
             took = finite(format_seconds, event.save_seconds)
             return f"{one_line(event.what)} saved ({format_bytes(event.bytes)}, {took})"
@@ -125,6 +128,16 @@ def _score_sentence(event: Scored) -> str:
     if event.general_loss is not None:
         figures.append(f"general text {format_loss(event.general_loss)}")
     return f"{event.who}: {', '.join(figures) or 'no score asked for'} ({finite(format_seconds, event.score_seconds)})"
+
+
+def canaries_told(event: Memorised) -> str:
+    """`3 of 10 planted in 4 rows each were told, 0 of 10 never planted; exposure 5.2 against 1.4 of 7 bits`."""
+    rows = "1 row" if event.repeats == 1 else f"{event.repeats:,} rows"
+    return (
+        f"{event.told:,} of {event.canaries:,} secrets planted in {rows} each were told, {event.control_told:,} of"
+        f" {event.canaries:,} never planted; exposure {event.exposure_bits:.1f} against"
+        f" {event.control_exposure_bits:.1f} of {event.most_exposure_bits:.0f} bits"
+    )
 
 
 def best_held_out(losses: tuple[Evaluated, ...]) -> Evaluated | None:

@@ -7,7 +7,7 @@ from conftest import byte_tokenizer
 
 from qtune.data.cache_key import _dates_written, key_of
 from qtune.data.rows import Source
-from qtune.recipe.schema import Data
+from qtune.recipe.schema import Data, Model, Recipe
 
 LLAMA = '{%- if strftime_now is defined %}{%- set date = strftime_now("%d %b %Y") %}{%- else %}{%- endif %}'
 NOW, LATER, TOMORROW = datetime(2026, 3, 4, 9, 30), datetime(2026, 3, 4, 23, 59), datetime(2026, 3, 5, 0, 1)
@@ -33,19 +33,23 @@ def test_tomorrow_is_another_day() -> None:
     assert _dates_written(LLAMA, NOW) != _dates_written(LLAMA, TOMORROW)
 
 
+def recipe_for(train: str) -> Recipe:
+    return Recipe(name="t", model=Model(base="demo"), data=Data(train=train))
+
+
 def test_a_tokenizer_that_is_a_program_has_no_key(tmp_path) -> None:
     class Own(type(byte_tokenizer())):
         pass
 
     (tmp_path / "a.jsonl").write_text("{}")
-    data, source = Data(train=str(tmp_path / "a.jsonl")), Source.open(str(tmp_path / "a.jsonl"))
+    recipe, source = recipe_for(str(tmp_path / "a.jsonl")), Source.open(str(tmp_path / "a.jsonl"))
     tokenizer = byte_tokenizer()
-    assert key_of(data, 0, [source], tokenizer) is not None
+    assert key_of(recipe, [source], tokenizer) is not None
     tokenizer.__class__ = Own
-    assert key_of(data, 0, [source], tokenizer) is None
+    assert key_of(recipe, [source], tokenizer) is None
 
 
 def test_what_cannot_be_told_apart_has_no_key(tmp_path) -> None:
-    data = Data(train="someone/rows")
+    recipe = recipe_for("someone/rows")
     for dataset in ([{"x": "1"}], None):
-        assert key_of(data, 0, [Source("/nowhere/rows.jsonl", dataset)], byte_tokenizer()) is None
+        assert key_of(recipe, [Source("/nowhere/rows.jsonl", dataset)], byte_tokenizer()) is None

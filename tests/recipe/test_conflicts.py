@@ -34,6 +34,14 @@ def test_idle_settings_are_found(model: dict[str, Any], data: dict[str, Any], ex
     assert all(setting.fault[1].endswith(". Leave it out.") for setting in found)
 
 
+def test_repeats_of_no_canary_are_idle() -> None:
+    assert [setting.key[-1] for setting in idle({"evaluate": {"canary_repeats": 3}})] == ["canary_repeats"]
+    assert [setting.key[-1] for setting in idle({"evaluate": {"canary_repeats": 3, "canaries": 0}})] == [
+        "canary_repeats"
+    ]
+    assert list(idle({"evaluate": {"canary_repeats": 3, "canaries": 1}})) == []
+
+
 @pytest.mark.parametrize("values", [{}, {"model": 3, "data": [1]}, {"data": {"train": 3, "held_out": {}}}])
 def test_values_of_any_shape_are_looked_at(values: dict[str, Any]) -> None:
     assert list(idle(values)) == []
