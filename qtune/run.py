@@ -25,10 +25,11 @@ from qtune.deploy.gguf_storage import Quant
 from qtune.deploy.merge import merge
 from qtune.deploy.verify import Verdict, verify
 from qtune.errors import MachineError, UserError, VerificationFailed
-from qtune.evaluate.compare import HeldOut, Score, compare, score
+from qtune.evaluate.compare import HeldOut, Score, compare, score, scored_examples
 from qtune.evaluate.general import general_packs
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
+from qtune.evaluate.metrics import refuse_unscorable
 from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
@@ -72,7 +73,7 @@ class Ready:
 def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console | None = None) -> Ready:
     """Read the data, settle the plan; `console` shows how far that is.
 
-    Raises a UserError for anything that could not be trained on.
+    Raises a UserError for anything that could not be trained on, or not be scored afterwards.
     """
     base.quiet_libraries()
     config = base.read_config(recipe.model)
@@ -80,7 +81,9 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     prepared = _prepared(recipe, tokenizer, console)
     general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
     plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
-    return Ready(recipe, tokenizer, prepared, plan, general)
+    ready = Ready(recipe, tokenizer, prepared, plan, general)
+    refuse_unscorable(recipe.evaluate.metric, scored_examples(ready.held_out, recipe.evaluate))
+    return ready
 
 
 def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Prepared:

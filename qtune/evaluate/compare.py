@@ -15,7 +15,8 @@ from qtune.data.tokens import Example
 from qtune.evaluate.answer import answer
 from qtune.evaluate.interval import interval, paired_interval
 from qtune.evaluate.loss import held_out_loss
-from qtune.evaluate.metrics import METRICS, mean_parts
+from qtune.evaluate.marks import mean_parts
+from qtune.evaluate.metrics import METRICS
 from qtune.events import Scored
 from qtune.recipe.schema import Evaluate
 from qtune.train.out_of_memory import Recovery

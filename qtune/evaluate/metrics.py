@@ -1,23 +1,13 @@
-"""How an answer is scored, from 0 to 1."""
+"""How an answer is scored, from 0 to 1, and which rows no answer could be scored on."""
 
-import re
-import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from qtune.data.tokens import Example
+from qtune.errors import DataError
+from qtune.evaluate.marks import FaultOf, Marks, Metric, normalise
 
-
-@dataclass(frozen=True)
-class Marks:
-    """How one answer did, 0 to 1; `parts` names what the score is made of, where it is made of something."""
-
-    score: float
-    parts: dict[str, float] = field(default_factory=dict)
-
-
-Metric = Callable[[str, Example], Marks]
+SHOWN_ROWS = 3
 
 
 def exact_match(answer: str, asked: Example) -> Marks:
@@ -34,17 +24,19 @@ def token_f1(answer: str, asked: Example) -> Marks:
     return Marks(2 * shared / (len(given) + len(wanted)))
 
 
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces (SQuAD's rule)."""
-    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-
-
 METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1}
+FAULTS: dict[str, FaultOf] = {}  # what is wrong with a row, as a clause, for metrics that want more than a reference
 
 
-def mean_parts(marks: Sequence[Marks]) -> dict[str, float]:
-    """The mean of each part over the answers that have it; a part may be for some rows only."""
-    names = dict.fromkeys(name for mark in marks for name in mark.parts)
-    values = {name: [mark.parts[name] for mark in marks if name in mark.parts] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}
+def refuse_unscorable(metric: str, asked: Sequence[Example]) -> None:
+    """Raises DataError with the first of the rows whose answers `metric` could not score, and why not.
+
+    Asked before anything is trained: a check that cannot be read would otherwise be found hours later.
+    """
+    fault_of = FAULTS.get(metric, lambda example: None)
+    found = [(example.place, fault) for example in asked if (fault := fault_of(example)) is not None]
+    if not found:
+        return
+    named = [f"{place}: {fault}." for place, fault in found[:SHOWN_ROWS]]
+    count = f"{len(found):,} of {len(asked):,} held-out rows" if len(found) > 1 else "This row"
+    raise DataError("\n".join([*named, f'{count} cannot be scored by evaluate.metric = "{metric}".']))

@@ -3,7 +3,10 @@
 import pytest
 
 from qtune.data.tokens import Example
-from qtune.evaluate.metrics import Marks, exact_match, mean_parts, token_f1
+from qtune.errors import DataError
+from qtune.evaluate import metrics
+from qtune.evaluate.marks import Marks, mean_parts
+from qtune.evaluate.metrics import exact_match, refuse_unscorable, token_f1
 
 
 def asked(reference: str) -> Example:
@@ -31,3 +34,15 @@ def test_a_part_is_averaged_over_the_answers_that_have_it() -> None:
     marks = [Marks(1.0, {"a": 1.0}), Marks(0.0, {"a": 0.0, "b": 0.5}), Marks(0.0)]
     assert mean_parts(marks) == {"a": 0.5, "b": 0.5}
     assert mean_parts([]) == {}
+
+
+def test_rows_that_cannot_be_scored_are_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.FAULTS, "exact_match", lambda row: None if row.answer == "good" else "has no tests")
+    refuse_unscorable("exact_match", [asked("good")] * 3)
+    refuse_unscorable("token_f1", [asked("bad")])
+    with pytest.raises(DataError) as refused:
+        refuse_unscorable("exact_match", [asked("good"), *[asked("bad")] * 5])
+    assert str(refused.value).splitlines() == [
+        *["rows.jsonl:1: has no tests."] * 3,
+        '5 of 6 held-out rows cannot be scored by evaluate.metric = "exact_match".',
+    ]
