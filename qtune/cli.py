@@ -37,6 +37,7 @@ start here:
   qtune run my.toml                 train it, watch it, score it
   qtune resume runs/my-...          go on with it after Ctrl-C, a crash or a power cut
   qtune chat runs/my-...            talk to it
+  qtune eval runs/my-...            score it again, or on public benchmarks
   qtune export runs/my-...          a GGUF file of it, for llama.cpp and Ollama
 """
 
@@ -128,6 +129,21 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--compare", action="store_true", help="answer with base and tuned, side by side")
     chat.add_argument("--prompt", metavar="TEXT", help="ask this one thing and exit")
     chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+
+    evaluation = _verb(verbs, "eval", evaluate_run, "score a finished run again, or on public benchmarks")
+    _run_argument(evaluation)
+    evaluation.add_argument("--rows", type=_positive, metavar="N", help="held-out rows to answer and score (all)")
+    evaluation.add_argument(
+        "--samples", type=_natural, metavar="N", help="answers to show; default evaluate.samples of the recipe"
+    )
+    evaluation.add_argument(
+        "--merged", type=Path, metavar="FOLDER", help="score this merged model in place of the run's"
+    )
+    evaluation.add_argument("--tasks", type=_names, metavar="A,B", help="benchmarks of lm-eval, such as arc_easy")
+    evaluation.add_argument(
+        "--task-folder", type=Path, metavar="FOLDER", help="task files of your own; they may run code"
+    )
+    evaluation.add_argument("--limit", type=_positive, metavar="N", help="rows of each benchmark at the most")
 
     merge = _verb(verbs, "merge", merge_run, "fold the adapter into its base: a plain Hugging Face folder")
     _run_argument(merge)
@@ -243,6 +259,17 @@ def _positive(text: str) -> int:
     return value
 
 
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, and is {value}")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _load_recipe(options: argparse.Namespace) -> tuple["Recipe", Path]:
     """The recipe of the command line, with its faults reported before any heavy import."""
     from qtune import logs
@@ -271,14 +298,15 @@ def _stay_offline_with(*sources: str | None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _open_to_use(path: Path) -> "RunDir":
-    """A run to answer, merge or export with; its libraries ask no network where its base is on this machine."""
+def _open_to_use(path: Path, *more: str | None) -> "RunDir":
+    """A run to answer, merge or export with; its libraries ask no network where its base, and what else is needed, is
+    on this machine."""
     from qtune import logs
     from qtune.rundir import RunDir, read_json
 
     run = RunDir.open(path)
     logs.hold()
-    _stay_offline_with(read_json(run.lock)["model"]["base"])
+    _stay_offline_with(read_json(run.lock)["model"]["base"], *more)
     return run
 
 
@@ -470,6 +498,38 @@ def chat_with_run(options: argparse.Namespace) -> int:
         chat = Chat.open(run, options.max_new_tokens)
     converse(chat, console, options.compare, options.prompt)
     return 0
+
+
+def evaluate_run(options: argparse.Namespace) -> int:
+    _refuse_idle_of_eval(options)
+    run = _open_to_use(options.run, *(options.tasks or ()))
+    console = _console(options)
+    from qtune import evaluation
+    from qtune.model import base
+    from qtune.report import evaluated
+
+    base.quiet_libraries()
+    if options.tasks:
+        found = evaluation.on_benchmarks(
+            run, options.tasks, options.task_folder, options.limit, options.merged, console
+        )
+        table = evaluated.benchmark_table(found)
+    else:
+        found = evaluation.on_held_out_rows(run, options.rows, options.samples, options.merged, console)
+        table = evaluated.rows_table(found)
+    _print_json(found) if options.json else console.print(table)
+    return 0
+
+
+def _refuse_idle_of_eval(options: argparse.Namespace) -> None:
+    """Raises UserError for an option that has no effect beside or without --tasks."""
+    idle = ("rows", "samples") if options.tasks else ("task_folder", "limit")
+    for name in idle:
+        if getattr(options, name) is not None:
+            beside = "beside" if options.tasks else "without"
+            raise UserError(f"--{name.replace('_', '-')}: has no effect {beside} --tasks. Leave it out.")
+    if options.tasks == []:
+        raise UserError("--tasks: names no task. Give one, such as arc_easy.")
 
 
 def merge_run(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ memory.jsonl     bytes by part, one step a line          merge.json      the ver
 history.jsonl    checkpoints, interruptions, resumes     checkpoints/    to go on from, the newest and the best
 invocation.json  the command line, to resume with        base_score.json the score before training
 report.html      the run as a page, where asked for      export*.json    proofs of what was exported
+eval-*.json      scores of `qtune eval`
 
 metrics.jsonl is the same for a run that was interrupted and one that was not; what differs is kept in history.jsonl.
 """
@@ -116,6 +117,10 @@ class RunDir:
     def export_report(self, name: str) -> Path:
         """Where the proof of the export into a folder called `name` is kept."""
         return self.path / f"export-{name}.json"
+
+    def evaluation(self, name: str) -> Path:
+        """Where the scores of a later evaluation are kept: adapter, merged, tasks or merged-tasks."""
+        return self.path / f"eval-{name}.json"
 
     @property
     def probe(self) -> Path:

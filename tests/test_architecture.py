@@ -27,6 +27,7 @@ ROOMS = [
     "report",
     "deploy",
     "resume",
+    "evaluation",
     "run",
     "doctor",
     "cli",

@@ -12,13 +12,10 @@ from qtune.data.formats import Conversation, Message
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate
 from qtune.data.tokens import Encoder, tokenize
+from qtune.deploy.opened import Opened
 from qtune.errors import ModelError
 from qtune.evaluate.answer import answer
-from qtune.memory.device import find_device
-from qtune.memory.techniques import Engine, Techniques
-from qtune.model import adapter, base
-from qtune.recipe.schema import Model
-from qtune.rundir import RunDir, read_json
+from qtune.rundir import RunDir
 
 
 @dataclass
@@ -37,20 +34,14 @@ class Chat:
     @classmethod
     def open(cls, run: RunDir, max_new_tokens: int) -> "Chat":
         """Load the run's base as it was trained on, and its adapter."""
-        base.quiet_libraries()
-        lock = read_json(run.lock)
-        spec, device, dtype = Model(**lock["model"]), find_device(), lock["compute_dtype"]
-        techniques = Techniques(**read_json(run.plan)["techniques"]).for_answers()
-        loaded = base.load_base(spec, device.name, dtype, techniques)
-        tuned = adapter.load(loaded, run.adapter).eval()
-        Engine(tuned).switch_to(techniques)
+        opened = Opened.of(run)
         return cls(
-            tuned,
-            base.load_tokenizer(spec),
-            lock["stop_token_ids"],
-            device.name,
-            dtype,
-            lock["recipe"]["data"]["system"],
+            opened.model,
+            opened.tokenizer,
+            opened.lock["stop_token_ids"],
+            opened.device,
+            opened.compute_dtype,
+            opened.lock["recipe"]["data"]["system"],
             max_new_tokens,
         )
 

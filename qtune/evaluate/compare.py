@@ -113,7 +113,15 @@ def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
 
 
 def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate, seed: int) -> dict[str, Any]:
-    """What scores.json holds: figures of both, what lies between them, every row's score, and sample answers.
+    """What scores.json holds: `figures_of` both, and what lies between them."""
+    return {
+        **figures_of((base, tuned), held_out, wanted, seed),
+        "difference": difference(base.scores, tuned.scores),
+    }
+
+
+def figures_of(found: Sequence[Score], held_out: HeldOut, wanted: Evaluate, seed: int) -> dict[str, Any]:
+    """Figures of models that were asked the same rows, every row's score, and sample answers.
 
     `seed` chooses the samples, so that nobody does.
     """
@@ -123,21 +131,16 @@ def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate, seed
         {
             "prompt": asked[i].prompt_text,
             "reference": asked[i].answer,
-            "base": base.answers[i],
-            "tuned": tuned.answers[i],
-            "base_score": base.scores[i],
-            "tuned_score": tuned.scores[i],
+            **{each.who: each.answers[i] for each in found},
+            **{f"{each.who}_score": each.scores[i] for each in found},
         }
         for i in picked
     ]
     return {
         "metric": wanted.metric,
         "rows": len(asked),
-        "base": base.figures(),
-        "tuned": tuned.figures(),
-        "difference": difference(base.scores, tuned.scores),
-        "base_scores": list(base.scores),
-        "tuned_scores": list(tuned.scores),
+        **{each.who: each.figures() for each in found},
+        **{f"{each.who}_scores": list(each.scores) for each in found},
         "samples_seed": seed,
         "samples": samples,
     }

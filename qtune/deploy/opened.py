@@ -1,0 +1,36 @@
+"""A run opened to answer: its base as it was trained on, with the adapter on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from qtune.memory.device import find_device
+from qtune.memory.techniques import Engine, Techniques
+from qtune.model import adapter, base
+from qtune.recipe.schema import Model
+from qtune.rundir import RunDir, read_json
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tuned model in eval mode, which is the base where its adapter is disabled; `lock` is the run's."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    compute_dtype: str
+    lock: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: RunDir) -> "Opened":
+        """Raises ModelError and MachineError for a base or an adapter that is not there, or does not fit."""
+        base.quiet_libraries()
+        lock = read_json(run.lock)
+        spec, device, dtype = Model(**lock["model"]), find_device().name, lock["compute_dtype"]
+        techniques = Techniques(**read_json(run.plan)["techniques"]).for_answers()
+        loaded = base.load_base(spec, device, dtype, techniques)
+        tuned = adapter.load(loaded, run.adapter).eval()
+        Engine(tuned).switch_to(techniques)
+        return cls(tuned, base.load_tokenizer(spec), device, dtype, lock)

@@ -1,0 +1,143 @@
+"""A finished run scored again: the same scores as after training, a merged model in its place, and lm-eval for real."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stopped_runs import copy, qtune, write_recipe
+
+from qtune.evaluate.benchmarks import Result, results_of
+from qtune.rundir import read_json
+
+SCORED = {"metric": "token_f1", "rows": 3, "max_new_tokens": 4, "samples": 2, "general": "none"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run that learned something, and has five held-out rows."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder, tiny_base, evaluate=SCORED, train={"learning_rate": 2e-2})
+    assert qtune("run", recipe, "--output", folder / "run") == 0
+    return folder / "run"
+
+
+def asked(capsys: pytest.CaptureFixture, *arguments: str | Path) -> dict[str, Any]:
+    capsys.readouterr()
+    assert qtune("eval", *arguments, "--json") == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_the_scores_are_those_of_the_run_on_as_many_rows_as_wanted(finished: Path, tmp_path: Path, capsys) -> None:
+    run = copy(finished, tmp_path / "run")
+    scores = read_json(run / "scores.json")
+    again = asked(capsys, run, "--rows", "3", "--samples", "1")
+    for who in ("base", "tuned"):
+        assert again[who]["held_out_loss"] == pytest.approx(scores[who]["held_out_loss"], abs=1e-3)
+        assert again[f"{who}_scores"] == scores[f"{who}_scores"]
+    assert again["base"]["held_out_loss"] != again["tuned"]["held_out_loss"]
+    assert len(again["samples"]) == 1
+    assert read_json(run / "eval-adapter.json") == again
+    assert qtune("eval", run) == 0
+    assert "token_f1 on 5 rows" in capsys.readouterr().out
+
+
+def test_a_merged_model_scores_as_the_run_it_came_from(finished: Path, tmp_path: Path, capsys) -> None:
+    run = copy(finished, tmp_path / "run")
+    assert qtune("merge", run, "--output", tmp_path / "merged", "--onto", "dequantised") == 0
+    tuned, merged = asked(capsys, run)["tuned"], asked(capsys, run, "--merged", tmp_path / "merged")
+    assert merged["merged"]["held_out_loss"] == pytest.approx(tuned["held_out_loss"], abs=5e-3)
+    assert merged["folder"] == str(tmp_path / "merged")
+    assert qtune("eval", run, "--merged", tmp_path / "merged", "--samples", "1") == 0
+    assert "merged, " in capsys.readouterr().out
+    assert qtune("eval", run, "--merged", tmp_path / "nothing") == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_rows_that_changed_since_are_refused(finished: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(finished.parent, tmp_path / "place")
+    run, rows = tmp_path / "place" / "run", finished.parent / "rows.jsonl"
+    before = rows.read_text()
+    try:
+        rows.write_text(before.replace("it is 3", "it is 4"))
+        assert qtune("eval", run) == 2
+    finally:
+        rows.write_text(before)
+    assert f"does not give the rows of {run} any more" in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_refused(finished: Path, capsys) -> None:
+    for arguments, named in (
+        (["--limit", "3"], "--limit: has no effect without --tasks"),
+        (["--tasks", "x", "--rows", "3"], "--rows: has no effect beside --tasks"),
+        (["--tasks", ","], "--tasks: names no task"),
+    ):
+        assert qtune("eval", finished, *arguments) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_a_run_without_held_out_rows_says_so(tiny_base: Path, tmp_path: Path, capsys) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, data={"held_out_fraction": 0}, train={"max_steps": 1}, evaluate=SCORED)
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    assert qtune("eval", tmp_path / "run") == 2
+    assert "kept no held-out rows to score on" in capsys.readouterr().err
+
+
+def test_without_lm_eval_the_extra_is_named(finished: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert qtune("eval", finished, "--tasks", "arc_easy") == 2
+    assert capsys.readouterr().err == ("--tasks: needs lm-eval, which is not installed: pip install 'qtune[eval]'\n")
+
+
+def test_the_figures_of_lm_eval_are_read_with_their_errors() -> None:
+    found = {
+        "arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "em_stderr,strict": "N/A"}
+    }
+    assert results_of(found) == [Result("arc", "acc", 0.5, 0.1), Result("arc", "em (strict)", 1.0, None)]
+
+
+@pytest.fixture
+def own_task(tmp_path: Path) -> Path:
+    """A folder with a task of lm-eval, whose data are beside it."""
+    pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+    rows = [{"q": f"what is {'x' * (i % 9)}?", "choices": [f" it is {i}", f" is {i} it"], "gold": 0} for i in range(20)]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks" / "own.yaml").write_text(
+        f"task: own_rows\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/tasks/rows.jsonl\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\n'
+        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return tmp_path / "tasks"
+
+
+def test_lm_eval_asks_base_and_tuned(finished: Path, own_task: Path, tmp_path: Path, capsys) -> None:
+    run = copy(finished, tmp_path / "run")
+    found = asked(capsys, run, "--tasks", "own_rows", "--task-folder", own_task)
+    ((base,), (tuned,)) = found["results"]["base"], found["results"]["tuned"]
+    assert (base["task"], base["metric"]) == ("own_rows", "acc")
+    assert tuned["value"] > base["value"]  # it was trained on the likes of the right answers
+    assert read_json(run / "eval-tasks.json") == found
+    assert qtune("eval", run, "--tasks", "own_rows", "--task-folder", own_task, "--limit", "4") == 0
+    assert "4 rows of each task at the most" in capsys.readouterr().out
+
+
+def test_lm_eval_asks_a_merged_model(finished: Path, own_task: Path, tmp_path: Path, capsys) -> None:
+    run = copy(finished, tmp_path / "run")
+    assert qtune("merge", run, "--output", tmp_path / "merged", "--onto", "dequantised") == 0
+    tuned = asked(capsys, run, "--tasks", "own_rows", "--task-folder", own_task)["results"]["tuned"]
+    merged = asked(capsys, run, "--tasks", "own_rows", "--task-folder", own_task, "--merged", tmp_path / "merged")
+    assert merged["results"]["merged"][0]["value"] == pytest.approx(tuned[0]["value"], abs=0.1)  # rounding tips a row
+
+
+def test_a_task_that_is_unknown_or_has_no_data_is_one_sentence(finished: Path, own_task: Path, capsys) -> None:
+    assert qtune("eval", finished, "--tasks", "own_row", "--task-folder", own_task) == 2
+    assert "lm-eval has no task own_row. Did you mean own_rows?" in capsys.readouterr().err
+    (own_task / "rows.jsonl").unlink()
+    assert qtune("eval", finished, "--tasks", "own_rows", "--task-folder", own_task) == 2
+    said = capsys.readouterr().err
+    assert "--tasks: the data of own_rows cannot be had" in said
+    assert "Traceback" not in said
+    assert qtune("eval", finished, "--tasks", "own_rows", "--task-folder", own_task / "nowhere") == 2
+    assert "--task-folder: there is no folder" in capsys.readouterr().err
