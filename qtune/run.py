@@ -378,7 +378,7 @@ def merge_and_verify(
     base.quiet_libraries()
     rows = read_json(run.probe)
     with tensors_shown(console, "merging") as (tell, say):
-        report = merge(run, output, onto, dtype, rows, tell)
+        report = merge(run, output, onto, dtype, rows, tell, console.print)
         say("comparing with the live adapter")
         verdict = report.verdict or verify(run, output, rows)
     console.print(tables.merge_table(report.as_json(), verdict.as_json()))

@@ -32,17 +32,17 @@ class Change:
     scale: float
     magnitude: torch.Tensor | None = None
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + scale * B @ A for `weight` (O, I), in float32 on its device.
+    def apply(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """W + scale * B @ A for the `rows` of W that `weight` (rows, I) holds, in float32 on its device.
 
         With DoRA every row of the sum is brought to its learned length (equation 5 of arXiv:2402.09353).
         """
-        a, b = (part.to(weight.device, torch.float32) for part in (self.a, self.b))
+        a, b = (part.to(weight.device, torch.float32) for part in (self.a, self.b[rows]))
         changed = torch.addmm(weight.float(), b, a, alpha=self.scale)
         if self.magnitude is None:
             return changed
         length = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
-        return changed * (self.magnitude.to(weight.device, torch.float32)[:, None] / length)
+        return changed.mul_(self.magnitude[rows].to(weight.device, torch.float32)[:, None] / length)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1]

@@ -1,23 +1,27 @@
 """One base, one adapter, tensor by tensor: what a run's weights are once the adapter is folded in."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch.linalg import vector_norm
 from transformers import AutoConfig
 
-from qtune.deploy.delta import AdapterWeights
+from qtune import __version__, sealed
+from qtune.deploy.delta import ADAPTER_WEIGHTS, AdapterWeights
 from qtune.deploy.folder import write_small_files
+from qtune.deploy.round_trip import Rows, restored_rows, rows_at_once
 from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
-from qtune.errors import MachineError, ModelError
+from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.model import base
+from qtune.model.weights import ADAPTER_CONFIG
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, read_json
 
@@ -37,6 +41,34 @@ class LayerChange:
     module: str
     change_fraction: float
     quantization_error_fraction: float | None
+
+
+@dataclass
+class Movement:
+    """Sums of squares over the rows of one adapted weight, as far as it has been folded."""
+
+    size: float = 0.0
+    change: float = 0.0
+    error: float = 0.0
+
+    def add(self, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor) -> None:
+        """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
+        original = original.float()
+        self.size += float(vector_norm(original)) ** 2
+        self.change += float(vector_norm(merged - start.float())) ** 2
+        self.error += 0.0 if held is None else float(vector_norm(held.float() - original)) ** 2
+
+    def of(self, module: str, is_quantized: bool) -> LayerChange:
+        change, error = (math.sqrt(part / self.size) if self.size else 0.0 for part in (self.change, self.error))
+        return LayerChange(module, change, error if is_quantized else None)
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A finished file of weights: the SHA-256 of its bytes, and how far the layers in it moved."""
+
+    sha256: str
+    layers: tuple[LayerChange, ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +110,19 @@ class Fold:
         given = None if dtype == "auto" else getattr(torch, dtype)
         return cls(lock, model, checkpoint, adapter, quantized, given, find_device().name)
 
+    def made_from(self, run: RunDir) -> dict[str, str]:
+        """All that decides a merge's bytes but the base it is folded into, to tell one merge from another."""
+        return {
+            "base_sha256": self.lock["base"]["sha256"],
+            "adapter_sha256": sealed.digest_of(run.adapter / ADAPTER_WEIGHTS),
+            "adapter_config_sha256": sealed.digest_of(run.adapter / ADAPTER_CONFIG),
+            "lock_sha256": sealed.digest_of(run.lock),
+            "dtype": str(self.dtype),
+            "device": self.device,
+            "qtune": __version__,
+            **{package: version(package) for package in ("torch", "bitsandbytes")},
+        }
+
     @property
     def weight_bytes(self) -> int:
         return sum(self.written(spec).bytes for spec in self.checkpoint.specs().values())
@@ -97,84 +142,97 @@ class Fold:
     def tensors(self, onto: Onto) -> Iterator[torch.Tensor]:
         """Every tensor of the checkpoint's `specs`, in their order, folded `onto` one base and not written."""
         for shard in self.checkpoint.shards:
-            yield from self._merged(shard, onto, None, lambda name: None)
+            for spec in shard.tensors:
+                yield _whole(self.written(spec), self._parts(shard, spec, onto, None))
 
-    def write(self, folder: Path, onto: Onto, tell: Callable[[str], None]) -> list[LayerChange]:
-        """The whole output in the new `folder`, folded `onto` one base; every file is on the disk on return."""
-        folder.mkdir()
-        changes: list[LayerChange] = []
-        try:
-            for shard in self.checkpoint.shards:
-                tensors = self._merged(shard, onto, changes, tell)
-                write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), tensors)
-            if self.checkpoint.index is not None:
-                write_index(folder, self.checkpoint.index, self.weight_bytes)
-            stop = self.lock["stop_token_ids"]
-            write_small_files(self.checkpoint.folder, folder, self.model, stop, self.dtype_name)
-        except OSError as fault:
-            raise MachineError(f"{folder.parent.parent}: writing failed ({fault.strerror or fault}).") from None
-        return changes
+    def write_shard(self, folder: Path, shard: Shard, onto: Onto, tell: Callable[[str], None]) -> WrittenShard:
+        """One file of weights in `folder`, folded `onto` one base; it is on the disk on return."""
+        layers: list[LayerChange] = []
 
-    def _merged(
-        self, shard: Shard, onto: Onto, changes: list[LayerChange] | None, tell: Callable[[str], None]
+        def tensors() -> Iterator[Iterator[torch.Tensor]]:
+            for spec in shard.tensors:
+                yield self._parts(shard, spec, onto, layers)
+                tell(spec.name)
+
+        sha256 = write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), tensors())
+        return WrittenShard(sha256, tuple(layers))
+
+    def write_small_files(self, folder: Path) -> None:
+        """What stands beside the weights: the shards' index, configuration, tokenizer, template, licence."""
+        if self.checkpoint.index is not None:
+            write_index(folder, self.checkpoint.index, self.weight_bytes)
+        stop = self.lock["stop_token_ids"]
+        write_small_files(self.checkpoint.folder, folder, self.model, stop, self.dtype_name)
+
+    def _parts(
+        self, shard: Shard, spec: TensorSpec, onto: Onto, layers: list[LayerChange] | None
     ) -> Iterator[torch.Tensor]:
-        """The shard's tensors as they are to be written; what moved is added to `changes`, if they are wanted."""
-        for spec in shard.tensors:
-            yield self._finished(spec, self.checkpoint.tensor(shard, spec.name), onto, changes)
-            tell(spec.name)
+        """One tensor in the dtype it is written in, some rows at a time; what is not floating point goes untouched.
 
-    def _finished(
-        self, spec: TensorSpec, original: torch.Tensor, onto: Onto, changes: list[LayerChange] | None
-    ) -> torch.Tensor:
-        """One tensor in the dtype it is written in; what is not floating point goes through untouched."""
+        How far an adapted weight moved is added to `layers`, if that is wanted.
+        """
+        original = self.checkpoint.tensor(shard, spec.name)
         if not spec.dtype.is_floating_point:
-            return original
-        merged = self._fold(spec.name, original, onto, changes).to(self.written(spec).dtype)
-        _refuse_not_finite(spec, merged, original)
-        return merged
+            yield original
+            return
+        for part in self._folded(spec.name, original, onto, layers):
+            merged = part.to(self.written(spec).dtype)
+            _refuse_not_finite(spec, merged, original)
+            yield merged
 
-    def _fold(self, name: str, original: torch.Tensor, onto: Onto, changes: list[LayerChange] | None) -> torch.Tensor:
-        """One tensor with its part of the adapter; float32 where the adapter adds to it."""
+    def _folded(
+        self, name: str, original: torch.Tensor, onto: Onto, layers: list[LayerChange] | None
+    ) -> Iterator[torch.Tensor]:
+        """Rows of one tensor with their part of the adapter; float32 where the adapter adds to them."""
         if name in self.adapter.replaced:
-            return self.adapter.replaced[name]
+            yield self.adapter.replaced[name]
+            return
         module = name.removesuffix(".weight")
         change = self.adapter.changes.get(module)
+        weight = original.flatten(1) if original.dim() > 1 else original.view(1, -1)
+        is_compared = change is not None and layers is not None and module in self.quantized
+        if change is not None or (onto == "dequantised" and module in self.quantized):
+            weight = weight.to(self.device)
+        held = self._held(module, weight) if onto == "dequantised" or is_compared else weight.__getitem__
         if change is None:
-            return self._as_held(module, original) if onto == "dequantised" else original
-        original = original.to(self.device)
-        if changes is None:
-            return change.apply(self._as_held(module, original) if onto == "dequantised" else original)
-        held = self._as_held(module, original)
-        start = held if onto == "dequantised" else original
-        merged = change.apply(start)
-        changes.append(_layer_change(module, original, held if module in self.quantized else None, start, merged))
-        return merged
+            yield from map(held, _rows(weight))
+            return
+        moved = Movement()
+        for rows in _rows(weight):
+            as_held = held(rows)
+            start = as_held if onto == "dequantised" else weight[rows]
+            merged = change.apply(start, rows)
+            if layers is not None:
+                moved.add(weight[rows], as_held if is_compared else None, start, merged)
+            yield merged
+        if layers is not None:
+            layers.append(moved.of(module, is_compared))
 
-    def _as_held(self, module: str, original: torch.Tensor) -> torch.Tensor:
-        """A tensor as the run held it: in the compute dtype, and for a quantised weight through 4 bits and back.
+    def _held(self, module: str, weight: torch.Tensor) -> Rows:
+        """Rows of a weight as the run held it: in the compute dtype, and a quantised one through 4 bits and back.
 
         This is what transformers does on loading, so the values are the live model's bit for bit.
         """
-        loaded = original.to(getattr(torch, self.lock["compute_dtype"]))
-        return (
-            restore_quantized(loaded.to(self.device), self.lock["quantization"]) if module in self.quantized else loaded
-        )
+        dtype = getattr(torch, self.lock["compute_dtype"])
+        if module in self.quantized:
+            return restored_rows(weight, dtype, self.lock["quantization"])
+        return lambda rows: weight[rows].to(dtype)
 
 
-def restore_quantized(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
-    """`weight` through 4 bits and back, in its own dtype; `quantization` is the lock's record of how.
+def _rows(weight: torch.Tensor) -> Iterator[slice]:
+    """The rows of a matrix, in parts that are worked on together."""
+    count, at_once = len(weight), rows_at_once(weight)
+    return (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
 
-    Blocks run over the flattened tensor, and with double quantisation all block scales share one offset, so a weight
-    can only be restored whole.
-    """
-    packed, state = quantize_4bit(
-        weight.contiguous(),
-        blocksize=quantization["blocksize"],
-        compress_statistics=quantization["double"],
-        quant_type=quantization["type"],
-        quant_storage=getattr(torch, quantization["quant_storage"]),
-    )
-    return dequantize_4bit(packed, state)
+
+def _whole(spec: TensorSpec, parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    """A tensor in host memory, from the parts that follow each other in it."""
+    whole = torch.empty(spec.shape, dtype=spec.dtype)
+    flat, start = whole.view(-1), 0
+    for part in parts:
+        flat[start : start + part.numel()] = part.reshape(-1)
+        start += part.numel()
+    return whole
 
 
 def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint, quantized: frozenset[str]) -> None:
@@ -216,22 +274,10 @@ def _refuse_tied(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint, c
 
 
 def _refuse_not_finite(spec: TensorSpec, merged: torch.Tensor, original: torch.Tensor) -> None:
-    if torch.isfinite(merged).all():
+    """The sum of what is finite may overflow, of anything else it is never finite: it is asked first, being faster."""
+    if torch.isfinite(merged.sum()) or torch.isfinite(merged).all():
         return
     if not torch.isfinite(original).all():
         raise ModelError(f"{spec.name}: holds NaN or infinity in the base already. Download the base again.")
     hint = " Use --dtype bfloat16, which reaches further." if merged.dtype == torch.float16 else ""
     raise ModelError(f"{spec.name}: is not finite in {merged.dtype} once merged.{hint}")
-
-
-def _layer_change(
-    module: str, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor
-) -> LayerChange:
-    """All (O, I) on one device; `held` is the weight after 4 bits, None where it was not quantised."""
-    size = float(vector_norm(original.float()))
-    error = None if held is None else _share(held, original, size)
-    return LayerChange(module, _share(merged, start, size), error)
-
-
-def _share(after: torch.Tensor, before: torch.Tensor, size: float) -> float:
-    return float(vector_norm(after.float() - before.float())) / size if size else 0.0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qtune import sealed
 from qtune.deploy.shards import write_synced
 from qtune.errors import ModelError
 from qtune.model.weights import INDEX_NAME, refuse_link_outside
@@ -25,7 +26,7 @@ COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NO
 
 
 def write_small_files(base: Path, output: Path, model: Model, stop_token_ids: Sequence[int], dtype: str) -> None:
-    """Fill `output` with everything but weights, for weights stored in `dtype`.
+    """Fill `output` with everything but weights, for weights stored in `dtype`; every file is on the disk on return.
 
     Raises ModelError for a configuration that is no JSON object, or a chat template that is not there any more.
     """
@@ -34,6 +35,7 @@ def write_small_files(base: Path, output: Path, model: Model, stop_token_ids: Se
         if path.name != INDEX_NAME:
             refuse_link_outside(path)
             shutil.copyfile(path, output / path.name)
+            sealed.flush(output / path.name)
     config = _read(base / CONFIG)
     _edit(output / CONFIG, config, _plain(config, dtype))
     generation = _read(base / GENERATION) if (base / GENERATION).is_file() else {}

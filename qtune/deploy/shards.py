@@ -1,14 +1,17 @@
 """A checkpoint of safetensors files, read and written one tensor at a time.
 
-The shapes of a merge are known beforehand, so a file's header is written first and its tensors follow one by one:
-memory holds one tensor, whatever the size of the model. The format, from the safetensors documentation: 8 bytes with
-the length of the header (little-endian), the header as JSON padded with spaces to a multiple of 8, and the bytes of the
-tensors in the header's order without gaps.
+The shapes of a merge are known beforehand, so a file's header is written first and its tensors follow, a few rows at a
+time: memory holds less than one tensor, whatever the size of the model. The format, from the safetensors documentation:
+8 bytes with the length of the header (little-endian), the header as JSON padded with spaces to a multiple of 8, and the
+bytes of the tensors in the header's order without gaps.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -35,6 +38,8 @@ DTYPE_BY_CODE = {
     "BOOL": torch.bool,
 }
 CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
+PARTS_AHEAD = 16  # made and not yet written
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -111,17 +116,43 @@ def _dtype_of(path: Path, name: str, code: str) -> torch.dtype:
 
 
 def write_shard(
-    path: Path, metadata: dict[str, str], specs: Iterable[TensorSpec], tensors: Iterable[torch.Tensor]
-) -> None:
-    """Write the header for `specs`, then `tensors` as they come, in the same order; it is on the disk on return."""
+    path: Path, metadata: dict[str, str], specs: Iterable[TensorSpec], tensors: Iterable[Iterable[torch.Tensor]]
+) -> str:
+    """Write the header for `specs`, then `tensors` as they come, in the same order and each in parts that follow each
+    other; the file is on the disk on return, which is its SHA-256.
+
+    Hashing and writing are done beside the making of what comes next.
+    """
     specs = tuple(specs)
-    with path.open("wb") as file:
-        file.write(_header(metadata, specs))
-        for spec, tensor in zip(specs, tensors, strict=True):
-            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as beside:
+
+        def put(content: Buffer) -> None:
+            digest.update(content)
+            file.write(content)
+
+        put(_header(metadata, specs))
+        waiting: deque[Future[None]] = deque()
+        for content in _contents(specs, tensors):
+            waiting.append(beside.submit(put, content))
+            if len(waiting) > PARTS_AHEAD:
+                waiting.popleft().result()
+        for each in waiting:
+            each.result()
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _contents(specs: tuple[TensorSpec, ...], tensors: Iterable[Iterable[torch.Tensor]]) -> Iterator[Buffer]:
+    for spec, parts in zip(specs, tensors, strict=True):
+        written = 0
+        for part in parts:
+            assert part.dtype == spec.dtype, spec.name
+            content = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            written += content.nbytes
+            yield content
+        assert written == spec.bytes, spec.name
 
 
 def _header(metadata: dict[str, str], specs: tuple[TensorSpec, ...]) -> bytes:

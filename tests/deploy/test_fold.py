@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from qtune.deploy.fold import Fold, restore_quantized
+from qtune.deploy.fold import Fold
+from qtune.deploy.round_trip import restore_quantized
 from qtune.deploy.shards import INDEX_NAME
 from qtune.errors import ModelError
 from qtune.memory.device import find_device, reset_peak, resident_bytes
@@ -22,7 +23,11 @@ from qtune.recipe.schema import Model
 
 def fold(run, folder: Path, onto: str = "dequantised", dtype: str = "auto"):
     """The merged tensors, and what changed."""
-    layers = Fold.open(run, dtype).write(folder, onto, lambda name: None)
+    opened = Fold.open(run, dtype)
+    folder.mkdir()
+    shards = [opened.write_shard(folder, shard, onto, lambda name: None) for shard in opened.checkpoint.shards]
+    opened.write_small_files(folder)
+    layers = [layer for shard in shards for layer in shard.layers]
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}, layers
 
 
@@ -210,5 +215,5 @@ def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
     before, peak = resident_bytes()
     if peak > before + largest:
         pytest.skip("this system does not let a process reset its own peak (proc(5), clear_refs)")
-    opened.write(tmp_path / "out", "dequantised", lambda name: None)
+    opened.write_shard(tmp_path, opened.checkpoint.shards[0], "dequantised", lambda name: None)
     assert resident_bytes()[1] - before < 9 * largest

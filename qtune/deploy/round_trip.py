@@ -1,0 +1,128 @@
+"""A weight through 4 bits and back, with bitsandbytes' values to the bit.
+
+On a card bitsandbytes' kernels do it, and the weight is restored whole. On a CPU they need five float32 copies of the
+weight and a binary search for each of its values, so there the scales of all blocks are found first, and rows are
+rounded as they are asked for, while they are in the processor's cache.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import (
+    dequantize_4bit,
+    dequantize_blockwise,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_blockwise,
+)
+
+WEIGHTS_AT_ONCE = 1 << 18  # 1 MiB in float32: a few of them stay in the cache
+OUTER_BLOCK = 256
+CELLS = 32  # even parts of -1 to 1, of which none holds two of the 15 borders between NF4's values
+
+SAFE_SCALE = 2.0**-120  # below, a weight may be restored to less than 2**-126: see `restored_rows`
+
+Rows = Callable[[slice], torch.Tensor]
+
+
+def rows_at_once(weight: torch.Tensor) -> int:
+    """How many rows of a matrix are worked on together: on a card all of them."""
+    rows, columns = weight.shape
+    return rows if weight.device.type != "cpu" else max(1, WEIGHTS_AT_ONCE // max(1, columns))
+
+
+def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: dict[str, Any]) -> Rows:
+    """Rows of `weight` (O, I) as a run held it: in `dtype`, through 4 bits and back.
+
+    `quantization` is the lock's record of how. Two things are left to bitsandbytes, whose CPU kernels have their own way
+    with them: rows that do not end on a block, and restored weights too small for normal floats, which are 0 on some
+    processors and not on others.
+    """
+    block = quantization["blocksize"]
+    if weight.device.type == "cpu" and quantization["type"] == "nf4" and weight.shape[1] % block == 0:
+        nf4 = NF4Rows.of(weight, dtype, block, quantization["double"])
+        if not ((nf4.scales != 0) & (nf4.scales.abs() < SAFE_SCALE)).any():
+            return nf4.restored
+    return restore_quantized(weight.to(dtype), quantization).__getitem__
+
+
+def restore_quantized(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
+    """`weight` by bitsandbytes through 4 bits and back, in its own dtype.
+
+    Blocks run over the flattened tensor, and with double quantisation all block scales share one offset, so that it
+    takes the whole weight.
+    """
+    packed, state = quantize_4bit(
+        weight.contiguous(),
+        blocksize=quantization["blocksize"],
+        compress_statistics=quantization["double"],
+        quant_type=quantization["type"],
+        quant_storage=getattr(torch, quantization["quant_storage"]),
+    )
+    return dequantize_4bit(packed, state)
+
+
+@dataclass(frozen=True)
+class NF4Rows:
+    """A weight (O, I) on the CPU and the scales of its blocks, row by row (O, I / block).
+
+    `inverse` is what a block's weights are multiplied by before they are rounded, `scales` what restores them.
+    """
+
+    weight: torch.Tensor
+    dtype: torch.dtype
+    inverse: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, dtype: torch.dtype, block: int, double: bool) -> "NF4Rows":
+        parts = weight.split(rows_at_once(weight))
+        largest = torch.cat([part.to(dtype).float().view(-1, block).abs().amax(-1) for part in parts])
+        inverse = 1.0 / largest.clamp(min=1e-38)  # bitsandbytes' own floor
+        scales = _quantised_and_restored(largest) if double else largest
+        return cls(weight, dtype, inverse.view(len(weight), -1, 1), scales.view(len(weight), -1, 1))
+
+    def restored(self, rows: slice) -> torch.Tensor:
+        part = self.weight[rows].to(self.dtype).float()
+        inverse, scales = self.inverse[rows], self.scales[rows]
+        scaled = part.view(*inverse.shape[:2], -1) * inverse
+        return _nearest(scaled.view(-1)).view(scaled.shape).mul_(scales).to(self.dtype).view(part.shape)
+
+
+def _quantised_and_restored(scales: torch.Tensor) -> torch.Tensor:
+    """Block scales through the 8 bits that double quantisation keeps of them."""
+    offset = scales.mean()
+    return dequantize_blockwise(*quantize_blockwise(scales - offset, blocksize=OUTER_BLOCK)).add_(offset)
+
+
+def _nearest(scaled: torch.Tensor) -> torch.Tensor:
+    """NF4's value for each of `scaled`, flat: its cell has a value below its border and one above.
+
+    A weight on a border takes the value below. The sign bit of border - weight says which side it is on, which compares
+    as exactly as `>` does, in a third of the time.
+    """
+    borders, values = _table()
+    cell = _cells(scaled)
+    is_above = borders.index_select(0, cell).sub_(scaled).view(torch.int32).bitwise_right_shift_(31)  # 0 or -1
+    return values.index_select(0, cell.mul_(2).sub_(is_above))
+
+
+def _cells(scaled: torch.Tensor) -> torch.Tensor:
+    """The cell of each number: never falling as they rise, which is all that is asked of the rounding in it."""
+    return (scaled * (CELLS / 2)).add_(CELLS / 2).to(torch.int32).clamp_(0, CELLS)
+
+
+@functools.cache
+def _table() -> tuple[torch.Tensor, torch.Tensor]:
+    """The border in each cell, or infinity; and the values below and above it, two to a cell."""
+    code = get_4bit_type("nf4", device="cpu")
+    between = (code[:-1] + code[1:]) / 2
+    cell_of_border = _cells(between)
+    borders = torch.full((CELLS + 1,), torch.inf)
+    borders[cell_of_border] = between
+    below = torch.searchsorted(cell_of_border, torch.arange(CELLS + 1, dtype=torch.int32))
+    values = torch.stack([code[below], code[(below + 1).clamp(max=len(code) - 1)]], dim=1)
+    return borders, values.flatten()
