@@ -106,7 +106,9 @@ def time_synthetic(folder: Path, gigabytes: float) -> None:
     run, modules = make_run(folder, gigabytes)
     largest = VOCABULARY * HIDDEN
     print(f"largest tensor in float32 {4 * largest / 2**20:,.0f} MiB")
-    print("| base held in | what | seconds | processor seconds | a copy just before | speed beside it | peak above start |")
+    print(
+        "| base held in | what | seconds | processor seconds | copy just before | speed beside it | peak above start |"
+    )
     print("|---|---|---|---|---|---|---|")
     for held, quantized in (("16 bits", []), ("NF4", modules)):
         edit_lock(run, quantized)

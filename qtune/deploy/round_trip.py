@@ -37,9 +37,9 @@ def rows_at_once(weight: torch.Tensor) -> int:
 def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: dict[str, Any]) -> Rows:
     """Rows of `weight` (O, I) as a run held it: in `dtype`, through 4 bits and back.
 
-    `quantization` is the lock's record of how. Two things are left to bitsandbytes, whose CPU kernels have their own way
-    with them: rows that do not end on a block, and restored weights too small for normal floats, which are 0 on some
-    processors and not on others.
+    `quantization` is the lock's record of how. Two things are left to bitsandbytes, whose CPU kernels have their own
+    way with them: rows that do not end on a block, and restored weights too small for normal floats, which are 0 on
+    some processors and not on others.
     """
     block = quantization["blocksize"]
     if weight.device.type == "cpu" and quantization["type"] == "nf4" and weight.shape[1] % block == 0:
