@@ -1,27 +1,26 @@
 """One base, one adapter, tensor by tensor: what a run's weights are once the adapter is folded in."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.linalg import vector_norm
 from transformers import AutoConfig
 
 from qtune import __version__, sealed
-from qtune.deploy.delta import ADAPTER_WEIGHTS, AdapterWeights
+from qtune.deploy.delta import CONFIG_NAME, AdapterWeights, weights_path
 from qtune.deploy.folder import write_small_files
+from qtune.deploy.movement import LayerChange, Movement
 from qtune.deploy.round_trip import Rows, restored_rows, rows_at_once
 from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
 from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.model import base
-from qtune.model.weights import ADAPTER_CONFIG
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, read_json
 
@@ -29,38 +28,6 @@ Onto = Literal["original", "dequantised"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
 MAX_NAMED = 8  # tensors in one message
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """How far an adapted weight moved, beside what quantising it had cost: Frobenius norms over the original weight's.
-
-    `quantization_error_fraction` is None for a weight that was not quantised.
-    """
-
-    module: str
-    change_fraction: float
-    quantization_error_fraction: float | None
-
-
-@dataclass
-class Movement:
-    """Sums of squares over the rows of one adapted weight, as far as it has been folded."""
-
-    size: float = 0.0
-    change: float = 0.0
-    error: float = 0.0
-
-    def add(self, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor) -> None:
-        """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
-        original = original.float()
-        self.size += float(vector_norm(original)) ** 2
-        self.change += float(vector_norm(merged - start.float())) ** 2
-        self.error += 0.0 if held is None else float(vector_norm(held.float() - original)) ** 2
-
-    def of(self, module: str, is_quantized: bool) -> LayerChange:
-        change, error = (math.sqrt(part / self.size) if self.size else 0.0 for part in (self.change, self.error))
-        return LayerChange(module, change, error if is_quantized else None)
 
 
 @dataclass(frozen=True)
@@ -114,8 +81,8 @@ class Fold:
         """All that decides a merge's bytes but the base it is folded into, to tell one merge from another."""
         return {
             "base_sha256": self.lock["base"]["sha256"],
-            "adapter_sha256": sealed.digest_of(run.adapter / ADAPTER_WEIGHTS),
-            "adapter_config_sha256": sealed.digest_of(run.adapter / ADAPTER_CONFIG),
+            "adapter_sha256": sealed.digest_of(weights_path(run.adapter)),
+            "adapter_config_sha256": sealed.digest_of(run.adapter / CONFIG_NAME),
             "lock_sha256": sealed.digest_of(run.lock),
             "dtype": str(self.dtype),
             "device": self.device,
@@ -154,7 +121,8 @@ class Fold:
                 yield self._parts(shard, spec, onto, layers)
                 tell(spec.name)
 
-        sha256 = write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), tensors())
+        with _one_thread():
+            sha256 = write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), tensors())
         return WrittenShard(sha256, tuple(layers))
 
     def write_small_files(self, folder: Path) -> None:
@@ -217,6 +185,18 @@ class Fold:
         if module in self.quantized:
             return restored_rows(weight, dtype, self.lock["quantization"])
         return lambda rows: weight[rows].to(dtype)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Parts are too small to be shared out: threads would wait for each other at every operation, and on a busy machine
+    that took ten times as long. Hashing and writing have a thread of their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rows(weight: torch.Tensor) -> Iterator[slice]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtune import sealed
-from qtune.deploy.fold import DType, Fold, LayerChange, Onto
+from qtune.deploy.fold import DType, Fold, Onto
+from qtune.deploy.movement import LayerChange
 from qtune.deploy.staging import Staging, make_folder
 from qtune.deploy.verify import Live, Verdict, compare
 from qtune.errors import DiskFull, MachineError, RunFolderError, UserError

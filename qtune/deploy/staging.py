@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from qtune import sealed
-from qtune.deploy.fold import LayerChange, Onto, WrittenShard
+from qtune.deploy.fold import Onto, WrittenShard
+from qtune.deploy.movement import LayerChange
 from qtune.deploy.shards import Shard
 from qtune.errors import MachineError, ModelError, RunFolderError
 from qtune.rundir import write_json

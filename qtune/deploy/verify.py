@@ -1,33 +1,27 @@
 """Whether a merged folder is the model that was trained: it is loaded as anyone would, and held against the live one.
 
-Both sides do their arithmetic in float32, so that what is measured is a difference of weights and not of kernels. Every
-weight stays in the precision it is stored in and is widened where it is used: the merged model may be larger than the
-card that trained it, and its linears pass through the card one by one.
+Both sides do their arithmetic in float32, so that what is measured is a difference of weights and not of kernels.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from torch.nn.functional import cross_entropy, embedding, linear
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.deploy.fold import Onto
+from qtune.deploy.in_float32 import compute_in_float32
 from qtune.errors import ModelError, UserError
 from qtune.memory.device import find_device
 from qtune.model import adapter, base
 from qtune.recipe.schema import Model
 from qtune.rundir import MERGE_REPORT, RunDir, read_json, write_json
 from qtune.units import format_percent
-
-ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 
 MAX_ROWS, MAX_ROW_TOKENS = 64, 512  # float32 logits of 512 tokens and a vocabulary of 128k are 256 MiB a side
 GREEDY_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 3, 32, 24
@@ -276,41 +270,3 @@ def continued(model: PreTrainedModel | PeftModel, prompt: list[int], live: Live)
     )
     answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return answer[0, len(prompt) :].tolist()
-
-
-def compute_in_float32(model: ModelT, device: str) -> ModelT:
-    """Make `model` compute in float32 on `device` without holding all of it in float32.
-
-    Linears, quantised or not, and embeddings keep their weights as and where they are, and widen them when called; the
-    rest (norms, adapters) is moved and widened for good.
-    """
-    for name, module in model.named_modules():
-        forward = _FORWARD.get(type(module))
-        if forward is not None and ".lora_" not in name:
-            module.forward = partial(forward, module)
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            tensor.data = tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-    return model
-
-
-def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    bias = None if layer.bias is None else layer.bias.to(x.device, torch.float32)
-    return linear(x, layer.weight.to(x.device, torch.float32), bias)
-
-
-def _linear_4bit(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
-    """The weight as training saw it: restored in the compute dtype, and only then widened."""
-    bias = None if layer.bias is None else layer.bias.float()
-    return linear(x, dequantize_4bit(layer.weight.data, layer.weight.quant_state).float(), bias)
-
-
-def _embedding(layer: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    return embedding(ids.to(layer.weight.device), layer.weight).to(ids.device, torch.float32)
-
-
-_FORWARD: dict[type, Callable[..., torch.Tensor]] = {
-    torch.nn.Linear: _linear,
-    Linear4bit: _linear_4bit,
-    torch.nn.Embedding: _embedding,
-}

@@ -35,6 +35,8 @@ def make_run(
             parameter.data = parameter.data.float()
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=strength)
+        if ".modules_to_save." in name:
+            parameter.data += strength * torch.randn_like(parameter)
         if ".lora_magnitude_vector." in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
     run = RunDir.create(path, "", {})

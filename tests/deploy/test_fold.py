@@ -202,7 +202,7 @@ def test_shards_keep_their_names_and_the_index_counts_their_bytes(tiny_base, tmp
 
 
 def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
-    """Twelve linears of 16 MiB. bitsandbytes itself needs five float32 copies of a tensor to quantise it on a CPU."""
+    """Twelve linears of 16 MiB; bitsandbytes needs five float32 copies of one to quantise it on a CPU."""
     folder = tmp_path / "wide"
     torch.manual_seed(0)
     wide = tiny_config(hidden_size=512, intermediate_size=8192, num_hidden_layers=4)
@@ -216,4 +216,4 @@ def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
     if peak > before + largest:
         pytest.skip("this system does not let a process reset its own peak (proc(5), clear_refs)")
     opened.write_shard(tmp_path, opened.checkpoint.shards[0], "dequantised", lambda name: None)
-    assert resident_bytes()[1] - before < 9 * largest
+    assert resident_bytes()[1] - before < 3 * largest

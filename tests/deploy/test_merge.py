@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_bases import make_base
 from made_runs import make_run, token_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.deploy.fold import Fold
 from qtune.deploy.merge import merge
-from qtune.deploy.verify import verify
+from qtune.deploy.verify import EXACT_AGREEMENT_FRACTION, EXACT_KL, EXACT_KL_BFLOAT16, verify
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError
 from qtune.rundir import read_json
 
@@ -40,6 +41,31 @@ def test_onto_the_dequantised_base_it_is_the_trained_model(tiny_base, tmp_path, 
     assert verdict.mean_kl <= 1e-8  # far below the 1e-5 it is held to
     assert verdict.agreement_fraction == 1
     assert all(answer.same for answer in verdict.greedy)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_whole_modules_that_were_trained_are_reproduced(tiny_base, tmp_path, compute_dtype) -> None:
+    """Merged they keep every bit of the adapter's file; loaded beside a bfloat16 base, peft rounds them to it."""
+    lora = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    run, output = make_run(tmp_path / "run", tiny_base, lora, compute_dtype), tmp_path / "out"
+    merge(run, output, "dequantised", "float32")
+    verdict = verify(run, output, token_rows())
+    assert verdict.passed
+    assert verdict.mean_kl <= (EXACT_KL if compute_dtype == "bfloat16" else 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", EXACT_KL), ("float16", EXACT_KL), ("bfloat16", EXACT_KL_BFLOAT16)]
+)
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+def test_a_tied_base_is_reproduced_in_every_dtype(tmp_path, compute_dtype, dtype, bound) -> None:
+    folder = make_base(tmp_path / "base", "llama tied", initializer_range=0.05)
+    run, output = make_run(tmp_path / "run", folder, compute_dtype=compute_dtype), tmp_path / "out"
+    merge(run, output, "dequantised", dtype)
+    verdict = verify(run, output, token_rows())
+    assert verdict.passed
+    assert verdict.mean_kl <= bound
+    assert verdict.agreement_fraction >= EXACT_AGREEMENT_FRACTION
 
 
 @pytest.mark.parametrize("base_settings", [{"double_quantization": False}, {"quantization": "none"}], ids=str)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
+from qtune.deploy.in_float32 import compute_in_float32
 from qtune.deploy.merge import merge
-from qtune.deploy.verify import Live, compare, compute_in_float32, verify
+from qtune.deploy.verify import Live, compare, verify
 from qtune.errors import ModelError, UserError
 from qtune.model import base
 from qtune.recipe.schema import Model

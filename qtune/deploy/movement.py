@@ -1,0 +1,39 @@
+"""How far merging moves a weight, beside what quantising it had cost."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.linalg import vector_norm
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """How far an adapted weight moved, beside what quantising it had cost: Frobenius norms over the original weight's.
+
+    `quantization_error_fraction` is None for a weight that was not quantised.
+    """
+
+    module: str
+    change_fraction: float
+    quantization_error_fraction: float | None
+
+
+@dataclass
+class Movement:
+    """Sums of squares over the rows of one adapted weight, as far as it has been folded."""
+
+    size: float = 0.0
+    change: float = 0.0
+    error: float = 0.0
+
+    def add(self, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor) -> None:
+        """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
+        original = original.float()
+        self.size += float(vector_norm(original)) ** 2
+        self.change += float(vector_norm(merged - start.float())) ** 2
+        self.error += 0.0 if held is None else float(vector_norm(held.float() - original)) ** 2
+
+    def of(self, module: str, is_quantized: bool) -> LayerChange:
+        change, error = (math.sqrt(part / self.size) if self.size else 0.0 for part in (self.change, self.error))
+        return LayerChange(module, change, error if is_quantized else None)
