@@ -137,7 +137,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--samples", type=_natural, metavar="N", help="answers to show; default evaluate.samples of the recipe"
     )
     evaluation.add_argument(
-        "--merged", type=Path, metavar="FOLDER", help="score this merged model in place of the run's"
+        "--merged",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="merged models to score beside it: folders, or GGUF files (asked of llama.cpp)",
     )
     evaluation.add_argument("--tasks", type=_names, metavar="A,B", help="benchmarks of lm-eval, such as arc_easy")
     evaluation.add_argument(

@@ -119,7 +119,7 @@ class RunDir:
         return self.path / f"export-{name}.json"
 
     def evaluation(self, name: str) -> Path:
-        """Where the scores of a later evaluation are kept: adapter, merged, tasks or merged-tasks."""
+        """Where the scores of a later evaluation are kept: rows or tasks."""
         return self.path / f"eval-{name}.json"
 
     @property

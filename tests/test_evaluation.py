@@ -38,21 +38,40 @@ def test_the_scores_are_those_of_the_run_on_as_many_rows_as_wanted(finished: Pat
         assert again[f"{who}_scores"] == scores[f"{who}_scores"]
     assert again["base"]["held_out_loss"] != again["tuned"]["held_out_loss"]
     assert len(again["samples"]) == 1
-    assert read_json(run / "eval-adapter.json") == again
+    assert read_json(run / "eval-rows.json") == again
     assert qtune("eval", run) == 0
     assert "token_f1 on 5 rows" in capsys.readouterr().out
 
 
-def test_a_merged_model_scores_as_the_run_it_came_from(finished: Path, tmp_path: Path, capsys) -> None:
-    run = copy(finished, tmp_path / "run")
-    assert qtune("merge", run, "--output", tmp_path / "merged", "--onto", "dequantised") == 0
-    tuned, merged = asked(capsys, run)["tuned"], asked(capsys, run, "--merged", tmp_path / "merged")
-    assert merged["merged"]["held_out_loss"] == pytest.approx(tuned["held_out_loss"], abs=5e-3)
-    assert merged["folder"] == str(tmp_path / "merged")
-    assert qtune("eval", run, "--merged", tmp_path / "merged", "--samples", "1") == 0
-    assert "merged, " in capsys.readouterr().out
-    assert qtune("eval", run, "--merged", tmp_path / "nothing") == 2
+def test_merged_models_are_asked_the_same_beside_the_run_they_came_from(finished: Path, tmp_path: Path, capsys) -> None:
+    run, merged, nothing = copy(finished, tmp_path / "run"), tmp_path / "merged", tmp_path / "nothing"
+    assert qtune("merge", run, "--output", merged, "--onto", "dequantised") == 0
+    found = asked(capsys, run, "--merged", merged)
+    assert found[str(merged)]["held_out_loss"] == pytest.approx(found["tuned"]["held_out_loss"], abs=5e-3)
+    assert found["same_answers"][str(merged)] >= 4  # of 5: in bfloat16 a tie may fall to the other side
+    assert all(sample[str(merged)] for sample in found["samples"])
+    assert qtune("eval", run, "--merged", merged, "--samples", "1") == 0
+    assert "answers as tuned" in capsys.readouterr().out
+    assert qtune("eval", run, "--merged", nothing) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_asked_the_same_by_llama_cpp(finished: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("llama_cpp", reason="the extra `verify` is not installed")
+    (tmp_path / "prose.txt").write_text("a plain text\nof two lines\n")
+    scored = {**SCORED, "general": "prose.txt"}
+    recipe = write_recipe(tmp_path, Path("demo"), evaluate=scored, train={"max_steps": 2}, memory={"rehearse": False})
+    run, file = tmp_path / "run", tmp_path / "out" / "model.gguf"
+    assert qtune("run", recipe, "--output", run) == 0
+    assert qtune("export", run, "--quant", "f16", "--output", file.parent) == 0
+    found = asked(capsys, run, "--merged", file)
+    for loss in ("held_out_loss", "general_loss"):
+        assert found[str(file)][loss] == pytest.approx(found["tuned"][loss], abs=2e-2)
+    assert found["same_answers"][str(file)] >= 4
+    other = tmp_path / "other.gguf"
+    other.write_bytes(b"GGUF and nothing else")
+    assert qtune("eval", run, "--merged", other) == 2
+    assert f"{other}: does not load in llama.cpp" in capsys.readouterr().err
 
 
 def test_rows_that_changed_since_are_refused(finished: Path, tmp_path: Path, capsys) -> None:
@@ -126,9 +145,10 @@ def test_lm_eval_asks_base_and_tuned(finished: Path, own_task: Path, tmp_path: P
 def test_lm_eval_asks_a_merged_model(finished: Path, own_task: Path, tmp_path: Path, capsys) -> None:
     run = copy(finished, tmp_path / "run")
     assert qtune("merge", run, "--output", tmp_path / "merged", "--onto", "dequantised") == 0
-    tuned = asked(capsys, run, "--tasks", "own_rows", "--task-folder", own_task)["results"]["tuned"]
-    merged = asked(capsys, run, "--tasks", "own_rows", "--task-folder", own_task, "--merged", tmp_path / "merged")
-    assert merged["results"]["merged"][0]["value"] == pytest.approx(tuned[0]["value"], abs=0.1)  # rounding tips a row
+    merged = tmp_path / "merged"
+    found = asked(capsys, run, "--tasks", "own_rows", "--task-folder", own_task, "--merged", merged)["results"]
+    ((tuned,), (folded,)) = found["tuned"], found[str(merged)]
+    assert folded["value"] == pytest.approx(tuned["value"], abs=0.1)  # rounding tips a row
 
 
 def test_a_task_that_is_unknown_or_has_no_data_is_one_sentence(finished: Path, own_task: Path, capsys) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from gguf import GGUFReader
 
-from qtune.deploy import gguf_storage, gguf_verdict, ollama
+from qtune.deploy import gguf_model, gguf_storage, gguf_verdict, ollama
 from qtune.deploy.fold import Fold, Onto
 from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
 from qtune.deploy.gguf_storage import Quant, ReadBack, Written
@@ -173,8 +173,8 @@ def _asked(
     """llama.cpp's verdict, or why there is none."""
     if draft.vocabulary is None:
         return None, ("Not run in llama.cpp, which needs the GGUF file of the base beside an adapter.",)
-    if not gguf_verdict.is_installed():
-        return None, (f"Not verified with llama.cpp: {gguf_verdict.HOW_TO_GET_IT}",)
+    if not gguf_model.is_installed():
+        return None, (f"Not verified with llama.cpp: {gguf_model.HOW_TO_GET_IT}",)
     if not any(len(row) > 1 for row in rows):
         return None, ("Not verified with llama.cpp: the run kept no held-out rows to compare on.",)
     if progress is not None:

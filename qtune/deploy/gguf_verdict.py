@@ -1,18 +1,17 @@
 """Whether a GGUF file is the model that was trained, asked of llama.cpp itself.
 
 The live adapter computes in float32; llama.cpp computes as it does when it serves, with inputs rounded to what the
-weights are stored in. llama-cpp-python is an extra, as it is compiled on the spot: without it nothing is claimed.
+weights are stored in. Without the extra that has it nothing is claimed.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from qtune.deploy.fold import Onto
+from qtune.deploy.gguf_model import GgufModel
 from qtune.deploy.gguf_storage import Quant
 from qtune.deploy.gguf_tokens import Reference, differing
 from qtune.deploy.verify import (
@@ -28,14 +27,8 @@ from qtune.deploy.verify import (
     prompt_of,
     usable_rows,
 )
-from qtune.errors import ModelError
 from qtune.units import format_percent
 
-if TYPE_CHECKING:
-    from llama_cpp import Llama
-
-EXTRA = "llama_cpp"
-HOW_TO_GET_IT = "pip install 'qtune[verify]'"
 # Another token than the live model's counts as the same where the live model finds it as likely but for this much:
 # rounding to 8 bits tips such ties, 3 % of all positions of a model that is unsure (all within 0.014 of one of 656,000
 # parameters), and the answer is none the worse.
@@ -88,10 +81,6 @@ class GgufVerdict:
         return tuple(found)
 
 
-def is_installed() -> bool:
-    return importlib.util.find_spec(EXTRA) is not None
-
-
 def judge(
     live: Live,
     path: Path,
@@ -106,7 +95,7 @@ def judge(
     At most 64 rows of 512 tokens are used. Raises ModelError for a file that llama.cpp does not load.
     """
     usable = usable_rows(rows, path)
-    model = _load(path, lora)
+    model = GgufModel.load(path, MAX_ROW_TOKENS, lora)
     with torch.inference_mode():
         measured = [_measure(live, model, row) for row in usable]
         greedy = tuple(_continue_both(live, model, row) for row in usable[:GREEDY_PROMPTS])
@@ -124,45 +113,16 @@ def judge(
         file_loss=closeness.other_loss,
         loss_rise_bound=ORIGINAL_LOSS_RISE if is_another_base else None,
         texts=len(references),
-        differing_texts=tuple(differing(references, lambda text: _tokenize(model, text))),
+        differing_texts=tuple(differing(references, model.tokenize)),
         ends=sum(row.ends for row in measured),
         ends_found=sum(row.ends_found for row in measured),
-        deaf_to=tuple(_spelled(model, token) for token in live.stop_token_ids if not _ends(model, token)),
+        deaf_to=tuple(_spelled(model, token) for token in live.stop_token_ids if not model.ends(token)),
         greedy=greedy,
     )
 
 
-def _load(path: Path, lora: Path | None) -> "Llama":
-    try:
-        from llama_cpp import Llama
-
-        return Llama(
-            str(path),
-            lora_path=None if lora is None else str(lora),
-            n_ctx=MAX_ROW_TOKENS,
-            logits_all=True,
-            verbose=False,
-        )
-    except Exception as fault:  # whatever stops llama.cpp is the finding
-        raise ModelError(f"{path}: does not load in llama.cpp ({fault}).") from None
-
-
-def _tokenize(model: "Llama", text: str) -> list[int]:
-    return model.tokenize(text.encode(), add_bos=False, special=True)
-
-
-def _ends(model: "Llama", token: int) -> bool:
-    import llama_cpp
-
-    return llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(model.model), token)
-
-
-def _spelled(model: "Llama", token: int) -> str:
-    return _text(model, [token]) or f"token {token}"
-
-
-def _text(model: "Llama", ids: list[int]) -> str:
-    return model.detokenize(ids, special=True).decode(errors="replace")
+def _spelled(model: GgufModel, token: int) -> str:
+    return model.text([token]) or f"token {token}"
 
 
 @dataclass(frozen=True)
@@ -173,9 +133,9 @@ class _RowFigures:
     ends_found: int
 
 
-def _measure(live: Live, model: "Llama", row: list[int]) -> _RowFigures:
+def _measure(live: Live, model: GgufModel, row: list[int]) -> _RowFigures:
     expected = live.model(input_ids=torch.tensor([row], device=live.device), use_cache=False).logits[0].float().cpu()
-    found = _logits(model, row)
+    found = model.logits(row)
     best, guess = expected.argmax(-1), found.argmax(-1)
     ends = torch.isin(best, torch.tensor(live.stop_token_ids))
     likely = expected.softmax(-1)
@@ -184,30 +144,12 @@ def _measure(live: Live, model: "Llama", row: list[int]) -> _RowFigures:
         RowCloseness.of(expected, found, row),
         int(((best != guess) & (behind <= NEAR_TIE_PROBABILITY)).sum()),
         int(ends.sum()),
-        sum(_ends(model, token) for token in guess[ends].tolist()),
+        sum(model.ends(token) for token in guess[ends].tolist()),
     )
 
 
-def _logits(model: "Llama", ids: list[int]) -> torch.Tensor:
-    """(positions, vocabulary)"""
-    model.reset()
-    model.eval(ids)
-    return torch.from_numpy(model.scores[: len(ids)].copy())
-
-
-def _continue_both(live: Live, model: "Llama", row: list[int]) -> Greedy:
+def _continue_both(live: Live, model: GgufModel, row: list[int]) -> Greedy:
     prompt = prompt_of(row)
-    from_live, from_file = continued(live.model, prompt, live), _continued(model, prompt)
-    asked, live_text, file_text = (_text(model, ids) for ids in (prompt, from_live, from_file))
+    from_live, from_file = continued(live.model, prompt, live), model.continued(prompt, ANSWER_TOKENS)
+    asked, live_text, file_text = (model.text(ids) for ids in (prompt, from_live, from_file))
     return Greedy(asked, live_text, file_text, from_live == from_file)
-
-
-def _continued(model: "Llama", prompt: list[int]) -> list[int]:
-    """What llama.cpp finds most likely, one token after another, until it stops."""
-    model.reset()
-    model.eval(prompt)
-    answer: list[int] = []
-    while len(answer) < ANSWER_TOKENS and not (answer and _ends(model, answer[-1])):
-        answer.append(int(model.scores[model.n_tokens - 1].argmax()))
-        model.eval(answer[-1:])
-    return answer

@@ -99,10 +99,23 @@ def score(
         device,
         compute_dtype,
     )
-    metric = METRICS.get(wanted.metric)
-    marks = [metric(a, e) for a, e in zip(answers, asked, strict=True)] if metric else []
+    return marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start)
+
+
+def marked(
+    who: str,
+    loss: float,
+    general: float | None,
+    answers: Sequence[str],
+    asked: Sequence[Example],
+    metric: str,
+    seconds: float,
+) -> Score:
+    """The score of answers to `asked`, by the metric of that name."""
+    give_marks = METRICS.get(metric)
+    marks = [give_marks(a, e) for a, e in zip(answers, asked, strict=True)] if give_marks else []
     scores = tuple(mark.score for mark in marks)
-    return Score(who, loss, tuple(answers), scores, time.monotonic() - start, mean_parts(marks), general)
+    return Score(who, loss, tuple(answers), scores, seconds, mean_parts(marks), general)
 
 
 def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
@@ -112,11 +125,17 @@ def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
     return list(itertools.islice((example for example in held_out.examples if example.prompt_ids), wanted.rows))
 
 
-def compare(base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate, seed: int) -> dict[str, Any]:
-    """What scores.json holds: `figures_of` both, and what lies between them."""
+def compare(
+    base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate, seed: int, others: Sequence[Score] = ()
+) -> dict[str, Any]:
+    """What scores.json holds: `figures_of` both, what lies between them, and by name the `others` of the same rows.
+
+    `same_answers` is how many of another's answers are the tuned model's to the letter.
+    """
     return {
-        **figures_of((base, tuned), held_out, wanted, seed),
+        **figures_of((base, tuned, *others), held_out, wanted, seed),
         "difference": difference(base.scores, tuned.scores),
+        "same_answers": {each.who: sum(map(str.__eq__, each.answers, tuned.answers)) for each in others},
     }
 
 

@@ -1,9 +1,11 @@
 """What `qtune eval` found, as tables."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 from rich.text import Text
 
 from qtune.report import tables
@@ -11,28 +13,36 @@ from qtune.report.words import format_loss, format_score, visible
 
 
 def rows_table(found: dict[str, Any]) -> RenderableType:
-    """Base and tuned as after a run, or the merged model alone."""
-    return tables.score_table(found) if "tuned" in found else _merged_table(found)
+    """Base and tuned as after a run; with merged models beside them a column each."""
+    if not found["same_answers"]:
+        return tables.score_table(found)
+    names = ["base", "tuned", *found["same_answers"]]
+    table = Table("", *(Column(escape(name), overflow="fold") for name in names), box=None, padding=(0, 3, 0, 0))
+    for row in _rows(found, names):
+        table.add_row(*row)
+    return Group(table, *(_sample(sample, names) for sample in found["samples"]))
 
 
-def _merged_table(found: dict[str, Any]) -> RenderableType:
-    figures = found["merged"]
-    table = Table.grid(padding=(0, 3, 0, 0))
-    table.add_row("held-out loss", Text(format_loss(figures["held_out_loss"]), "bold"))
-    if figures["score"] is not None:
-        table.add_row(f"{found['metric']} on {found['rows']:,} rows", Text(tables.with_interval(figures), "bold"))
-    for name, value in figures["parts"].items():
-        table.add_row(name, Text(format_score(value), "bold"))
-    if figures["general_loss"] is not None:
-        table.add_row("loss on general text", Text(format_loss(figures["general_loss"]), "bold"))
-    return Group(table, *(_sample(sample) for sample in found["samples"]))
+def _rows(found: dict[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
+    figures = [found[name] for name in names]
+    yield ["held-out loss", *(format_loss(each["held_out_loss"]) for each in figures)]
+    if figures[0]["score"] is not None:
+        yield [f"{found['metric']} on {found['rows']:,} rows", *map(tables.with_interval, figures)]
+    for part in dict.fromkeys(name for each in figures for name in each["parts"]):
+        yield [part, *(tables.part(each, part) for each in figures)]
+    if figures[0]["general_loss"] is not None:
+        yield ["loss on general text", *(format_loss(each["general_loss"]) for each in figures)]
+    same = found["same_answers"]
+    yield ["answers as tuned", "", "", *(f"{same[name]:,} of {found['rows']:,}" for name in names[2:])]
 
 
-def _sample(sample: dict[str, Any]) -> RenderableType:
+def _sample(sample: dict[str, Any], names: Sequence[str]) -> RenderableType:
     asked = Table.grid(padding=(0, 3, 0, 0))
-    answer = f"merged, {format_score(sample['merged_score'])}"
-    for name, text in (("asked", "prompt"), ("wanted", "reference"), (answer, "merged")):
-        asked.add_row(Text(name, "dim"), Text(visible(sample[text]), overflow="fold"))
+    asked.add_row(Text("asked", "dim"), Text(visible(sample["prompt"]), "bold"))
+    asked.add_row(Text("wanted", "dim"), Text(visible(sample["reference"])))
+    for name in names:
+        told = f"{name}, {format_score(sample[f'{name}_score'])}"
+        asked.add_row(Text(told, "dim"), Text(visible(sample[name]), overflow="fold"))
     return Group(Text(), asked)
 
 

@@ -144,7 +144,7 @@ def score_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, base, tuned) of the main figures, of what the metric is made of, and of what was forgotten."""
     base, tuned = scores["base"], scores["tuned"]
     names = dict.fromkeys((*base.get("parts", ()), *tuned.get("parts", ())))
-    rows = main_cells(scores) + [(name, _part(base, name), _part(tuned, name)) for name in names]
+    rows = main_cells(scores) + [(name, part(base, name), part(tuned, name)) for name in names]
     if tuned.get("general_loss") is not None:
         rows.append(("loss on general text", format_loss(base["general_loss"]), format_loss(tuned["general_loss"])))
     return rows
@@ -159,7 +159,8 @@ def main_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _part(figures: dict[str, Any], name: str) -> str:
+def part(figures: dict[str, Any], name: str) -> str:
+    """One of the things that a score is made of; empty where no row has it."""
     value = figures.get("parts", {}).get(name)
     return "" if value is None else format_score(value)
 

@@ -12,7 +12,7 @@ from made_runs import edit_json, make_run, token_rows
 from safetensors.torch import load_file, save_file
 
 from qtune import cli
-from qtune.deploy import gguf_verdict
+from qtune.deploy import gguf_model
 from qtune.deploy.export import export
 from qtune.errors import MachineError, ModelError, UserError
 from qtune.rundir import RunDir, read_json, write_json
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without llama.cpp."""
-    monkeypatch.setattr(gguf_verdict, "is_installed", lambda: False)
+    monkeypatch.setattr(gguf_model, "is_installed", lambda: False)
 
 
 def values(path: Path) -> dict[str, object]:

@@ -7,7 +7,8 @@ import pytest
 from made_events import SCORES, start_run, whole_run_in
 from rich.console import Console, RenderableType
 
-from qtune.report import tables
+from qtune.events import Memorised
+from qtune.report import card, page, record, summary, tables
 from qtune.rundir import RunDir, read_json, write_json
 
 
@@ -178,3 +179,18 @@ def test_a_difference_says_when_it_may_be_none(score: float, low: float, high: f
     figures = {"score": score, "low": low, "high": high}
     assert tables.difference(figures) == told
     assert tables.score_rows({**SCORES, "difference": figures})[-1] == ("difference", told)
+
+
+def test_canaries_are_told_of_wherever_a_run_is(whole_run: RunDir, data: dict[str, Any]) -> None:
+    assert tables.canary_rows(data) == []
+    planted = {**data, "canaries": 10, "canary_rows": 40}
+    assert "canaries: 10 planted, in 40 rows beside these" in shown(tables.data_table(planted))
+    write_json(whole_run.data, planted)
+    whole_run.record(Memorised(10, 4, 3, 0, 5.2, 1.4, 7.0, 8.0))
+    told = "3 of 10 secrets planted in 4 rows each were told, 0 of 10 never planted; exposure 5.2 against 1.4 of 7 bits"
+    assert tables.result_rows(record.read(whole_run))[-1] == ("canaries", told)
+    assert f"<p>{told}.</p>" in page.run_page(whole_run)
+    assert told in " ".join(shown(summary.report(whole_run)).split())
+    whole_run.scores.unlink()
+    assert tables.result_rows(record.read(whole_run)) == [("canaries", told)]
+    assert told in card.card(record.read(whole_run))
