@@ -15,6 +15,7 @@ ROOMS = [
     "sealed",
     "units",
     "events",
+    "limits",
     "logs",
     "recipe",
     "rundir",

@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data import renderer_child
 from qtune.data.formats import Message
 from qtune.errors import MachineError, ModelError
+from qtune.limits import OUR_FOLDER, environment, python
 from qtune.units import MIB, format_bytes
 
 CPU_SECONDS, MEMORY_BYTES = 2, 256 * MIB
 WALL_SECONDS, START_SECONDS = 20, 60  # for a process that waits its turn on a busy machine
 MAX_STOPS = 10  # rows that cost two seconds each
 BATCH_BYTES = 1 << 18
-KEPT_VARIABLES = ("TZ", "LD_LIBRARY_PATH")  # the date a template may write; where some builds find their own library
 
 
 class Untraceable(Exception):
@@ -136,11 +136,11 @@ class Child:
 
     def __init__(self, settings: str):
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", renderer_child.__file__, *_library_folders()],
+            python(renderer_child.__file__, *_library_folders(), OUR_FOLDER),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"LC_ALL": "C.UTF-8", **{name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}},
+            env=environment(),
             cwd="/",
             process_group=0,  # Ctrl-C is for us
         )

@@ -8,13 +8,12 @@ conversations, read whole before the first answer is written, as both sides woul
 conversation is answered by a line of its own, {"text": ...} or {"fault": ...}. Too much time ends the process by
 SIGPROF, too much memory by exit status OUT_OF_MEMORY.
 
-It imports nothing of qtune, and its arguments are the folders in which to look for jinja2.
+Of qtune it imports `limits` alone. Its arguments are the folders in which to look for that and for jinja2.
 """
 
 import functools
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -31,6 +30,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from qtune.limits import limit
 
 OUT_OF_MEMORY = 77
 FLUSH_SECONDS = 0.02
@@ -117,12 +118,6 @@ def main() -> None:
             for answer in answered(json.loads(line), settings, answers.flush):
                 answers.write(answer)
             answers.flush()
-
-
-def limit(memory_bytes: int) -> None:
-    """No more memory than this, no core dumps, and no file that could be written to; a pipe has no size."""
-    for limited, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-        resource.setrlimit(limited, (most, most))
 
 
 def answered(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from qtune.data.tokens import Example
 from qtune.errors import DataError
+from qtune.evaluate import code_tests
 from qtune.evaluate.marks import FaultOf, Marks, Metric, normalise
 
 SHOWN_ROWS = 3
@@ -24,8 +25,9 @@ def token_f1(answer: str, asked: Example) -> Marks:
     return Marks(2 * shared / (len(given) + len(wanted)))
 
 
-METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1}
-FAULTS: dict[str, FaultOf] = {}  # what is wrong with a row, as a clause, for metrics that want more than a reference
+METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1, "code_tests": code_tests.code_tests}
+# What is wrong with a row, as a clause, for metrics that want more than a reference.
+FAULTS: dict[str, FaultOf] = {"code_tests": code_tests.fault_of}
 
 
 def refuse_unscorable(metric: str, asked: Sequence[Example]) -> None:

@@ -53,7 +53,7 @@ def _steps_or_duration(value: Any) -> Any:
 MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
 NonEmpty = Annotated[str, Field(min_length=1)]
 DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
-Metric = Literal["none", "exact_match", "token_f1"]
+Metric = Literal["none", "exact_match", "token_f1", "code_tests"]
 
 
 class Model(Table):
@@ -277,7 +277,9 @@ class Evaluate(Table):
     """The score before and after."""
 
     metric: Metric = Field(
-        "token_f1", description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences."
+        "token_f1",
+        description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences, code_tests for Python"
+        " that is run against the tests in columns.check.",
     )
     rows: int = Field(
         100, ge=0, le=MAX_COUNT, description="Held-out rows that are answered and scored; 0 leaves the score out."
