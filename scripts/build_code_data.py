@@ -14,13 +14,13 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 SEED, TRAIN_ROWS, HELD_OUT_ROWS = 0, 1100, 160
 
-LIBRARY = '''\
+LIBRARY = """\
 class Shelf(list):
     def over(self, key, n): return Shelf(book for book in self if book[key] > n)
     def under(self, key, n): return Shelf(book for book in self if book[key] < n)
@@ -30,7 +30,7 @@ class Shelf(list):
     def best(self, key): return max((book[key] for book in self), default=0)
     def count(self): return len(self)
 def shelf(*books): return Shelf(dict(zip(("price", "pages", "stock", "weight", "age"), book)) for book in books)
-'''
+"""
 KEYS = ("price", "pages", "stock", "weight", "age")
 NAMES = ("pick", "sum_up", "look", "find", "value", "answer", "result", "check", "number", "report")
 
@@ -46,9 +46,19 @@ ENDS = {
     "best": ("the best {key}", "take the largest {key}"),
     "count": ("the count", "count them"),
 }
-NOUNS_TRAIN = ("Write {name}(shelf): {end} of {step}.", "Define {name}. Of {step} it returns {end}.")
-ORDERS_TRAIN = ("Write {name}(shelf): keep {step}, then {end}.", "Define {name}. It must keep {step} and {end}.")
-NOUNS_HELD_OUT = ("I need a function {name} that gives {end} of {step}.",)
+NOUNS_TRAIN = (
+    "Write {name}(shelf): {end} of {step}.",
+    "Define {name}. Of {step} it returns {end}.",
+    "Given a shelf, {name} returns {end} of {step}.",
+    "Make {name} for {end} of {step}.",
+    "What is {end} of {step}? Let {name} say it.",
+)
+ORDERS_TRAIN = (
+    "Write {name}(shelf): keep {step}, then {end}.",
+    "Define {name}. It must keep {step} and {end}.",
+    "In {name}, {end} after you keep {step}.",
+)
+NOUNS_HELD_OUT = ("I need a function {name} that gives {end} of {step}.", "Code for {name}, please: {end} of {step}.")
 ORDERS_HELD_OUT = ("Please make {name}: from a shelf keep {step} and then {end}.",)
 
 Sentences = tuple[tuple[str, ...], tuple[str, ...]]
@@ -69,10 +79,13 @@ class Task:
 
 
 def tasks() -> Iterator[Task]:
+    """Every one whose result depends on all of it: the count of the 5 best books is 5, whatever best means."""
     for step in STEPS:
         for key in KEYS:
-            yield Task(step, key, "count", "")
-            yield from (Task(step, key, end, end_key) for end in ("total", "best") for end_key in KEYS)
+            if step in ("over", "under"):
+                yield Task(step, key, "count", "")
+            yield from (Task(step, key, "total", end_key) for end_key in KEYS)
+            yield from (Task(step, key, "best", end_key) for end_key in KEYS if end_key != key)
 
 
 def row(task: Task, sentences: Sentences, rng: random.Random, with_tests: bool) -> dict[str, str]:
@@ -86,10 +99,25 @@ def row(task: Task, sentences: Sentences, rng: random.Random, with_tests: bool) 
 
 
 def tests(task: Task, name: str, n: int, rng: random.Random) -> str:
-    """The library and three asserts, the last on a shelf without books."""
-    shelves = [books(task, n, rng) for _ in range(2)]
+    """The library and three asserts, the last on a shelf without books; code that is nearly right fails one of them."""
+    shelves: list[list[tuple[int, ...]]] = []
+    while not all(any(expected(task, n, s) != expected(*wrong, s) for s in shelves) for wrong in near_misses(task, n)):
+        shelves = [books(task, n, rng) for _ in range(2)]
     asserts = [f"assert {name}(shelf({str(shelf)[1:-1]})) == {expected(task, n, shelf)}" for shelf in shelves]
     return LIBRARY + "\n".join([*asserts, f"assert {name}(Shelf()) == 0"])
+
+
+def near_misses(task: Task, n: int) -> Iterator[tuple[Task, int]]:
+    """The number, one call or one key is another."""
+    yield from ((task, other) for other in (n - 10, n - 1, n + 1, n + 10) if other > 0)
+    yield from ((replace(task, step=step), n) for step in STEPS if step != task.step)
+    yield from ((replace(task, key=key), n) for key in KEYS if key != task.key)
+    if task.end == "count":
+        return
+    yield replace(task, end="best" if task.end == "total" else "total"), n
+    yield from ((replace(task, end_key=key), n) for key in KEYS if key != task.end_key)
+    if task.key != task.end_key:
+        yield replace(task, key=task.end_key, end_key=task.key), n
 
 
 def books(task: Task, n: int, rng: random.Random) -> list[tuple[int, ...]]:

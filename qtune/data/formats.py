@@ -231,11 +231,12 @@ FORMATS = {
 def recognise(wanted: DataFormat, rows: Sequence[Row], mapped: Columns) -> str:
     """The name of the format to read `rows` with; auto goes by the first row, then by the columns of all.
 
-    Raises DataError where the columns fit no format, or not the wanted one, and for a mapped column no row has.
+    Raises DataError where the columns fit no format, or not the wanted one, and for a mapped column no row has. That of
+    `check` may be in the held-out rows alone, whose answers it is for.
     """
     present = list(dict.fromkeys(column for row in rows for column in row.values))
     for field, column in mapped:
-        if column is not None and column not in present:
+        if column is not None and column not in present and field != "check":
             near = get_close_matches(column, present, 1)
             hint = f" Did you mean {near[0]}?" if near else f" The columns are {', '.join(present)}."
             raise DataError(f'data.columns.{field} = "{column}": no row has such a column.{hint}')

@@ -165,6 +165,13 @@ def test_the_check_of_a_row_is_kept_and_not_told_to_the_model(value: object, kep
     assert (item.check, [message.content for message in item.messages]) == (kept, ["q", "a"])
 
 
+def test_rows_to_train_on_need_no_check() -> None:
+    row, mapped = Row({"question": "q", "answer": "a"}, "r:1"), Columns(check="tests")
+    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    assert isinstance(item, Conversation)
+    assert item.check == ""
+
+
 def test_a_mapped_column_is_read_once() -> None:
     """Mapping alpaca's input to the prompt asked every question twice, as prompt and as the input under it."""
     values = {"instruction": "Answer truthfully", "input": "q", "output": "a"}

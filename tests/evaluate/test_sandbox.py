@@ -47,10 +47,13 @@ def children_of(process: int) -> set[str]:
         ("x = '\0'", NO_PYTHON),
         ("(" * 100_000, NO_PYTHON),
         ("print('hello')\n" + DOUBLE + "if __name__ == '__main__':\n    double(input())", PASSES),
-        ("import asyncio\nasync def half(x):\n    return x\ndef double(x):\n    return 2 * asyncio.run(half(x))", PASSES),
         (
-            "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Two:\n    x: object\n"
-            "def double(x):\n    return Two(x).x * 2",
+            "import asyncio\nasync def half(x):\n    return x\ndef double(x):\n    return 2 * asyncio.run(half(x))",
+            PASSES,
+        ),
+        (
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "@dataclass\nclass Two:\n    x: object\ndef double(x):\n    return Two(x).x * 2",
             PASSES,
         ),
         ("import collections, re, heapq, itertools, datetime, decimal, random\n" + DOUBLE, PASSES),
@@ -68,7 +71,7 @@ def test_an_answer_is_python_and_passes_or_not(code: str, verdict: Verdict) -> N
         "raise SystemExit",
         "def double(x):\n    raise SystemExit(0)",
         "import os\ndef double(x):\n    os._exit(0)",
-        "import os\nfor handle in range(3, 20):\n    try:\n        os.write(handle, b'p' * 50)\n    except OSError: pass",
+        "import os\nfor handle in range(20):\n    try: os.write(handle, b'p' * 50)\n    except OSError: pass",
         "import builtins\nbuiltins.AssertionError = type('Fine', (Exception,), {})\ndef double(x): pass",
         "import builtins\nbuiltins.len = builtins.all = lambda *_: True\ndef double(x): pass",
         "import sys\nsys.modules.clear()\nsys.settrace(lambda *_: None)\ndef double(x): pass",
@@ -130,7 +133,9 @@ def test_no_file_of_the_user_is_read_changed_or_removed(tmp_path: Path, monkeypa
 def test_nothing_of_our_environment_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_unique")
     code = "import os\ndef held():\n    return set(os.environ)"
-    assert sandbox.run(code, "assert held() <= {'LC_ALL', 'TZ', 'LD_LIBRARY_PATH', 'HF_HUB_DISABLE_TELEMETRY'}") == PASSES
+    assert (
+        sandbox.run(code, "assert held() <= {'LC_ALL', 'TZ', 'LD_LIBRARY_PATH', 'HF_HUB_DISABLE_TELEMETRY'}") == PASSES
+    )
 
 
 def test_there_is_nothing_to_read_and_nowhere_to_print() -> None:
@@ -163,7 +168,9 @@ def test_the_kernel_ends_what_uses_too_much_processor_time(monkeypatch: pytest.M
     """The first process of a namespace ignores SIGXCPU, which a soft limit sends."""
     child = tmp_path / "child.py"
     source = Path(sandbox_child.__file__).read_text(encoding="utf-8")
-    child.write_text(source.replace("CPU_SECONDS, MEMORY_BYTES, PROCESSES = 4,", "CPU_SECONDS, MEMORY_BYTES, PROCESSES = 1,"))
+    child.write_text(
+        source.replace("CPU_SECONDS, MEMORY_BYTES, PROCESSES = 4,", "CPU_SECONDS, MEMORY_BYTES, PROCESSES = 1,")
+    )
     monkeypatch.setattr(sandbox_child, "__file__", str(child))
     monkeypatch.setattr(sandbox, "WALL_SECONDS", 60)
     started = time.monotonic()

@@ -1,0 +1,85 @@
+"""The rows of the code demo are what their script makes, and their tests tell right code from nearly right code."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from qtune.data.tokens import Example
+from qtune.evaluate import sandbox
+from qtune.evaluate.code_tests import fault_of
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import build_code_data  # noqa: E402
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="answers are run on Linux only")
+SOME = slice(None, None, 16)  # each costs three processes
+CALL = re.compile(r"shelf\.(\w+)\(\"(\w+)\", (\d+)\)\.(\w+)\((?:\"(\w+)\")?\)")
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    return build_code_data.rows()
+
+
+def pairings(rows: list[dict[str, str]]) -> set[tuple[str, ...]]:
+    """What is called on what, without the numbers."""
+    found = [CALL.search(row["answer"]) for row in rows]
+    return {(match[1], match[2], match[4], match[5] or "") for match in found if match}
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "code_train.jsonl"), (1, "code_held_out.jsonl")])
+def test_the_files_are_what_the_script_makes(
+    number: int, name: str, made: tuple[list[dict[str, str]], list[dict[str, str]]]
+) -> None:
+    text = (ROOT / "recipes" / "data" / name).read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == made[number]
+    assert len(text) < 230_000
+
+
+def test_no_held_out_pairing_and_no_held_out_question_is_trained_on(
+    made: tuple[list[dict[str, str]], list[dict[str, str]]],
+) -> None:
+    train, held_out = made
+    assert len(pairings(held_out)) > 60
+    assert not pairings(train) & pairings(held_out)
+    openings = [{row["question"].split()[0] for row in rows} for rows in made]
+    assert not openings[0] & openings[1]
+    assert all("tests" not in row for row in train)
+
+
+def test_every_row_can_be_scored(made: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
+    for row in made[1]:
+        assert fault_of(Example([], [], [], row["question"], row["answer"], "", row["tests"])) is None
+
+
+@linux
+def test_references_pass_and_code_that_is_nearly_right_does_not(
+    made: tuple[list[dict[str, str]], list[dict[str, str]]],
+) -> None:
+    others = {"over": "under", "under": "over", "most": "least", "least": "most"}
+    for row in made[1][SOME]:
+        right = row["answer"]
+        match = CALL.search(right)
+        assert match is not None
+        step, _, n, *_ = match.groups()
+        assert sandbox.run(right, row["tests"]).passes, right
+        for wrong in (right.replace(f" {n})", f" {int(n) + 1})"), right.replace(f".{step}(", f".{others[step]}(")):
+            assert not sandbox.run(wrong, row["tests"]).passes, wrong
+
+
+@linux
+def test_any_code_that_does_it_passes(made: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
+    """It is results that are compared, not the text: plain Python does as well as the library."""
+    row = next(row for row in made[1] if ".over(" in row["answer"] and ".total(" in row["answer"])
+    match = CALL.search(row["answer"])
+    assert match is not None
+    _, key, n, _, end_key = match.groups()
+    loop = f"sum(book['{end_key}'] for book in shelf if book['{key}'] > {n})"
+    plain = row["answer"].replace(match[0], loop)
+    assert sandbox.run(plain, row["tests"]).passes
+    assert not sandbox.run("", row["tests"]).passes
