@@ -52,6 +52,8 @@ NOUNS_TRAIN = (
     "Given a shelf, {name} returns {end} of {step}.",
     "Make {name} for {end} of {step}.",
     "What is {end} of {step}? Let {name} say it.",
+    "A function {name} shall find {end} of {step}.",
+    "We want {end} of {step}, so write {name}(shelf).",
 )
 ORDERS_TRAIN = (
     "Write {name}(shelf): keep {step}, then {end}.",
@@ -143,13 +145,17 @@ def expected(task: Task, n: int, shelf: list[tuple[int, ...]]) -> int:
 
 
 def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training rows over two thirds of the tasks, held-out rows over the others, no question twice."""
+    """Training rows over two thirds of the tasks with each end, held-out rows over the others; no question twice."""
     rng = random.Random(SEED)
-    every = list(tasks())
-    rng.shuffle(every)
-    third = len(every) // 3
-    train = distinct(every[third:], TRAIN_ROWS, (NOUNS_TRAIN, ORDERS_TRAIN), rng, with_tests=False)
-    held_out = distinct(every[:third], HELD_OUT_ROWS, (NOUNS_HELD_OUT, ORDERS_HELD_OUT), rng, with_tests=True)
+    by_end = [[task for task in tasks() if task.end == end] for end in ENDS]
+    train_tasks, held_out_tasks = [], []
+    for same_end in by_end:
+        rng.shuffle(same_end)
+        third = len(same_end) // 3
+        held_out_tasks += same_end[:third]
+        train_tasks += same_end[third:]
+    train = distinct(train_tasks, TRAIN_ROWS, (NOUNS_TRAIN, ORDERS_TRAIN), rng, with_tests=False)
+    held_out = distinct(held_out_tasks, HELD_OUT_ROWS, (NOUNS_HELD_OUT, ORDERS_HELD_OUT), rng, with_tests=True)
     return train, held_out
 
 

@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from qtune.errors import MachineError
 from qtune.evaluate import sandbox_child
 from qtune.limits import OUR_FOLDER, environment, python
+from qtune.units import MIB
 
+CPU_SECONDS, MEMORY_BYTES, PROCESSES = 4, 512 * MIB, 64
 WALL_SECONDS, START_SECONDS = 20, 60  # for a process that waits its turn on a busy machine
 NONCE_BYTES = 16
 ALONE = ("--user", "--map-current-user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -71,11 +73,12 @@ def run(code: str, tests: str) -> Verdict:
 
 def _said(messages: Sequence[bytes], folder: str) -> bytes:
     """What the child writes on being given the messages; it and all it started are gone when this returns."""
+    limits = (str(limit) for limit in (CPU_SECONDS, MEMORY_BYTES, PROCESSES))
     with tempfile.TemporaryFile() as requests:
         requests.writelines(len(message).to_bytes(8, "big") + message for message in messages)
         requests.seek(0)
         process = subprocess.Popen(
-            [*_alone(), *python(sandbox_child.__file__, OUR_FOLDER, *_libraries())],
+            [*_alone(), *python(sandbox_child.__file__, OUR_FOLDER, *limits, *_libraries())],
             stdin=requests,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ from qtune.units import format_count, format_percent, format_rate, format_second
 
 What = Literal["adapter", "merged"]
 FILE = "README.md"
-METRIC_NAMES = {"exact_match": "exact match", "token_f1": "token F1"}
+METRIC_NAMES = {"exact_match": "exact match", "token_f1": "token F1", "code_tests": "tests passed"}
 
 
 def write_card(run: RunDir) -> None:
