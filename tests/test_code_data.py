@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from qtune.data.formats import Conversation, read, recognise
+from qtune.data.rows import Row
 from qtune.data.tokens import Example
 from qtune.evaluate import sandbox
 from qtune.evaluate.code_tests import fault_of
+from qtune.recipe.load import load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -55,6 +58,21 @@ def test_no_held_out_pairing_and_no_held_out_question_is_trained_on(
 def test_every_row_can_be_scored(made: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
     for row in made[1]:
         assert fault_of(Example([], [], [], row["question"], row["answer"], "", row["tests"])) is None
+
+
+def test_a_row_of_the_hub_is_read_with_its_tests() -> None:
+    """A row as `educational_instruct` has them, columns and types."""
+    asserts = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+    columns = {"seq_id": 1, "instruction": "Add two numbers.", "output": "Sure!", "code": "def add(a, b): ..."}
+    row = Row({**columns, "entry_point": "add", "testcase": asserts}, "hub:1")
+    mapped = load(ROOT / "recipes" / "code.toml").data.columns
+    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    assert isinstance(item, Conversation)
+    assert [message.content for message in item.messages] == [
+        "Add two numbers.\n\nassert add(1, 2) == 3\n\nassert add(0, 0) == 0",
+        "def add(a, b): ...",
+    ]
+    assert item.check == "\n".join(asserts)
 
 
 @linux
