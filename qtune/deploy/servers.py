@@ -114,7 +114,7 @@ class _Asked:
 
     def _merged(self, command: str) -> Answer:
         """For a server that reads a Hugging Face folder."""
-        merge = tables.next_commands(self.run)[1]
+        merge = tables.NextCommands.of(self.run).merge
         folder = shlex.split(merge)[-1]
         return self._drafted(lambda fold: None, merge + command.format(folder=folder))
 

@@ -24,12 +24,12 @@ def uses(found: Record) -> list[Use]:
     """Talk to it, fold it into its base, serve it, load it; none without an adapter."""
     if not found.has_adapter or not found.lock:
         return []
-    chat, merge, _ = tables.next_commands(found.run)
+    then = tables.NextCommands.of(found.run)
     base, adapter = base_place(found), str(found.run.adapter)
     command = vllm_command(found, base, adapter)
     return [
-        Use("Talk to it, base and tuned side by side", f"{chat} --compare"),
-        Use("Fold it into its base: a plain model folder", merge),
+        Use("Talk to it, base and tuned side by side", f"{then.chat} --compare"),
+        Use("Fold it into its base: a plain model folder", then.merge),
         *([Use("Serve it with vLLM, beside its base", command)] if command else []),
         Use("Load it in Python, with peft alone", peft_snippet(base, adapter), "python"),
     ]

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
@@ -297,15 +297,23 @@ def end_of_run(run: RunDir) -> RenderableType:
     if found.train_seconds is not None:
         table.add_row("training took", format_seconds(found.train_seconds))
     table.add_row("adapter", Text(str(run.adapter) if found.has_adapter else "none was saved", overflow="fold"))
-    commands = next_commands(run) if found.has_adapter else next_commands(run)[-1:]
+    commands = NextCommands.of(run) if found.has_adapter else [NextCommands.of(run).report]
     return Group(Text(), table, Text(), *(Text(f"  {command}", "bold", overflow="fold") for command in commands))
 
 
-def next_commands(run: RunDir) -> tuple[str, str, str]:
-    """Ready to paste: talk to it, fold it into its base, look at it again."""
-    folder = shlex.quote(str(run.path))
-    merged = shlex.quote(f"merged/{run.path.resolve().name}")
-    return f"qtune chat {folder}", f"qtune merge {folder} --output {merged}", f"qtune report {folder}"
+class NextCommands(NamedTuple):
+    """Ready to paste: talk to it, fold it into its base, make a GGUF file of it, look at it again."""
+
+    chat: str
+    merge: str
+    export: str
+    report: str
+
+    @classmethod
+    def of(cls, run: RunDir) -> "NextCommands":
+        folder, merged = shlex.quote(str(run.path)), shlex.quote(f"merged/{run.path.resolve().name}")
+        merge = f"qtune merge {folder} --output {merged}"
+        return cls(f"qtune chat {folder}", merge, f"qtune export {folder} --to gguf", f"qtune report {folder}")
 
 
 def _grid(columns: int) -> Table:

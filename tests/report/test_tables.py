@@ -132,6 +132,7 @@ def test_the_end_of_a_run_says_what_came_out_and_what_to_type_next(whole_run: Ru
         f"adapter {run}/adapter",
         f"qtune chat {run}",
         f"qtune merge {run} --output merged/medical-1",
+        f"qtune export {run} --to gguf",
         f"qtune report {run}",
     ]
 
@@ -143,8 +144,8 @@ def test_a_run_that_ended_early_promises_nothing(started_run: RunDir) -> None:
 
 def test_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "my run; rm")
-    assert tables.next_commands(run)[0] == f"qtune chat '{tmp_path}/my run; rm'"
-    assert tables.next_commands(run)[1].endswith("--output 'merged/my run; rm'")
+    assert tables.NextCommands.of(run).chat == f"qtune chat '{tmp_path}/my run; rm'"
+    assert tables.NextCommands.of(run).merge.endswith("--output 'merged/my run; rm'")
 
 
 def test_figures_of_a_merge(whole_run: RunDir) -> None:
