@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Write the medical sample data: recipes/data/medical_train.jsonl and medical_held_out.jsonl.
 
-Two small tasks whose answers follow rules a model can *learn*, so that a held-out score shows generalisation:
+Two small tasks whose answers follow rules a model can *learn*, so that a held-out score shows generalisation, and a
+third that has none:
 
 * The stem of an international non-proprietary drug name decides the drug's class (WHO, "The use of stems in the
   selection of INN for pharmaceutical substances", 2018). Every fourth drug of a class is held out.
 * The place of a complaint decides the medical specialty. Places are seen in training, the held-out pairs of place
   and complaint are not.
+* Drugs whose stem belongs to no class of these data, and things that are neither a drug nor a part of the body, have
+  no answer: the right one is to say so. Every fourth is held out.
 
 The held-out questions are also phrased in ways training never uses. The sentences were written for this project;
 the facts are public.
@@ -91,6 +94,23 @@ PLACES_BY_SPECIALTY = {
     "endocrinology": "thyroid, pituitary gland, adrenal gland, thyroid gland, parathyroid",
     "urology": "bladder, prostate, urethra, ureter, testicle",
 }
+NO_ANSWER = "I do not know."
+UNTAUGHT_DRUGS = (
+    "metformin warfarin digoxin furosemide spironolactone allopurinol colchicine methotrexate baclofen gabapentin"
+    " pregabalin levetiracetam topiramate lamotrigine phenytoin valproate carbamazepine haloperidol clozapine"
+    " olanzapine quetiapine risperidone fluoxetine sertraline paroxetine citalopram venlafaxine bupropion"
+    " amitriptyline morphine codeine oxycodone fentanyl tramadol naloxone methadone paracetamol aspirin ibuprofen"
+    " naproxen diclofenac celecoxib tamoxifen finasteride levothyroxine insulin montelukast theophylline clopidogrel"
+    " isoniazid chloroquine quinine vancomycin erythromycin azithromycin gentamicin ciclosporin tacrolimus sirolimus"
+    " glipizide pioglitazone rosiglitazone orlistat disulfiram"
+)
+NO_DRUGS = (
+    "table bicycle violin curtain mountain kitchen hammer planet teacher window feather candle pencil bridge winter"
+    " garden rocket letter island blanket music castle engine thunder"
+)
+NO_BODY_PARTS = (
+    "desk, wall, park, car, door, house, river, truck, roof, street, kettle, computer, tower, radio, fence, shoe"
+)
 COMPLAINTS = ("pain in", "a problem with", "an infection of", "an injury to", "trouble with", "an inflammation of")
 
 ASK_CLASS_TRAIN = (
@@ -110,12 +130,13 @@ ASK_SPECIALTY_HELD_OUT = "A patient reports {} the {}. Which specialty is right?
 def drug_rows() -> tuple[list[dict], list[dict]]:
     """One row per training drug and phrasing; one row per held-out drug and held-out phrasing."""
     train, held_out = [], []
-    for drug_class, names in DRUGS_BY_CLASS.items():
-        for position, drug in enumerate(names.split()):
+    names_by_answer = DRUGS_BY_CLASS | {NO_ANSWER: f"{UNTAUGHT_DRUGS} {NO_DRUGS}"}
+    for answer, names in names_by_answer.items():
+        for position, name in enumerate(names.split()):
             is_held_out = position % 4 == 2
             rows, phrasings = (held_out, ASK_CLASS_HELD_OUT) if is_held_out else (train, ASK_CLASS_TRAIN)
             for phrasing in phrasings:
-                rows.append({"question": phrasing.format(drug), "answer": drug_class, "about": drug})
+                rows.append({"question": phrasing.format(name), "answer": answer, "about": name})
     return train, held_out
 
 
@@ -124,14 +145,42 @@ def specialty_rows() -> tuple[list[dict], list[dict]]:
     train, held_out = [], []
     for number, (specialty, places) in enumerate(PLACES_BY_SPECIALTY.items()):
         for position, place in enumerate(places.split(", ")):
-            offset = (number + position) % len(COMPLAINTS)
-            complaints = COMPLAINTS[offset:] + COMPLAINTS[:offset]
-            for turn, complaint in enumerate(complaints[:4]):
-                question = ASK_SPECIALTY_TRAIN[turn % 2].format(complaint, place)
-                train.append({"question": question, "answer": specialty, "about": place})
-            question = ASK_SPECIALTY_HELD_OUT.format(complaints[4], place)
-            held_out.append({"question": question, "answer": specialty, "about": place})
+            complaints = _complaints_from(number + position)
+            train += _trained(place, complaints[:4], specialty)
+            held_out.append(_held_out(place, complaints[4], specialty))
     return train, held_out
+
+
+def no_specialty_rows() -> tuple[list[dict], list[dict]]:
+    """Places that no specialty treats; what is held out is the place, as all of them share one answer."""
+    train, held_out = [], []
+    for position, place in enumerate(NO_BODY_PARTS.split(", ")):
+        complaints = _complaints_from(position)
+        if position % 4 == 2:
+            held_out += [_held_out(place, complaint, NO_ANSWER) for complaint in complaints[:2]]
+        else:
+            train += _trained(place, complaints[:4], NO_ANSWER)
+    return train, held_out
+
+
+def _complaints_from(offset: int) -> tuple[str, ...]:
+    start = offset % len(COMPLAINTS)
+    return COMPLAINTS[start:] + COMPLAINTS[:start]
+
+
+def _trained(place: str, complaints: tuple[str, ...], answer: str) -> list[dict]:
+    questions = [ASK_SPECIALTY_TRAIN[turn % 2].format(complaint, place) for turn, complaint in enumerate(complaints)]
+    return [{"question": question, "answer": answer, "about": place} for question in questions]
+
+
+def _held_out(place: str, complaint: str, answer: str) -> dict:
+    return {"question": ASK_SPECIALTY_HELD_OUT.format(complaint, place), "answer": answer, "about": place}
+
+
+def rows() -> tuple[list[dict], list[dict]]:
+    """Training and held-out rows."""
+    parts = (drug_rows(), specialty_rows(), no_specialty_rows())
+    return [row for train, _ in parts for row in train], [row for _, held_out in parts for row in held_out]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -140,7 +189,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    drugs, specialties = drug_rows(), specialty_rows()
+    train, held_out = rows()
     DATA.mkdir(parents=True, exist_ok=True)
-    write_jsonl(DATA / "medical_train.jsonl", drugs[0] + specialties[0])
-    write_jsonl(DATA / "medical_held_out.jsonl", drugs[1] + specialties[1])
+    write_jsonl(DATA / "medical_train.jsonl", train)
+    write_jsonl(DATA / "medical_held_out.jsonl", held_out)

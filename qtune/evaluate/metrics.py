@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from qtune.data.tokens import Example
 from qtune.errors import DataError
-from qtune.evaluate import code_tests
+from qtune.evaluate import code_tests, policy, style
+from qtune.evaluate.abstention import abstention
 from qtune.evaluate.marks import FaultOf, Marks, Metric, normalise
 
 SHOWN_ROWS = 3
@@ -25,9 +26,20 @@ def token_f1(answer: str, asked: Example) -> Marks:
     return Marks(2 * shared / (len(given) + len(wanted)))
 
 
-METRICS: dict[str, Metric] = {"exact_match": exact_match, "token_f1": token_f1, "code_tests": code_tests.code_tests}
-# What is wrong with a row, as a clause, for metrics that want more than a reference.
-FAULTS: dict[str, FaultOf] = {"code_tests": code_tests.fault_of}
+METRICS: dict[str, Metric] = {
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+    "abstention": abstention,
+    "policy": policy.policy,
+    "code_tests": code_tests.code_tests,
+    "style": style.style,
+}
+# What is wrong with a row, as a clause, for metrics that want more of it than a reference.
+FAULTS: dict[str, FaultOf] = {
+    "policy": policy.fault_of,
+    "code_tests": code_tests.fault_of,
+    "style": style.fault_of,
+}
 
 
 def refuse_unscorable(metric: str, asked: Sequence[Example]) -> None:

@@ -53,7 +53,7 @@ def _steps_or_duration(value: Any) -> Any:
 MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
 NonEmpty = Annotated[str, Field(min_length=1)]
 DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
-Metric = Literal["none", "exact_match", "token_f1", "code_tests"]
+Metric = Literal["none", "exact_match", "token_f1", "abstention", "policy", "code_tests", "style"]
 
 
 class Model(Table):
@@ -278,8 +278,9 @@ class Evaluate(Table):
 
     metric: Metric = Field(
         "token_f1",
-        description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences, code_tests for Python"
-        " that is run against the tests in columns.check.",
+        description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences, abstention where it"
+        ' may rightly be "I do not know", policy for replies held against columns.check, code_tests for Python that is'
+        " run against the tests in columns.check, style for rewriting.",
     )
     rows: int = Field(
         100, ge=0, le=MAX_COUNT, description="Held-out rows that are answered and scored; 0 leaves the score out."
