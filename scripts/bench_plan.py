@@ -48,7 +48,7 @@ SHORT = {
     "host_checkpoints": "offload",
     "tile_tokens": "tiles",
     "host_embedding": "embedding",
-    "quantized_head": "NF4 head",
+    "head": "output head",
     "streamed_layers": "stream",
     "head_groups": "head groups",
 }

@@ -8,10 +8,12 @@ Refuses: nothing; without a card the copies are plain ones.
 Letters: B rows, T tokens, H hidden, L layers.
 """
 
+import contextlib
 import weakref
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qtune.memory import live
 
@@ -23,11 +25,19 @@ def page_locked(count: int, dtype: torch.dtype) -> torch.Tensor:
     is registered with the driver. Where that is refused (a limit on locked memory) copies still work, unoverlapped.
     """
     buffer = torch.empty(count, dtype=dtype)
-    if torch.cuda.is_available() and count:
+    if torch.cuda.is_available() and count and not isinstance(buffer, FakeTensor):  # which has no address
         runtime, address = torch.cuda.cudart(), buffer.data_ptr()
         if int(runtime.cudaHostRegister(address, buffer.nbytes, 0)) == 0:
             weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
+        else:
+            _clear_error()
     return buffer
+
+
+def _clear_error() -> None:
+    """The runtime remembers a call that it refused, and torch would raise that for the next kernel, whichever it is."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 @dataclass

@@ -20,7 +20,8 @@ def standing_parts(
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     trained = [p for p in model.parameters() if p.requires_grad]
     head_weights = [head.weight] if head is not None and not head.weight.requires_grad else []
-    yield "head", "device", [*head_weights, *quantization_state(head_weights)]
+    head_on_host = engine is not None and engine.techniques.head == "host"
+    yield "head", "host" if head_on_host else "device", [*head_weights, *quantization_state(head_weights)]
     stream = engine.runner.stream if engine is not None else None
     homes, slots = (stream.homes, stream.slots) if stream is not None else ([], [])
     yield "streamed layers", "host", homes

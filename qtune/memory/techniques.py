@@ -4,6 +4,7 @@ Every technique may be switched on in a model that is running, between two passe
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -12,11 +13,15 @@ from qtune.memory import tiled_loss
 from qtune.memory.head_groups import group_heads, why_not_grouped
 from qtune.memory.host import HostBuffers
 from qtune.memory.host_embedding import move_embedding_out
+from qtune.memory.host_head import move_head_out
 from qtune.memory.layers import LayerRunner, find_layers
 from qtune.memory.lora_linear import fuse
 from qtune.memory.quantized_head import quantize_head
 from qtune.memory.streaming import LayerStream, spread
 from qtune.memory.tiling import NORM_TILE_TOKENS, run_in_tiles, token_wise
+
+Head = Literal["device", "host", "nf4"]  # where the output head is, each for less memory on the device or the host
+HEADS = get_args(Head)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Techniques:
     host_checkpoints: bool = False
     tile_tokens: int = 0
     host_embedding: bool = False
-    quantized_head: bool = False
+    head: Head = "device"
     streamed_layers: int = 0
     head_groups: int = 1
 
@@ -38,7 +43,7 @@ class Techniques:
             host_checkpoints=self.host_checkpoints or others.host_checkpoints,
             tile_tokens=self.tile_tokens or others.tile_tokens,
             host_embedding=self.host_embedding or others.host_embedding,
-            quantized_head=self.quantized_head or others.quantized_head,
+            head=max(self.head, others.head, key=HEADS.index),
             streamed_layers=max(self.streamed_layers, others.streamed_layers),
             head_groups=self.head_groups if self.head_groups > 1 else others.head_groups,
         )
@@ -61,7 +66,7 @@ def refusals(model: PeftModel) -> dict[str, str]:
     if why_not := next(filter(None, map(why_not_grouped, layers)), None):
         found["head_groups"] = why_not
     if not tiled_loss.suits(model):
-        found["quantized_head"] = "its head scales, caps or biases the logits, or is trained"
+        found["head"] = "its head scales, caps or biases the logits, or is trained"
     return found
 
 
@@ -72,6 +77,7 @@ class Engine:
         self._model = model
         self._layers = find_layers(model)
         self._device = _device_of(model)
+        self._is_tied = _is_tied(model)
         self.runner = LayerRunner(self._layers, keeps_random_state=_draws_random_numbers(model))
         self.techniques = Techniques()
         fuse(model)
@@ -89,9 +95,11 @@ class Engine:
         if target.head_groups != now.head_groups:
             for layer in self._layers:
                 group_heads(layer, target.head_groups)
-        if target.host_embedding:
+        if target.host_embedding or (target.head == "host" and self._is_tied):
             move_embedding_out(causal, self._device)
-        if target.quantized_head:
+        if target.head == "host":
+            move_head_out(causal, self._device, self._is_tied)
+        if target.head == "nf4":
             quantize_head(causal)
         if target.streamed_layers > now.streamed_layers:
             self.runner.stream_with(
@@ -121,6 +129,13 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     """Where the model computes: where its norms are, which no technique moves."""
     small = (parameter for parameter in model.parameters() if parameter.ndim < 2)
     return next(small, next(model.parameters())).device
+
+
+def _is_tied(model: PeftModel) -> bool:
+    """Whether one table is both embedding and output head."""
+    causal = model.get_base_model()
+    head = causal.get_output_embeddings()
+    return head is not None and head.weight is causal.get_input_embeddings().weight
 
 
 def _norms_beside(model: torch.nn.Module, layers: list) -> list[torch.nn.Module]:

@@ -22,9 +22,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from qtune.memory import live
+from qtune.memory import host_head, live, quantized_head
 from qtune.memory.nf4 import is_quantized
-from qtune.memory.quantized_head import of_quantized_head
+from qtune.memory.sliced_loss import of_sliced_head
 
 TILE_BYTES = 64 * 1024**2
 SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -97,8 +97,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
         assert not head.weight.requires_grad, "the head is frozen"
-        make: Any = of_quantized_head if is_quantized(head) else of_plain_head
-        nats, gradient = make(hidden, head, labels, with_gradient=ctx.needs_input_grad[0])
+        nats, gradient = _of_head(hidden, head, labels, with_gradient=ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return nats
 
@@ -108,11 +107,24 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None
 
 
-def of_plain_head(
-    hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor, with_gradient: bool
+def _of_head(
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary."""
-    weight = head.weight
+    """Summed loss and its gradient (N, H), by the way that suits where the head is."""
+    if is_quantized(head):
+        return of_sliced_head(hidden, quantized_head.sliced(head, hidden), labels, with_gradient)
+    if not host_head.is_on_host(head):
+        return of_weight(hidden, head.weight, labels, with_gradient)
+    found = host_head.sliced(head, hidden.device)
+    if len(found.parts) == 1:
+        return of_weight(hidden, found.weight(found.parts[0]), labels, with_gradient)
+    return of_sliced_head(hidden, found, labels, with_gradient)
+
+
+def of_weight(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary of `weight` (V, H)."""
     nats = torch.zeros((), device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for tile in live.tiles(len(hidden), max(16, TILE_BYTES // (4 * weight.shape[0])), hidden):

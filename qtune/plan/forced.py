@@ -1,7 +1,7 @@
 """What a recipe's [memory] settles itself: as techniques, and refused where the model or the host does not allow it."""
 
 from qtune.errors import MachineError, ModelError
-from qtune.memory.techniques import Techniques
+from qtune.memory.techniques import Head, Techniques
 from qtune.plan.forecast import Forecaster
 from qtune.plan.trace import Batch
 from qtune.recipe.schema import Recipe
@@ -12,12 +12,13 @@ FIELDS = {  # settings of [memory] that switch a technique on, and the fields of
     "checkpoints": "host_checkpoints",
     "tile_tokens": "tile_tokens",
     "embedding": "host_embedding",
-    "head": "quantized_head",
+    "head": "head",
     "stream_layers": "streamed_layers",
     "head_groups": "head_groups",
 }
 OFF = {"stream_layers": (0,), "tile_tokens": (0,), "head_groups": (1,), "checkpoints": ("device",)}
 OFF |= {"embedding": ("device",), "head": ("16bit",)}
+HEAD_BY_SETTING: dict[str, Head] = {"auto": "device", "16bit": "device", "host": "host", "nf4": "nf4"}
 
 
 def forced(recipe: Recipe, forecaster: Forecaster) -> Techniques:
@@ -30,7 +31,7 @@ def forced(recipe: Recipe, forecaster: Forecaster) -> Techniques:
         host_checkpoints=memory.checkpoints == "host",
         tile_tokens=0 if memory.tile_tokens == "auto" else memory.tile_tokens,
         host_embedding=memory.embedding == "host",
-        quantized_head=memory.head == "nf4",
+        head=HEAD_BY_SETTING[memory.head],
         streamed_layers=streamed,
         head_groups=1 if memory.head_groups == "auto" else memory.head_groups,
     )
@@ -59,7 +60,7 @@ def refuse_impossible(recipe: Recipe, forecaster: Forecaster, smallest: Batch, h
         raise ModelError("\n".join(f"{sentence} (model.base is {recipe.model.base})." for sentence in wrong))
     parts = forecaster.host_parts(forced(recipe, forecaster), smallest)
     needed = sum(parts.values())
-    asked = [key for key in ("stream_layers", "checkpoints", "embedding") if key in on]
+    asked = [key for key in ("stream_layers", "checkpoints", "embedding", "head") if key in on]
     if asked and needed > host_bytes:
         raise MachineError(
             f"{' and '.join(written(recipe, key) for key in asked)} would keep {format_bytes(needed)} in host memory,"

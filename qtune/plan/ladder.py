@@ -1,6 +1,7 @@
 """The ladder of memory techniques, cheapest first, and how far up it a run has to climb to fit.
 
-The one that changes the loss is the last, whatever it costs: a plan takes it only where nothing else fits.
+The one that changes the loss is the last, whatever it costs: a plan takes it only where the host has no room for the
+head.
 
 Every rung that the recipe leaves open is climbed only if what is below it does not fit; once it fits, rungs that turn
 out not to be needed are taken back, and those with a number are turned down as far as it goes.
@@ -61,18 +62,23 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Step:
-    """How a rung is climbed: `key` is its setting in the recipe."""
+    """How a rung is climbed: `key` is its setting in the recipe, `value` what it sets where others set the same."""
 
     name: str
     key: str
     up: Callable[[Techniques, Forecaster], Techniques]
     cost: Callable[[Techniques, Forecaster], float]
     note: str
+    value: str | None = None
 
     @property
     def field(self) -> str:
         """Its field in Techniques."""
         return FIELDS[self.key]
+
+    def is_on(self, techniques: Techniques) -> bool:
+        now = getattr(techniques, self.field)
+        return now != getattr(Techniques(), self.field) if self.value is None else now == self.value
 
 
 @dataclass(frozen=True)
@@ -153,14 +159,23 @@ STEPS = (
         "weights are dequantised once a tile",
     ),
     Step(
+        "output head in host memory",
+        "head",
+        lambda t, f: t if t.head == "nf4" else replace(t, head="host"),
+        lambda t, f: 0.05 + _head_cost(t, f),
+        "slices of it are copied in for the loss, and the logits made twice",
+        "host",
+    ),
+    Step(
         "output head in NF4",
         "head",
-        lambda t, f: replace(t, quantized_head=True),
+        lambda t, f: t if t.head == "host" else replace(t, head="nf4"),
         _head_cost,
-        "the only one that moves the loss: it rounds the head while training",
+        "where the host has no room; the only one that moves the loss, as it rounds the head while training",
+        "nf4",
     ),
 )
-ONE_A_SETTING = tuple(step for step in STEPS if step.name != "smaller tiles")
+SHOWN = tuple(step for step in STEPS if step.name != "smaller tiles")
 
 
 def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
@@ -318,10 +333,8 @@ def _rungs(
     """Every rung with what it does here: one that is on, against the same without it; one that is off, if added."""
     off, refused = Techniques(), refusals(recipe, forecaster)
     found = forecast(techniques)
-    for step in ONE_A_SETTING:
-        value = getattr(techniques, step.field)
-        is_on = value != getattr(off, step.field)
-        note = step.note
+    for step in SHOWN:
+        is_on, note = step.is_on(techniques), step.note
         if step.field in refused and not is_on:
             yield Rung(step.name, step.key, False, 0, 0, 0.0, f"refused: {refused[step.field]}")
             continue

@@ -52,9 +52,9 @@ class Standing:
         streamed = spread(techniques.streamed_layers, len(self.layers))
         slot = max((self.layers[i].packed_bytes for i in streamed), default=0)
         slots = min(2, len(streamed)) * block_bytes(slot)
-        head = self.quantized_head_bytes if techniques.quantized_head else self.head_bytes
+        head = {"device": self.head_bytes, "host": 0, "nf4": self.quantized_head_bytes}[techniques.head]
         if self.is_tied:  # one table serves both, and stays for the one that still reads it
-            embedding_stays = not techniques.host_embedding and techniques.quantized_head
+            embedding_stays = not techniques.host_embedding and techniques.head == "nf4"
             embedding = self.head_bytes if embedding_stays else 0
         else:
             embedding = 0 if techniques.host_embedding else self.embedding_bytes
@@ -70,16 +70,18 @@ class Standing:
 
     def while_loading(self, techniques: Techniques) -> int:
         """Bytes on the device when the last weight has come: the head in 16 bits, one weight before it is quantised."""
-        standing = self.on_device(replace(techniques, quantized_head=False))
+        standing = self.on_device(replace(techniques, head="device"))
         return standing["base"] + standing["embedding"] + self.head_bytes + self.largest_bytes
 
     def on_host(self, techniques: Techniques) -> dict[str, int]:
         """Parts that stand in page-locked or ordinary host memory because of `techniques`."""
         streamed = spread(techniques.streamed_layers, len(self.layers))
         table = self.head_bytes if self.is_tied else self.embedding_bytes
+        table_is_head = self.is_tied and techniques.head == "host"
         return {
             "streamed layers": sum(block_bytes(self.layers[i].packed_bytes) for i in streamed),
-            "embedding": table if techniques.host_embedding else 0,
+            "embedding": table if techniques.host_embedding and not table_is_head else 0,
+            "head": self.head_bytes if techniques.head == "host" else 0,
         }
 
 

@@ -244,8 +244,9 @@ class Memory(Table):
     embedding: Literal["auto", "device", "host"] = Field(
         "auto", description="Where the embedding table lives; on the host its rows are looked up there."
     )
-    head: Literal["auto", "16bit", "nf4"] = Field(
-        "auto", description="How the output head is held while training; nf4 rounds it as the layers are."
+    head: Literal["auto", "16bit", "host", "nf4"] = Field(
+        "auto",
+        description="Where the output head is; host copies slices of it in for the loss, nf4 rounds it while training.",
     )
     stream_layers: AutoOrCount = Field(
         "auto", description="Frozen layers that stay in host memory and visit the device; costs copies, not accuracy."

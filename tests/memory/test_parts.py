@@ -14,10 +14,12 @@ TECHNIQUES = {
     "nothing": Techniques(),
     "recomputation": Techniques(recomputed_layers=LAYERS, host_checkpoints=True, tile_tokens=16),
     "embedding": Techniques(host_embedding=True),
-    "head": Techniques(quantized_head=True),
-    "embedding and head": Techniques(host_embedding=True, quantized_head=True),
+    "head": Techniques(head="nf4"),
+    "embedding and head": Techniques(host_embedding=True, head="nf4"),
+    "head on the host": Techniques(head="host"),
     "streaming": Techniques(recomputed_layers=LAYERS, streamed_layers=3),
-    "all": Techniques(LAYERS, True, 16, True, True, LAYERS, 2),
+    "all on the host": Techniques(LAYERS, True, 16, True, "host", LAYERS, 2),
+    "all": Techniques(LAYERS, True, 16, True, "nf4", LAYERS, 2),
 }
 
 
@@ -69,6 +71,16 @@ def test_where_embedding_and_head_are(name, kind, embedding, head) -> None:
         assert sizes["head", "device"] == head
     else:
         assert sizes["head", "device"] < 262 * 64
+
+
+@pytest.mark.parametrize(("kind", "others"), [("llama", {"embedding": "device"}), ("qwen3", {})])
+def test_a_head_on_the_host_takes_a_tied_embedding_with_it(kind, others) -> None:
+    model = adapted(base(kind, nf4="double"))
+    engine = switched(model, TECHNIQUES["head on the host"])
+    found = {part: (side, storage_sizes(tensors)) for part, side, tensors in standing_parts(model, engine, None)}
+    table = 262 * 64 * 4
+    assert found["head"] == ("host", table)
+    assert {part: found[part][0] for part in ("embedding",) if part in found} == others
 
 
 def test_streamed_layers_are_in_two_places() -> None:

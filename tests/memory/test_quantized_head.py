@@ -7,11 +7,12 @@ from bitsandbytes.nn import Linear4bit
 from made_models import adapted, assert_close, base, batch, held_out, one_pass, switched
 
 from qtune.memory import quantized_head
-from qtune.memory.quantized_head import of_quantized_head, quantize_head, slices
+from qtune.memory.quantized_head import quantize_head, sliced, slices
+from qtune.memory.sliced_loss import of_sliced_head
 from qtune.memory.techniques import Techniques
-from qtune.memory.tiled_loss import of_plain_head, suits, summed_loss
+from qtune.memory.tiled_loss import of_weight, suits, summed_loss
 
-HEAD = Techniques(quantized_head=True)
+HEAD = Techniques(head="nf4")
 
 
 class OnlyHead(torch.nn.Module):
@@ -44,11 +45,11 @@ def test_value_and_gradient_whatever_the_slices(monkeypatch, vocabulary, slice_b
     labels = torch.randint(0, vocabulary, (53,))
     labels[:2] = torch.tensor([0, vocabulary - 1])
     hidden = 3 * torch.randn(53, 64)
-    ours = of_quantized_head(hidden, packed, labels, with_gradient=True)
-    theirs = of_plain_head(hidden.double(), plain.double(), labels, with_gradient=True)
+    ours = of_sliced_head(hidden, sliced(packed, hidden), labels, with_gradient=True)
+    theirs = of_weight(hidden.double(), plain.weight.double(), labels, with_gradient=True)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
     assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
-    assert of_quantized_head(hidden, packed, labels, with_gradient=False)[1] is None
+    assert of_sliced_head(hidden, sliced(packed, hidden), labels, with_gradient=False)[1] is None
 
 
 def test_a_large_odd_vocabulary() -> None:
@@ -67,8 +68,8 @@ def test_a_large_odd_vocabulary() -> None:
 def test_logits_too_large_for_an_exponential() -> None:
     packed, plain = pair(300)
     labels, hidden = torch.randint(0, 300, (5,)), 1e4 * torch.randn(5, 64)
-    ours = of_quantized_head(hidden, packed, labels, with_gradient=True)
-    theirs = of_plain_head(hidden, plain, labels, with_gradient=True)
+    ours = of_sliced_head(hidden, sliced(packed, hidden), labels, with_gradient=True)
+    theirs = of_weight(hidden, plain.weight, labels, with_gradient=True)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
     assert torch.isfinite(ours[1]).all()
 
@@ -121,7 +122,7 @@ def test_a_tied_embedding_stays_what_it_was_and_twice_is_once() -> None:
     assert isinstance(head, Linear4bit)
     assert causal.get_input_embeddings().weight is table
     assert torch.equal(table, values)
-    engine.switch_to(Techniques(quantized_head=True, host_embedding=True))
+    engine.switch_to(Techniques(head="nf4", host_embedding=True))
     assert causal.get_output_embeddings() is head
 
 

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory.techniques import Techniques
+from qtune.memory.techniques import Head, Techniques
 from qtune.plan.forecast import Forecaster
 from qtune.plan.trace import Batch, trace
 
@@ -26,8 +26,8 @@ DOCUMENTS = (290, 121, 57, 32)
 SHARED = {"vocab_size": 262, "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-def every_rung(layers: int, groups: int) -> Techniques:
-    return Techniques(layers, True, 64, True, True, layers, groups)
+def every_rung(layers: int, groups: int, head: Head = "host") -> Techniques:
+    return Techniques(layers, True, 64, True, head, layers, groups)
 
 
 def saved(folder: Path, kind: type[PreTrainedModel], config: PreTrainedConfig) -> Path:
@@ -86,7 +86,12 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_dense_model(tiny_base: Path) -> None:
-    compare(tiny_base, "float32", [Techniques(), Techniques(1), Techniques(2, True), every_rung(2, 2)], DOCUMENTS)
+    compare(
+        tiny_base,
+        "float32",
+        [Techniques(), Techniques(1), Techniques(2, True), every_rung(2, 2), every_rung(2, 2, "nf4")],
+        DOCUMENTS,
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_every_optimizer(qwen3: Path, optimizer: str, accumulates: bool) -> None
 
 
 def test_without_quantisation(tiny_base: Path) -> None:
-    compare(tiny_base, "float32", [Techniques(2, True, 64, True, False, 2, 2)], DOCUMENTS, quantization="none")
+    compare(tiny_base, "float32", [Techniques(2, True, 64, True, "device", 2, 2)], DOCUMENTS, quantization="none")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +118,10 @@ def test_a_tied_head_and_norms_of_heads(qwen3: Path) -> None:
 
 
 def test_packed_experts(qwen3_moe: Path) -> None:
-    """Which experts a token visits is not known before: here the forecast takes the even share."""
-    ladder = [Techniques(), every_rung(4, 2)]
-    compare(qwen3_moe, "bfloat16", ladder, (300, 120, 90), tolerance=0.01)
+    """Which experts a token visits is not known before: here the forecast takes the even share, and is off by what
+    the busiest expert has more, where streaming leaves little else."""
+    compare(qwen3_moe, "bfloat16", [Techniques()], (300, 120, 90), tolerance=0.01)
+    compare(qwen3_moe, "bfloat16", [every_rung(4, 2)], (300, 120, 90), tolerance=0.06)
 
 
 def test_windowed_layers(gemma3: Path) -> None:

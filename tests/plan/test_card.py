@@ -66,7 +66,7 @@ def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
 
 def test_bytes_of_a_token_of_context() -> None:
     tiled = Techniques(32, True, 1024)
-    grouped = Techniques(32, True, 1024, True, True, 32, 8)
+    grouped = Techniques(32, True, 1024, True, "host", 32, 8)
     for techniques, most in ((tiled, 115_500), (grouped, 60_000)):
         lower, higher = (allocated("Llama-3.1-8B", techniques, tokens) for tokens in (16_384, 32_768))
         assert (higher - lower) / 16_384 <= most
@@ -90,12 +90,12 @@ def test_attention_takes_the_workspace_of_flash_attention(key_value_heads: int) 
 
 
 def test_the_floor() -> None:
-    assert allocated("Llama-3.1-8B", Techniques(32, True, 256, True, True)) <= 5.0 * GIB
-    assert allocated("Llama-3.1-8B", Techniques(32, True, 256, True, True, 32, 8)) <= 1.6 * GIB
+    assert allocated("Llama-3.1-8B", Techniques(32, True, 256, True, "host")) <= 5.0 * GIB
+    assert allocated("Llama-3.1-8B", Techniques(32, True, 256, True, "host", 32, 8)) <= 1.6 * GIB
 
 
 def test_seventy_billion_through_six_gib() -> None:
-    assert allocated("Llama-3.1-70B", Techniques(80, True, 256, True, True, 80, 8)) <= 6.0 * GIB
+    assert allocated("Llama-3.1-70B", Techniques(80, True, 256, True, "host", 80, 8)) <= 6.0 * GIB
     host = forecaster("Llama-3.1-70B").host_parts(Techniques(80, streamed_layers=80), Batch.of_one_document(2048))
     assert 32 * GIB < host["streamed layers"] < 34 * GIB
 

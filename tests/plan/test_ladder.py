@@ -9,12 +9,13 @@ from real_steps import recipe_for
 from qtune.memory.techniques import Techniques
 from qtune.plan import ladder
 from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import MARGIN_FRACTION, ONE_A_SETTING, STEPS, Budget, Climb
+from qtune.plan.ladder import MARGIN_FRACTION, SHOWN, STEPS, Budget, Climb
 from qtune.plan.longest import longest
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 
 LAYERS, TOKENS, ROOMY = 3, 1500, 1 << 40
+CLIMBED = STEPS[:-1]
 WORK = Work((Batch((TOKENS,), labelled=TOKENS // 4),))  # with labels on all, the loss would be the peak
 CONFIG = tiny_config(num_hidden_layers=LAYERS, intermediate_size=384)
 RECIPE = recipe_for("demo")
@@ -27,9 +28,12 @@ def forecaster() -> Forecaster:
 
 @pytest.fixture(scope="module")
 def heights(forecaster: Forecaster) -> list[int]:
-    """Device bytes with nothing, and with every rung up to each in turn: each is less than the one before."""
+    """Device bytes with nothing, and with every rung up to each in turn: each is less than the one before.
+
+    But for the last rung, which stands in for the one before it where the host has no room.
+    """
     techniques, found = Techniques(), []
-    for step in (None, *STEPS):
+    for step in (None, *CLIMBED):
         techniques = step.up(techniques, forecaster) if step else techniques
         found.append(forecaster.forecast(techniques, WORK.heaviest(1)).needed_bytes)
     assert found == sorted(set(found), reverse=True)
@@ -43,17 +47,17 @@ def climbed(forecaster: Forecaster, device_bytes: float, host_bytes: int = ROOMY
 
 def highest(climb: Climb) -> int:
     """Number of the highest rung that is on; 0 for none."""
-    off, on = Techniques(), climb.techniques
+    on = climb.techniques
 
     def is_on(step: ladder.Step) -> bool:
         if step.name == "smaller tiles":
             return 0 < on.tile_tokens <= ladder.SMALL_TILE_TOKENS
-        return getattr(on, step.field) != getattr(off, step.field)
+        return step.is_on(on)
 
     return max((i + 1 for i, step in enumerate(STEPS) if is_on(step)), default=0)
 
 
-@pytest.mark.parametrize("rung", range(len(STEPS) + 1), ids=["nothing", *(step.name for step in STEPS)])
+@pytest.mark.parametrize("rung", range(len(CLIMBED) + 1), ids=["nothing", *(step.name for step in CLIMBED)])
 def test_each_rung_is_where_some_budget_ends(forecaster: Forecaster, heights: list[int], rung: int) -> None:
     """A budget that this rung just meets is met with it, and with nothing above."""
     climb = climbed(forecaster, heights[rung])
@@ -64,14 +68,14 @@ def test_each_rung_is_where_some_budget_ends(forecaster: Forecaster, heights: li
 
 
 def test_what_a_run_needs_without_any_batch_is_never_more_than_with_one(forecaster: Forecaster) -> None:
-    for techniques in (Techniques(), Techniques(LAYERS, True, 256, True, True, LAYERS, 2)):
+    for techniques in (Techniques(), Techniques(LAYERS, True, 256, True, "host", LAYERS, 2)):
         needed = forecaster.forecast(techniques, Batch.of_one_document(64)).needed_bytes
         assert 0 < forecaster.least_bytes(techniques) <= needed
 
 
 def test_where_no_batch_has_room_none_is_traced() -> None:
     fresh = Forecaster(CONFIG, RECIPE, "float32", False, 0)
-    least = fresh.least_bytes(Techniques(LAYERS, True, 256, True, True, LAYERS, 2))
+    least = fresh.least_bytes(Techniques(LAYERS, True, 256, True, "host", LAYERS, 2))
     budgets = [Budget(round(least * share / (1 - MARGIN_FRACTION)), ROOMY) for share in (0.99, 1.01)]
     assert [ladder.has_no_room(RECIPE, fresh, budget) for budget in budgets] == [True, False]
     assert longest(RECIPE, fresh, budgets[0]) == 0
@@ -106,10 +110,8 @@ def test_amounts_are_turned_down_as_far_as_they_go(forecaster: Forecaster, heigh
 
 def test_a_rung_says_what_it_does_here(forecaster: Forecaster, heights: list[int]) -> None:
     climb = climbed(forecaster, heights[-1], stream_layers=LAYERS, checkpoints="host", embedding="host", head="nf4")
-    rungs = {rung.setting: rung for rung in climb.rungs}
-    assert list(rungs) == [step.key for step in ONE_A_SETTING]
-    for step in ONE_A_SETTING:
-        rung = rungs[step.key]
+    assert [rung.setting for rung in climb.rungs] == [step.key for step in SHOWN]
+    for step, rung in zip(SHOWN, climb.rungs, strict=True):
         without = replace(climb.techniques, **{step.field: getattr(Techniques(), step.field)})
         if rung.is_on and step.field != "recomputed_layers":
             before = forecaster.forecast(without, WORK.heaviest(1))
@@ -140,6 +142,8 @@ def test_the_host_is_never_asked_for_more_than_it_has(forecaster: Forecaster, he
         {"keep_layers": LAYERS, "tile_tokens": 0},
         {"tile_tokens": 256, "head_groups": 2, "stream_layers": 2},
         {"checkpoints": "host", "head": "nf4", "embedding": "host", "head_groups": 1},
+        {"embedding": "host", "head": "host"},
+        {"head": "16bit"},
     ],
 )
 def test_what_the_recipe_settles_stays_settled(forecaster: Forecaster, heights: list[int], memory: dict) -> None:
@@ -150,11 +154,20 @@ def test_what_the_recipe_settles_stays_settled(forecaster: Forecaster, heights: 
         "checkpoints": "host" if on.host_checkpoints else "device",
         "tile_tokens": on.tile_tokens,
         "embedding": "host" if on.host_embedding else "device",
-        "head": "nf4" if on.quantized_head else "16bit",
+        "head": {"device": "16bit"}.get(on.head, on.head),
         "stream_layers": on.streamed_layers,
         "head_groups": on.head_groups,
     }
     assert {key: settled[key] for key in memory} == memory
+
+
+def test_the_head_is_rounded_only_where_the_host_has_no_room_for_it(forecaster: Forecaster) -> None:
+    heaviest, settled = WORK.heaviest(1), {"embedding": "device", "checkpoints": "device", "stream_layers": 0}
+    recipe = recipe_for("demo", settled)
+    undo = forecaster.host_parts(Techniques(), heaviest)["undo copy of the adapter"]
+    table = 262 * 64 * 4
+    for host_bytes, head in ((undo + table, "host"), (undo + table - 1, "nf4")):
+        assert ladder.leanest(recipe, forecaster, heaviest, Budget(ROOMY, host_bytes)).head == head
 
 
 def test_a_rung_that_a_kept_layer_rules_out_says_so(forecaster: Forecaster, heights: list[int]) -> None:
@@ -179,6 +192,6 @@ def test_the_micro_batch_is_split_before_a_run_is_refused(memory: dict) -> None:
 
 def test_rungs_above_the_plan_are_held_in_reserve(forecaster: Forecaster) -> None:
     found = ladder.reserve(RECIPE, forecaster, Techniques(1, True), WORK.heaviest(1), Budget(ROOMY, ROOMY))
-    assert [rung.name for rung in found] == [step.name for step in STEPS if step.field != "host_checkpoints"]
+    assert [rung.name for rung in found] == [step.name for step in CLIMBED if step.field != "host_checkpoints"]
     assert found[0].techniques == Techniques(LAYERS, True)
-    assert found[-1].techniques == Techniques(LAYERS, True, ladder.SMALL_TILE_TOKENS, True, True, LAYERS, 2)
+    assert found[-1].techniques == Techniques(LAYERS, True, ladder.SMALL_TILE_TOKENS, True, "host", LAYERS, 2)

@@ -56,7 +56,7 @@ def test_every_setting_takes_what_it_says(recipe) -> None:
         ("tile_tokens = 1.5", 'memory.tile_tokens must be "auto" or a whole number of at least 0, and is 1.5.'),
         ("head_groups = 0", 'memory.head_groups must be "auto" or a whole number of at least 1, and is 0.'),
         ('checkpoints = "hos"', "Did you mean host?"),
-        ('head = "8bit"', "memory.head must be auto, 16bit or nf4"),
+        ('head = "8bit"', "memory.head must be auto, 16bit, host or nf4"),
         ("rehearse = 1", "Write true."),
         ("gradient_checkpointing = true", "Did you mean keep_layers?"),
         (

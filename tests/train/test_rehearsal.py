@@ -249,8 +249,7 @@ def test_every_rung_trains_the_same(wide_base: Path, tmp_path: Path) -> None:
         told = rehearsed(events)
         assert told.measured_bytes <= within.device_bytes, step.name
         assert told.climbed == ()
-        tolerance = 2e-2 if techniques.quantized_head else 1e-5  # the head is rounded while training
-        assert losses(events) == pytest.approx(plain, abs=tolerance), step.name
+        assert losses(events) == pytest.approx(plain, abs=1e-5), step.name
 
 
 def test_a_budget_in_the_recipe_decides_what_is_climbed(wide_base: Path, tmp_path: Path) -> None:
