@@ -19,9 +19,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qtune.errors import QtuneError
 from qtune.memory.device import ASSUMED_CONTEXT_BYTES
+from qtune.memory.techniques import Techniques
 from qtune.model import base
 from qtune.plan import ladder
 from qtune.plan.decide import HOST_FRACTION
@@ -48,7 +50,7 @@ SHORT = {
     "host_checkpoints": "offload",
     "tile_tokens": "tiles",
     "host_embedding": "embedding",
-    "head": "output head",
+    "head": "head",
     "streamed_layers": "stream",
     "head_groups": "head groups",
 }
@@ -81,14 +83,14 @@ def cell(climb: Climb, layers: int) -> str:
     return f"{needed}: {rungs(asdict(climb.techniques), layers)}" if climb.fits else f"no ({needed})"
 
 
-def rungs(techniques: dict[str, int], layers: int) -> str:
+def rungs(techniques: dict[str, Any], layers: int) -> str:
     """The techniques that are on, those with an amount less than all of it with their amount."""
     told = []
-    for field, name in SHORT.items():
-        value = techniques[field]
-        if value and not (field == "head_groups" and value == 1):
+    for field, off in asdict(Techniques()).items():
+        value, name = techniques[field], SHORT[field]
+        if value != off:
             partly = field in ("recomputed_layers", "streamed_layers") and value < layers
-            told.append(f"{name} {value}" if partly else name)
+            told.append(f"{name} {value}" if partly or field == "head" else name)
     return ", ".join(told) or "nothing needed"
 
 

@@ -26,7 +26,7 @@ from qtune.train.state import put_optimizer_back, put_random_back, take_optimize
 from qtune.train.trainer import Meter, MeteredTrainer
 from qtune.units import parse_seconds
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
