@@ -101,8 +101,9 @@ def trials_of(forecaster: Forecaster) -> tuple[list[Trial], list[str]]:
     plain = Trial("no technique", "no technique", Techniques())
     ladder, techniques = [plain], plain.techniques
     for rung in steps:
-        techniques = rung.up(techniques, forecaster)
-        ladder.append(Trial(f"+ {rung.name}", plain.name, techniques))
+        if rung.up(techniques, forecaster) != techniques:  # the head is on the host, or in NF4
+            techniques = rung.up(techniques, forecaster)
+            ladder.append(Trial(f"+ {rung.name}", plain.name, techniques))
     alone = []
     if steps and steps[0].field == "recomputed_layers":
         under = ladder[1]
