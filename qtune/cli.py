@@ -258,16 +258,17 @@ def _size(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, and is {value}")
-    return value
+    return _at_least(1, text)
 
 
 def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, and is {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, and is {value}")
     return value
 
 

@@ -1,23 +1,21 @@
 """A finished run scored again: by the recipe's own metric on its held-out rows, or on public benchmarks."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
 from qtune.deploy.gguf_score import score_file
 from qtune.deploy.opened import Opened
 from qtune.errors import DataError, MachineError, UserError
 from qtune.evaluate.benchmarks import Benchmarks
 from qtune.evaluate.compare import HeldOut, Score, compare, score
-from qtune.evaluate.general import general_packs
 from qtune.memory.device import find_device
 from qtune.model import base
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Model, Recipe
@@ -25,6 +23,7 @@ from qtune.report.waiting import rows_shown
 from qtune.rundir import RunDir, read_json, write_json
 
 GGUF_SUFFIX = ".gguf"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def on_held_out_rows(
     changes = {"rows": rows or MAX_COUNT, "samples": recipe.evaluate.samples if samples is None else samples}
     wanted, seed = recipe.evaluate.model_copy(update=changes), recipe.train.seed
     with console.status("scoring base and tuned"):
-        before, after = _both(run, held_out, wanted)
+        before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted))
     others = []
     for path in merged:
         with console.status(f"scoring {path}"):
@@ -81,12 +80,12 @@ def on_held_out_rows(
     return found
 
 
-def _both(run: RunDir, held_out: HeldOut, wanted: Evaluate) -> tuple[Score, Score]:
-    """Base and tuned; their model is let go of on return, as the next one needs its room."""
+def _both(run: RunDir, ask: Callable[[str, Opened], T]) -> tuple[T, T]:
+    """What base and tuned say; their model is let go of on return, as the next one needs its room."""
     opened = Opened.of(run)
     with opened.model.disable_adapter():
-        before = _score("base", opened, held_out, wanted)
-    return before, _score("tuned", opened, held_out, wanted)
+        before = ask("base", opened)
+    return before, ask("tuned", opened)
 
 
 def on_benchmarks(
@@ -101,11 +100,8 @@ def on_benchmarks(
         results = benchmarks.run(model, opened.tokenizer, limit, opened.device, opened.compute_dtype)
         return [dataclasses.asdict(result) for result in results]
 
-    opened = Opened.of(run)
-    with opened.model.disable_adapter():
-        results = {"base": run_on(opened)}
-    results["tuned"] = run_on(opened)
-    del opened
+    before, after = _both(run, lambda _, opened: run_on(opened))
+    results = {"base": before, "tuned": after}
     results |= {str(path): run_on(Merged.of(path, read_json(run.lock))) for path in merged}
     found = {"tasks": list(names), "limit": limit, "results": results}
     write_json(run.evaluation("tasks"), found)
@@ -125,9 +121,7 @@ def _held_out(
         )
     if not len(prepared.held_out):
         raise UserError(f"{run.path}: kept no held-out rows to score on. --tasks runs public benchmarks instead.")
-    packs = packed_rows(prepared.held_out, prepared.held_out_packs)
-    general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
-    return HeldOut(packs, prepared.held_out, prepared.stop_token_ids, general), tokenizer
+    return HeldOut.of(prepared, recipe, tokenizer), tokenizer
 
 
 def _score(who: str, opened: Opened | Merged, held_out: HeldOut, wanted: Evaluate) -> Score:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,6 @@ from qtune.deploy.merge import merge
 from qtune.deploy.verify import Verdict, verify
 from qtune.errors import MachineError, UserError, VerificationFailed
 from qtune.evaluate.compare import HeldOut, Score, compare, score, scored_examples
-from qtune.evaluate.general import general_packs
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
 from qtune.evaluate.metrics import refuse_unscorable
@@ -62,12 +60,7 @@ class Ready:
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     plan: Plan
-    general: Sequence[PackedRow] | None
-
-    @cached_property
-    def held_out(self) -> HeldOut:
-        packs = packed_rows(self.prepared.held_out, self.prepared.held_out_packs)
-        return HeldOut(packs, self.prepared.held_out, self.prepared.stop_token_ids, self.general)
+    held_out: HeldOut
 
 
 def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console | None = None) -> Ready:
@@ -79,11 +72,10 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     config = base.read_config(recipe.model)
     tokenizer = base.load_tokenizer(recipe.model)
     prepared = _prepared(recipe, tokenizer, console)
-    general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
+    held_out = HeldOut.of(prepared, recipe, tokenizer)
     plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
-    ready = Ready(recipe, tokenizer, prepared, plan, general)
-    refuse_unscorable(recipe.evaluate.metric, scored_examples(ready.held_out, recipe.evaluate))
-    return ready
+    refuse_unscorable(recipe.evaluate.metric, scored_examples(held_out, recipe.evaluate))
+    return Ready(recipe, tokenizer, prepared, plan, held_out)
 
 
 def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Prepared:

@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ from qtune.errors import RunFolderError
 from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
+HELD = ".held"  # locked by the process that is at work in a folder
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 
 
@@ -181,15 +182,9 @@ class RunDir:
             sealed.flush(path)
         return {path.name: path.stat().st_size for path in journals}
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Raises RunFolderError where another process is at work in this folder."""
-        with (self.path / ".held").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunFolderError(f"{self.path}: another qtune is at work on this run. Wait for it.") from None
-            yield
+    def held(self) -> AbstractContextManager[None]:
+        """Raises RunFolderError, on entering, where another process is at work in this folder."""
+        return alone_in(self.path, f"{self.path}: another qtune is at work on this run. Wait for it.")
 
     def wind_back(self, journal_bytes: Mapping[str, int]) -> None:
         """Cut the journals to the lengths of `journal_bytes`, and remove those it does not name.
@@ -251,6 +246,17 @@ def _refuse_links(folder: Path) -> None:
 def is_used(path: Path) -> bool:
     """Whether something is there that writing a new folder would mix with: a file, or a folder that is not empty."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+@contextmanager
+def alone_in(folder: Path, refusal: str) -> Iterator[None]:
+    """Raises RunFolderError with `refusal` where another process is inside such a block for the same folder."""
+    with (folder / HELD).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(refusal) from None
+        yield
 
 
 def default_path(name: str, now: datetime) -> Path:

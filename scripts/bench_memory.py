@@ -101,8 +101,9 @@ def trials_of(forecaster: Forecaster) -> tuple[list[Trial], list[str]]:
     plain = Trial("no technique", "no technique", Techniques())
     ladder, techniques = [plain], plain.techniques
     for rung in steps:
-        if rung.up(techniques, forecaster) != techniques:  # the head is on the host, or in NF4
-            techniques = rung.up(techniques, forecaster)
+        higher = rung.up(techniques, forecaster)
+        if higher != techniques:  # the head is on the host, or in NF4
+            techniques = higher
             ladder.append(Trial(f"+ {rung.name}", plain.name, techniques))
     alone = []
     if steps and steps[0].field == "recomputed_layers":

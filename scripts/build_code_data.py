@@ -11,13 +11,12 @@ nearly right fails.
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+import sample_rows
+
 SEED, TRAIN_ROWS, HELD_OUT_ROWS = 0, 1100, 160
 
 LIBRARY = """\
@@ -172,12 +171,5 @@ def distinct(
     raise AssertionError("the cycle has no end")
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path.name}: {len(rows)} rows")
-
-
 if __name__ == "__main__":
-    train, held_out = rows()
-    write_jsonl(DATA / "code_train.jsonl", train)
-    write_jsonl(DATA / "code_held_out.jsonl", held_out)
+    sample_rows.write("code", *rows())

@@ -15,10 +15,7 @@ The held-out questions are also phrased in ways training never uses. The sentenc
 the facts are public.
 """
 
-import json
-from pathlib import Path
-
-DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+import sample_rows
 
 DRUGS_BY_CLASS = {
     "ACE inhibitor": "captopril enalapril lisinopril ramipril quinapril benazepril fosinopril moexipril perindopril"
@@ -183,13 +180,5 @@ def rows() -> tuple[list[dict], list[dict]]:
     return [row for train, _ in parts for row in train], [row for _, held_out in parts for row in held_out]
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path.name}: {len(rows)} rows")
-
-
 if __name__ == "__main__":
-    train, held_out = rows()
-    DATA.mkdir(parents=True, exist_ok=True)
-    write_jsonl(DATA / "medical_train.jsonl", train)
-    write_jsonl(DATA / "medical_held_out.jsonl", held_out)
+    sample_rows.write("medical", *rows())

@@ -7,11 +7,10 @@ rule is in training; the room of a held-out sentence, its frame (what is said of
 and which quality goes with which thing are not, so what is scored is whether the rules carry over and the rest is kept.
 """
 
-import json
 import random
-from pathlib import Path
 
-DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+import sample_rows
+
 SEED, TRAIN_ROWS, HELD_OUT_ROWS = 0, 1000, 100
 HELD_OUT_ROOMS = frozenset(random.Random(SEED).sample(range(100, 1000), 180))
 
@@ -94,12 +93,5 @@ def rows(seed: int = SEED) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return train, [pair(rng, is_held_out=True) for _ in range(HELD_OUT_ROWS)]
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path.name}: {len(rows)} rows")
-
-
 if __name__ == "__main__":
-    train, held_out = rows()
-    write_jsonl(DATA / "style_train.jsonl", train)
-    write_jsonl(DATA / "style_held_out.jsonl", held_out)
+    sample_rows.write("style", *rows())

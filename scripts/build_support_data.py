@@ -9,13 +9,12 @@ the held-out complaints are worded as none is there. A held-out row carries the 
 holds the answer against.
 """
 
-import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+import sample_rows
+
 SEED, TRAIN_ROWS, HELD_OUT_ROWS = 0, 1100, 150
 HELD_OUT_ORDERS = frozenset(random.Random(SEED).sample(range(100, 1000), 180))
 
@@ -171,12 +170,5 @@ def rows(seed: int = SEED) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, held_out
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{path.name}: {len(rows)} rows")
-
-
 if __name__ == "__main__":
-    train, held_out = rows()
-    write_jsonl(DATA / "support_train.jsonl", train)
-    write_jsonl(DATA / "support_held_out.jsonl", held_out)
+    sample_rows.write("support", *rows())

@@ -8,7 +8,6 @@ dequantised/, original/  the folders that are filled
 """
 
 import dataclasses
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,10 @@ from qtune import sealed
 from qtune.deploy.fold import Onto, WrittenShard
 from qtune.deploy.movement import LayerChange
 from qtune.deploy.shards import Shard
-from qtune.errors import MachineError, ModelError, RunFolderError
-from qtune.rundir import write_json
+from qtune.errors import MachineError, ModelError
+from qtune.rundir import HELD, alone_in, write_json
 
-MADE_FROM, HELD = "made_from.json", ".held"
+MADE_FROM = "made_from.json"
 Finished = dict[tuple[Onto, str], WrittenShard]
 
 
@@ -48,7 +47,7 @@ class Staging:
         """
         path = output.parent / f".{output.name}.merging"
         make_folder(path, output)
-        with _held(path, output):
+        with alone_in(path, f"{output}: another qtune is merging into it. Wait for it."):
             staging = cls(path, _finished(path, made_from, candidates, shards))
             staging._remove_unfinished()
             try:
@@ -87,16 +86,6 @@ def make_folder(path: Path, output: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise MachineError(f"{output}: cannot be made ({fault.strerror}). Name another --output.") from None
-
-
-@contextmanager
-def _held(path: Path, output: Path) -> Iterator[None]:
-    with (path / HELD).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunFolderError(f"{output}: another qtune is merging into it. Wait for it.") from None
-        yield
 
 
 def _finished(

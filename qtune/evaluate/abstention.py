@@ -1,7 +1,7 @@
 """Exact answers, and saying so where there is none."""
 
 from qtune.data.tokens import Example
-from qtune.evaluate.marks import Marks, normalise
+from qtune.evaluate.marks import Marks, normalise, says_the_same
 
 NOT_KNOWN = ("not known", "unknown")  # whole answers only: an unknown primary tumour is a diagnosis
 I_DO_NOT_KNOW = ("i do not know", "i dont know")  # a reason may follow
@@ -23,5 +23,5 @@ def abstention(answer: str, asked: Example) -> Marks:
     if abstains(asked.answer):
         rightly = float(abstains(answer))
         return Marks(rightly, {"abstained rightly": rightly})
-    right = float(normalise(answer) == normalise(asked.answer))
+    right = float(says_the_same(answer, asked.answer))
     return Marks(right, {"answered right": right, "abstained wrongly": float(abstains(answer))})

@@ -65,9 +65,17 @@ class Benchmarks:
         compute_dtype: str,
     ) -> list[Result]:
         """Every task on `model`, `limit` rows of each at the most. Raises OutOfMemory where one row does not fit."""
+        from lm_eval import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        dtype = None if compute_dtype == "float32" else compute_dtype
         for batch_size in BATCH_SIZES:
             try:
-                return self._run(model, tokenizer, limit, device, compute_dtype, batch_size)
+                asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=dtype)
+                asked._device = torch.device(device)  # lm-eval takes the first parameter's, which may wait on the host
+                return results_of(
+                    evaluate(lm=asked, task_dict=self._tasks(), limit=limit, log_samples=False)["results"]
+                )
             except Exception as fault:
                 if not is_out_of_memory(fault):
                     raise
@@ -76,24 +84,6 @@ class Benchmarks:
         raise OutOfMemory(
             "Memory ran out while one row of a benchmark was read. Leave out the task with the longest rows."
         )
-
-    def _run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        limit: int | None,
-        device: str,
-        compute_dtype: str,
-        batch_size: int,
-    ) -> list[Result]:
-        from lm_eval import evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        dtype = None if compute_dtype == "float32" else compute_dtype
-        asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=dtype)
-        asked._device = torch.device(device)  # lm-eval takes the first parameter's, which may wait in host memory
-        found = evaluate(lm=asked, task_dict=self._tasks(), limit=limit, log_samples=False)
-        return results_of(found["results"])
 
     def _tasks(self) -> Any:
         """The tasks with the settings that lm-eval's own command gives them where their files say nothing.

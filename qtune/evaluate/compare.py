@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.packing import PackedRow
+from qtune.data.packing import PackedRow, packed_rows
+from qtune.data.prepared import Prepared
 from qtune.data.tokens import Example
 from qtune.evaluate.answer import answer
+from qtune.evaluate.general import general_packs
 from qtune.evaluate.interval import interval, paired_interval
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.marks import mean_parts
 from qtune.evaluate.metrics import METRICS
 from qtune.events import Scored
-from qtune.recipe.schema import Evaluate
+from qtune.recipe.schema import Evaluate, Recipe
 from qtune.train.out_of_memory import Recovery
 
 
@@ -30,6 +32,13 @@ class HeldOut:
     examples: Sequence[Example]
     stop_token_ids: Sequence[int]
     general: Sequence[PackedRow] | None = None
+
+    @classmethod
+    def of(cls, prepared: Prepared, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
+        """Raises DataError for a text in `evaluate.general` that cannot be measured."""
+        packs = packed_rows(prepared.held_out, prepared.held_out_packs)
+        general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
+        return cls(packs, prepared.held_out, prepared.stop_token_ids, general)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,10 @@ def mean_parts(marks: Sequence[Marks]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
+def says_the_same(one: str, other: str) -> bool:
+    return normalise(one) == normalise(other)
+
+
 def normalise(text: str) -> str:
     """Lower case, without punctuation, articles and extra spaces (SQuAD's rule)."""
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))

@@ -7,14 +7,14 @@ from qtune.data.tokens import Example
 from qtune.errors import DataError
 from qtune.evaluate import code_tests, policy, style
 from qtune.evaluate.abstention import abstention
-from qtune.evaluate.marks import FaultOf, Marks, Metric, normalise
+from qtune.evaluate.marks import FaultOf, Marks, Metric, normalise, says_the_same
 
 SHOWN_ROWS = 3
 
 
 def exact_match(answer: str, asked: Example) -> Marks:
     """1 where answer and reference say the same after normalising, else 0."""
-    return Marks(float(normalise(answer) == normalise(asked.answer)))
+    return Marks(float(says_the_same(answer, asked.answer)))
 
 
 def token_f1(answer: str, asked: Example) -> Marks:

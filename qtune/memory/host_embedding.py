@@ -2,7 +2,8 @@
 
 Held less of: the table, 2VH bytes in bfloat16.
 Costs: the same bytes of host memory; (T, H) copied to the device once a forward pass, before the first layer.
-Refuses: nothing; but a table tied to the output head saves nothing before the head is quantised, as the head reads it.
+Refuses: nothing; but a table tied to the output head saves nothing while the head reads it on the device: before that
+is quantised, or in host memory too.
 
 Letters: T tokens, H hidden, V vocabulary.
 """
@@ -13,19 +14,21 @@ import torch
 from transformers import PreTrainedModel
 
 from qtune.memory import live
+from qtune.memory.host_head import is_on_host
 
 
 def move_embedding_out(model: PreTrainedModel, device: torch.device) -> None:
     """Keep the input embedding's table in host memory from now on; the rows looked up go to `device`.
 
-    A table that is there already, and is not the head's too, stays where it is; again changes nothing.
+    One that the head has taken there already is shared with it; again changes nothing.
     """
-    embedding = model.get_input_embeddings()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if hasattr(embedding, "forward_on_host"):
         return
     on_host = embedding.forward
-    embedding.weight = torch.nn.Parameter(embedding.weight.detach().to("cpu", copy=True), requires_grad=False)
-    live.mark([embedding.weight], "embedding", "host")
+    if not (is_on_host(head) and embedding.weight is head.weight):
+        embedding.weight = torch.nn.Parameter(embedding.weight.detach().to("cpu", copy=True), requires_grad=False)
+        live.mark([embedding.weight], "embedding", "host")
     embedding.forward_on_host = on_host
     for name, factor in list(embedding.named_buffers(recurse=False)):  # Gemma scales its rows where they are read
         embedding.register_buffer(name, factor.to("cpu"), persistent=False)

@@ -6,7 +6,7 @@ Costs: 2VH bytes of host memory, page-locked; each slice copied to the device tw
 Loss and gradient are those of the head on the device, to rounding: a head of one slice gives them to the bit.
 Refuses: heads that the tiled loss cannot stand in for.
 
-Letters: B rows, T tokens, H hidden, R rows of a vocabulary slice, V vocabulary.
+Letters: B rows, T tokens, H hidden, V vocabulary.
 """
 
 import types
@@ -25,7 +25,7 @@ SLICE_BYTES = 32 * 1024**2
 def move_head_out(model: PreTrainedModel, device: torch.device, is_tied: bool) -> None:
     """Keep the head's weight in host memory from now on; one that is there already stays where it is.
 
-    A table that `is_tied` has to be out for the embedding before.
+    One that `is_tied` is the embedding's from then on too, which has to look its rows up there.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if is_on_host(head):
@@ -46,7 +46,7 @@ def move_head_out(model: PreTrainedModel, device: torch.device, is_tied: bool) -
     head.forward = types.MethodType(forward, head)
 
 
-def is_on_host(head: torch.nn.Module) -> bool:
+def is_on_host(head: torch.nn.Module | None) -> bool:
     return getattr(head, "is_on_host", False)
 
 

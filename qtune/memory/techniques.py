@@ -95,10 +95,10 @@ class Engine:
         if target.head_groups != now.head_groups:
             for layer in self._layers:
                 group_heads(layer, target.head_groups)
-        if target.host_embedding or (target.head == "host" and self._is_tied):
-            move_embedding_out(causal, self._device)
         if target.head == "host":
             move_head_out(causal, self._device, self._is_tied)
+        if target.host_embedding or (target.head == "host" and self._is_tied):
+            move_embedding_out(causal, self._device)
         if target.head == "nf4":
             quantize_head(causal)
         if target.streamed_layers > now.streamed_layers:

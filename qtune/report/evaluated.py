@@ -1,6 +1,6 @@
 """What `qtune eval` found, as tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,31 +9,20 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qtune.report import tables
-from qtune.report.words import format_loss, format_score, visible
+from qtune.report.words import format_score, visible
 
 
 def rows_table(found: dict[str, Any]) -> RenderableType:
     """Base and tuned as after a run; with merged models beside them a column each."""
     if not found["same_answers"]:
         return tables.score_table(found)
-    names = ["base", "tuned", *found["same_answers"]]
+    names = [*tables.BOTH, *found["same_answers"]]
     table = Table("", *(Column(escape(name), overflow="fold") for name in names), box=None, padding=(0, 3, 0, 0))
-    for row in _rows(found, names):
+    for row in tables.score_cells(found, names):
         table.add_row(*row)
+    same = found["same_answers"].values()
+    table.add_row("answers as tuned", "", "", *(f"{count:,} of {found['rows']:,}" for count in same))
     return Group(table, *(_sample(sample, names) for sample in found["samples"]))
-
-
-def _rows(found: dict[str, Any], names: Sequence[str]) -> Iterator[list[str]]:
-    figures = [found[name] for name in names]
-    yield ["held-out loss", *(format_loss(each["held_out_loss"]) for each in figures)]
-    if figures[0]["score"] is not None:
-        yield [f"{found['metric']} on {found['rows']:,} rows", *map(tables.with_interval, figures)]
-    for part in dict.fromkeys(name for each in figures for name in each["parts"]):
-        yield [part, *(tables.part(each, part) for each in figures)]
-    if figures[0]["general_loss"] is not None:
-        yield ["loss on general text", *(format_loss(each["general_loss"]) for each in figures)]
-    same = found["same_answers"]
-    yield ["answers as tuned", "", "", *(f"{same[name]:,} of {found['rows']:,}" for name in names[2:])]
 
 
 def _sample(sample: dict[str, Any], names: Sequence[str]) -> RenderableType:

@@ -22,6 +22,7 @@ PIECE_HEAD_CHARACTERS, PIECE_TAIL_CHARACTERS = 280, 120
 MOST_COLUMNS = 76
 TRAINED_STYLE, WARNING_STYLE = "bold green", "yellow"
 ARROW = "→"
+BOTH = ("base", "tuned")
 
 
 @dataclass(frozen=True)
@@ -140,26 +141,26 @@ def result_rows(found: Record) -> list[tuple[str, str]]:
     return [*scores, ("canaries", canaries_told(found.memorised))] if found.memorised else scores
 
 
-def score_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, base, tuned) of the main figures, of what the metric is made of, and of what was forgotten."""
-    base, tuned = scores["base"], scores["tuned"]
-    names = dict.fromkeys((*base.get("parts", ()), *tuned.get("parts", ())))
-    rows = main_cells(scores) + [(name, part(base, name), part(tuned, name)) for name in names]
-    if tuned.get("general_loss") is not None:
-        rows.append(("loss on general text", format_loss(base["general_loss"]), format_loss(tuned["general_loss"])))
+def score_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tuple[str, ...]]:
+    """(what, one figure a model) of the main figures, of what the metric is made of, and of what was forgotten."""
+    figures = [scores[name] for name in names]
+    parts = dict.fromkeys(name for each in figures for name in each.get("parts", ()))
+    rows = main_cells(scores, names) + [(name, *(_part(each, name) for each in figures)) for name in parts]
+    if figures[-1].get("general_loss") is not None:
+        rows.append(("loss on general text", *(format_loss(each["general_loss"]) for each in figures)))
     return rows
 
 
-def main_cells(scores: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, base, tuned) of the held-out loss, and of the metric with its intervals where one was asked for."""
-    base, tuned = scores["base"], scores["tuned"]
-    rows = [("held-out loss", format_loss(base["held_out_loss"]), format_loss(tuned["held_out_loss"]))]
-    if tuned["score"] is not None:
-        rows.append((f"{scores['metric']} on {scores['rows']:,} rows", with_interval(base), with_interval(tuned)))
+def main_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tuple[str, ...]]:
+    """(what, one figure a model) of the held-out loss, and of the metric with its intervals where one was asked for."""
+    figures = [scores[name] for name in names]
+    rows: list[tuple[str, ...]] = [("held-out loss", *(format_loss(each["held_out_loss"]) for each in figures))]
+    if figures[-1]["score"] is not None:
+        rows.append((f"{scores['metric']} on {scores['rows']:,} rows", *map(with_interval, figures)))
     return rows
 
 
-def part(figures: dict[str, Any], name: str) -> str:
+def _part(figures: dict[str, Any], name: str) -> str:
     """One of the things that a score is made of; empty where no row has it."""
     value = figures.get("parts", {}).get(name)
     return "" if value is None else format_score(value)
