@@ -2,7 +2,7 @@
 
 There is no merged copy on the way. Every tensor is folded in float32, stored, held against what it stands for, and
 forgotten; then the file is read back and must be that. Before a byte is written, what the file will say of the
-tokenizer must turn texts into the ids that the base's own does.
+tokenizer must turn texts into the ids that the base's own does. Last, llama.cpp is asked, if it is installed.
 """
 
 import dataclasses
@@ -11,15 +11,14 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from gguf import GGUFReader
 
-from qtune.deploy import gguf_model, gguf_storage, gguf_verdict, ollama
+from qtune.deploy import gguf_proof, gguf_storage, ollama
 from qtune.deploy.fold import Fold, Onto
 from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
 from qtune.deploy.gguf_storage import Quant, ReadBack, Written
@@ -27,7 +26,6 @@ from qtune.deploy.gguf_verdict import GgufVerdict
 from qtune.deploy.gguf_vocabulary import Vocabulary
 from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone, refuse_used
 from qtune.deploy.shards import write_synced
-from qtune.deploy.verify import Live
 from qtune.errors import MachineError, UserError
 from qtune.rundir import RunDir, read_json, write_json
 
@@ -94,18 +92,17 @@ def export(
     draft = adapter_draft(run, fold) if onto is None else model_draft(run, fold, quant, onto)
     text = modelfile_of(draft) if to == "ollama" else None
     check_disk(output, draft.bytes, "export")
-    tell = counting(progress, len(draft.entries))
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as staging:
         folder = Path(staging) / "export"
         path = folder / (ADAPTER_NAME if draft.vocabulary is None else MODEL_NAME)
         try:
             folder.mkdir()
             _write_small_files(draft.fold.checkpoint.folder, folder, text)
-            written = gguf_storage.write(draft.writer, path, draft.entries, _told(draft, tell))
+            written = draft.write(path, counting(progress, len(draft.entries)))
         except OSError as fault:
             raise MachineError(f"{output}: writing failed ({fault.strerror or fault}).") from None
         read = _read_back(draft, path, written)
-        verdict, unasked = _asked(run, draft, path, rows, progress)
+        verdict, unasked = gguf_proof.asked(run, draft, path, output, rows, progress)
         report = ExportReport(
             output=str(output),
             to=to,
@@ -152,32 +149,9 @@ def _write_small_files(base_folder: Path, folder: Path, modelfile: str | None) -
         write_synced(folder / MODELFILE_NAME, modelfile.encode())
 
 
-def _told(draft: Draft, tell: Callable[[str], None]) -> Iterator[torch.Tensor]:
-    """The tensors, each told when it is asked for."""
-    for entry in draft.entries:
-        tell(entry.place)
-        yield next(draft.tensors)
-
-
 def _read_back(draft: Draft, path: Path, written: dict[str, Written]) -> ReadBack:
     reader = GGUFReader(path)
     found = gguf_storage.read_back(path, reader, draft.entries, written)
     if draft.vocabulary is not None and Vocabulary.read(reader) != draft.vocabulary:
         return dataclasses.replace(found, worst_fraction=math.inf, worst_tensor="the tokenizer")
     return found
-
-
-def _asked(
-    run: RunDir, draft: Draft, path: Path, rows: Sequence[Sequence[int]], progress: Progress | None
-) -> tuple[GgufVerdict | None, tuple[str, ...]]:
-    """llama.cpp's verdict, or why there is none."""
-    if draft.vocabulary is None:
-        return None, ("Not run in llama.cpp, which needs the GGUF file of the base beside an adapter.",)
-    if not gguf_model.is_installed():
-        return None, (f"Not verified with llama.cpp: {gguf_model.HOW_TO_GET_IT}",)
-    if not any(len(row) > 1 for row in rows):
-        return None, ("Not verified with llama.cpp: the run kept no held-out rows to compare on.",)
-    if progress is not None:
-        progress(len(draft.entries), len(draft.entries), "and asking llama.cpp")
-    live = Live.open(run)
-    return gguf_verdict.judge(live, path, rows, draft.references, draft.quant, draft.onto), ()

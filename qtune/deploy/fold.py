@@ -77,6 +77,10 @@ class Fold:
         given = None if dtype == "auto" else getattr(torch, dtype)
         return cls(lock, model, checkpoint, adapter, quantized, given, find_device().name)
 
+    def without_adapter(self) -> "Fold":
+        """The base alone."""
+        return dataclasses.replace(self, adapter=AdapterWeights({}, {}))
+
     def made_from(self, run: RunDir) -> dict[str, str]:
         """All that decides a merge's bytes but the base it is folded into, to tell one merge from another."""
         return {

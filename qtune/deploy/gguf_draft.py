@@ -1,6 +1,6 @@
 """Everything a GGUF file will hold, gathered and checked before a byte is written."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +8,10 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter
 from transformers import PreTrainedTokenizerBase
 
-from qtune.deploy import gguf_adapter
+from qtune.deploy import gguf_adapter, gguf_storage
 from qtune.deploy.fold import Fold, Onto
 from qtune.deploy.gguf_layout import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
-from qtune.deploy.gguf_storage import F32, FILE_TYPE_BY_QUANT, Entry, Quant, stored_type
+from qtune.deploy.gguf_storage import F32, FILE_TYPE_BY_QUANT, Entry, Quant, Written, stored_type
 from qtune.deploy.gguf_tokens import Reference, matching
 from qtune.deploy.gguf_vocabulary import Vocabulary
 from qtune.model import base
@@ -39,6 +39,16 @@ class Draft:
     @property
     def bytes(self) -> int:
         return sum(entry.bytes for entry in self.entries)
+
+    def write(self, path: Path, tell: Callable[[str], None]) -> dict[str, Written]:
+        """The file, by place what was written; `tell` hears each place before its tensor is made."""
+
+        def told() -> Iterator[torch.Tensor]:
+            for entry in self.entries:
+                tell(entry.place)
+                yield next(self.tensors)
+
+        return gguf_storage.write(self.writer, path, self.entries, told())
 
 
 def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
@@ -73,6 +83,11 @@ def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
         entries.append(Entry(name, place, shape, stored_type(quant, shape, place == head)))
     notes = _notes(layout, vocabulary)
     return Draft(fold, writer, quant, onto, tuple(entries), tensors(), vocabulary, tokenizer, references, notes)
+
+
+def base_draft(run: RunDir, fold: Fold) -> Draft:
+    """The base without the adapter, as the run held it, in f16. Raises ModelError for what has no GGUF form."""
+    return model_draft(run, fold.without_adapter(), "f16", "dequantised")
 
 
 def adapter_draft(run: RunDir, fold: Fold) -> Draft:

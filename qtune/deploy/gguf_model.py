@@ -3,7 +3,9 @@
 llama-cpp-python is an extra, as it is compiled on the spot.
 """
 
+import ctypes
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +41,12 @@ class GgufModel:
         try:
             from llama_cpp import Llama
 
-            lora_path = None if lora is None else str(lora)
-            return cls(Llama(str(path), lora_path=lora_path, n_ctx=most_tokens, logits_all=True, verbose=False))
+            llama = Llama(str(path), n_ctx=most_tokens, logits_all=True, verbose=False)
         except Exception as fault:  # whatever stops llama.cpp is the finding
             raise ModelError(f"{path}: does not load in llama.cpp ({fault}).") from None
+        if lora is not None:
+            _add_lora(llama, lora)
+        return cls(llama)
 
     def tokenize(self, text: str) -> list[int]:
         return self.llama.tokenize(text.encode(), add_bos=False, special=True)
@@ -71,3 +75,18 @@ class GgufModel:
             answer.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
             self.llama.eval(answer[-1:])
         return answer
+
+
+def _add_lora(llama: "Llama", lora: Path) -> None:
+    """Have `llama` add the adapter file `lora`, at the scale that the file says.
+
+    Llama's own `lora_path` does the same, and reads the whole base into memory where this leaves it mapped.
+    """
+    import llama_cpp
+
+    adapter = llama_cpp.llama_adapter_lora_init(llama.model, os.fsencode(lora))  # freed with the model
+    if adapter is None:
+        raise ModelError(f"{lora}: llama.cpp does not take it for an adapter of the run's base.")
+    adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    if llama_cpp.llama_set_adapters_lora(llama.ctx, adapters, 1, scales):
+        raise ModelError(f"{lora}: llama.cpp cannot compute with it.")

@@ -108,7 +108,7 @@ def packed(entry: Entry, tensor: torch.Tensor) -> NDArray[np.uint8]:
         return quants.quantize(tensor.cpu().numpy(), entry.kind)
     rounded = tensor.to(TORCH_TYPE[entry.kind]).cpu()
     if entry.kind == F16 and not torch.isfinite(rounded).all():
-        raise ModelError(f"{entry.source}: has weights beyond the range of f16. Use --quant bf16 or f32.")
+        raise ModelError(f"{entry.source}: has weights beyond the range of f16; --quant bf16 and f32 reach further.")
     return rounded.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

@@ -237,6 +237,8 @@ def export_table(report: dict[str, Any]) -> RenderableType:
     table.add_row("read back", Text(proof + texts))
     for row in _verdict_rows(report["verdict"]) if report["verdict"] else ():
         table.add_row(*row)
+    if report["verdict"] and report["to"] == "adapter-gguf":
+        table.add_row("", Text("asked beside a file of the run's base, made for this in f16 and removed"))
     table.add_row("verdict", Text("passed", "green") if report["passed"] else Text("FAILED", "bold red"))
     for note in report["notes"]:
         table.add_row("", Text(note, WARNING_STYLE))

@@ -1,26 +1,51 @@
 """A and B as llama.cpp multiplies them, beside the base's own file."""
 
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from gguf import GGUFReader
-from made_bases import make_base
+from gguf import GGUFReader, GGUFWriter, Keys
+from made_bases import byte_level, make_base
 from made_runs import make_run, token_rows
+from tokenizers import normalizers
 
-from qtune.deploy import gguf_verdict
+from qtune import cli
+from qtune.deploy import gguf_adapter, gguf_model
 from qtune.deploy.delta import AdapterWeights, Change
-from qtune.deploy.export import export
+from qtune.deploy.export import ExportReport, export
 from qtune.deploy.gguf_adapter import refuse_what_is_no_lora
-from qtune.deploy.verify import Live
+from qtune.deploy.gguf_layout import Layout
+from qtune.deploy.merge import SPARE_DISK_BYTES
 from qtune.errors import ModelError
+from qtune.rundir import RunDir, read_json, write_json
 
-LORAS = {
+Usage = namedtuple("Usage", "total used free")
+ROWS = token_rows(300, rows=2, tokens=30)
+LORAS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "rslora with patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 2, "up_proj": 9},
+        "alpha_pattern": {"q_proj": 5, "layers.1.mlp.down_proj": 3},
+    },
 }
 
 
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS.keys())
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A LoRA that matters, on a base whose queries and keys are arranged anew."""
+    folder = tmp_path_factory.mktemp("adapter")
+    run = make_run(folder / "run", make_base(folder / "base", "llama"), compute_dtype="float32", strength=0.3)
+    write_json(run.probe, ROWS)
+    return run
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
 def test_what_llama_cpp_adds_is_what_peft_adds(tmp_path, lora) -> None:
     run = make_run(tmp_path / "run", make_base(tmp_path / "base", "llama"), lora, compute_dtype="float32")
     report = export(run, tmp_path / "out", "adapter-gguf")
@@ -37,23 +62,132 @@ def test_what_llama_cpp_adds_is_what_peft_adds(tmp_path, lora) -> None:
         torch.testing.assert_close(alpha / a.shape[0] * b @ a, change.scale * change.b @ change.a)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_beside_its_base_it_is_the_trained_model(tmp_path, kind) -> None:
-    """The base's file is the export of a run that changed nothing."""
+def asked_of_llama_cpp(run: RunDir, output: Path) -> ExportReport:
     pytest.importorskip("llama_cpp")
+    return export(run, output, "adapter-gguf", rows=ROWS)
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_llama_cpp_computes_what_was_trained(tmp_path, kind, lora) -> None:
     base = make_base(tmp_path / "base", kind)
-    lora = {"use_rslora": True}
     run = make_run(tmp_path / "run", base, lora, compute_dtype="float32", strength=0.3)
-    untouched = make_run(tmp_path / "untouched", base, lora, compute_dtype="float32", strength=0.0)
-    export(run, tmp_path / "adapter", "adapter-gguf")
-    export(untouched, tmp_path / "whole", "gguf", "f32")
+    report = asked_of_llama_cpp(run, tmp_path / "out")
+    assert report.faults == report.notes == ()
+    assert report.verdict is not None
+    assert report.verdict.mean_kl < 1e-4
+    assert all(answer.same for answer in report.verdict.greedy)
 
-    def divergence(lora_file: str | None) -> float:
-        lora_path = tmp_path / "adapter" / lora_file if lora_file else None
-        file, rows = tmp_path / "whole" / "model.gguf", token_rows(300, rows=2, tokens=30)
-        return gguf_verdict.judge(Live.open(run), file, rows, (), "f32", "dequantised", lora_path).mean_kl
 
-    assert divergence("adapter.gguf") < 1e-4 < 0.1 < divergence(None)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_base_beside_it_is_the_one_the_run_held(tmp_path, quantization) -> None:
+    """A base in bfloat16 that was float32 on the disk is another model by its rounding."""
+    base = make_base(tmp_path / "base", "llama")
+    run = make_run(tmp_path / "run", base, strength=0.3, quantization=quantization)
+    verdict = asked_of_llama_cpp(run, tmp_path / "out").verdict
+    assert verdict is not None
+    assert verdict.mean_kl < 1e-4
+
+
+def test_the_base_is_gone_when_it_was_asked(run, tmp_path) -> None:
+    heard = []
+    pytest.importorskip("llama_cpp")
+    export(run, tmp_path / "out", "adapter-gguf", rows=ROWS, progress=lambda *event: heard.append(event))
+    assert [name for _, _, name in heard if name == "token_embd.weight"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["adapter.gguf", "export_report.json"]
+
+
+def double_alpha(writer: GGUFWriter, adapter: AdapterWeights) -> None:
+    first = next(iter(adapter.changes.values()))
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, 2 * first.scale * first.a.shape[0])
+
+
+SPOILED = {
+    "another scale": (gguf_adapter, "describe", double_alpha),
+    "rows in the order of transformers": (Layout, "arranged", lambda layout, name, tensor: tensor),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED.values(), ids=SPOILED)
+def test_a_file_that_says_another_adapter_is_a_fault(run, tmp_path, monkeypatch, capsys, spoiled) -> None:
+    """Written and read back as it was meant to be, and meant wrongly: nothing but running it can tell."""
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(*spoiled)
+    assert cli.main(["export", str(run.path), "--to", "adapter-gguf", "--output", str(tmp_path / "out")]) == 1
+    assert "same next token" in capsys.readouterr().err
+    report = read_json(tmp_path / "out" / "export_report.json")
+    assert report["read_back"]["worst_fraction"] <= 1
+    assert not report["passed"]
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has llama.cpp, for what is found before it is asked."""
+    monkeypatch.setattr(gguf_model, "is_installed", lambda: True)
+
+
+def exported_unasked(run: RunDir, output: Path, **settings: Any) -> str:
+    """An export without a verdict, that leaves nothing beside itself; the note that says why."""
+    report = export(run, output, "adapter-gguf", rows=ROWS, **settings)
+    assert report.verdict is None
+    assert report.faults == ()
+    assert [path.name for path in output.parent.glob("*out*")] == ["out"]
+    assert sorted(path.name for path in output.iterdir()) == ["adapter.gguf", "export_report.json"]
+    (note,) = report.notes
+    return note
+
+
+def test_a_disk_without_room_for_the_base_still_gets_the_adapter(run, tmp_path, installed, monkeypatch) -> None:
+    free = SPARE_DISK_BYTES + 100_000  # the adapter has 92 kB, its base 313 kB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
+    note = exported_unasked(run, tmp_path / "out")
+    assert note.startswith("Not verified with llama.cpp: ")
+    assert "the base that the LoRA is verified on needs 64 MiB" in note
+
+
+def test_a_disk_that_fills_up_with_the_base_still_gets_the_adapter(run, tmp_path, installed) -> None:
+    def fill_up(done: int, total: int, name: str) -> None:
+        if name == "blk.2.attn_q.weight":
+            raise OSError(28, "No space left on device")
+
+    note = exported_unasked(run, tmp_path / "out", progress=fill_up)
+    assert note == "Not verified with llama.cpp: its base could not be written (No space left on device)."
+
+
+def test_an_export_that_is_stopped_at_the_base_leaves_nothing(run, tmp_path, installed) -> None:
+    def stop(done: int, total: int, name: str) -> None:
+        if name == "blk.2.attn_q.weight":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(run, tmp_path / "out", "adapter-gguf", rows=ROWS, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_has_no_file_of_its_own_still_gives_the_adapter(tmp_path, installed) -> None:
+    """Its tokenizer cuts as nothing in llama.cpp does, which matters to a whole model alone."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base", "llama", tokenizer), compute_dtype="float32")
+    note = exported_unasked(run, tmp_path / "out")
+    assert note.startswith("Not verified with llama.cpp: the base's tokenizer rewrites text (Lowercase)")
+
+
+def test_without_llama_cpp_it_says_so(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gguf_model, "is_installed", lambda: False)
+    assert exported_unasked(run, tmp_path / "out") == "Not verified with llama.cpp: pip install 'qtune[verify]'"
+
+
+def test_an_adapter_of_another_base_is_named(run, tmp_path) -> None:
+    pytest.importorskip("llama_cpp")
+    other = make_run(tmp_path / "run", make_base(tmp_path / "base", "qwen2"), compute_dtype="float32")
+    export(other, tmp_path / "adapter", "adapter-gguf")
+    export(run, tmp_path / "whole", "gguf", "f32")
+    lora = tmp_path / "adapter" / "adapter.gguf"
+    with pytest.raises(ModelError, match=r"adapter\.gguf: llama\.cpp does not take it"):
+        gguf_model.GgufModel.load(tmp_path / "whole" / "model.gguf", 64, lora)
 
 
 def test_more_than_a_and_b_is_refused() -> None:

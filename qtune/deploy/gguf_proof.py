@@ -1,0 +1,62 @@
+"""llama.cpp's verdict on an export, or why there is none.
+
+A whole model is asked as it is. A LoRA alone is asked on the run's base as training held it, so that the adapter is all
+there is between the two sides: that base is written in f16 beside it, and removed once llama.cpp has answered.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qtune.deploy import gguf_model, gguf_verdict
+from qtune.deploy.gguf_draft import Draft, base_draft
+from qtune.deploy.gguf_verdict import GgufVerdict
+from qtune.deploy.merge import Progress, check_disk, counting
+from qtune.deploy.verify import Live
+from qtune.errors import MachineError, ModelError
+from qtune.rundir import RunDir
+
+BASE_NAME = "base.gguf"
+
+
+def asked(
+    run: RunDir, draft: Draft, path: Path, output: Path, rows: Sequence[Sequence[int]], progress: Progress | None
+) -> tuple[GgufVerdict | None, tuple[str, ...]]:
+    """The verdict on the file at `path`, which is to stand in `output`; or none, and a sentence that says why.
+
+    Raises ModelError for a file that llama.cpp does not load.
+    """
+    if not gguf_model.is_installed():
+        return None, (f"Not verified with llama.cpp: {gguf_model.HOW_TO_GET_IT}",)
+    if not any(len(row) > 1 for row in rows):
+        return None, ("Not verified with llama.cpp: the run kept no held-out rows to compare on.",)
+    if draft.vocabulary is None:
+        return _asked_on_base(run, draft, path, output, rows, progress)
+    _tell_of_asking(progress, draft)
+    return gguf_verdict.judge(Live.open(run), path, rows, draft.references, draft.quant, draft.onto), ()
+
+
+def _tell_of_asking(progress: Progress | None, draft: Draft) -> None:
+    if progress is not None:
+        progress(len(draft.entries), len(draft.entries), "and asking llama.cpp")
+
+
+def _asked_on_base(
+    run: RunDir, draft: Draft, path: Path, output: Path, rows: Sequence[Sequence[int]], progress: Progress | None
+) -> tuple[GgufVerdict | None, tuple[str, ...]]:
+    """The verdict on a LoRA alone; a base that cannot be written is no fault of it.
+
+    Its texts are none: the tokenizer is in the file of the base.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        base_path = Path(folder) / BASE_NAME
+        try:
+            base = base_draft(run, draft.fold)
+            check_disk(output, base.bytes, "base that the LoRA is verified on")
+            base.write(base_path, counting(progress, len(base.entries)))
+        except (ModelError, MachineError) as fault:
+            return None, (f"Not verified with llama.cpp: {fault}",)
+        except OSError as fault:
+            return None, (f"Not verified with llama.cpp: its base could not be written ({fault.strerror or fault}).",)
+        _tell_of_asking(progress, base)
+        return gguf_verdict.judge(Live.open(run), base_path, rows, (), base.quant, draft.onto, path), ()
