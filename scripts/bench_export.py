@@ -193,10 +193,10 @@ def config(layers: int) -> dict[str, Any]:
     }
 
 
-def weights(specs: list[TensorSpec]) -> Iterator[list[torch.Tensor]]:
+def weights(specs: list[TensorSpec]) -> Iterator[torch.Tensor]:
     torch.manual_seed(0)
     for spec in specs:
-        yield [torch.randn(spec.shape, dtype=spec.dtype) * 0.02]
+        yield torch.randn(spec.shape, dtype=spec.dtype) * 0.02
 
 
 def write_adapter(folder: Path, modules: list[str]) -> None:

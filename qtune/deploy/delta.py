@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from qtune.deploy.round_trip import Index
 from qtune.errors import ModelError
 
 PREFIX = "base_model.model."
@@ -32,7 +33,7 @@ class Change:
     scale: float
     magnitude: torch.Tensor | None = None
 
-    def apply(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    def apply(self, weight: torch.Tensor, rows: Index = slice(None)) -> torch.Tensor:
         """W + scale * B @ A for the `rows` of W that `weight` (rows, I) holds, in float32 on its device.
 
         With DoRA every row of the sum is brought to its learned length (equation 5 of arXiv:2402.09353).

@@ -3,7 +3,6 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +13,12 @@ from transformers import AutoConfig
 
 from qtune import __version__, sealed
 from qtune.deploy.delta import CONFIG_NAME, AdapterWeights, weights_path
+from qtune.deploy.folded import Job, Part, Weight
 from qtune.deploy.folder import write_small_files
 from qtune.deploy.movement import LayerChange, Movement
-from qtune.deploy.round_trip import Rows, restored_rows, rows_at_once
+from qtune.deploy.round_trip import Rows, restored_rows
 from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
+from qtune.deploy.streamed import in_order
 from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.model import base
@@ -110,24 +111,36 @@ class Fold:
         """The tensor as it will be in the output."""
         return dataclasses.replace(spec, dtype=self.dtype) if self.dtype and spec.dtype.is_floating_point else spec
 
-    def tensors(self, onto: Onto) -> Iterator[torch.Tensor]:
-        """Every tensor of the checkpoint's `specs`, in their order, folded `onto` one base and not written."""
-        for shard in self.checkpoint.shards:
-            for spec in shard.tensors:
-                yield _whole(self.written(spec), self._parts(shard, spec, onto, None))
+    def jobs(
+        self, shard: Shard, name: str, onto: Onto, order: torch.Tensor | None = None, is_measured: bool = False
+    ) -> Iterator[Job]:
+        """What makes one tensor of the checkpoint, folded `onto` one base, a few rows each and in their order.
+
+        `order` says which row goes where, if not as they are. What is not floating point goes untouched.
+        `is_measured` is for how far an adapted weight moves.
+        """
+        original = self.checkpoint.tensor(shard, name)
+        if original.dtype.is_floating_point:
+            return self._weight(name, original, onto, is_measured).jobs(order)
+        return iter([lambda: Part(name, original)])
 
     def write_shard(self, folder: Path, shard: Shard, onto: Onto, tell: Callable[[str], None]) -> WrittenShard:
         """One file of weights in `folder`, folded `onto` one base; it is on the disk on return."""
-        layers: list[LayerChange] = []
+        moved: dict[str, Movement] = {}
 
-        def tensors() -> Iterator[Iterator[torch.Tensor]]:
+        def jobs() -> Iterator[Job]:
             for spec in shard.tensors:
-                yield self._parts(shard, spec, onto, layers)
+                yield from self.jobs(shard, spec.name, onto, is_measured=True)
                 tell(spec.name)
 
-        with _one_thread():
-            sha256 = write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), tensors())
-        return WrittenShard(sha256, tuple(layers))
+        def rows() -> Iterator[torch.Tensor]:
+            for part in in_order(jobs()):
+                if part.movement is not None:
+                    moved[part.name] = moved.get(part.name, Movement()) + part.movement
+                yield part.rows
+
+        sha256 = write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), rows())
+        return WrittenShard(sha256, tuple(self._layer_change(name, movement) for name, movement in moved.items()))
 
     def write_small_files(self, folder: Path) -> None:
         """What stands beside the weights: the shards' index, configuration, tokenizer, template, licence."""
@@ -136,49 +149,24 @@ class Fold:
         stop = self.lock["stop_token_ids"]
         write_small_files(self.checkpoint.folder, folder, self.model, stop, self.dtype_name)
 
-    def _parts(
-        self, shard: Shard, spec: TensorSpec, onto: Onto, layers: list[LayerChange] | None
-    ) -> Iterator[torch.Tensor]:
-        """One tensor in the dtype it is written in, some rows at a time; what is not floating point goes untouched.
-
-        How far an adapted weight moved is added to `layers`, if that is wanted.
-        """
-        original = self.checkpoint.tensor(shard, spec.name)
-        if not spec.dtype.is_floating_point:
-            yield original
-            return
-        for part in self._folded(spec.name, original, onto, layers):
-            merged = part.to(self.written(spec).dtype)
-            _refuse_not_finite(spec, merged, original)
-            yield merged
-
-    def _folded(
-        self, name: str, original: torch.Tensor, onto: Onto, layers: list[LayerChange] | None
-    ) -> Iterator[torch.Tensor]:
-        """Rows of one tensor with their part of the adapter; float32 where the adapter adds to them."""
+    def _weight(self, name: str, original: torch.Tensor, onto: Onto, is_measured: bool) -> Weight:
+        """A tensor that is floating point, and all that its rows are made of."""
+        dtype = self.dtype or original.dtype
         if name in self.adapter.replaced:
-            yield self.adapter.replaced[name]
-            return
-        module = name.removesuffix(".weight")
+            replaced = _as_matrix(self.adapter.replaced[name])
+            return Weight(name, replaced, dtype, replaced.__getitem__)
+        module, weight = name.removesuffix(".weight"), _as_matrix(original)
         change = self.adapter.changes.get(module)
-        weight = original.flatten(1) if original.dim() > 1 else original.view(1, -1)
-        is_compared = change is not None and layers is not None and module in self.quantized
-        if change is not None or (onto == "dequantised" and module in self.quantized):
+        is_measured, is_quantized = is_measured and change is not None, module in self.quantized
+        if change is not None or (onto == "dequantised" and is_quantized):
             weight = weight.to(self.device)
-        held = self._held(module, weight) if onto == "dequantised" or is_compared else weight.__getitem__
-        if change is None:
-            yield from map(held, _rows(weight))
-            return
-        moved = Movement()
-        for rows in _rows(weight):
-            as_held = held(rows)
-            start = as_held if onto == "dequantised" else weight[rows]
-            merged = change.apply(start, rows)
-            if layers is not None:
-                moved.add(weight[rows], as_held if is_compared else None, start, merged)
-            yield merged
-        if layers is not None:
-            layers.append(moved.of(module, is_compared))
+        held = self._held(module, weight) if onto == "dequantised" or (is_measured and is_quantized) else None
+        start = held if onto == "dequantised" and held is not None else weight.__getitem__
+        return Weight(name, weight, dtype, start, change, held if is_quantized else None, is_measured)
+
+    def _layer_change(self, name: str, moved: Movement) -> LayerChange:
+        module = name.removesuffix(".weight")
+        return moved.of(module, module in self.quantized)
 
     def _held(self, module: str, weight: torch.Tensor) -> Rows:
         """Rows of a weight as the run held it: in the compute dtype, and a quantised one through 4 bits and back.
@@ -191,32 +179,9 @@ class Fold:
         return lambda rows: weight[rows].to(dtype)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Parts are too small to be shared out: threads would wait for each other at every operation, and on a busy machine
-    that took ten times as long. Hashing and writing have a thread of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _rows(weight: torch.Tensor) -> Iterator[slice]:
-    """The rows of a matrix, in parts that are worked on together."""
-    count, at_once = len(weight), rows_at_once(weight)
-    return (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
-
-
-def _whole(spec: TensorSpec, parts: Iterator[torch.Tensor]) -> torch.Tensor:
-    """A tensor in host memory, from the parts that follow each other in it."""
-    whole = torch.empty(spec.shape, dtype=spec.dtype)
-    flat, start = whole.view(-1), 0
-    for part in parts:
-        flat[start : start + part.numel()] = part.reshape(-1)
-        start += part.numel()
-    return whole
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """(O, I) of any shape; a vector as rows of one."""
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.view(-1, 1)
 
 
 def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint, quantized: frozenset[str]) -> None:
@@ -255,13 +220,3 @@ def _refuse_tied(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint, c
             f"{run.adapter}: changes {', '.join(shared)}, which this base shares between its embedding and its head"
             " (tie_word_embeddings), so it cannot be merged. Serve the adapter beside the base, or train other targets."
         )
-
-
-def _refuse_not_finite(spec: TensorSpec, merged: torch.Tensor, original: torch.Tensor) -> None:
-    """The sum of what is finite may overflow, of anything else it is never finite: it is asked first, being faster."""
-    if torch.isfinite(merged.sum()) or torch.isfinite(merged).all():
-        return
-    if not torch.isfinite(original).all():
-        raise ModelError(f"{spec.name}: holds NaN or infinity in the base already. Download the base again.")
-    hint = " Use --dtype bfloat16, which reaches further." if merged.dtype == torch.float16 else ""
-    raise ModelError(f"{spec.name}: is not finite in {merged.dtype} once merged.{hint}")

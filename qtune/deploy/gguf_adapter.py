@@ -4,14 +4,15 @@ llama.cpp scales B @ A by alpha / R with one alpha for the whole file. So alpha 
 its scale, which covers rsLoRA; where modules differ in alpha, B makes up for it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from gguf import GGUFWriter, Keys
 
 from qtune.deploy.delta import AdapterWeights
 from qtune.deploy.gguf_layout import Layout
-from qtune.deploy.gguf_storage import F32, Entry
+from qtune.deploy.gguf_storage import F32, Entry, Stored, stored
 from qtune.errors import ModelError
 
 
@@ -40,8 +41,12 @@ def entries(adapter: AdapterWeights, names: dict[str, str]) -> list[Entry]:
     ]
 
 
-def tensors(adapter: AdapterWeights, layout: Layout) -> Iterator[torch.Tensor]:
-    """What `entries` stand for: A (R, I), and B (O, R) with its rows where llama.cpp has the base's."""
+def jobs(entries: Iterable[Entry], adapter: AdapterWeights, layout: Layout) -> Iterator[Callable[[], Stored]]:
+    """What makes `entries`: A (R, I), and B (O, R) with its rows where llama.cpp has the base's."""
+    return (partial(stored, entry, tensor) for entry, tensor in zip(entries, _tensors(adapter, layout), strict=True))
+
+
+def _tensors(adapter: AdapterWeights, layout: Layout) -> Iterator[torch.Tensor]:
     alpha = _alpha(adapter)
     for module, change in adapter.changes.items():
         rank = change.a.shape[0]

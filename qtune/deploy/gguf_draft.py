@@ -2,25 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 
-import torch
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter
 from transformers import PreTrainedTokenizerBase
 
 from qtune.deploy import gguf_adapter, gguf_storage
 from qtune.deploy.fold import Fold, Onto
+from qtune.deploy.folded import Job
 from qtune.deploy.gguf_layout import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
-from qtune.deploy.gguf_storage import F32, FILE_TYPE_BY_QUANT, Entry, Quant, Written, stored_type
+from qtune.deploy.gguf_storage import F32, FILE_TYPE_BY_QUANT, Entry, Quant, Stored, Written, stored, stored_type
 from qtune.deploy.gguf_tokens import Reference, matching
 from qtune.deploy.gguf_vocabulary import Vocabulary
+from qtune.deploy.streamed import in_order
 from qtune.model import base
 from qtune.rundir import RunDir
 
 
 @dataclass(frozen=True)
 class Draft:
-    """`writer` knows all but the tensors; `tensors` are the weights of `entries` in float32, made when asked for.
+    """`writer` knows all but the tensors; `jobs` make those of `entries`, some rows each, in order.
 
     `references` are the texts that its tokenizer was held to. `vocabulary` and `tokenizer` are None for an adapter.
     """
@@ -30,7 +33,7 @@ class Draft:
     quant: Quant
     onto: Onto
     entries: tuple[Entry, ...]
-    tensors: Iterator[torch.Tensor]
+    jobs: Iterator[Callable[[], Stored]]
     vocabulary: Vocabulary | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     references: tuple[Reference, ...] = ()
@@ -41,12 +44,12 @@ class Draft:
         return sum(entry.bytes for entry in self.entries)
 
     def write(self, path: Path, tell: Callable[[str], None]) -> dict[str, Written]:
-        """The file, by place what was written; `tell` hears each place before its tensor is made."""
+        """The file, by place what was written; `tell` hears each place as it is begun."""
 
-        def told() -> Iterator[torch.Tensor]:
-            for entry in self.entries:
-                tell(entry.place)
-                yield next(self.tensors)
+        def told() -> Iterator[Stored]:
+            for place, parts in groupby(in_order(self.jobs), lambda part: part.place):
+                tell(place)
+                yield from parts
 
         return gguf_storage.write(self.writer, path, self.entries, told())
 
@@ -60,29 +63,19 @@ def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
     rows = specs[EMBEDDING if EMBEDDING in specs else HEAD].shape[0]
     vocabulary, references = matching(tokenizer, rows, fold.lock["stop_token_ids"])
     head = OUTPUT if OUTPUT in names.values() else TOKEN_EMBEDDING
-    factors = layout.rope_factors()
-
-    def tensors() -> Iterator[torch.Tensor]:
-        if factors is not None:
-            yield factors
-        folded = fold.tensors(onto)
-        for name in specs:
-            if name in names:
-                yield layout.arranged(name, next(folded).float())
-            else:
-                next(folded)
-
     writer = _introduced(run, fold, layout, GGUFType.MODEL)
     writer.add_file_type(FILE_TYPE_BY_QUANT[quant])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     layout.describe(writer, rows)
     vocabulary.write_to(writer)
-    entries = [] if factors is None else [Entry(ROPE_FACTORS, ROPE_FACTORS, tuple(factors.shape), F32)]
-    for name, place in names.items():
-        shape = specs[name].shape
-        entries.append(Entry(name, place, shape, stored_type(quant, shape, place == head)))
+    entries = {name: _entry(name, place, specs[name].shape, quant, place == head) for name, place in names.items()}
+    factors = layout.rope_factors()
+    first = {} if factors is None else {Entry(ROPE_FACTORS, ROPE_FACTORS, tuple(factors.shape), F32): factors}
+    jobs: Iterator[Callable[[], Stored]] = chain(
+        (partial(stored, *known) for known in first.items()), _jobs(fold, layout, onto, entries)
+    )
     notes = _notes(layout, vocabulary)
-    return Draft(fold, writer, quant, onto, tuple(entries), tensors(), vocabulary, tokenizer, references, notes)
+    return Draft(fold, writer, quant, onto, (*first, *entries.values()), jobs, vocabulary, tokenizer, references, notes)
 
 
 def base_draft(run: RunDir, fold: Fold) -> Draft:
@@ -99,7 +92,23 @@ def adapter_draft(run: RunDir, fold: Fold) -> Draft:
     writer = _introduced(run, fold, layout, GGUFType.ADAPTER)
     gguf_adapter.describe(writer, adapter)
     onto: Onto = "dequantised" if fold.quantized else "original"
-    return Draft(fold, writer, "f32", onto, tuple(entries), gguf_adapter.tensors(adapter, layout))
+    return Draft(fold, writer, "f32", onto, tuple(entries), gguf_adapter.jobs(entries, adapter, layout))
+
+
+def _entry(name: str, place: str, shape: tuple[int, ...], quant: Quant, is_head: bool) -> Entry:
+    return Entry(name, place, shape, stored_type(quant, shape, is_head))
+
+
+def _jobs(fold: Fold, layout: Layout, onto: Onto, entries: dict[str, Entry]) -> Iterator[Callable[[], Stored]]:
+    for shard in fold.checkpoint.shards:
+        for spec in shard.tensors:
+            if entry := entries.get(spec.name):
+                order = layout.order(spec.name, spec.shape[0])
+                yield from (partial(_stored, entry, job) for job in fold.jobs(shard, spec.name, onto, order))
+
+
+def _stored(entry: Entry, job: Job) -> Stored:
+    return stored(entry, job().rows.float())
 
 
 def _introduced(run: RunDir, fold: Fold, layout: Layout, kind: str) -> GGUFWriter:

@@ -132,14 +132,19 @@ class Layout:
         if missing := sorted((whole | blocks) - places):
             raise ModelError(f"model.base: the checkpoint has nothing for {', '.join(missing[:8])}.")
 
-    def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` as llama.cpp wants it, whose first dimension are the outputs of the checkpoint's tensor `name`."""
+    def order(self, name: str, rows: int) -> torch.Tensor | None:
+        """Which of the `rows` of the checkpoint's tensor `name` llama.cpp has where (rows,); None where they stay."""
         module = name.rpartition(".")[0].rpartition(".")[2]
         if not self.family.is_rearranged or module not in ("q_proj", "k_proj"):
-            return tensor
+            return None
         heads = self.config.num_attention_heads if module == "q_proj" else self.config.num_key_value_heads
-        rest = tensor.shape[1:]  # (H * D, ...): channel i of the first half goes beside channel i of the second
-        return tensor.reshape(heads, 2, -1, *rest).transpose(1, 2).reshape(tensor.shape)
+        # (H * D): channel i of the first half goes beside channel i of the second
+        return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).flatten()
+
+    def arranged(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, whose first dimension are the outputs of the checkpoint's tensor `name`, as llama.cpp wants it."""
+        order = self.order(name, len(tensor))
+        return tensor if order is None else tensor[order]
 
     def rope_factors(self) -> torch.Tensor | None:
         """What Llama 3's scaling divides each of the D/2 frequencies by; None where there is nothing to divide."""

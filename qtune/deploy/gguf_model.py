@@ -1,25 +1,29 @@
 """A GGUF file in llama.cpp, asked by token ids.
 
-llama-cpp-python is an extra, as it is compiled on the spot.
+llama-cpp-python is an extra, as it is compiled on the spot. It runs in a process of its own: a build for another
+processor, or a file it cannot bear, ends the process it is in, and that must not be the one that has an export to keep.
 """
 
-import ctypes
 import importlib.util
-import os
-from collections.abc import Sequence
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, Any
 
 import torch
 
-from qtune.errors import ModelError
-
-if TYPE_CHECKING:
-    from llama_cpp import Llama
+from qtune.errors import MachineError, ModelError
 
 EXTRA = "llama_cpp"
 HOW_TO_GET_IT = "pip install 'qtune[verify]'"
+HOW_TO_BUILD_IT = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
+CHILD = Path(__file__).with_name("gguf_child.py")
 
 
 def is_installed() -> bool:
@@ -28,65 +32,70 @@ def is_installed() -> bool:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """A loaded file; every question starts anew."""
+    """A loaded file; every question starts anew.
 
-    llama: "Llama"
+    Each raises ModelError where llama.cpp does not survive it, MachineError where it was built for another processor.
+    """
+
+    path: Path
+    child: subprocess.Popen[bytes]
+    said: IO[bytes]
 
     @classmethod
-    def load(cls, path: Path, most_tokens: int, lora: Path | None = None) -> "GgufModel":
+    @contextmanager
+    def loaded(cls, path: Path, most_tokens: int, lora: Path | None = None) -> Iterator["GgufModel"]:
         """For rows of up to `most_tokens`, with the adapter file `lora` if there is one.
 
         Raises ModelError for a file that llama.cpp does not load.
         """
-        try:
-            from llama_cpp import Llama
-
-            llama = Llama(str(path), n_ctx=most_tokens, logits_all=True, verbose=False)
-        except Exception as fault:  # whatever stops llama.cpp is the finding
-            raise ModelError(f"{path}: does not load in llama.cpp ({fault}).") from None
-        if lora is not None:
-            _add_lora(llama, lora)
-        return cls(llama)
+        command = [sys.executable, "-P", str(CHILD)]
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said) as child,
+        ):
+            model = cls(path, child, said)
+            try:
+                model._ask("load", str(path), most_tokens, None if lora is None else str(lora))
+                yield model
+            finally:
+                child.kill()
 
     def tokenize(self, text: str) -> list[int]:
-        return self.llama.tokenize(text.encode(), add_bos=False, special=True)
+        return self._ask("tokenize", text)
 
     def text(self, ids: Sequence[int]) -> str:
-        return self.llama.detokenize(list(ids), special=True).decode(errors="replace")
+        return self._ask("text", list(ids))
 
     def ends(self, token: int) -> bool:
         """Whether llama.cpp stops at it."""
-        import llama_cpp
-
-        return llama_cpp.llama_vocab_is_eog(llama_cpp.llama_model_get_vocab(self.llama.model), token)
+        return self._ask("ends", token)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """(T, vocabulary)"""
-        self.llama.reset()
-        self.llama.eval(list(ids))
-        return torch.from_numpy(self.llama.scores[: len(ids)].copy())
+        return torch.from_numpy(self._ask("logits", list(ids)))
 
     def continued(self, prompt: Sequence[int], most_tokens: int) -> list[int]:
         """What it finds most likely, one token after another, until one that it stops at."""
-        self.llama.reset()
-        self.llama.eval(list(prompt))
-        answer: list[int] = []
-        while len(answer) < most_tokens and not (answer and self.ends(answer[-1])):
-            answer.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
-            self.llama.eval(answer[-1:])
+        return self._ask("continued", list(prompt), most_tokens)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        try:
+            pickle.dump((name, arguments), self.child.stdin)
+            self.child.stdin.flush()
+            answer, refused = pickle.load(self.child.stdout)
+        except (EOFError, BrokenPipeError):
+            raise self._stopped() from None
+        if refused is not None:
+            raise ModelError(refused)
         return answer
 
-
-def _add_lora(llama: "Llama", lora: Path) -> None:
-    """Have `llama` add the adapter file `lora`, at the scale that the file says.
-
-    Llama's own `lora_path` does the same, and reads the whole base into memory where this leaves it mapped.
-    """
-    import llama_cpp
-
-    adapter = llama_cpp.llama_adapter_lora_init(llama.model, os.fsencode(lora))  # freed with the model
-    if adapter is None:
-        raise ModelError(f"{lora}: llama.cpp does not take it for an adapter of the run's base.")
-    adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
-    if llama_cpp.llama_set_adapters_lora(llama.ctx, adapters, 1, scales):
-        raise ModelError(f"{lora}: llama.cpp cannot compute with it.")
+    def _stopped(self) -> MachineError | ModelError:
+        code = self.child.wait()
+        if code == -signal.SIGILL:
+            return MachineError(f"llama.cpp was built for another processor than this one; {HOW_TO_BUILD_IT}")
+        self.said.seek(0)
+        last = self.said.read().decode(errors="replace").strip().rpartition("\n")[2]
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return ModelError(f"{self.path}: llama.cpp ended with {how} over it{f' ({last})' if last else ''}.")

@@ -27,13 +27,20 @@ def asked(
     Raises ModelError for a file that llama.cpp does not load.
     """
     if not gguf_model.is_installed():
-        return None, (f"Not verified with llama.cpp: {gguf_model.HOW_TO_GET_IT}",)
+        return None, (_not_verified(gguf_model.HOW_TO_GET_IT),)
     if not any(len(row) > 1 for row in rows):
-        return None, ("Not verified with llama.cpp: the run kept no held-out rows to compare on.",)
-    if draft.vocabulary is None:
-        return _asked_on_base(run, draft, path, output, rows, progress)
-    _tell_of_asking(progress, draft)
-    return gguf_verdict.judge(Live.open(run), path, rows, draft.references, draft.quant, draft.onto), ()
+        return None, (_not_verified("the run kept no held-out rows to compare on."),)
+    try:
+        if draft.vocabulary is None:
+            return _asked_on_base(run, draft, path, output, rows, progress)
+        _tell_of_asking(progress, draft)
+        return gguf_verdict.judge(Live.open(run), path, rows, draft.references, draft.quant, draft.onto), ()
+    except MachineError as fault:
+        return None, (_not_verified(fault),)
+
+
+def _not_verified(why: object) -> str:
+    return f"Not verified with llama.cpp: {why}"
 
 
 def _tell_of_asking(progress: Progress | None, draft: Draft) -> None:
@@ -54,9 +61,9 @@ def _asked_on_base(
             base = base_draft(run, draft.fold)
             check_disk(output, base.bytes, "base that the LoRA is verified on")
             base.write(base_path, counting(progress, len(base.entries)))
-        except (ModelError, MachineError) as fault:
-            return None, (f"Not verified with llama.cpp: {fault}",)
+        except ModelError as fault:
+            return None, (_not_verified(fault),)
         except OSError as fault:
-            return None, (f"Not verified with llama.cpp: its base could not be written ({fault.strerror or fault}).",)
+            return None, (_not_verified(f"its base could not be written ({fault.strerror or fault})."),)
         _tell_of_asking(progress, base)
         return gguf_verdict.judge(Live.open(run), base_path, rows, (), base.quant, draft.onto, path), ()

@@ -27,17 +27,17 @@ def score_file(path: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut
     asked = scored_examples(held_out, wanted)
     packs = [*held_out.packs, *(held_out.general or ())]
     longest = max(length for pack in packs for length in pack["seq_lengths"])
-    model = GgufModel.load(path, longest + wanted.max_new_tokens)
-    answers = [model.continued(example.prompt_ids, wanted.max_new_tokens) for example in asked]
-    return marked(
-        str(path),
-        _loss(model, held_out.packs),
-        _loss(model, held_out.general) if held_out.general else None,
-        [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers],
-        asked,
-        wanted.metric,
-        time.monotonic() - start,
-    )
+    with GgufModel.loaded(path, longest + wanted.max_new_tokens) as model:
+        answers = [model.continued(example.prompt_ids, wanted.max_new_tokens) for example in asked]
+        return marked(
+            str(path),
+            _loss(model, held_out.packs),
+            _loss(model, held_out.general) if held_out.general else None,
+            [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers],
+            asked,
+            wanted.metric,
+            time.monotonic() - start,
+        )
 
 
 def _loss(model: GgufModel, packs: Iterable[PackedRow]) -> float:

@@ -92,33 +92,32 @@ def judge(
 ) -> GgufVerdict:
     """Load `path`, with the adapter file `lora` if there is one, and hold it against `live`.
 
-    At most 64 rows of 512 tokens are used. Raises ModelError for a file that llama.cpp does not load.
+    At most 64 rows of 512 tokens are used. Raises ModelError for a file that llama.cpp does not
+    load or survive, MachineError where it does not run on this processor.
     """
     usable = usable_rows(rows, path)
-    model = GgufModel.load(path, MAX_ROW_TOKENS, lora)
-    with torch.inference_mode():
-        measured = [_measure(live, model, row) for row in usable]
-        greedy = tuple(_continue_both(live, model, row) for row in usable[:GREEDY_PROMPTS])
-    closeness = Closeness.over([row.closeness for row in measured])
     is_another_base = onto == "original" and live.quantized
-    return GgufVerdict(
-        rows=closeness.rows,
-        positions=closeness.positions,
-        mean_kl=closeness.mean_kl,
-        max_kl=closeness.max_kl,
-        agreement_fraction=closeness.agreement_fraction,
-        near_tie_fraction=sum(row.near_ties for row in measured) / closeness.positions,
-        agreement_bound_fraction=None if is_another_base else AGREEMENT_BOUND_FRACTION.get(quant),
-        live_loss=closeness.live_loss,
-        file_loss=closeness.other_loss,
-        loss_rise_bound=ORIGINAL_LOSS_RISE if is_another_base else None,
-        texts=len(references),
-        differing_texts=tuple(differing(references, model.tokenize)),
-        ends=sum(row.ends for row in measured),
-        ends_found=sum(row.ends_found for row in measured),
-        deaf_to=tuple(_spelled(model, token) for token in live.stop_token_ids if not model.ends(token)),
-        greedy=greedy,
-    )
+    with torch.inference_mode(), GgufModel.loaded(path, MAX_ROW_TOKENS, lora) as model:
+        measured = [_measure(live, model, row) for row in usable]
+        closeness = Closeness.over([row.closeness for row in measured])
+        return GgufVerdict(
+            rows=closeness.rows,
+            positions=closeness.positions,
+            mean_kl=closeness.mean_kl,
+            max_kl=closeness.max_kl,
+            agreement_fraction=closeness.agreement_fraction,
+            near_tie_fraction=sum(row.near_ties for row in measured) / closeness.positions,
+            agreement_bound_fraction=None if is_another_base else AGREEMENT_BOUND_FRACTION.get(quant),
+            live_loss=closeness.live_loss,
+            file_loss=closeness.other_loss,
+            loss_rise_bound=ORIGINAL_LOSS_RISE if is_another_base else None,
+            texts=len(references),
+            differing_texts=tuple(differing(references, model.tokenize)),
+            ends=sum(row.ends for row in measured),
+            ends_found=sum(row.ends_found for row in measured),
+            deaf_to=tuple(_spelled(model, token) for token in live.stop_token_ids if not model.ends(token)),
+            greedy=tuple(_continue_both(live, model, row) for row in usable[:GREEDY_PROMPTS]),
+        )
 
 
 def _spelled(model: GgufModel, token: int) -> str:

@@ -19,20 +19,28 @@ class LayerChange:
     quantization_error_fraction: float | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Movement:
-    """Sums of squares over the rows of one adapted weight, as far as it has been folded."""
+    """Sums of squares over some rows of an adapted weight; those of more rows are added."""
 
     size: float = 0.0
     change: float = 0.0
     error: float = 0.0
 
-    def add(self, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor) -> None:
+    @classmethod
+    def between(
+        cls, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor
+    ) -> "Movement":
         """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
         original = original.float()
-        self.size += float(vector_norm(original)) ** 2
-        self.change += float(vector_norm(merged - start.float())) ** 2
-        self.error += 0.0 if held is None else float(vector_norm(held.float() - original)) ** 2
+        return cls(
+            size=float(vector_norm(original)) ** 2,
+            change=float(vector_norm(merged - start.float())) ** 2,
+            error=0.0 if held is None else float(vector_norm(held.float() - original)) ** 2,
+        )
+
+    def __add__(self, other: "Movement") -> "Movement":
+        return Movement(self.size + other.size, self.change + other.change, self.error + other.error)
 
     def of(self, module: str, is_quantized: bool) -> LayerChange:
         change, error = (math.sqrt(part / self.size) if self.size else 0.0 for part in (self.change, self.error))

@@ -19,19 +19,19 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
-WEIGHTS_AT_ONCE = 1 << 18  # 1 MiB in float32: a few of them stay in the cache
+WEIGHTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}  # 1 MiB in float32 stays in a cache; a card wants more at a time
 OUTER_BLOCK = 256
 CELLS = 32  # even parts of -1 to 1, of which none holds two of the 15 borders between NF4's values
 
 SAFE_SCALE = 2.0**-120  # below, a weight may be restored to less than 2**-126: see `restored_rows`
 
-Rows = Callable[[slice], torch.Tensor]
+Index = slice | torch.Tensor  # which rows, and in which order
+Rows = Callable[[Index], torch.Tensor]
 
 
 def rows_at_once(weight: torch.Tensor) -> int:
-    """How many rows of a matrix are worked on together: on a card all of them."""
-    rows, columns = weight.shape
-    return rows if weight.device.type != "cpu" else max(1, WEIGHTS_AT_ONCE // max(1, columns))
+    """How many rows of a matrix are worked on together."""
+    return max(1, WEIGHTS_AT_ONCE[weight.device.type] // max(1, weight.shape[1]))
 
 
 def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: dict[str, Any]) -> Rows:
@@ -85,7 +85,7 @@ class NF4Rows:
         scales = _quantised_and_restored(largest) if double else largest
         return cls(weight, dtype, inverse.view(len(weight), -1, 1), scales.view(len(weight), -1, 1))
 
-    def restored(self, rows: slice) -> torch.Tensor:
+    def restored(self, rows: Index) -> torch.Tensor:
         part = self.weight[rows].to(self.dtype).float()
         inverse, scales = self.inverse[rows], self.scales[rows]
         scaled = part.view(*inverse.shape[:2], -1) * inverse

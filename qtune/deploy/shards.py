@@ -9,9 +9,7 @@ bytes of the tensors in the header's order without gaps.
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qtune.deploy.streamed import as_bytes, written_beside
 from qtune.errors import ModelError
 from qtune.model.weights import INDEX_NAME, SINGLE_NAME, read_index
 
@@ -38,8 +37,6 @@ DTYPE_BY_CODE = {
     "BOOL": torch.bool,
 }
 CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
-PARTS_AHEAD = 16  # made and not yet written
-Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -116,43 +113,30 @@ def _dtype_of(path: Path, name: str, code: str) -> torch.dtype:
 
 
 def write_shard(
-    path: Path, metadata: dict[str, str], specs: Iterable[TensorSpec], tensors: Iterable[Iterable[torch.Tensor]]
+    path: Path, metadata: dict[str, str], specs: Iterable[TensorSpec], parts: Iterable[torch.Tensor]
 ) -> str:
-    """Write the header for `specs`, then `tensors` as they come, in the same order and each in parts that follow each
-    other; the file is on the disk on return, which is its SHA-256.
-
-    Hashing and writing are done beside the making of what comes next.
-    """
-    specs = tuple(specs)
-    digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as beside:
-
-        def put(content: Buffer) -> None:
-            digest.update(content)
-            file.write(content)
-
-        put(_header(metadata, specs))
-        waiting: deque[Future[None]] = deque()
-        for content in _contents(specs, tensors):
-            waiting.append(beside.submit(put, content))
-            if len(waiting) > PARTS_AHEAD:
-                waiting.popleft().result()
-        for each in waiting:
-            each.result()
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the header for `specs`, then their tensors, each in `parts` that follow each other in it; the file is on
+    the disk on return, which is its SHA-256."""
+    specs, digest = tuple(specs), hashlib.sha256()
+    with path.open("wb") as file, written_beside(file) as put:
+        put(_header(metadata, specs), digest)
+        for part in _fitting(specs, (part for part in parts if part.numel())):
+            put(as_bytes(part), digest)
     return digest.hexdigest()
 
 
-def _contents(specs: tuple[TensorSpec, ...], tensors: Iterable[Iterable[torch.Tensor]]) -> Iterator[Buffer]:
-    for spec, parts in zip(specs, tensors, strict=True):
-        written = 0
-        for part in parts:
+def _fitting(specs: tuple[TensorSpec, ...], parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """`parts`, which are the tensors of `specs` and nothing else."""
+    for spec in specs:
+        missing = spec.bytes
+        while missing:
+            part = next(parts, None)
+            assert part is not None, f"{spec.name} is not whole"
             assert part.dtype == spec.dtype, spec.name
-            content = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            written += content.nbytes
-            yield content
-        assert written == spec.bytes, spec.name
+            missing -= part.nbytes
+            assert missing >= 0, spec.name
+            yield part
+    assert next(parts, None) is None
 
 
 def _header(metadata: dict[str, str], specs: tuple[TensorSpec, ...]) -> bytes:

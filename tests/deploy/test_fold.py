@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from qtune.deploy import round_trip
 from qtune.deploy.fold import Fold
 from qtune.deploy.round_trip import restore_quantized
 from qtune.deploy.shards import INDEX_NAME
@@ -116,6 +117,25 @@ def test_every_float_is_written_in_the_dtype_asked_for_and_the_config_says_so(ti
 def test_auto_keeps_the_dtype_of_the_checkpoint(tied_base, tmp_path) -> None:
     merged, _ = fold(make_run(tmp_path / "run", tied_base), tmp_path / "out")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("onto", ["dequantised", "original"])
+def test_threads_and_the_size_of_parts_change_no_bit(tiny_base, tmp_path, monkeypatch, onto) -> None:
+    run = make_run(tmp_path / "run", tiny_base, strength=0.3)
+    whole, layers = fold(run, tmp_path / "whole", onto)
+    monkeypatch.setitem(round_trip.WEIGHTS_AT_ONCE, "cpu", 300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        shared_out, moved = fold(run, tmp_path / "parts", onto)
+    finally:
+        torch.set_num_threads(before)
+    assert set(whole) == set(shared_out)
+    assert all(torch.equal(whole[name], shared_out[name]) for name in whole)
+    assert [layer.module for layer in moved] == [layer.module for layer in layers]
+    for one, other in zip(layers, moved, strict=True):
+        assert one.change_fraction == pytest.approx(other.change_fraction, rel=1e-4)
+        assert one.quantization_error_fraction == pytest.approx(other.quantization_error_fraction, rel=1e-4)
 
 
 def test_a_value_too_large_for_float16_is_caught_and_named(tiny_base, tmp_path) -> None:

@@ -1,0 +1,91 @@
+"""A file of weights made as a stream of parts: side by side, handed over in order, hashed and written beside.
+
+A part is small enough for a processor's cache, so parts are shared out among threads, and not the work on one: threads
+that share an operation wait for each other at every one, which on a busy machine took ten times as long.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+Buffer = bytes | memoryview
+
+MOST_THREADS = 8  # more would wait for Python's lock
+MADE_AHEAD = 4  # parts for each thread, made and not yet asked for
+WRITTEN_BEHIND = 16  # parts handed over and not yet written
+
+
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, content: Any, /) -> None: ...
+
+
+class Put(Protocol):
+    """Appends bytes to a file, and to digests on the way."""
+
+    def __call__(self, content: Buffer, *digests: Digest) -> None: ...
+
+
+def in_order(jobs: Iterable[Callable[[], Part]]) -> Iterator[Part]:
+    """What each of `jobs` returns, in their order, while the next ones are at work in as many threads as torch has.
+
+    `jobs` itself is gone through by the caller's thread, a little ahead.
+    """
+    with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as workers:
+        waiting: deque[Future[Part]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(workers.submit(job))
+                if len(waiting) > MADE_AHEAD * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
+@contextmanager
+def _one_thread_an_operation() -> Iterator[int]:
+    """The number of threads that torch had for one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield min(before, MOST_THREADS)
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def written_beside(file: BinaryIO) -> Iterator[Put]:
+    """What appends to `file` in a thread of its own; all of it is on the disk when the block ends."""
+    waiting: deque[Future[None]] = deque()
+
+    def append(content: Buffer, *digests: Digest) -> None:
+        for digest in digests:
+            digest.update(content)
+        file.write(content)
+
+    def put(content: Buffer, *digests: Digest) -> None:
+        waiting.append(beside.submit(append, content, *digests))
+        if len(waiting) > WRITTEN_BEHIND:
+            waiting.popleft().result()
+
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        yield put
+        while waiting:
+            waiting.popleft().result()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in host memory, in its own order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
