@@ -1,6 +1,6 @@
 """What an export costs and how close it comes: a table for real runs, and one for a large checkpoint of random weights.
 
-scripts/bench_export.py runs/a runs/b          every run in f16 and 8 bits, held against its live adapter in llama.cpp
+scripts/bench_export.py runs/a runs/b          every run in f16, in 8 bits and as a LoRA, beside it live in llama.cpp
 scripts/bench_export.py --synthetic 4          merge and export of so many GB, seconds beside a copy, and peak memory
 """
 
@@ -34,6 +34,7 @@ WIDTHS = {
     "mlp.down_proj": (HIDDEN, INNER),
 }
 NORMS = ("input_layernorm", "post_attention_layernorm")
+FORMS = {"f16": ("--quant", "f16"), "q8_0": ("--quant", "q8_0"), "LoRA alone": ("--to", "adapter-gguf")}
 # Peak of the process above what importing took, so that it is the work that is counted.
 CHILD = """\
 import json, sys, time
@@ -75,9 +76,9 @@ def compare_runs(runs: list[Path]) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for run in runs:
-        for quant in ("f16", "q8_0"):
+        for form, asked in FORMS.items():
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "qtune", "export", str(run), "--quant", quant, "--json"]
+                command = [sys.executable, "-m", "qtune", "export", str(run), *asked, "--json"]
                 command += ["--output", f"{folder}/out"]
                 done = subprocess.run(
                     command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
@@ -85,16 +86,16 @@ def compare_runs(runs: list[Path]) -> None:
                 if not Path(folder, "out").is_dir():
                     sys.exit(done.stderr)
                 report = json.loads(Path(folder, "out", "export_report.json").read_text())
-            print_verdict(run.name, quant, report)
+            print_verdict(run.name, form, report)
 
 
-def print_verdict(name: str, quant: str, report: dict[str, Any]) -> None:
+def print_verdict(name: str, form: str, report: dict[str, Any]) -> None:
     verdict = report["verdict"]
     if verdict is None:
         sys.exit("; ".join(report["notes"]))
     same = sum(answer["same"] for answer in verdict["greedy"])
     print(
-        f"| {name} | {quant} | {report['bytes']:,} | {verdict['mean_kl']:.1e} |"
+        f"| {name} | {form} | {report['bytes']:,} | {verdict['mean_kl']:.1e} |"
         f" {100 * verdict['agreement_fraction']:.2f} % | {100 * verdict['near_tie_fraction']:.2f} % |"
         f" {same} of {len(verdict['greedy'])} | {verdict['ends_found']} of {verdict['ends']} |"
         f" {verdict['live_loss']:.4f} | {verdict['file_loss']:.4f} |",

@@ -35,10 +35,11 @@ class Answerer:
     def _add_lora(self, lora: str) -> None:
         """At the scale that the file says.
 
-        Llama's own `lora_path` does the same, and reads the whole base into memory where this leaves it mapped.
+        Llama's own `lora_path` reads the whole base into memory where this leaves it mapped, and takes a file that was
+        not loaded for one that was (a null pointer is not None).
         """
         adapter = llama_cpp.llama_adapter_lora_init(self.llama.model, os.fsencode(lora))  # freed with the model
-        if adapter is None:
+        if not adapter:
             raise Refused(f"{lora}: llama.cpp does not take it for an adapter of the run's base.")
         adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
         if llama_cpp.llama_set_adapters_lora(self.llama.ctx, adapters, 1, scales):

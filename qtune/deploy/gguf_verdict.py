@@ -16,6 +16,7 @@ from qtune.deploy.gguf_storage import Quant
 from qtune.deploy.gguf_tokens import Reference, differing
 from qtune.deploy.verify import (
     ANSWER_TOKENS,
+    EXACT_KL_BFLOAT16,
     GREEDY_PROMPTS,
     MAX_ROW_TOKENS,
     ORIGINAL_LOSS_RISE,
@@ -35,6 +36,10 @@ from qtune.units import format_percent
 NEAR_TIE_PROBABILITY = 0.02
 # Below 8 bits it is the user's choice how much may go, and figures are shown.
 AGREEMENT_BOUND_FRACTION: dict[Quant, float] = {"f32": 0.99, "f16": 0.99, "bf16": 0.98, "q8_0": 0.98}
+# An adapter that changes few next tokens would pass without being there, so it is held to what it changes: of the KL
+# that the base alone has, 0.007 was left at 0.9 of an adapter's scale, 0.1 at 1.4 and 0.2 at a half.
+UNEXPLAINED_FRACTION = 0.05
+BASE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,17 @@ class GgufVerdict:
     """The file in llama.cpp beside the live model, over every position of `rows` token rows.
 
     KL is of the file from live, in nats per position; agreement is how often both find the same next token most likely,
-    near ties how often the file's choice is another that live finds as likely; losses are nats per token. `ends` counts
-    positions where live ends its answer, `ends_found` those of them where llama.cpp stops too. `differing_texts` became
-    other tokens, and llama.cpp is `deaf_to` some stop tokens. A bound that does not apply is None.
+    near ties how often the file's choice is another that live finds as likely; losses are nats per token. `base_kl` is
+    the mean KL of the base without its adapter file, None where there is none. `ends` counts positions where live ends
+    its answer, `ends_found` those of them where llama.cpp stops too. `differing_texts` became other tokens, and
+    llama.cpp is `deaf_to` some stop tokens. A bound that does not apply is None.
     """
 
     rows: int
     positions: int
     mean_kl: float
     max_kl: float
+    base_kl: float | None
     agreement_fraction: float
     near_tie_fraction: float
     agreement_bound_fraction: float | None
@@ -76,6 +83,8 @@ class GgufVerdict:
         same = self.agreement_fraction + self.near_tie_fraction
         if agreement is not None and same < agreement:
             found.append(f"same next token {format_percent(same)} (at least {format_percent(agreement)})")
+        if self.base_kl is not None and self.mean_kl > max(EXACT_KL_BFLOAT16, UNEXPLAINED_FRACTION * self.base_kl):
+            found.append(f"mean KL {self.mean_kl:.1e} nats with the adapter, {self.base_kl:.1e} without it")
         if rise is not None and self.file_loss - self.live_loss > rise:
             found.append(f"held-out loss {self.file_loss:.4f} after {self.live_loss:.4f} (at most {rise} more)")
         return tuple(found)
@@ -105,6 +114,7 @@ def judge(
             positions=closeness.positions,
             mean_kl=closeness.mean_kl,
             max_kl=closeness.max_kl,
+            base_kl=None if lora is None else _base_kl(live, path, usable[:BASE_ROWS]),
             agreement_fraction=closeness.agreement_fraction,
             near_tie_fraction=sum(row.near_ties for row in measured) / closeness.positions,
             agreement_bound_fraction=None if is_another_base else AGREEMENT_BOUND_FRACTION.get(quant),
@@ -118,6 +128,12 @@ def judge(
             deaf_to=tuple(_spelled(model, token) for token in live.stop_token_ids if not model.ends(token)),
             greedy=tuple(_continue_both(live, model, row) for row in usable[:GREEDY_PROMPTS]),
         )
+
+
+def _base_kl(live: Live, path: Path, rows: Sequence[list[int]]) -> float:
+    """Mean KL of the file at `path` without its adapter."""
+    with GgufModel.loaded(path, MAX_ROW_TOKENS) as model:
+        return Closeness.over([_measure(live, model, row).closeness for row in rows]).mean_kl
 
 
 def _spelled(model: GgufModel, token: int) -> str:

@@ -237,8 +237,6 @@ def export_table(report: dict[str, Any]) -> RenderableType:
     table.add_row("read back", Text(proof + texts))
     for row in _verdict_rows(report["verdict"]) if report["verdict"] else ():
         table.add_row(*row)
-    if report["verdict"] and report["to"] == "adapter-gguf":
-        table.add_row("", Text("asked beside a file of the run's base, made for this in f16 and removed"))
     table.add_row("verdict", Text("passed", "green") if report["passed"] else Text("FAILED", "bold red"))
     for note in report["notes"]:
         table.add_row("", Text(note, WARNING_STYLE))
@@ -251,11 +249,13 @@ def _origin(report: dict[str, Any]) -> str:
 
 def _verdict_rows(verdict: dict[str, Any]) -> list[tuple[str, Text]]:
     same = sum(answer["same"] for answer in verdict["greedy"])
+    alone = verdict["base_kl"]
+    beside = "" if alone is None else f"on the run's base in f16, which alone has KL {alone:.1e}: "
     return [
         (
             "llama.cpp",
             Text(
-                f"{closeness(verdict)} and another as likely {format_percent(verdict['near_tie_fraction'])} of"
+                f"{beside}{closeness(verdict)} and another as likely {format_percent(verdict['near_tie_fraction'])} of"
                 f" {verdict['positions']:,} positions"
             ),
         ),
