@@ -36,6 +36,10 @@ CHANGEABLE = (
     "device",
     "versions.",
 )
+FIXED = {  # of those above, with the reason
+    "evaluate.canaries": "canaries are rows that are trained on",
+    "evaluate.canary_repeats": "canaries are rows that are trained on",
+}
 IGNORED = ("base.folder", "base.name", "model.", "seed", "name")  # said by the recipe's own fields, or no matter
 
 
@@ -67,11 +71,14 @@ class Change:
 
     @property
     def may_be_allowed(self) -> bool:
-        return any(self.field == name or (name[-1] == "." and self.field.startswith(name)) for name in CHANGEABLE)
+        is_named = any(self.field == name or (name[-1] == "." and self.field.startswith(name)) for name in CHANGEABLE)
+        return is_named and self.field not in FIXED
 
     def sentence(self) -> str:
         told = f"{self.field}: was {_shown(self.before)}, is {_shown(self.now)}"
-        return f"{told} (--allow-change {self.field})" if self.may_be_allowed else told
+        if self.may_be_allowed:
+            return f"{told} (--allow-change {self.field})"
+        return f"{told}; {FIXED[self.field]}" if self.field in FIXED else told
 
 
 def recipe_of(run: RunDir, overrides: Sequence[str]) -> Recipe:

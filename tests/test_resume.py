@@ -15,7 +15,7 @@ from stopped_runs import STEPS, assert_same, checkpoints, copy, plans_made_once,
 from qtune.errors import RunFolderError
 from qtune.events import Finished, Memorised, Resumed, StepDone
 from qtune.recipe.schema import Demo, DemoData, DemoEvaluate, DemoTrain, Recipe
-from qtune.resume import CHANGEABLE, Change, Invocation, changes, refuse_changes
+from qtune.resume import CHANGEABLE, FIXED, Change, Invocation, changes, refuse_changes
 from qtune.rundir import RunDir, write_json
 
 FULL = Recipe(
@@ -93,9 +93,10 @@ def test_every_field_of_the_recipe_is_held_to_its_value(folder: RunDir, path: tu
     [found] = changes(LOCK, changed(LOCK, ("recipe", *path), "another"))
     assert (found.field, found.now) == (dotted(path), "another")
     assert f'  {dotted(path)}: was {shown(found.before)}, is "another"' in refusal(folder, [found])
-    assert found.may_be_allowed == any(
+    is_named = any(
         dotted(path) == name or (name.endswith(".") and dotted(path).startswith(name)) for name in CHANGEABLE
     )
+    assert found.may_be_allowed == (is_named and dotted(path) not in FIXED)
 
 
 @pytest.mark.parametrize("path", LOCK_FIELDS, ids=dotted)
@@ -138,6 +139,15 @@ def test_what_may_be_allowed_says_so_and_what_may_not_does_not(folder: RunDir) -
     refuse_changes(folder, [rate], ["train.learning_rate"])
     assert "lora.rank: was 16, is 8" in refusal(folder, [rate, rank], "train.learning_rate")
     assert "lora.rank: was 16, is 8" in refusal(folder, [rank], "lora.rank")
+
+
+def test_canaries_are_not_offered_to_be_changed(stopped, capsys) -> None:
+    """They were, and then refused all the same, as the rows were others."""
+    assert qtune("resume", stopped, "--set", "evaluate.canaries=2", "--allow-change", "evaluate.canaries") == 2
+    said = capsys.readouterr().err
+    assert "  evaluate.canaries: was 0, is 2; canaries are rows that are trained on\n" in said
+    assert "--allow-change evaluate" not in said
+    assert "begin a new run with `qtune run`" in said
 
 
 def test_what_is_allowed_and_has_not_changed_is_a_slip(folder: RunDir) -> None:
