@@ -528,12 +528,18 @@ def evaluate_run(options: argparse.Namespace) -> int:
 
 
 def _refuse_idle_of_eval(options: argparse.Namespace) -> None:
-    """Raises UserError for an option that has no effect beside or without --tasks."""
+    """Raises UserError for an option that has no effect, or cannot be, beside or without --tasks."""
     idle = ("rows", "samples") if options.tasks else ("task_folder", "limit")
     for name in idle:
         if getattr(options, name) is not None:
             beside = "beside" if options.tasks else "without"
             raise UserError(f"--{name.replace('_', '-')}: has no effect {beside} --tasks. Leave it out.")
+    gguf = [path for path in options.merged if options.tasks and path.suffix == ".gguf"]
+    if gguf:
+        raise UserError(
+            f"--merged {gguf[0]}: lm-eval is run on models that transformers loads, not on GGUF files. Leave it out, or"
+            " leave out --tasks to score it on the held-out rows."
+        )
     if options.tasks == []:
         raise UserError("--tasks: names no task. Give one, such as arc_easy.")
 

@@ -91,6 +91,7 @@ def test_what_has_no_effect_is_refused(finished: Path, capsys) -> None:
         (["--limit", "3"], "--limit: has no effect without --tasks"),
         (["--tasks", "x", "--rows", "3"], "--rows: has no effect beside --tasks"),
         (["--tasks", ","], "--tasks: names no task"),
+        (["--tasks", "x", "--merged", "folder", "x.gguf"], "--merged x.gguf: lm-eval is run on models that"),
     ):
         assert qtune("eval", finished, *arguments) == 2
         assert named in capsys.readouterr().err
