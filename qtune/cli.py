@@ -308,11 +308,11 @@ def _open_to_use(path: Path, *more: str | None) -> "RunDir":
     """A run to answer, merge or export with; its libraries ask no network where its base, and what else is needed, is
     on this machine."""
     from qtune import logs
-    from qtune.rundir import RunDir, read_json
+    from qtune.rundir import RunDir
 
     run = RunDir.open(path)
     logs.hold()
-    _stay_offline_with(read_json(run.lock)["model"]["base"], *more)
+    _stay_offline_with(run.read_lock()["model"]["base"], *more)
     return run
 
 
@@ -567,19 +567,29 @@ def export_run(options: argparse.Namespace) -> int:
 
 
 def report_run(options: argparse.Namespace) -> int:
-    from qtune.report import compare, page, summary
-    from qtune.rundir import RunDir
+    from qtune.rundir import RunDir, reading
 
     if (options.run is None) == (options.compare is None):
         raise UserError("report: name one run folder, or several after --compare.")
     if options.output and not options.html:
         raise UserError("report: --output says where the page goes that --html writes. Give both.")
-    if options.compare:
-        found = compare.compare([RunDir.open(path) for path in options.compare])
-        if options.html:
-            page.write(options.output or Path("comparison.html"), page.comparison_page(found))
-        return _shown(options, compare.as_json(found), compare.table(found), Path("comparison.html"))
-    run = RunDir.open(options.run)
+    runs = [RunDir.open(path) for path in options.compare or [options.run]]
+    with reading(*runs):
+        return _compared(runs, options) if options.compare else _reported(runs[0], options)
+
+
+def _compared(runs: "list[RunDir]", options: argparse.Namespace) -> int:
+    from qtune.report import compare, page
+
+    found = compare.compare(runs)
+    if options.html:
+        page.write(options.output or Path("comparison.html"), page.comparison_page(found))
+    return _shown(options, compare.as_json(found), compare.table(found), Path("comparison.html"))
+
+
+def _reported(run: "RunDir", options: argparse.Namespace) -> int:
+    from qtune.report import page, summary
+
     if options.html:
         page.write(options.output or run.page, page.run_page(run))
     return _shown(options, summary.as_json(run), summary.report(run), run.page)
@@ -597,7 +607,7 @@ def _shown(options: argparse.Namespace, value: Any, table: "RenderableType", pag
 
 
 def push_run(options: argparse.Namespace) -> int:
-    from qtune.rundir import RunDir
+    from qtune.rundir import RunDir, reading
 
     run = RunDir.open(options.run)
     console = _console(options)
@@ -607,7 +617,8 @@ def push_run(options: argparse.Namespace) -> int:
 
     api = HfApi()
     push.refuse_without_token(api)
-    upload = push.prepare(run, options.address, options.what)
+    with reading(run):
+        upload = push.prepare(run, options.address, options.what)
     console.print(push.table(upload, options.public))
     if not options.yes and not _agreed(f"Upload to {options.address}?"):
         console.print("Nothing was uploaded.")

@@ -20,7 +20,8 @@ from qtune.memory.device import find_device
 from qtune.model import base
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Model, Recipe
 from qtune.report.waiting import rows_shown
-from qtune.rundir import RunDir, read_json, write_json
+from qtune.resume import recipe_then
+from qtune.rundir import RunDir, write_json
 
 GGUF_SUFFIX = ".gguf"
 T = TypeVar("T")
@@ -60,8 +61,7 @@ def on_held_out_rows(
     `rows` are answered and scored, all of them by default; the loss is over all. Raises UserError for a run without
     held-out rows, DataError where the rows are no longer those of the run.
     """
-    lock = read_json(run.lock)
-    recipe = Recipe(**lock["recipe"])
+    lock, recipe = run.read_lock(), recipe_then(run)
     held_out, tokenizer = _held_out(run, recipe, lock, console)
     changes = {"rows": rows or MAX_COUNT, "samples": recipe.evaluate.samples if samples is None else samples}
     wanted, seed = recipe.evaluate.model_copy(update=changes), recipe.train.seed
@@ -102,7 +102,7 @@ def on_benchmarks(
 
     before, after = _both(run, lambda _, opened: run_on(opened))
     results = {"base": before, "tuned": after}
-    results |= {str(path): run_on(Merged.of(path, read_json(run.lock))) for path in merged}
+    results |= {str(path): run_on(Merged.of(path, run.read_lock())) for path in merged}
     found = {"tasks": list(names), "limit": limit, "results": results}
     write_json(run.evaluation("tasks"), found)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from qtune.errors import RunFolderError
 from qtune.recipe import load
 from qtune.recipe.schema import Recipe
-from qtune.rundir import RunDir, leaves, read_json, write_json
+from qtune.rundir import RunDir, leaves, write_json
 
 # What may change between two halves of a run if the user says so; a name that ends in a dot stands for all under it.
 CHANGEABLE = (
@@ -54,11 +54,11 @@ class Invocation:
     @classmethod
     def of_run(cls, run: RunDir) -> "Invocation":
         """Raises RunFolderError for one that qtune did not write."""
-        values = read_json(run.invocation)
-        try:
+
+        def said(values: Any) -> Invocation:
             return cls(values["recipe_folder"], tuple(values["overrides"]), values["demo"])
-        except (KeyError, TypeError):
-            raise RunFolderError(f"{run.invocation}: is not as qtune wrote it.") from None
+
+        return run.read_as(run.invocation, said)
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,17 @@ def recipe_of(run: RunDir, overrides: Sequence[str]) -> Recipe:
     return load.load(run.recipe, [*began.overrides, *overrides], began.demo, Path(began.recipe_folder))
 
 
+def recipe_then(run: RunDir) -> Recipe:
+    """The recipe that the run began with, settled. A setting that came later has its default, which is what a version
+    without it did. Raises RunFolderError for settings of another version that this one does not know."""
+    return run.read_as(run.lock, lambda lock: Recipe(**lock["recipe"]))
+
+
 def remember(run: RunDir, overrides: Sequence[str]) -> None:
     """Keep the overrides that a run goes on with, for the next time it is resumed."""
     began = Invocation.of_run(run)
     overrides = (*began.overrides, *load.given_anywhere(overrides))
     write_json(run.invocation, asdict(replace(began, overrides=overrides)))
-
-
-def lock_of(run: RunDir) -> dict[str, Any]:
-    """What the run stood on when it began. Raises RunFolderError for a lock that qtune did not write."""
-    lock = read_json(run.lock)
-    tables = lock if isinstance(lock, dict) else {}
-    if not isinstance(tables.get("recipe"), dict) or not isinstance(tables.get("quantized_modules"), list):
-        raise RunFolderError(f"{run.lock}: is not as qtune wrote it.")
-    return tables
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from qtune import logs
+from qtune import __version__, logs
 from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
@@ -39,7 +39,7 @@ from qtune.recipe.schema import Recipe
 from qtune.report import card, forecast, summary, tables
 from qtune.report.dashboard import listener_for
 from qtune.report.waiting import rows_shown, tensors_shown
-from qtune.resume import Invocation, changes, lock_of, refuse_changes
+from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, read_json, write_json
 from qtune.train import checkpoint
 from qtune.train.fit import Fitted, Keeping, fit
@@ -143,7 +143,7 @@ def get_ready_again(
     ready = get_ready(recipe, settled, console)
     refuse_unless_it_fits(recipe, ready.plan)
     if run.lock.is_file():
-        before = lock_of(run)
+        before = {**run.read_lock(), "recipe": recipe_then(run).model_dump(mode="json")}
         now = lock(ready, before["quantized_modules"])
         refuse_changes(run, changes(before, now), allowed)
         write_json(run.lock, now)
@@ -278,7 +278,7 @@ def _base_score(
 ) -> Score | None:
     """The base's score, measured once: a run that goes on has it in its folder."""
     if point is not None and run.base_score.is_file():
-        return Score.from_json(read_json(run.base_score))
+        return run.read_as(run.base_score, Score.from_json)
     found = _score("base", ready, model, recovery, listen)
     if found is not None:
         write_json(run.base_score, dataclasses.asdict(found))
@@ -356,7 +356,7 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_sha256(ready.tokenizer),
         "stop_token_ids": list(ready.prepared.stop_token_ids),
         "seed": recipe.train.seed,
-        "versions": {name: importlib.metadata.version(name) for name in LOCKED_PACKAGES},
+        "versions": {"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}},
     }
 
 

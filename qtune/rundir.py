@@ -20,20 +20,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qtune import sealed
+from qtune import __version__, sealed
 from qtune.errors import RunFolderError
 from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 HELD = ".held"  # locked by the process that is at work in a folder
+LOCKED = {
+    "base": dict,
+    "model": dict,
+    "recipe": dict,
+    "quantized_modules": list,
+    "compute_dtype": str,
+    "data_sha256": str,
+    "stop_token_ids": list,
+    "versions": dict,
+}
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,40 @@ class RunDir:
     @property
     def page(self) -> Path:
         return self.path / "report.html"
+
+    def read_as(self, path: Path, make: Callable[[Any], T]) -> T:
+        """What `make` makes of the JSON at `path`, a file of this run.
+
+        Raises RunFolderError where it is missing, and where `make` finds other fields than it knows: another version of
+        qtune wrote them, or they were changed by hand.
+        """
+        values = read_json(path)
+        try:
+            return make(values)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise self.not_as_written(path) from None
+
+    def read_lock(self) -> dict[str, Any]:
+        """What the run stood on when it began, by the names in LOCKED. Raises RunFolderError as `read_as` does."""
+        return self.read_as(self.lock, _lock_of)
+
+    @property
+    def qtune_version(self) -> str | None:
+        """The version of qtune that wrote this run; None where it is one that did not say, or has no lock yet."""
+        try:
+            return str(read_json(self.lock)["versions"]["qtune"])
+        except (RunFolderError, LookupError, TypeError):
+            return None
+
+    def not_as_written(self, place: str | Path) -> RunFolderError:
+        """The refusal of `place`, a file or a line of one, which holds something else than this version writes."""
+        writer = self.qtune_version
+        if writer == __version__:
+            return RunFolderError(f"{place}: is not as qtune wrote it; it was changed since.")
+        named = f"qtune {writer}" if writer else "a qtune that did not note its version"
+        return RunFolderError(
+            f"{place}: was written by {named}, and qtune {__version__} cannot read it. Use the version that wrote it."
+        )
 
     def export_report(self, name: str) -> Path:
         """Where the proof of the export into a folder called `name` is kept."""
@@ -222,8 +267,16 @@ class RunDir:
             for number, line in enumerate(finished, start=1):
                 try:
                     yield _event_of(line)
-                except (ValueError, KeyError, TypeError):
+                except json.JSONDecodeError:
                     raise RunFolderError(f"{path}:{number}: is no event of a run; the file was changed.") from None
+                except (LookupError, TypeError, ValueError, AttributeError):
+                    raise self.not_as_written(f"{path}:{number}") from None
+
+
+def _lock_of(lock: Any) -> dict[str, Any]:
+    if not all(isinstance(lock[name], kind) for name, kind in LOCKED.items()):
+        raise TypeError
+    return dict(lock)
 
 
 def _event_of(line: str) -> Event:
@@ -257,6 +310,19 @@ def alone_in(folder: Path, refusal: str) -> Iterator[None]:
         except OSError:
             raise RunFolderError(refusal) from None
         yield
+
+
+@contextmanager
+def reading(*runs: RunDir) -> Iterator[None]:
+    """What is done in such a block with a folder of another version of qtune, and fails as that has not what this one
+    reads, raises a RunFolderError that says so."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError):
+        for run in runs:
+            if run.qtune_version != __version__:
+                raise run.not_as_written(run.path) from None
+        raise
 
 
 def default_path(name: str, now: datetime) -> Path:

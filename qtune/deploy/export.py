@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from qtune.deploy.gguf_vocabulary import Vocabulary
 from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone, refuse_used
 from qtune.deploy.shards import write_synced
 from qtune.errors import MachineError, UserError
-from qtune.rundir import RunDir, read_json, write_json
+from qtune.rundir import RunDir, write_json
 
 Target = Literal["gguf", "ollama", "adapter-gguf"]
 REPORT_NAME, MODEL_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "model.gguf", "adapter.gguf", "Modelfile"
@@ -125,10 +126,10 @@ def export(
 
 def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
     """The base that was asked for, that the last merge kept, or that the run was trained on."""
-    lock = read_json(run.lock)
+    lock = run.read_lock()
     refuse_dequantised_alone(onto, lock)
     if onto is None and run.merge.is_file():
-        onto = read_json(run.merge)["onto"]
+        onto = run.read_as(run.merge, itemgetter("onto"))
     return onto or ("dequantised" if lock["quantized_modules"] else "original")
 
 

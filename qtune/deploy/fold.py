@@ -16,6 +16,7 @@ from qtune.deploy.delta import CONFIG_NAME, AdapterWeights, weights_path
 from qtune.deploy.folded import Job, Part, Weight
 from qtune.deploy.folder import write_small_files
 from qtune.deploy.movement import LayerChange, Movement
+from qtune.deploy.opened import model_of
 from qtune.deploy.round_trip import Rows, restored_rows
 from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
 from qtune.deploy.streamed import in_order
@@ -23,7 +24,7 @@ from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.model import base
 from qtune.recipe.schema import Model
-from qtune.rundir import RunDir, read_json
+from qtune.rundir import RunDir
 
 Onto = Literal["original", "dequantised"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
@@ -54,8 +55,7 @@ class Fold:
     @classmethod
     def open(cls, run: RunDir, dtype: DType) -> "Fold":
         """Raises ModelError for another base than the run's, and for an adapter that does not fit it."""
-        lock = read_json(run.lock)
-        model = Model(**lock["model"])
+        lock, model = run.read_lock(), model_of(run)
         folder = base.base_folder(model)
         found, expected = base.fingerprint(folder), lock["base"]["sha256"]
         if found != expected:
@@ -68,8 +68,7 @@ class Fold:
     @classmethod
     def beside(cls, run: RunDir, folder: Path, dtype: DType) -> "Fold":
         """The same for a base in `folder` that is taken for the run's, as hashing takes as long as reading it all."""
-        lock = read_json(run.lock)
-        model = Model(**lock["model"])
+        lock, model = run.read_lock(), model_of(run)
         checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         quantized = frozenset(lock["quantized_modules"])

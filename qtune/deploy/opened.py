@@ -10,7 +10,12 @@ from qtune.memory.device import find_device
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
 from qtune.recipe.schema import Model
-from qtune.rundir import RunDir, read_json
+from qtune.rundir import RunDir
+
+
+def model_of(run: RunDir) -> Model:
+    """The base as the run's recipe has it. Raises RunFolderError for settings of another version of qtune."""
+    return run.read_as(run.lock, lambda lock: Model(**lock["model"]))
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,9 @@ class Opened:
     def of(cls, run: RunDir) -> "Opened":
         """Raises ModelError and MachineError for a base or an adapter that is not there, or does not fit."""
         base.quiet_libraries()
-        lock = read_json(run.lock)
-        spec, device, dtype = Model(**lock["model"]), find_device().name, lock["compute_dtype"]
-        techniques = Techniques(**read_json(run.plan)["techniques"]).for_answers()
+        lock, spec = run.read_lock(), model_of(run)
+        device, dtype = find_device().name, lock["compute_dtype"]
+        techniques = run.read_as(run.plan, Techniques.for_answers)
         loaded = base.load_base(spec, device, dtype, techniques)
         tuned = adapter.load(loaded, run.adapter).eval()
         Engine(tuned).switch_to(techniques)

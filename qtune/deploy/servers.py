@@ -23,7 +23,7 @@ from qtune.deploy.gguf_draft import adapter_draft, model_draft
 from qtune.errors import ModelError, QtuneError
 from qtune.model import base
 from qtune.report import record, serving, tables
-from qtune.rundir import RunDir, read_json
+from qtune.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Asked:
 
 
 def _fold(run: RunDir) -> Fold | ModelError | None:
-    lock = read_json(run.lock)
+    lock = run.read_lock()
     folder = base.DEMO_BASE if lock["base"]["name"] == "demo" else Path(lock["base"]["folder"])
     if not (folder / "config.json").is_file():
         return None

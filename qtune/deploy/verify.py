@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from qtune.deploy.fold import Onto
 from qtune.deploy.in_float32 import compute_in_float32
+from qtune.deploy.opened import model_of
 from qtune.errors import ModelError, UserError
 from qtune.memory.device import find_device
 from qtune.model import adapter, base
-from qtune.recipe.schema import Model
 from qtune.rundir import MERGE_REPORT, RunDir, read_json, write_json
 from qtune.units import format_percent
 
@@ -117,8 +117,7 @@ class Live:
 
     @classmethod
     def open(cls, run: RunDir) -> "Live":
-        lock, device = read_json(run.lock), find_device().name
-        spec = Model(**lock["model"])
+        lock, spec, device = run.read_lock(), model_of(run), find_device().name
         loaded = base.load_base(spec, device, lock["compute_dtype"])
         tuned = compute_in_float32(adapter.load(loaded, run.adapter).eval(), device)
         quantized, stop = bool(lock["quantized_modules"]), tuple(lock["stop_token_ids"])

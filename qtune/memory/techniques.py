@@ -3,8 +3,9 @@
 Every technique may be switched on in a model that is running, between two passes; none is switched off again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -48,9 +49,12 @@ class Techniques:
             head_groups=self.head_groups if self.head_groups > 1 else others.head_groups,
         )
 
-    def for_answers(self) -> "Techniques":
-        """What a model that only answers needs of these: the weights where they were in training, the head as it is."""
-        return Techniques(host_embedding=self.host_embedding, streamed_layers=self.streamed_layers)
+    @classmethod
+    def for_answers(cls, plan: Mapping[str, Any]) -> "Techniques":
+        """What a model that only answers needs of a plan's, of whichever version: the weights where they were in
+        training. The head is as it was loaded, and what else was on made no difference to the weights."""
+        planned = plan["techniques"]
+        return cls(host_embedding=planned["host_embedding"], streamed_layers=planned["streamed_layers"])
 
 
 def refusals(model: PeftModel) -> dict[str, str]:

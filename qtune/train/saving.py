@@ -31,26 +31,26 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Point:
-    """A checkpoint to go on from: its folder, and what its state.json says."""
+    """A checkpoint to go on from: its folder, what its state.json says, and of that the techniques it ran with."""
 
     path: Path
     values: dict[str, Any]
+    techniques: Techniques
 
     @classmethod
     def read(cls, path: Path) -> "Point":
         """Raises RunFolderError for a checkpoint that another version of qtune wrote."""
         values = read_json(path / checkpoint.STATE)
-        if values.get("format") != FORMAT:
-            raise RunFolderError(f"{path}: was written by another version of qtune, which can go on from it.")
-        return cls(path, values)
+        try:
+            if values["format"] == FORMAT:
+                return cls(path, values, Techniques(**values["techniques"]))
+        except (LookupError, TypeError):
+            pass
+        raise RunFolderError(f"{path}: was written by another version of qtune, which can go on from it.")
 
     @property
     def step(self) -> int:
         return int(self.values["step"])
-
-    @property
-    def techniques(self) -> Techniques:
-        return Techniques(**self.values["techniques"])
 
     @property
     def micro_batch(self) -> int:

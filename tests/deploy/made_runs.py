@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from qtune import __version__
 from qtune.model import base
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, write_json
@@ -46,6 +47,7 @@ def make_run(
         {
             "base": {"name": model.base, "folder": str(folder), "sha256": base.fingerprint(folder)},
             "model": model.model_dump(mode="json"),
+            "recipe": {"model": model.model_dump(mode="json")},
             "quantized_modules": quantized,
             "quantization": (
                 {"type": "nf4", "double": model.double_quantization, "blocksize": 64, "quant_storage": "uint8"}
@@ -54,7 +56,9 @@ def make_run(
             ),
             "device": "cpu",
             "compute_dtype": compute_dtype,
+            "data_sha256": "0" * 64,
             "stop_token_ids": list(stop_token_ids),
+            "versions": {"qtune": __version__},
         },
     )
     return run
