@@ -40,7 +40,8 @@ FIXED = {  # of those above, with the reason
     "evaluate.canaries": "canaries are rows that are trained on",
     "evaluate.canary_repeats": "canaries are rows that are trained on",
 }
-IGNORED = ("base.folder", "base.name", "model.", "seed", "name")  # said by the recipe's own fields, or no matter
+# Said by the recipe's own fields or by base.sha256, or no matter.
+IGNORED = ("base.folder", "base.name", "base.glance_sha256", "model.", "seed", "name")
 
 
 @dataclass(frozen=True)

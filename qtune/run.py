@@ -340,7 +340,12 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
     folder = base.base_folder(model)
     return {
         "name": recipe.name,
-        "base": {"name": model.base, "folder": str(folder), "sha256": base.fingerprint(folder)},
+        "base": {
+            "name": model.base,
+            "folder": str(folder),
+            "sha256": base.fingerprint(folder),
+            "glance_sha256": base.glance(folder),
+        },
         "model": model.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),
         "quantized_modules": list(quantized),

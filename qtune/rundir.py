@@ -33,7 +33,7 @@ from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, 
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 HELD = ".held"  # locked by the process that is at work in a folder
-LOCKED = {
+LOCKED = {  # what every lock holds, and as what; some hold more
     "base": dict,
     "model": dict,
     "recipe": dict,

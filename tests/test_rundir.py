@@ -1,11 +1,13 @@
 """Run folders of other versions of qtune: read where that is safe, and refused in one sentence where it is not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from stopped_runs import copy, plans_made_once, qtune, write_recipe
 
 from qtune import __version__, sealed
@@ -168,3 +170,26 @@ def test_a_checkpoint_of_another_version_is_named(run: RunDir, capsys) -> None:
     sealed.seal(newest)
     assert qtune("resume", run.path) == 2
     assert f"{newest}: was written by another version of qtune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["chat", "--prompt", "x"], ["eval"], ["doctor", "--run"]])
+def test_another_base_in_the_place_of_the_runs_is_found_at_a_glance(
+    tiny_base: Path, run: RunDir, tmp_path: Path, capsys, verb: list[str]
+) -> None:
+    """Only merges and exports hash the base, and an answer came from whatever lay in its folder."""
+    other = tmp_path / "base"
+    shutil.copytree(tiny_base, other)
+    edit(run.lock, lambda lock: lock["model"].update(base=str(other)))
+    edit(run.lock, lambda lock: lock["recipe"]["model"].update(base=str(other)))
+    edit(run.lock, lambda lock: lock["base"].update(folder=str(other)))
+    arguments = [*verb, run.path] if verb[0] == "doctor" else [verb[0], run.path, *verb[1:]]
+    assert qtune(*arguments) == 0
+    weights = {name: weight * 1.01 for name, weight in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    code = qtune(*arguments, *(["--json"] if verb[0] == "doctor" else []))
+    said = capsys.readouterr()
+    assert f"{other}: is not the base of {run.path}" in said.out + said.err
+    assert code == (0 if verb[0] == "doctor" else 2)
+    edit(run.lock, lambda lock: lock["base"].pop("glance_sha256"))
+    assert qtune(*arguments) == 0

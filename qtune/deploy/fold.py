@@ -16,7 +16,7 @@ from qtune.deploy.delta import CONFIG_NAME, AdapterWeights, weights_path
 from qtune.deploy.folded import Job, Part, Weight
 from qtune.deploy.folder import write_small_files
 from qtune.deploy.movement import LayerChange, Movement
-from qtune.deploy.opened import model_of
+from qtune.deploy.opened import model_of, refuse_other_base
 from qtune.deploy.round_trip import Rows, restored_rows
 from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
 from qtune.deploy.streamed import in_order
@@ -67,7 +67,8 @@ class Fold:
 
     @classmethod
     def beside(cls, run: RunDir, folder: Path, dtype: DType) -> "Fold":
-        """The same for a base in `folder` that is taken for the run's, as hashing takes as long as reading it all."""
+        """The same for a base in `folder` that is only glanced at, as hashing takes as long as reading it all."""
+        refuse_other_base(run, folder)
         lock, model = run.read_lock(), model_of(run)
         checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)

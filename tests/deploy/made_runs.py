@@ -45,7 +45,12 @@ def make_run(
     write_json(
         run.lock,
         {
-            "base": {"name": model.base, "folder": str(folder), "sha256": base.fingerprint(folder)},
+            "base": {
+                "name": model.base,
+                "folder": str(folder),
+                "sha256": base.fingerprint(folder),
+                "glance_sha256": base.glance(folder),
+            },
             "model": model.model_dump(mode="json"),
             "recipe": {"model": model.model_dump(mode="json")},
             "quantized_modules": quantized,
