@@ -1,23 +1,32 @@
 #!/usr/bin/env python3
 """Write the code sample data: recipes/data/code_train.jsonl and code_held_out.jsonl.
 
+    scripts/build_code_data.py                        the two files of the demo
+    scripts/build_code_data.py --development FOLDER   instead of them, code_development.jsonl in FOLDER
+
 The task is code for one particular library. `Shelf` is a list of books, made for this project, so that no base can know
 it: `shelf.over("price", 30).total("pages")`. A row asks for a function in words, and its answer is two lines of Python.
 
 What is held out is *new*: every pairing of a step (`over` the price) with an end (`total` of the pages) that is asked
-for there occurs in no training row, and the sentences around them are others. Each held-out row brings its tests, with
-the library in front: random books, some of them right beside the number that was asked for, so that code which is
-nearly right fails.
+for there occurs in no training row, and the sentences around them and the functions' names are others. Each held-out
+row brings its tests, with the library in front: random books, some of them right beside the number that was asked for,
+so that code which is nearly right fails.
+
+A score that is looked at while choosing is flattered by the choice. So whoever changes the training rows or the recipe
+looks at the development rows, which have pairings, sentences and names of their own, and at the held-out rows once,
+when all is settled:
+
+    qtune run code --demo --set data.held_out=FOLDER/code_development.jsonl
 """
 
+import argparse
 import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import sample_rows
-
-SEED, TRAIN_ROWS, HELD_OUT_ROWS = 0, 1100, 160
 
 LIBRARY = """\
 class Shelf(list):
@@ -31,7 +40,6 @@ class Shelf(list):
 def shelf(*books): return Shelf(dict(zip(("price", "pages", "stock", "weight", "age"), book)) for book in books)
 """
 KEYS = ("price", "pages", "stock", "weight", "age")
-NAMES = ("pick", "sum_up", "look", "find", "value", "answer", "result", "check", "number", "report")
 
 # How each is said: as a noun, and as an order.
 STEPS = {
@@ -45,24 +53,65 @@ ENDS = {
     "best": ("the best {key}", "take the largest {key}"),
     "count": ("the count", "count them"),
 }
-NOUNS_TRAIN = (
-    "Write {name}(shelf): {end} of {step}.",
-    "Define {name}. Of {step} it returns {end}.",
-    "Given a shelf, {name} returns {end} of {step}.",
-    "Make {name} for {end} of {step}.",
-    "What is {end} of {step}? Let {name} say it.",
-    "A function {name} shall find {end} of {step}.",
-    "We want {end} of {step}, so write {name}(shelf).",
-)
-ORDERS_TRAIN = (
-    "Write {name}(shelf): keep {step}, then {end}.",
-    "Define {name}. It must keep {step} and {end}.",
-    "In {name}, {end} after you keep {step}.",
-)
-NOUNS_HELD_OUT = ("I need a function {name} that gives {end} of {step}.", "Code for {name}, please: {end} of {step}.")
-ORDERS_HELD_OUT = ("Please make {name}: from a shelf keep {step} and then {end}.",)
 
-Sentences = tuple[tuple[str, ...], tuple[str, ...]]
+
+@dataclass(frozen=True)
+class Part:
+    """How the rows of one file ask: sentences around a noun, sentences around an order, and names of functions."""
+
+    seed: int
+    rows: int
+    with_tests: bool
+    nouns: tuple[str, ...]
+    orders: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+TRAIN = Part(
+    seed=1,
+    rows=1100,
+    with_tests=False,
+    nouns=(
+        "Write {name}(shelf): {end} of {step}.",
+        "Define {name}. Of {step} it returns {end}.",
+        "Given a shelf, {name} returns {end} of {step}.",
+        "Make {name} for {end} of {step}.",
+        "What is {end} of {step}? Let {name} say it.",
+        "A function {name} shall find {end} of {step}.",
+        "We want {end} of {step}, so write {name}(shelf).",
+    ),
+    orders=(
+        "Write {name}(shelf): keep {step}, then {end}.",
+        "Define {name}. It must keep {step} and {end}.",
+        "In {name}, {end} after you keep {step}.",
+    ),
+    names=("pick", "sum_up", "look", "find", "value", "answer", "result", "check", "number", "report"),
+)
+DEVELOPMENT = Part(
+    seed=2,
+    rows=160,
+    with_tests=True,
+    nouns=("I need a function {name} that gives {end} of {step}.", "Code for {name}, please: {end} of {step}."),
+    orders=("Please make {name}: from a shelf keep {step} and then {end}.",),
+    names=("tally", "extract", "probe", "weigh_up", "verdict", "ledger", "draw_out", "search"),
+)
+HELD_OUT = Part(
+    seed=3,
+    rows=160,
+    with_tests=True,
+    nouns=(
+        "Could you code {name}? It gives back {end} of {step}.",
+        "Show me {name}, a function for {end} of {step}.",
+        "My program lacks {name}: it should know {end} of {step}.",
+        "For {end} of {step} there should be a function called {name}.",
+    ),
+    orders=(
+        "Let us have {name}, which will keep {step} and {end}.",
+        "Complete {name}: first keep {step}, next {end}.",
+        "Your job is {name}: keep {step}, after which you {end}.",
+    ),
+    names=("assess", "harvest", "outline", "sift", "trace", "figure_out", "bottom_line", "overview"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,14 +138,14 @@ def tasks() -> Iterator[Task]:
             yield from (Task(step, key, "best", end_key) for end_key in KEYS if end_key != key)
 
 
-def row(task: Task, sentences: Sentences, rng: random.Random, with_tests: bool) -> dict[str, str]:
-    """One question for the task in one of the `sentences`, its answer, and its tests."""
-    name, n, wording = rng.choice(NAMES), rng.choice(task.numbers), rng.randrange(2)
+def row(task: Task, part: Part, rng: random.Random) -> dict[str, str]:
+    """One question for the task, asked as the part asks, its answer, and its tests where the part has them."""
+    name, n, wording = rng.choice(part.names), rng.choice(task.numbers), rng.randrange(2)
     step, end = STEPS[task.step][wording].format(key=task.key, n=n), ENDS[task.end][wording].format(key=task.end_key)
-    question = rng.choice(sentences[wording]).format(name=name, step=step, end=end)
+    question = rng.choice((part.nouns, part.orders)[wording]).format(name=name, step=step, end=end)
     argument = f'"{task.end_key}"' if task.end_key else ""
     answer = f'def {name}(shelf):\n    return shelf.{task.step}("{task.key}", {n}).{task.end}({argument})'
-    return {"question": question, "answer": answer} | ({"tests": tests(task, name, n, rng)} if with_tests else {})
+    return {"question": question, "answer": answer} | ({"tests": tests(task, name, n, rng)} if part.with_tests else {})
 
 
 def tests(task: Task, name: str, n: int, rng: random.Random) -> str:
@@ -143,33 +192,55 @@ def expected(task: Task, n: int, shelf: list[tuple[int, ...]]) -> int:
     return sum(values) if task.end == "total" else max(values, default=0)
 
 
-def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training rows over two thirds of the tasks with each end, held-out rows over the others; no question twice."""
-    rng = random.Random(SEED)
-    by_end = [[task for task in tasks() if task.end == end] for end in ENDS]
-    train_tasks, held_out_tasks = [], []
-    for same_end in by_end:
+def shares() -> tuple[list[Task], list[Task], list[Task]]:
+    """The tasks to train on, to develop on and to hold out: of those with one end, a half and twice a quarter."""
+    rng = random.Random(0)
+    train: list[Task] = []
+    development: list[Task] = []
+    held_out: list[Task] = []
+    for end in ENDS:
+        same_end = [task for task in tasks() if task.end == end]
         rng.shuffle(same_end)
-        third = len(same_end) // 3
-        held_out_tasks += same_end[:third]
-        train_tasks += same_end[third:]
-    train = distinct(train_tasks, TRAIN_ROWS, (NOUNS_TRAIN, ORDERS_TRAIN), rng, with_tests=False)
-    held_out = distinct(held_out_tasks, HELD_OUT_ROWS, (NOUNS_HELD_OUT, ORDERS_HELD_OUT), rng, with_tests=True)
-    return train, held_out
+        quarter = len(same_end) // 4
+        development += same_end[:quarter]
+        train += same_end[quarter:-quarter]
+        held_out += same_end[-quarter:]
+    return train, development, held_out
 
 
-def distinct(
-    among: list[Task], count: int, sentences: Sentences, rng: random.Random, with_tests: bool
-) -> list[dict[str, str]]:
-    """`count` rows, as many of each task as of every other."""
+def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training rows and held-out rows."""
+    train, _, held_out = shares()
+    return distinct(train, TRAIN), distinct(held_out, HELD_OUT)
+
+
+def development() -> list[dict[str, str]]:
+    """The rows to look at while anything is still to be chosen."""
+    return distinct(shares()[1], DEVELOPMENT)
+
+
+def distinct(among: list[Task], part: Part) -> list[dict[str, str]]:
+    """The rows of the part, no question twice, and as many of each task as of every other."""
+    rng = random.Random(part.seed)
     found: dict[str, dict[str, str]] = {}
     for task in itertools.cycle(among):
-        made = row(task, sentences, rng, with_tests)
+        made = row(task, part, rng)
         found.setdefault(made["question"], made)
-        if len(found) == count:
+        if len(found) == part.rows:
             return list(found.values())
     raise AssertionError("the cycle has no end")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the sample data of the code demo.")
+    parser.add_argument("--development", type=Path, metavar="FOLDER", help="write the rows to develop on there, alone")
+    folder: Path | None = parser.parse_args().development
+    if folder is None:
+        sample_rows.write("code", *rows())
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        sample_rows.write_to(folder / "code_development.jsonl", development())
+
+
 if __name__ == "__main__":
-    sample_rows.write("code", *rows())
+    main()

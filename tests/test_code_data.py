@@ -1,5 +1,6 @@
 """The rows of the code demo are what their script makes, and their tests tell right code from nearly right code."""
 
+import itertools
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import build_code_data  # noqa: E402
+import sample_rows  # noqa: E402
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="answers are run on Linux only")
 SOME = slice(None, None, 16)  # each costs three processes
@@ -44,15 +46,36 @@ def test_the_files_are_what_the_script_makes(
     assert len(text) < 230_000
 
 
-def test_no_held_out_pairing_and_no_held_out_question_is_trained_on(
+def test_train_development_and_held_out_rows_share_no_pairing_sentence_or_name(
     made: tuple[list[dict[str, str]], list[dict[str, str]]],
 ) -> None:
-    train, held_out = made
-    assert len(pairings(held_out)) > 60
-    assert not pairings(train) & pairings(held_out)
-    openings = [{row["question"].split()[0] for row in rows} for rows in made]
-    assert not openings[0] & openings[1]
-    assert all("tests" not in row for row in train)
+    """The development rows were looked at while choosing, so the held-out ones may not be like them either."""
+    files = (made[0], build_code_data.development(), made[1])
+    assert [len(pairings(rows)) for rows in files] == [96, 47, 47]
+    parts = (build_code_data.TRAIN, build_code_data.DEVELOPMENT, build_code_data.HELD_OUT)
+    named = [{re.split(r"\W", row["answer"])[1] for row in rows} for rows in files]
+    assert named == [set(part.names) for part in parts]
+    for (some, part), (others, other) in itertools.combinations(zip(files, parts, strict=True), 2):
+        assert not pairings(some) & pairings(others)
+        assert not opening_words(part) & opening_words(other)
+        assert not set(part.names) & set(other.names)
+    assert ["tests" in rows[0] for rows in files] == [False, True, True]
+
+
+def opening_words(part: build_code_data.Part) -> set[str]:
+    return {sentence.split()[0] for sentence in part.nouns + part.orders}
+
+
+def test_the_development_rows_are_written_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_rows, "DATA", tmp_path / "shipped")
+    monkeypatch.setattr(sys, "argv", ["build_code_data.py", "--development", str(tmp_path / "mine")])
+    build_code_data.main()
+    assert [path.name for path in tmp_path.rglob("*.jsonl")] == ["code_development.jsonl"]
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setattr(sys, "argv", ["build_code_data.py"])
+    build_code_data.main()
+    shipped = {path.name for path in (tmp_path / "shipped").iterdir()}
+    assert shipped == {"code_train.jsonl", "code_held_out.jsonl"}
 
 
 def test_every_row_can_be_scored(made: tuple[list[dict[str, str]], list[dict[str, str]]]) -> None:
