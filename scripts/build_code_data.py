@@ -8,9 +8,10 @@ The task is code for one particular library. `Shelf` is a list of books, made fo
 it: `shelf.over("price", 30).total("pages")`. A row asks for a function in words, and its answer is two lines of Python.
 
 What is held out is *new*: every pairing of a step (`over` the price) with an end (`total` of the pages) that is asked
-for there occurs in no training row, and the sentences around them and the functions' names are others. Each held-out
-row brings its tests, with the library in front: random books, some of them right beside the number that was asked for,
-so that code which is nearly right fails.
+for there occurs in no training row, nor does any of the functions' names, which are pairings of a verb and a noun, and
+the sentences around them are others. Every word of a name and every call, alone, is trained on. Each held-out row
+brings its tests, with the library in front: random books, some of them right beside the number that was asked for, so
+that code which is nearly right fails.
 
 A score that is looked at while choosing is flattered by the choice. So whoever changes the training rows or the recipe
 looks at the development rows, which have pairings, sentences and names of their own, and at the held-out rows once,
@@ -54,6 +55,15 @@ ENDS = {
     "count": ("the count", "count them"),
 }
 
+VERBS = "pick find get tell read check draw note mark set form state use run hold bring"
+NOUNS = "value result number figure part item fact score report answer line case thing point row out"
+
+
+def names(*quarters: int) -> tuple[str, ...]:
+    """Of all pairs of a verb and a noun those in the `quarters` (0 to 3), in each of which every word occurs."""
+    pairs = itertools.product(enumerate(VERBS.split()), enumerate(NOUNS.split()))
+    return tuple(f"{verb}_{noun}" for (i, verb), (j, noun) in pairs if (i + j) % 4 in quarters)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -69,7 +79,7 @@ class Part:
 
 TRAIN = Part(
     seed=1,
-    rows=1100,
+    rows=1500,
     with_tests=False,
     nouns=(
         "Write {name}(shelf): {end} of {step}.",
@@ -79,13 +89,31 @@ TRAIN = Part(
         "What is {end} of {step}? Let {name} say it.",
         "A function {name} shall find {end} of {step}.",
         "We want {end} of {step}, so write {name}(shelf).",
+        "Here {name}(shelf) has to return {end} of {step}.",
+        "{name}: {end} of {step}.",
+        "{name}(shelf) is {end} of {step}.",
+        "When called, {name} returns {end} of {step}.",
+        "From a shelf take {end} of {step} in {name}.",
+        "Someone asks {name} about {end} of {step}.",
+        "To learn {end} of {step}, one calls {name}. Write it.",
+        "How do I get {end} of {step}? By {name}, so write that.",
+        "Return {end} of {step} from {name}.",
+        "Python with {name} in it: out comes {end} of {step}.",
+        "There is no {name} yet. Its result is {end} of {step}.",
     ),
     orders=(
         "Write {name}(shelf): keep {step}, then {end}.",
         "Define {name}. It must keep {step} and {end}.",
         "In {name}, {end} after you keep {step}.",
+        "{name}: keep {step} and {end}.",
+        "When {name} is called, keep {step} before you {end}.",
+        "Keep {step}, {end}, and name that {name}.",
+        "How is {name} done? To begin with keep {step}, finally {end}.",
+        "Here is what {name} does: keep {step}; {end}.",
+        "From a shelf {name} has to keep {step}, and of those {end}.",
+        "To write is {name}. If you keep {step}, you can {end}.",
     ),
-    names=("pick", "sum_up", "look", "find", "value", "answer", "result", "check", "number", "report"),
+    names=names(0, 1),
 )
 DEVELOPMENT = Part(
     seed=2,
@@ -93,7 +121,7 @@ DEVELOPMENT = Part(
     with_tests=True,
     nouns=("I need a function {name} that gives {end} of {step}.", "Code for {name}, please: {end} of {step}."),
     orders=("Please make {name}: from a shelf keep {step} and then {end}.",),
-    names=("tally", "extract", "probe", "weigh_up", "verdict", "ledger", "draw_out", "search"),
+    names=names(2),
 )
 HELD_OUT = Part(
     seed=3,
@@ -110,7 +138,7 @@ HELD_OUT = Part(
         "Complete {name}: first keep {step}, next {end}.",
         "Your job is {name}: keep {step}, after which you {end}.",
     ),
-    names=("assess", "harvest", "outline", "sift", "trace", "figure_out", "bottom_line", "overview"),
+    names=names(3),
 )
 
 
