@@ -79,7 +79,7 @@ class Part:
 
 TRAIN = Part(
     seed=1,
-    rows=1500,
+    rows=1550,
     with_tests=False,
     nouns=(
         "Write {name}(shelf): {end} of {step}.",
@@ -153,7 +153,8 @@ class Task:
 
     @property
     def numbers(self) -> range:
-        return range(11, 100) if self.step in ("over", "under") else range(2, 10)
+        """Which to ask for: of books up to 100, more than one may be over or under the number."""
+        return range(11, 99) if self.step in ("over", "under") else range(2, 10)
 
 
 def tasks() -> Iterator[Task]:
@@ -168,9 +169,10 @@ def tasks() -> Iterator[Task]:
 
 def row(task: Task, part: Part, rng: random.Random) -> dict[str, str]:
     """One question for the task, asked as the part asks, its answer, and its tests where the part has them."""
-    name, n, wording = rng.choice(part.names), rng.choice(task.numbers), rng.randrange(2)
+    name, n = rng.choice(part.names), rng.choice(task.numbers)
+    wording, sentence = rng.choice([(0, noun) for noun in part.nouns] + [(1, order) for order in part.orders])
     step, end = STEPS[task.step][wording].format(key=task.key, n=n), ENDS[task.end][wording].format(key=task.end_key)
-    question = rng.choice((part.nouns, part.orders)[wording]).format(name=name, step=step, end=end)
+    question = sentence.format(name=name, step=step, end=end)
     argument = f'"{task.end_key}"' if task.end_key else ""
     answer = f'def {name}(shelf):\n    return shelf.{task.step}("{task.key}", {n}).{task.end}({argument})'
     return {"question": question, "answer": answer} | ({"tests": tests(task, name, n, rng)} if part.with_tests else {})

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -97,6 +98,16 @@ def test_a_row_of_the_hub_is_read_with_its_tests() -> None:
         "def add(a, b): ...",
     ]
     assert item.check == "\n".join(asserts)
+
+
+def test_the_largest_number_can_be_told_from_its_near_misses() -> None:
+    """Over 99 there was one book, and its total is the best: the search for books that tell them apart had no end."""
+    for task in build_code_data.tasks():
+        n = task.numbers[-1]
+        shelves = [build_code_data.books(task, n, random.Random(seed)) for seed in range(100)]
+        right = [build_code_data.expected(task, n, shelf) for shelf in shelves]
+        for wrong in build_code_data.near_misses(task, n):
+            assert any(build_code_data.expected(*wrong, s) != r for s, r in zip(shelves, right, strict=True)), wrong
 
 
 @linux
