@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 
-Part = TypeVar("Part")
+Made = TypeVar("Made")
 Buffer = bytes | memoryview
 
 MOST_THREADS = 8  # more would wait for Python's lock
@@ -33,13 +33,13 @@ class Put(Protocol):
     def __call__(self, content: Buffer, *digests: Digest) -> None: ...
 
 
-def in_order(jobs: Iterable[Callable[[], Part]]) -> Iterator[Part]:
+def in_order(jobs: Iterable[Callable[[], Made]]) -> Iterator[Made]:
     """What each of `jobs` returns, in their order, while the next ones are at work in as many threads as torch has.
 
     `jobs` itself is gone through by the caller's thread, a little ahead.
     """
     with _one_thread_an_operation() as threads, ThreadPoolExecutor(threads) as workers:
-        waiting: deque[Future[Part]] = deque()
+        waiting: deque[Future[Made]] = deque()
         try:
             for job in jobs:
                 waiting.append(workers.submit(job))
