@@ -288,10 +288,10 @@ def _load_recipe(options: argparse.Namespace) -> tuple["Recipe", Path]:
     return recipe, path
 
 
-def _refuse_absent_tracker(recipe: "Recipe") -> None:
+def _make_tracker_ready(recipe: "Recipe") -> None:
     from qtune.train import trackers
 
-    trackers.refuse_absent(recipe.report.to)
+    trackers.make_ready(recipe.report.to)
 
 
 def _stay_offline_when_local(recipe: "Recipe") -> None:
@@ -329,7 +329,7 @@ def _print_json(value: Any) -> None:
 
 def run_recipe(options: argparse.Namespace) -> int:
     recipe, path = _load_recipe(options)
-    _refuse_absent_tracker(recipe)
+    _make_tracker_ready(recipe)
     console = _console(options)
     from qtune import run as story
     from qtune.recipe.load import given_anywhere
@@ -357,7 +357,7 @@ def _resume_held(folder: "RunDir", options: argparse.Namespace) -> int:
     from qtune import resume
 
     recipe = resume.recipe_of(folder, options.set)
-    _refuse_absent_tracker(recipe)
+    _make_tracker_ready(recipe)
     _stay_offline_when_local(recipe)
     console = _console(options)
     from qtune import run as story
@@ -404,7 +404,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
 
 def check_recipe(options: argparse.Namespace) -> int:
     recipe, _ = _load_recipe(options)
-    _refuse_absent_tracker(recipe)
+    _make_tracker_ready(recipe)
     console = _console(options)
     import dataclasses
 

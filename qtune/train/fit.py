@@ -28,6 +28,7 @@ from qtune.train.out_of_memory import Batch, Climb, OpenStep, Recovery, nothing_
 from qtune.train.reporting import EvaluateEvery, HeldOutLoss, Reporter, StopOnSignal
 from qtune.train.saving import Point, PutBack, Saver, SaveWhen, train_from
 from qtune.train.settings import sft_config
+from qtune.train.tracking import Tracker
 from qtune.train.trainer import Meter, MeteredTrainer
 
 
@@ -108,8 +109,9 @@ def fit(
     trainer.order, trainer.places = DataOrder(len(train), recipe.train.seed), places
     trainer.remove_callback(PrinterCallback)
     use_master_dtype(model, recipe.lora.master_dtype)
-    reporter, stop = Reporter(trainer, engine, listen, ledger, held_out), StopOnSignal()
-    for callback in (EvaluateEvery(reporter, plan.eval_every), reporter, stop):
+    tracker = Tracker(recipe.report.to, trainer, listen) if recipe.report.to else None
+    reporter, stop = Reporter(trainer, engine, listen, ledger, held_out, tracker), StopOnSignal()
+    for callback in (EvaluateEvery(reporter, plan.eval_every), reporter, stop, *([tracker] if tracker else [])):
         trainer.add_callback(callback)
     saver, point = None, None
     if keeping is not None:

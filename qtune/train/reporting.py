@@ -15,6 +15,7 @@ from qtune.events import Evaluated, Listener, Notice, StepDone
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model.adapter import trained_parameters
+from qtune.train.tracking import Tracker
 from qtune.train.trainer import Meter, MeteredTrainer
 
 SECONDS_BETWEEN_LEDGERS = 1.0
@@ -40,8 +41,10 @@ class Reporter(TrainerCallback):
         listen: Listener,
         ledger: Ledger,
         held_out: HeldOutLoss | None,
+        tracker: Tracker | None = None,
     ):
         self.trainer, self.engine, self.listen, self.ledger, self.held_out = trainer, engine, listen, ledger, held_out
+        self.tracker = tracker
         self.best_loss, self.best_step, self.measured_at = math.inf, 0, 0.0
         self.first_loss: float | None = None
         self.has_warned = False
@@ -125,15 +128,8 @@ class Reporter(TrainerCallback):
         if is_best:
             self.best_loss, self.best_step = loss, step
         self.listen(Evaluated(step, loss, is_best, seconds))
-        if self.trainer.args.report_to:
-            self._tell_trackers(loss)
-
-    def _tell_trackers(self, loss: float) -> None:
-        """Ours is no evaluation of the trainer's, so trackers would not hear of it."""
-        control = self.trainer.control
-        is_log_due = control.should_log
-        self.trainer.log({"eval_loss": loss})
-        control.should_log = is_log_due  # the trainer takes any log for the one that was due
+        if self.tracker is not None:
+            self.tracker.tell_held_out(loss)
 
 
 class EvaluateEvery(TrainerCallback):

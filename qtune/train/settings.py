@@ -15,7 +15,7 @@ def sft_config(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
     """Settings for rows that are tokenised, cut and packed already; trl prepares, saves and prints nothing itself."""
     train = recipe.train
     return SFTConfig(
-        output_dir=str(folder),
+        output_dir=str(folder.absolute()),  # wandb takes a name that is the folder as well for a slip
         max_steps=plan.steps,
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.gradient_accumulation,
@@ -36,7 +36,7 @@ def sft_config(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
         eval_strategy="no",
         prediction_loss_only=True,
         save_strategy="no",
-        report_to=[recipe.report.to] if recipe.report.to else [],
+        report_to=[],  # train.tracking tells them
         run_name=folder.name,
         project="qtune",
         disable_tqdm=True,
