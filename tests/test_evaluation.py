@@ -53,7 +53,7 @@ def test_merged_models_are_asked_the_same_beside_the_run_they_came_from(finished
     assert qtune("eval", run, "--merged", merged, "--samples", "1") == 0
     assert "answers as tuned" in capsys.readouterr().out
     assert qtune("eval", run, "--merged", nothing) == 2
-    assert "nothing" in capsys.readouterr().err
+    assert capsys.readouterr().err.strip() == f"--merged {nothing}: there is no such folder or file."
 
 
 def test_a_gguf_file_is_asked_the_same_by_llama_cpp(finished: Path, tmp_path: Path, capsys) -> None:

@@ -16,13 +16,17 @@ from qtune.evaluate.compare import HeldOut, Score, marked, scored_examples
 from qtune.recipe.schema import Evaluate
 
 
+def refuse_without_llama_cpp(path: Path) -> None:
+    """Raises MachineError where `path` cannot be scored on this machine."""
+    if not is_installed():
+        raise MachineError(f"{path}: needs llama-cpp-python, which is not installed: {HOW_TO_GET_IT}")
+
+
 def score_file(path: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, wanted: Evaluate) -> Score:
     """What `evaluate.compare.score` gives for a model, of the file `path`, which stops where llama.cpp does.
 
-    Raises MachineError without llama-cpp-python, ModelError for a file that it does not load.
+    Raises ModelError for a file that llama.cpp does not load.
     """
-    if not is_installed():
-        raise MachineError(f"{path}: needs llama-cpp-python, which is not installed: {HOW_TO_GET_IT}")
     start = time.monotonic()
     asked = scored_examples(held_out, wanted)
     packs = [*held_out.packs, *(held_out.general or ())]

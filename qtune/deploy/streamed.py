@@ -17,8 +17,8 @@ Made = TypeVar("Made")
 Buffer = bytes | memoryview
 
 MOST_THREADS = 8  # more would wait for Python's lock
-MADE_AHEAD = 4  # parts for each thread, made and not yet asked for
-WRITTEN_BEHIND = 16  # parts handed over and not yet written
+MADE_AHEAD = 2  # parts for each thread, made and not yet asked for
+WRITTEN_BEHIND = 8  # parts handed over and not yet written
 
 
 class Digest(Protocol):
