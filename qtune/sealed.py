@@ -17,6 +17,7 @@ from pathlib import Path
 from qtune.errors import DiskFull
 
 SUMS = "SHA256SUMS"
+GLANCES, GLANCE_BYTES = 64, 4096
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RUST_OS_ERROR = re.compile(r"(?:\(os error |code: )(\d+)[,)]")  # safetensors, whose errors have no errno
 
@@ -146,3 +147,17 @@ def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def glance_at(path: Path) -> str:
+    """SHA-256 over the size of a file and a few pieces of it, from end to end: milliseconds, whatever the size.
+
+    It tells one file from another, and a whole one from a part; not that every byte is as it was.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for piece in range(GLANCES):
+            file.seek(max(0, size - GLANCE_BYTES) * piece // (GLANCES - 1))
+            digest.update(file.read(GLANCE_BYTES))
+    return digest.hexdigest()

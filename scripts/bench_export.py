@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from qtune import __version__
 from qtune.deploy.shards import TensorSpec, write_shard
 from qtune.model import base
 from qtune.rundir import RunDir, read_json, write_json
@@ -163,6 +164,9 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
             "quantization": {"type": "nf4", "double": True, "blocksize": 64, "quant_storage": "uint8"},
             "compute_dtype": "bfloat16",
             "stop_token_ids": [1],
+            "recipe": {},
+            "data_sha256": "",
+            "versions": {"qtune": __version__},
         },
     )
     return run, modules

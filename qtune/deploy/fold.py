@@ -3,9 +3,12 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -34,9 +37,9 @@ MAX_NAMED = 8  # tensors in one message
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A finished file of weights: the SHA-256 of its bytes, and how far the layers in it moved."""
+    """A finished file of weights at a glance, and how far the layers in it moved."""
 
-    sha256: str
+    glance_sha256: str
     layers: tuple[LayerChange, ...]
 
 
@@ -53,23 +56,14 @@ class Fold:
     device: str
 
     @classmethod
-    def open(cls, run: RunDir, dtype: DType) -> "Fold":
-        """Raises ModelError for another base than the run's, and for an adapter that does not fit it."""
-        lock, model = run.read_lock(), model_of(run)
-        folder = base.base_folder(model)
-        found, expected = base.fingerprint(folder), lock["base"]["sha256"]
-        if found != expected:
-            raise ModelError(
-                f"{folder}: is not the base of {run.path}; its weights have SHA-256 {found}, and the run was trained on"
-                f" {expected}. Put back the base the run names ({lock['base']['name']})."
-            )
-        return cls.beside(run, folder, dtype)
+    def open(cls, run: RunDir, dtype: DType, folder: Path | None = None) -> "Fold":
+        """With the base in `folder`, or where the run's recipe has it.
 
-    @classmethod
-    def beside(cls, run: RunDir, folder: Path, dtype: DType) -> "Fold":
-        """The same for a base in `folder` that is only glanced at, as hashing takes as long as reading it all."""
-        refuse_other_base(run, folder)
+        Raises ModelError for an adapter that does not fit it, and where it is another base at a glance.
+        """
         lock, model = run.read_lock(), model_of(run)
+        folder = folder or base.base_folder(model)
+        refuse_other_base(run, folder)
         checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         quantized = frozenset(lock["quantized_modules"])
@@ -78,6 +72,31 @@ class Fold:
         given = None if dtype == "auto" else getattr(torch, dtype)
         return cls(lock, model, checkpoint, adapter, quantized, given, find_device().name)
 
+    @contextmanager
+    def proving_base(self) -> Iterator[Callable[[], None]]:
+        """Hash the base beside what the block does with it, so that it is read from the disk once.
+
+        Raises ModelError for another base than the run's: at the latest when the block ends, which waits for it, and in
+        what is yielded as soon as it is known.
+        """
+        stop = Event()
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            found = beside.submit(base.fingerprint, self.checkpoint.folder, stop)
+            try:
+                yield lambda: self._refuse_other_base(found.result()) if found.done() else None
+            except BaseException:
+                stop.set()
+                raise
+            self._refuse_other_base(found.result())
+
+    def _refuse_other_base(self, found: str) -> None:
+        then = self.lock["base"]
+        if found != then["sha256"]:
+            raise ModelError(
+                f"{self.checkpoint.folder}: is not the base of the run; its weights have SHA-256 {found}, and the run"
+                f" was trained on {then['sha256']}. Put back the base the run names ({then['name']})."
+            )
+
     def without_adapter(self) -> "Fold":
         """The base alone."""
         return dataclasses.replace(self, adapter=AdapterWeights({}, {}))
@@ -85,7 +104,7 @@ class Fold:
     def made_from(self, run: RunDir) -> dict[str, str]:
         """All that decides a merge's bytes but the base it is folded into, to tell one merge from another."""
         return {
-            "base_sha256": self.lock["base"]["sha256"],
+            "base_glance": base.glance(self.checkpoint.folder),
             "adapter_sha256": sealed.digest_of(weights_path(run.adapter)),
             "adapter_config_sha256": sealed.digest_of(run.adapter / CONFIG_NAME),
             "lock_sha256": sealed.digest_of(run.lock),
@@ -139,8 +158,10 @@ class Fold:
                     moved[part.name] = moved.get(part.name, Movement()) + part.movement
                 yield part.rows
 
-        sha256 = write_shard(folder / shard.file_name, shard.metadata, map(self.written, shard.tensors), rows())
-        return WrittenShard(sha256, tuple(self._layer_change(name, movement) for name, movement in moved.items()))
+        path = folder / shard.file_name
+        write_shard(path, shard.metadata, map(self.written, shard.tensors), rows())
+        layers = tuple(self._layer_change(name, movement) for name, movement in moved.items())
+        return WrittenShard(sealed.glance_at(path), layers)
 
     def write_small_files(self, folder: Path) -> None:
         """What stands beside the weights: the shards' index, configuration, tokenizer, template, licence."""
@@ -154,14 +175,14 @@ class Fold:
         dtype = self.dtype or original.dtype
         if name in self.adapter.replaced:
             replaced = _as_matrix(self.adapter.replaced[name])
-            return Weight(name, replaced, dtype, replaced.__getitem__)
+            return Weight(name, replaced, dtype)
         module, weight = name.removesuffix(".weight"), _as_matrix(original)
         change = self.adapter.changes.get(module)
         is_measured, is_quantized = is_measured and change is not None, module in self.quantized
         if change is not None or (onto == "dequantised" and is_quantized):
             weight = weight.to(self.device)
         held = self._held(module, weight) if onto == "dequantised" or (is_measured and is_quantized) else None
-        start = held if onto == "dequantised" and held is not None else weight.__getitem__
+        start = held if onto == "dequantised" else None
         return Weight(name, weight, dtype, start, change, held if is_quantized else None, is_measured)
 
     def _layer_change(self, name: str, moved: Movement) -> LayerChange:

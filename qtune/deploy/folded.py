@@ -28,14 +28,14 @@ Job = Callable[[], Part]
 class Weight:
     """The tensor `name` as a matrix (O, I), and what makes it the one that is written, in `dtype`.
 
-    `start` are its rows as `change` is added to them. `held` are they after 4 bits, for the movement of an adapted
-    weight, where that is wanted; None where it was not quantised.
+    `start` are its rows as `change` is added to them, None for those of `original`. `held` are they after 4 bits, for
+    the movement of an adapted weight, where that is wanted; None where it was not quantised.
     """
 
     name: str
     original: torch.Tensor
     dtype: torch.dtype
-    start: Rows
+    start: Rows | None = None
     change: Change | None = None
     held: Rows | None = None
     is_measured: bool = False
@@ -49,16 +49,21 @@ class Weight:
 
     def part(self, rows: Index) -> Part:
         """`rows` with the adapter folded in, in float32 and rounded once. Raises ModelError where that overflows."""
-        start = self.start(rows)
-        merged = start if self.change is None else self.change.apply(start, rows)
+        start = self.original[rows] if self.start is None else self.start(rows)
+        if self.change is None:
+            merged, moved = start, None
+        else:
+            start = start.float()
+            merged = self.change.apply(start, rows)
+            moved = self._movement(rows, start, merged) if self.is_measured else None
         written = merged.to(self.dtype)
         self._refuse_not_finite(written, rows)
-        moved = self._movement(rows, start, merged) if self.is_measured else None
         return Part(self.name, written.cpu(), moved)
 
     def _movement(self, rows: Index, start: torch.Tensor, merged: torch.Tensor) -> Movement:
+        original = start if self.start is None else self.original[rows]
         held = None if self.held is None else start if self.held is self.start else self.held(rows)
-        return Movement.between(self.original[rows], held, start, merged)
+        return Movement.between(original, held, start, merged)
 
     def _refuse_not_finite(self, written: torch.Tensor, rows: Index) -> None:
         # The sum of what is finite may overflow, of anything else it is never finite: it is asked first, being faster.

@@ -31,11 +31,12 @@ class Movement:
     def between(
         cls, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor
     ) -> "Movement":
-        """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
+        """The same rows four times, the last two in float32; `held` is them after 4 bits, None where they were not
+        quantised."""
         original = original.float()
         return cls(
             size=float(vector_norm(original)) ** 2,
-            change=float(vector_norm(merged - start.float())) ** 2,
+            change=float(vector_norm(merged - start)) ** 2,
             error=0.0 if held is None else float(vector_norm(held.float() - original)) ** 2,
         )
 

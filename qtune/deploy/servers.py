@@ -161,7 +161,7 @@ def _fold(run: RunDir) -> Fold | ModelError | None:
     if not (folder / "config.json").is_file():
         return None
     try:
-        return Fold.beside(run, folder, "float32")
+        return Fold.open(run, "float32", folder)
     except ModelError as fault:
         return fault
 

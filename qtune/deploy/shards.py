@@ -6,7 +6,6 @@ time: memory holds less than one tensor, whatever the size of the model. The for
 bytes of the tensors in the header's order without gaps.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -114,15 +113,14 @@ def _dtype_of(path: Path, name: str, code: str) -> torch.dtype:
 
 def write_shard(
     path: Path, metadata: dict[str, str], specs: Iterable[TensorSpec], parts: Iterable[torch.Tensor]
-) -> str:
+) -> None:
     """Write the header for `specs`, then their tensors, each in `parts` that follow each other in it; the file is on
-    the disk on return, which is its SHA-256."""
-    specs, digest = tuple(specs), hashlib.sha256()
+    the disk on return."""
+    specs = tuple(specs)
     with path.open("wb") as file, written_beside(file) as put:
-        put(_header(metadata, specs), digest)
+        put(_header(metadata, specs))
         for part in _fitting(specs, (part for part in parts if part.numel())):
-            put(as_bytes(part), digest)
-    return digest.hexdigest()
+            put(as_bytes(part))
 
 
 def _fitting(specs: tuple[TensorSpec, ...], parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

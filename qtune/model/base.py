@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import datasets
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qtune import sealed
 from qtune.errors import MachineError, ModelError
 from qtune.memory import document_attention, tiled_loss
 from qtune.memory.expert_loading import quantized_experts
@@ -41,7 +43,6 @@ DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
 LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 SAYS_ALL_SIZES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "phimoe", "granite", "olmo2")
-GLANCES, GLANCE_BYTES = 64, 4096
 WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
@@ -269,31 +270,25 @@ def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the weight files; the identity of a base."""
+def fingerprint(folder: Path, stop: Event | None = None) -> str:
+    """SHA-256 over the names and bytes of the weight files; the identity of a base. Of no use once `stop` is set."""
     digest = hashlib.sha256()
     for path in _weights_in(folder):
         digest.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
+            while (stop is None or not stop.is_set()) and (block := file.read(1 << 20)):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def glance(folder: Path) -> str:
-    """SHA-256 over name, size and a few pieces of every weight file, from end to end: milliseconds, not minutes.
+    """SHA-256 over the names of the weight files and a glance at each: milliseconds, not minutes.
 
-    It tells one base from another, also from one of the same shapes that was trained further, and does not tell that
-    every byte is as it was, for which there is `fingerprint`.
+    It tells one base from another, also from one of the same shapes that was trained further.
     """
     digest = hashlib.sha256()
     for path in _weights_in(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for piece in range(GLANCES):
-                file.seek(max(0, size - GLANCE_BYTES) * piece // (GLANCES - 1))
-                digest.update(file.read(GLANCE_BYTES))
+        digest.update(f"{path.name} {sealed.glance_at(path)}".encode())
     return digest.hexdigest()
 
 

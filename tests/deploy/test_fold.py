@@ -1,6 +1,8 @@
 """One base and one adapter, tensor by tensor: the trained weights exactly, or a refusal."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qtune.deploy import round_trip
+from qtune.deploy.export import export
 from qtune.deploy.fold import Fold
+from qtune.deploy.merge import merge
 from qtune.deploy.round_trip import restore_quantized
 from qtune.deploy.shards import INDEX_NAME
 from qtune.errors import ModelError
@@ -143,13 +147,41 @@ def test_a_value_too_large_for_float16_is_caught_and_named(tiny_base, tmp_path) 
     fold(run, tmp_path / "wider", dtype="bfloat16")
 
 
-def test_another_base_of_the_same_shape_is_refused_by_hash(tiny_base, tied_base, tmp_path) -> None:
-    run = make_run(tmp_path / "run", tiny_base)
+def another_base(run, tied_base) -> None:
     edit_json(run.lock, model=Model(base=str(tied_base)).model_dump(mode="json"))
-    with pytest.raises(ModelError, match="SHA-256") as refusal:
+
+
+def test_another_base_is_refused_at_a_glance(tiny_base, tied_base, tmp_path) -> None:
+    run = make_run(tmp_path / "run", tiny_base)
+    another_base(run, tied_base)
+    with pytest.raises(ModelError, match=r"is not the base of .*run; its weights are others"):
         Fold.open(run, "auto")
-    assert base.fingerprint(tied_base) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(merge, onto="dequantised"), partial(export, to="adapter-gguf")], ids=["merge", "export"]
+)
+def test_a_base_that_a_glance_does_not_tell_is_refused_by_hash(tiny_base, tmp_path, make) -> None:
+    """As with a lock of before there were glances; nothing is left of what was made from it."""
+    run = make_run(tmp_path / "run", tiny_base)
+    other = tmp_path / "base"
+    shutil.copytree(tiny_base, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, other / "model.safetensors")
+    another_base(run, other)
+    lock = json.loads(run.lock.read_text())
+    edit_json(run.lock, base={key: lock["base"][key] for key in ("name", "sha256")})
+    with pytest.raises(ModelError, match="SHA-256") as refusal:
+        make(run, tmp_path / "out" / "made")
+    assert base.fingerprint(other) in str(refusal.value)
     assert base.fingerprint(tiny_base) in str(refusal.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_hashing_of_a_base_ends_with_the_work_that_failed(tiny_base, tmp_path) -> None:
+    fold = Fold.open(make_run(tmp_path / "run", tiny_base), "auto")
+    with pytest.raises(KeyboardInterrupt), fold.proving_base():
+        raise KeyboardInterrupt
 
 
 def rename(run, old: str, new: str) -> None:

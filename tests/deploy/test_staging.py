@@ -135,7 +135,7 @@ def test_a_broken_shard_is_made_again(run, tmp_path, damage) -> None:
     elif damage == "gone":
         shard.unlink()
     elif damage == "record":
-        (staging_of(output) / f"dequantised.{shard.name}.json").write_text('{"sha256": 3}')
+        (staging_of(output) / f"dequantised.{shard.name}.json").write_text('{"glance_sha256": 3}')
     else:
         (shard.parent / "tokenizer.model").write_text("was never the base's")
     go_on(run, output)
