@@ -197,13 +197,19 @@ def _sha256(path: Path, start: int, count: int) -> str:
 
 def worst_fraction(content: NDArray[np.uint8], wanted: torch.Tensor, kind: GGMLQuantizationType) -> float:
     """The largest error of any weight over its bound; `content` has a line of bytes for each row of `wanted` (O, I)."""
-    found = torch.from_numpy(quants.dequantize(content, kind)).view(wanted.shape)
-    error, tiny = (found - wanted).abs_(), torch.finfo(torch.float32).tiny
+    error = _restored(content, kind).view(wanted.shape).sub_(wanted).abs_()
     if kind.name in ROUNDING:
-        bound = wanted.abs() * ROUNDING[kind.name] + LEAST_F16 * (kind == F16)
+        bound = wanted.abs().mul_(ROUNDING[kind.name]).add_(LEAST_F16 * (kind == F16))
     else:
         error, bound = error.view(-1, BLOCK).amax(-1), _block_bound(wanted.reshape(-1, BLOCK), kind.name)
-    return float((error / (bound + tiny)).amax())
+    return float(error.div_(bound.add_(torch.finfo(torch.float32).tiny)).amax())
+
+
+def _restored(content: NDArray[np.uint8], kind: GGMLQuantizationType) -> torch.Tensor:
+    """Float32 that may be written to; blocks are restored by the gguf package, which did not make all of them."""
+    if kind in TORCH_TYPE:
+        return torch.from_numpy(content).view(TORCH_TYPE[kind]).to(torch.float32, copy=True)
+    return torch.from_numpy(quants.dequantize(content, kind))
 
 
 def _block_bound(blocks: torch.Tensor, kind: str) -> torch.Tensor:
