@@ -173,7 +173,8 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
 
 
 def edit_lock(run: RunDir, quantized: list[str]) -> None:
-    """Say which modules the run held in NF4."""
+    """Say which modules the run held in NF4; a merge of before says no more which base an export is folded onto."""
+    run.merge.unlink(missing_ok=True)
     write_json(run.lock, {**read_json(run.lock), "quantized_modules": quantized})
 
 

@@ -66,10 +66,14 @@ class Weight:
         return Movement.between(original, held, start, merged)
 
     def _refuse_not_finite(self, written: torch.Tensor, rows: Index) -> None:
-        # The sum of what is finite may overflow, of anything else it is never finite: it is asked first, being faster.
-        if torch.isfinite(written.sum()) or torch.isfinite(written).all():
+        if all_finite(written):
             return
-        if not torch.isfinite(self.original[rows]).all():
+        if not all_finite(self.original[rows]):
             raise ModelError(f"{self.name}: holds NaN or infinity in the base already. Download the base again.")
         hint = " Use --dtype bfloat16, which reaches further." if written.dtype == torch.float16 else ""
         raise ModelError(f"{self.name}: is not finite in {written.dtype} once merged.{hint}")
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """The sum of what is finite may overflow, of anything else it is never finite: it is asked first, being faster."""
+    return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())

@@ -16,6 +16,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, ReaderTensor, quants
 from numpy.typing import NDArray
 
+from qtune.deploy.folded import all_finite
 from qtune.deploy.streamed import Put, written_beside
 from qtune.errors import ModelError
 
@@ -133,7 +134,7 @@ def packed(entry: Entry, rows: torch.Tensor) -> NDArray[np.uint8]:
     if entry.kind not in TORCH_TYPE:
         return quants.quantize(rows.numpy(), entry.kind)
     rounded = rows.to(TORCH_TYPE[entry.kind])
-    if entry.kind == F16 and not torch.isfinite(rounded).all():
+    if entry.kind == F16 and not all_finite(rounded):
         raise ModelError(f"{entry.source}: has weights beyond the range of f16; --quant bf16 and f32 reach further.")
     return rounded.contiguous().reshape(-1).view(torch.uint8).numpy()
 
