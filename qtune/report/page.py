@@ -200,20 +200,23 @@ def _proofs(found: Record) -> list[Proof]:
         proofs.append(Proof("Merge", bool(verdict["passed"]), caption, rows))
     for name, report in found.exports:
         passed = report.get("passed")
-        title = f"Export, {one_line(name)}"
-        proofs.append(
-            Proof(title, passed if isinstance(passed, bool) else None, "As its report says", _report_rows(report))
-        )
+        title = f"Export {one_line(name.removeprefix('export-').removesuffix('.json'))}"
+        caption, rows = _export_told(report)
+        proofs.append(Proof(title, passed if isinstance(passed, bool) else None, caption, rows))
     return proofs
 
 
-def _report_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every plain value of a report, by its dotted name; lists are left to the report itself."""
-    return [
-        (one_line(name.replace("_", " ")), one_line(str(value)))
-        for name, value in leaves(report)
-        if isinstance(value, str | int | float)
-    ]
+def _export_told(report: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """A caption and rows; of a report that another version wrote its plain values by their dotted names."""
+    try:
+        rows = [*tables.export_rows(report), *(("", note) for note in report["notes"])]
+        return "The file, read back byte by byte and asked of llama.cpp beside the live adapter", rows
+    except (LookupError, TypeError, ValueError, AttributeError):
+        values = ((name.replace("_", " "), value) for name, value in leaves(report))
+        plain = [
+            (one_line(name), one_line(str(value))) for name, value in values if isinstance(value, str | int | float)
+        ]
+        return "As its report says", plain
 
 
 def _ran_rows(found: Record) -> list[tuple[str, str]]:

@@ -228,44 +228,47 @@ def closeness(verdict: dict[str, Any]) -> str:
 def export_table(report: dict[str, Any]) -> RenderableType:
     """What was written, how it was proven, and how to serve it."""
     table = _grid(2)
-    stored = ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())
-    file = f"{report['output']}/{report['file']}"
-    table.add_row("exported", Text(f"{file}, {format_bytes(report['bytes'])}: {stored} tensors, {_origin(report)}"))
-    read = report["read_back"]
-    proof = f"{read['tensors']:,} tensors, the worst {format_percent(read['worst_fraction'])} of what its type may cost"
-    texts = f"; {report['texts']} texts become the same tokens" if report["texts"] else ""
-    table.add_row("read back", Text(proof + texts))
-    for row in _verdict_rows(report["verdict"]) if report["verdict"] else ():
-        table.add_row(*row)
+    for name, told in export_rows(report):
+        table.add_row(name, Text(told))
     table.add_row("verdict", Text("passed", "green") if report["passed"] else Text("FAILED", "bold red"))
     for note in report["notes"]:
         table.add_row("", Text(note, WARNING_STYLE))
     return Group(table, Text(f"\n  {serve_command(report)}", "bold", overflow="fold"))
 
 
+def export_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report of an export by name and value, but for whether it passed and its notes."""
+    stored = ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())
+    file = f"{report['output']}/{report['file']}"
+    read = report["read_back"]
+    proof = f"{read['tensors']:,} tensors, the worst {format_percent(read['worst_fraction'])} of what its type may cost"
+    texts = f"; {report['texts']} texts become the same tokens" if report["texts"] else ""
+    return [
+        ("exported", f"{file}, {format_bytes(report['bytes'])}: {stored} tensors, {_origin(report)}"),
+        ("read back", proof + texts),
+        *(_verdict_rows(report["verdict"]) if report["verdict"] else ()),
+    ]
+
+
 def _origin(report: dict[str, Any]) -> str:
     return "the LoRA alone" if report["to"] == "adapter-gguf" else f"folded onto the {report['onto']} base"
 
 
-def _verdict_rows(verdict: dict[str, Any]) -> list[tuple[str, Text]]:
+def _verdict_rows(verdict: dict[str, Any]) -> list[tuple[str, str]]:
     same = sum(answer["same"] for answer in verdict["greedy"])
     alone = verdict["base_kl"]
-    beside = "" if alone is None else f"on the run's base in f16, which alone has KL {alone:.1e}: "
+    beside = "" if alone is None else f"on the run's base in f16, which alone has KL {alone:.2g}: "
     return [
         (
             "llama.cpp",
-            Text(
-                f"{beside}{closeness(verdict)} and another as likely {format_percent(verdict['near_tie_fraction'])} of"
-                f" {verdict['positions']:,} positions"
-            ),
+            f"{beside}{closeness(verdict)} and another as likely {format_percent(verdict['near_tie_fraction'])} of"
+            f" {verdict['positions']:,} positions",
         ),
         (
             "",
-            Text(
-                f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['file_loss']:.4f} in"
-                f" llama.cpp; {same} of {len(verdict['greedy'])} greedy answers the same; where the live model"
-                f" ends its answer, so does the file: {verdict['ends_found']:,} of {verdict['ends']:,}"
-            ),
+            f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['file_loss']:.4f} in"
+            f" llama.cpp; {same} of {len(verdict['greedy'])} greedy answers the same; where the live model"
+            f" ends its answer, so does the file: {verdict['ends_found']:,} of {verdict['ends']:,}",
         ),
     ]
 

@@ -210,12 +210,47 @@ def test_the_forecast_is_drawn_on_a_card_and_not_where_the_host_is_measured(whol
 
 
 def test_exports_and_merge_are_told_with_their_verdict(whole_run: RunDir) -> None:
-    write_json(whole_run.path / "export_gguf.json", {"passed": True, "quant": "q8_0", "llama_cpp": {"top1": 0.991}})
-    write_json(whole_run.path / "export_ollama.json", {"passed": False})
+    write_json(whole_run.path / "export-gguf.json", {"passed": True, "quant": "q8_0", "llama_cpp": {"top1": 0.991}})
+    write_json(whole_run.path / "export-ollama.json", {"passed": False})
     text = Page(page.run_page(whole_run)).text
-    assert "Export, export_gguf.json: passed" in text
-    assert "Export, export_ollama.json: failed" in text
+    assert "Export gguf: passed" in text
+    assert "Export ollama: failed" in text
     assert "llama cpp.top1 0.991" in text
+
+
+def test_an_export_is_told_in_words(whole_run: RunDir) -> None:
+    verdict = {
+        "mean_kl": 2.7e-4,
+        "agreement_fraction": 0.992,
+        "near_tie_fraction": 0.008,
+        "positions": 2042,
+        "base_kl": None,
+        "live_loss": 3.6892,
+        "file_loss": 3.6882,
+        "ends": 277,
+        "ends_found": 277,
+        "greedy": [{"same": True}, {"same": False}],
+    }
+    report = {
+        "passed": True,
+        "output": "out",
+        "file": "model.gguf",
+        "to": "gguf",
+        "onto": "dequantised",
+        "bytes": 3 << 20,
+        "stored": {"Q8_0": 43, "F32": 13},
+        "read_back": {"tensors": 56, "worst_fraction": 0.878},
+        "texts": 54,
+        "verdict": verdict,
+        "notes": ["Beyond 4,096 tokens it ends."],
+    }
+    write_json(whole_run.export_report("mine"), report)
+    text = Page(page.run_page(whole_run)).text
+    assert "Export mine: passed" in text
+    assert "out/model.gguf, 3.0 MiB: 43 Q8_0, 13 F32 tensors, folded onto the dequantised base" in text
+    assert "mean KL 2.7e-04 nats, same next token 99.2 % and another as likely 0.8 % of 2,042 positions" in text
+    assert "1 of 2 greedy answers the same" in text
+    assert "Beyond 4,096 tokens it ends." in text
 
 
 def test_samples_say_how_they_were_chosen(whole_run: RunDir) -> None:
