@@ -22,6 +22,7 @@ from fault_lab.workshop import Workshop, isolated
 WHAT = "memory runs out, in every spelling, in the forward and backward pass and in an evaluation"
 CELLS = list(itertools.product(range(len(SPELLINGS)), [*PLACES, "evaluation"]))
 HANGS_SECONDS = 60.0
+TOLERANCE = 5e-6  # AdamW makes a part of a step of a gradient's rounding where that is near 0: 1.5e-6 on one processor
 
 
 def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
@@ -47,7 +48,7 @@ def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
             said = str(found.fault)
             return None if "ran out of memory" in said and "data.max_tokens" in said else f"{told}: {said}"
         try:
-            assert_same(found, alone[0])
+            assert_same(found, alone[0], TOLERANCE)
         except AssertionError as wrong:
             return f"{told}: {str(wrong).splitlines()[0]}"
         return None
