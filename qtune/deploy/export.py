@@ -25,7 +25,7 @@ from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
 from qtune.deploy.gguf_storage import Quant, ReadBack, Written
 from qtune.deploy.gguf_verdict import GgufVerdict
 from qtune.deploy.gguf_vocabulary import Vocabulary
-from qtune.deploy.merge import Progress, check_disk, checking, counting, publish, refuse_dequantised_alone, refuse_used
+from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone, refuse_used
 from qtune.deploy.shards import write_synced
 from qtune.errors import MachineError, UserError
 from qtune.rundir import RunDir, write_json
@@ -99,8 +99,8 @@ def export(
         try:
             folder.mkdir()
             _write_small_files(draft.fold.checkpoint.folder, folder, text)
-            with fold.proving_base() as refuse_other_base:
-                written = draft.write(path, checking(refuse_other_base, counting(progress, len(draft.entries))))
+            with fold.proving_base(counting(progress, len(draft.entries))) as tell:
+                written = draft.write(path, tell)
         except OSError as fault:
             raise MachineError(f"{output}: writing failed ({fault.strerror or fault}).") from None
         read = _read_back(draft, path, written)

@@ -73,17 +73,23 @@ class Fold:
         return cls(lock, model, checkpoint, adapter, quantized, given, find_device().name)
 
     @contextmanager
-    def proving_base(self) -> Iterator[Callable[[], None]]:
-        """Hash the base beside what the block does with it, so that it is read from the disk once.
+    def proving_base(self, tell: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+        """Hash the base beside what the block does with it, so that it is read from the disk once; yields a `tell`.
 
-        Raises ModelError for another base than the run's: at the latest when the block ends, which waits for it, and in
-        what is yielded as soon as it is known.
+        Raises ModelError for another base than the run's: in that `tell` as soon as it is known, and at the latest when
+        the block ends, which waits for it.
         """
         stop = Event()
         with ThreadPoolExecutor(max_workers=1) as beside:
             found = beside.submit(base.fingerprint, self.checkpoint.folder, stop)
+
+            def told(name: str) -> None:
+                if found.done():
+                    self._refuse_other_base(found.result())
+                tell(name)
+
             try:
-                yield lambda: self._refuse_other_base(found.result()) if found.done() else None
+                yield told
             except BaseException:
                 stop.set()
                 raise

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter,
 from numpy.typing import NDArray
 
 from qtune.deploy.folded import all_finite
-from qtune.deploy.streamed import Put, written_beside
+from qtune.deploy.streamed import Put, as_bytes, written_beside
 from qtune.errors import ModelError
 
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -136,7 +136,7 @@ def packed(entry: Entry, rows: torch.Tensor) -> NDArray[np.uint8]:
     rounded = rows.to(TORCH_TYPE[entry.kind])
     if entry.kind == F16 and not all_finite(rounded):
         raise ModelError(f"{entry.source}: has weights beyond the range of f16; --quant bf16 and f32 reach further.")
-    return rounded.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return as_bytes(rounded)
 
 
 def _in_8_bits(rows: torch.Tensor) -> NDArray[np.uint8]:

@@ -87,8 +87,7 @@ def merge(
         if staging.finished and say is not None:
             say(_goes_on(output, len(staging.finished), len(candidates) * len(fold.checkpoint.shards)))
         check_disk(output, len(candidates) * fold.weight_bytes - staging.finished_bytes, "merge")
-        with _refusing_bad_disk(output), fold.proving_base() as refuse_other_base:
-            told = checking(refuse_other_base, tell)
+        with _refusing_bad_disk(output), fold.proving_base(tell) as told:
             layers = {candidate: _fill(staging, fold, candidate, told) for candidate in candidates}
         measured = _measure(run, staging, candidates, rows, fold.dtype_name) if len(candidates) > 1 else ()
         chosen = min(measured, key=lambda verdict: verdict.mean_kl).onto if measured else candidates[0]
@@ -122,16 +121,6 @@ def _fill(staging: Staging, fold: Fold, onto: Onto, tell: Callable[[str], None])
                 tell(spec.name)
     fold.write_small_files(folder)
     return tuple(layer for shard in fold.checkpoint.shards for layer in staging.finished[onto, shard.file_name].layers)
-
-
-def checking(check: Callable[[], None], tell: Callable[[str], None]) -> Callable[[str], None]:
-    """`tell`, which checks first."""
-
-    def told(name: str) -> None:
-        check()
-        tell(name)
-
-    return told
 
 
 def _goes_on(output: Path, finished: int, shards: int) -> str:

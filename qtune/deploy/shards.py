@@ -120,7 +120,7 @@ def write_shard(
     with path.open("wb") as file, written_beside(file) as put:
         put(_header(metadata, specs))
         for part in _fitting(specs, (part for part in parts if part.numel())):
-            put(as_bytes(part))
+            put(as_bytes(part).data)
 
 
 def _fitting(specs: tuple[TensorSpec, ...], parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -11,7 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 Made = TypeVar("Made")
 Buffer = bytes | memoryview
@@ -86,6 +88,6 @@ def written_beside(file: BinaryIO) -> Iterator[Put]:
     os.fsync(file.fileno())
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The bytes of a tensor in host memory, in its own order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()

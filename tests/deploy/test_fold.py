@@ -180,7 +180,7 @@ def test_a_base_that_a_glance_does_not_tell_is_refused_by_hash(tiny_base, tmp_pa
 
 def test_the_hashing_of_a_base_ends_with_the_work_that_failed(tiny_base, tmp_path) -> None:
     fold = Fold.open(make_run(tmp_path / "run", tiny_base), "auto")
-    with pytest.raises(KeyboardInterrupt), fold.proving_base():
+    with pytest.raises(KeyboardInterrupt), fold.proving_base(lambda name: None):
         raise KeyboardInterrupt
 
 
