@@ -32,7 +32,7 @@ from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
-from qtune.model import adapter, base
+from qtune.model import adapter, base, identity
 from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
@@ -343,8 +343,8 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "base": {
             "name": model.base,
             "folder": str(folder),
-            "sha256": base.fingerprint(folder),
-            "glance_sha256": base.glance(folder),
+            "sha256": identity.fingerprint(folder),
+            "glance_sha256": identity.glance(folder),
         },
         "model": model.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),

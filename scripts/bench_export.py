@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from qtune import __version__
 from qtune.deploy.shards import TensorSpec, write_shard
-from qtune.model import base
+from qtune.model import base, identity
 from qtune.rundir import RunDir, read_json, write_json
 
 HIDDEN, INNER, VOCABULARY, HEADS, GROUPS, RANK = 2048, 8192, 32000, 32, 8, 16
@@ -158,7 +158,7 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
     write_json(
         run.lock,
         {
-            "base": {"name": "synthetic", "sha256": base.fingerprint(base_folder)},
+            "base": {"name": "synthetic", "sha256": identity.fingerprint(base_folder)},
             "model": {"base": str(base_folder)},
             "quantized_modules": [],
             "quantization": {"type": "nf4", "double": True, "blocksize": 64, "quant_storage": "uint8"},

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qtune"
 ROOMS = [
     "errors",
     "sealed",
+    "caches",
     "units",
     "events",
     "limits",

@@ -1,11 +1,8 @@
 """Tokenised rows kept between runs, each entry under a key of all it follows from (`cache_key`).
 
-They stand in `$QTUNE_CACHE/tokens`, else in `~/.cache/qtune/tokens`; QTUNE_CACHE=off keeps none. That is a variable and
-no key of the recipe because where files are kept is a matter of the machine: no run comes out different for it.
-
-An entry is a folder of safetensors files and one JSON file with the SHA-256 of each. It is written beside its place,
-then renamed, and read only where every sum is right: a broken one is removed, and its rows are made again. A cache that
-cannot be written is not an error.
+They stand under "tokens" in the machine's `caches`. An entry is a folder of safetensors files and one JSON file with
+the SHA-256 of each. It is written beside its place, then renamed, and read only where every sum is right: a broken one
+is removed, and its rows are made again. A cache that cannot be written is not an error.
 """
 
 import hashlib
@@ -25,11 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qtune import sealed
+from qtune import caches, sealed
 from qtune.data.examples import Block, Ints, block_files, map_block
 from qtune.units import GIB
 
-VARIABLE, OFF = "QTUNE_CACHE", "off"
 LARGEST_BYTES, LARGEST_FREE_FRACTION = 8 * GIB, 0.1  # the lesser of both; what was unused longest goes first
 STAGED, ABANDONED_SECONDS = "staged-", 24 * 3600
 ARRAYS, FACTS = "arrays.safetensors", "entry.json"
@@ -46,14 +42,7 @@ class Entry:
 
 def folder() -> Path | None:
     """Where entries stand; None where none are to be kept."""
-    asked = os.environ.get(VARIABLE)
-    if asked == OFF:
-        return None
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return (Path(asked).expanduser() if asked else caches / "qtune") / "tokens"
-    except RuntimeError:  # nobody's home
-        return None
+    return caches.folder("tokens")
 
 
 @contextmanager

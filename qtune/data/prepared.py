@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy
 
-from qtune.data.cache import OFF, VARIABLE, Entry
+from qtune.caches import OFF, VARIABLE
+from qtune.data.cache import Entry
 from qtune.data.check import DataReport, Reason
 from qtune.data.examples import Examples, Ints
 

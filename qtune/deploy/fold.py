@@ -25,7 +25,7 @@ from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, writ
 from qtune.deploy.streamed import in_order
 from qtune.errors import ModelError
 from qtune.memory.device import find_device
-from qtune.model import base
+from qtune.model import base, identity
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
 
@@ -81,7 +81,7 @@ class Fold:
         """
         stop = Event()
         with ThreadPoolExecutor(max_workers=1) as beside:
-            found = beside.submit(base.fingerprint, self.checkpoint.folder, stop)
+            found = beside.submit(identity.fingerprint, self.checkpoint.folder, stop)
 
             def told(name: str) -> None:
                 if found.done():
@@ -110,7 +110,7 @@ class Fold:
     def made_from(self, run: RunDir) -> dict[str, str]:
         """All that decides a merge's bytes but the base it is folded into, to tell one merge from another."""
         return {
-            "base_glance": base.glance(self.checkpoint.folder),
+            "base_glance": identity.glance(self.checkpoint.folder),
             "adapter_sha256": sealed.digest_of(weights_path(run.adapter)),
             "adapter_config_sha256": sealed.digest_of(run.adapter / CONFIG_NAME),
             "lock_sha256": sealed.digest_of(run.lock),

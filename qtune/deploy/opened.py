@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.memory.techniques import Engine, Techniques
-from qtune.model import adapter, base
+from qtune.model import adapter, base, identity
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
 
@@ -24,7 +24,7 @@ def refuse_other_base(run: RunDir, folder: Path) -> None:
     """Raises ModelError where, at a glance, the weights in `folder` are others than those the run was trained on."""
     then = run.read_lock()["base"]
     expected = then.get("glance_sha256")  # older locks have none
-    if expected is not None and base.glance(folder) != expected:
+    if expected is not None and identity.glance(folder) != expected:
         raise ModelError(
             f"{folder}: is not the base of {run.path}; its weights are others than the run was trained on. Put back the"
             f" base the run names ({then['name']})."

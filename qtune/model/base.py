@@ -2,13 +2,11 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import datasets
@@ -30,7 +28,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qtune import sealed
 from qtune.errors import MachineError, ModelError
 from qtune.memory import document_attention, tiled_loss
 from qtune.memory.expert_loading import quantized_experts
@@ -268,29 +265,3 @@ def autocast(device: str, compute_dtype: str) -> torch.autocast:
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the linears that are held in NF4, in the model's order."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
-
-
-def fingerprint(folder: Path, stop: Event | None = None) -> str:
-    """SHA-256 over the names and bytes of the weight files; the identity of a base. Of no use once `stop` is set."""
-    digest = hashlib.sha256()
-    for path in _weights_in(folder):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while (stop is None or not stop.is_set()) and (block := file.read(1 << 20)):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def glance(folder: Path) -> str:
-    """SHA-256 over the names of the weight files and a glance at each: milliseconds, not minutes.
-
-    It tells one base from another, also from one of the same shapes that was trained further.
-    """
-    digest = hashlib.sha256()
-    for path in _weights_in(folder):
-        digest.update(f"{path.name} {sealed.glance_at(path)}".encode())
-    return digest.hexdigest()
-
-
-def _weights_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())

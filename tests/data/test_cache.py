@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer
 
+from qtune import caches
 from qtune.data import cache
 from qtune.data.prepare import prepare
 from qtune.data.prepared import Prepared
@@ -18,7 +19,7 @@ from qtune.recipe.schema import Data, Model, Recipe, Train
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch) -> Path:
     """Where entries stand."""
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(caches.VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 
 
@@ -127,11 +128,11 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(source, home) -> None:
     assert list(home.iterdir()) == []
 
 
-@pytest.mark.parametrize("asked", [cache.OFF, "no folder"])
+@pytest.mark.parametrize("asked", [caches.OFF, "no folder"])
 def test_without_a_cache_rows_are_made_every_time(source, tmp_path, monkeypatch, asked) -> None:
     """A folder that cannot be made is one that is not there: no error."""
     (tmp_path / "no folder").write_text("a file")
-    monkeypatch.setenv(cache.VARIABLE, asked if asked == cache.OFF else str(tmp_path / asked))
+    monkeypatch.setenv(caches.VARIABLE, asked if asked == caches.OFF else str(tmp_path / asked))
     monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path / "temporary"))
     first, _ = run(source)
     again, was_made = run(source)

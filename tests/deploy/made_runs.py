@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qtune import __version__
-from qtune.model import base
+from qtune.model import base, identity
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, write_json
 
@@ -48,8 +48,8 @@ def make_run(
             "base": {
                 "name": model.base,
                 "folder": str(folder),
-                "sha256": base.fingerprint(folder),
-                "glance_sha256": base.glance(folder),
+                "sha256": identity.fingerprint(folder),
+                "glance_sha256": identity.glance(folder),
             },
             "model": model.model_dump(mode="json"),
             "recipe": {"model": model.model_dump(mode="json")},
