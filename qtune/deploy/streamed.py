@@ -1,7 +1,7 @@
 """A file of weights made as a stream of parts: side by side, handed over in order, hashed and written beside.
 
-A part is small enough for a processor's cache, so parts are shared out among threads, and not the work on one: threads
-that share an operation wait for each other at every one, which on a busy machine took ten times as long.
+Parts of a few MiB are shared out among threads, and not the work on one: threads that share an operation wait for each
+other at every one, which on a busy machine took ten times as long.
 """
 
 import os
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
@@ -19,8 +20,9 @@ Made = TypeVar("Made")
 Buffer = bytes | memoryview
 
 MOST_THREADS = 8  # more would wait for Python's lock
-MADE_AHEAD = 2  # parts for each thread, made and not yet asked for
+MADE_AHEAD = 8  # parts for each thread, made and not yet asked for
 WRITTEN_BEHIND = 8  # parts handed over and not yet written
+SYNCED_AT_ONCE = 1 << 27  # bytes sent to the disk together, on the way
 
 
 class Digest(Protocol):
@@ -67,23 +69,30 @@ def _one_thread_an_operation() -> Iterator[int]:
 
 @contextmanager
 def written_beside(file: BinaryIO) -> Iterator[Put]:
-    """What appends to `file` in a thread of its own; all of it is on the disk when the block ends."""
+    """What appends to `file` in a thread of its own; all of it is on the disk when the block ends.
+
+    It is sent to the disk on the way, by another thread, so that there is little to wait for in the end.
+    """
     waiting: deque[Future[None]] = deque()
+    synced: list[Future[None]] = []
 
     def append(content: Buffer, *digests: Digest) -> None:
         for digest in digests:
             digest.update(content)
+        before = file.tell()
         file.write(content)
+        if file.tell() // SYNCED_AT_ONCE > before // SYNCED_AT_ONCE:
+            synced.append(syncing.submit(os.fsync, file.fileno()))
 
     def put(content: Buffer, *digests: Digest) -> None:
         waiting.append(beside.submit(append, content, *digests))
         if len(waiting) > WRITTEN_BEHIND:
             waiting.popleft().result()
 
-    with ThreadPoolExecutor(max_workers=1) as beside:
+    with ThreadPoolExecutor(max_workers=1) as syncing, ThreadPoolExecutor(max_workers=1) as beside:
         yield put
-        while waiting:
-            waiting.popleft().result()
+        for each in chain(waiting, synced):
+            each.result()
     file.flush()
     os.fsync(file.fileno())
 

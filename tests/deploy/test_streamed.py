@@ -1,6 +1,7 @@
 """Work shared out among threads comes back in its order, and a file has every byte of it."""
 
 import hashlib
+import os
 import threading
 import time
 
@@ -80,6 +81,28 @@ def write_into(path: str) -> None:
     with open(path, "wb", buffering=0) as file, written_beside(file) as put:
         for _ in range(1000):
             put(b"x" * 100)
+
+
+def test_it_goes_to_the_disk_on_the_way(tmp_path, monkeypatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    monkeypatch.setattr(streamed, "SYNCED_AT_ONCE", 40_000)
+    write_into(str(tmp_path / "x"))
+    assert len(synced) == 3
+    assert synced[-1] == 100_000
+
+
+def test_a_disk_that_fails_on_the_way_is_told(tmp_path, monkeypatch) -> None:
+    results = iter([OSError("the disk is gone"), None, None])
+
+    def fail_once(handle: int) -> None:
+        if fault := next(results):
+            raise fault
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    monkeypatch.setattr(streamed, "SYNCED_AT_ONCE", 40_000)
+    with pytest.raises(OSError, match="gone"):
+        write_into(str(tmp_path / "x"))
 
 
 def test_a_full_disk_is_told() -> None:
