@@ -3,7 +3,6 @@
 Blocks are of 32 weights in a row. The quantisers are the gguf package's, which follow llama.cpp's to the bit or nearly.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, ReaderTensor, quants
 from numpy.typing import NDArray
+from xxhash import xxh3_128
 
 from qtune.deploy.folded import all_finite
+from qtune.deploy.loops import in_steps, largest_error, largest_sizes
 from qtune.deploy.streamed import Put, as_bytes, written_beside
 from qtune.errors import ModelError
 
@@ -71,10 +72,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Written:
-    """One tensor as it was written: its worst error over what its type may cost, and the SHA-256 of its bytes."""
+    """One tensor as it was written: its worst error over what its type may cost, and the XXH3 of its bytes.
+
+    That finds what a disk does to a file, at the speed of memory; it is no proof against who means to deceive.
+    """
 
     fraction: float
-    sha256: str
+    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def write(writer: GGUFWriter, path: Path, entries: Sequence[Entry], parts: Itera
 
 def _put_one(put: Put, entry: Entry, parts: Iterable[Stored]) -> tuple[float, Any]:
     """Its worst fraction, and the digest, which is that of its bytes once they are written."""
-    fraction, missing, digest = 0.0, entry.bytes, hashlib.sha256()
+    fraction, missing, digest = 0.0, entry.bytes, xxh3_128()
     for part in parts:
         put(part.content.data, digest)
         fraction, missing = max(fraction, part.fraction), missing - part.content.nbytes
@@ -140,15 +144,12 @@ def packed(entry: Entry, rows: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def _in_8_bits(rows: torch.Tensor) -> NDArray[np.uint8]:
-    """Q8_0 as the gguf package makes it, to the bit, in less than half of its time: most files are of this type.
+    """Q8_0 as the gguf package makes it, to the bit, in a small part of its time: most files are of this type.
 
-    A block is its scale, the largest size over 127 in float16, and 32 bytes, rounded half away from zero.
+    A block is its scale, the largest size over 127 in float16, and 32 bytes.
     """
-    blocks = rows.reshape(-1, BLOCK)
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    steps = blocks * torch.where(scale == 0, 0, 1 / scale)
-    rounded = steps.add_(torch.copysign(torch.tensor(0.5), steps)).trunc_().to(torch.int8)
-    return torch.cat([scale.half().view(torch.uint8), rounded.view(torch.uint8)], 1).numpy()
+    scales, steps = in_steps(rows.reshape(-1, BLOCK).numpy(), np.float32(127))
+    return np.concatenate([scales.astype(np.float16)[:, None].view(np.uint8), steps.view(np.uint8)], 1)
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,12 @@ def read_back(path: Path, reader: GGUFReader, entries: Iterable[Entry], written:
 def _is_as_written(path: Path, found: ReaderTensor | None, entry: Entry, written: Written) -> bool:
     if found is None or (tuple(found.shape[::-1]), found.tensor_type) != (entry.shape, entry.kind):
         return False
-    return _sha256(path, int(found.data_offset), int(found.n_bytes)) == written.sha256
+    return _xxh3(path, int(found.data_offset), int(found.n_bytes)) == written.xxh3
 
 
-def _sha256(path: Path, start: int, count: int) -> str:
+def _xxh3(path: Path, start: int, count: int) -> str:
     """Of `count` bytes, read and not mapped: the pages of a mapped file stay this process's until it is closed."""
-    digest = hashlib.sha256()
+    digest = xxh3_128()
     with path.open("rb") as file:
         file.seek(start)
         while count and (block := file.read(min(count, BYTES_AT_ONCE))):
@@ -198,12 +199,13 @@ def _sha256(path: Path, start: int, count: int) -> str:
 
 def worst_fraction(content: NDArray[np.uint8], wanted: torch.Tensor, kind: GGMLQuantizationType) -> float:
     """The largest error of any weight over its bound; `content` has a line of bytes for each row of `wanted` (O, I)."""
-    error = _restored(content, kind).view(wanted.shape).sub_(wanted).abs_()
+    found, tiny = _restored(content, kind), torch.finfo(torch.float32).tiny
     if kind.name in ROUNDING:
-        bound = wanted.abs().mul_(ROUNDING[kind.name]).add_(LEAST_F16 * (kind == F16))
-    else:
-        error, bound = error.view(-1, BLOCK).amax(-1), _block_bound(wanted.reshape(-1, BLOCK), kind.name)
-    return float(error.div_(bound.add_(torch.finfo(torch.float32).tiny)).amax())
+        bounds = np.float32(ROUNDING[kind.name]), np.float32(LEAST_F16 if kind == F16 else tiny)
+        return float(largest_error(found.flatten().numpy(), wanted.flatten().numpy(), *bounds))
+    wanted = wanted.reshape(-1, BLOCK)
+    error = largest_sizes(found.view(wanted.shape).sub_(wanted))
+    return float(error.div_(_block_bound(wanted, kind.name).add_(tiny)).amax())
 
 
 def _restored(content: NDArray[np.uint8], kind: GGMLQuantizationType) -> torch.Tensor:
@@ -216,7 +218,6 @@ def _restored(content: NDArray[np.uint8], kind: GGMLQuantizationType) -> torch.T
 def _block_bound(blocks: torch.Tensor, kind: str) -> torch.Tensor:
     """How far each weight of a block may move: a rounded step, and the rounding of the block's scale and offset."""
     steps, cost = STEPS[kind]
-    high, low = blocks.amax(-1), blocks.amin(-1)
-    largest = torch.maximum(high, -low)
-    span = high - low if kind.endswith("_1") else largest
+    largest = largest_sizes(blocks)
+    span = blocks.amax(-1) - blocks.amin(-1) if kind.endswith("_1") else largest
     return span * (cost / steps + ROUNDING["F16"]) + largest * ROUNDING["F16"] + (steps + 1) * LEAST_F16

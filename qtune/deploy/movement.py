@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.linalg import vector_norm
 
+from qtune.deploy.loops import squares
+
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -31,14 +33,13 @@ class Movement:
     def between(
         cls, original: torch.Tensor, held: torch.Tensor | None, start: torch.Tensor, merged: torch.Tensor
     ) -> "Movement":
-        """The same rows four times, the last two in float32; `held` is them after 4 bits, None where they were not
-        quantised."""
-        original = original.float()
-        return cls(
-            size=float(vector_norm(original)) ** 2,
-            change=float(vector_norm(merged - start)) ** 2,
-            error=0.0 if held is None else float(vector_norm(held.float() - original)) ** 2,
-        )
+        """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
+        original, start, merged = original.float(), start.float(), merged.float()
+        held = original if held is None else held.float()
+        if original.is_cuda:
+            return cls(*(float(vector_norm(each)) ** 2 for each in (original, merged - start, held - original)))
+        sums = squares(*(each.flatten().numpy() for each in (original, held, start, merged)))
+        return cls(*map(float, sums))
 
     def __add__(self, other: "Movement") -> "Movement":
         return Movement(self.size + other.size, self.change + other.change, self.error + other.error)

@@ -2,26 +2,20 @@
 
 On a card bitsandbytes' kernels do it, and the weight is restored whole. On a CPU they need five float32 copies of the
 weight and a binary search for each of its values, so there the scales of all blocks are found first, and rows are
-rounded as they are asked for, while they are in the processor's cache.
+rounded as they are asked for.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import (
-    dequantize_4bit,
-    dequantize_blockwise,
-    get_4bit_type,
-    quantize_4bit,
-    quantize_blockwise,
-)
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 
-WEIGHTS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 22}  # 1 MiB in float32 stays in a cache; a card wants more at a time
+from qtune.deploy.loops import largest_sizes, through_nf4
+
+WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MiB in float32 stay in a cache; a card wants more at a time
 OUTER_BLOCK = 256
-CELLS = 32  # even parts of -1 to 1, of which none holds two of the 15 borders between NF4's values
 
 SAFE_SCALE = 2.0**-120  # below, a weight may be restored to less than 2**-126: see `restored_rows`
 
@@ -35,7 +29,7 @@ def rows_at_once(weight: torch.Tensor) -> int:
 
 
 def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: dict[str, Any]) -> Rows:
-    """Rows of `weight` (O, I) as a run held it: in `dtype`, through 4 bits and back.
+    """Rows of `weight` (O, I) as a run held it: in `dtype`, through 4 bits and back. They may come in float32.
 
     `quantization` is the lock's record of how. Two things are left to bitsandbytes, whose CPU kernels have their own
     way with them: rows that do not end on a block, and restored weights too small for normal floats, which are 0 on
@@ -80,49 +74,21 @@ class NF4Rows:
     @classmethod
     def of(cls, weight: torch.Tensor, dtype: torch.dtype, block: int, double: bool) -> "NF4Rows":
         parts = weight.split(rows_at_once(weight))
-        largest = torch.cat([part.to(dtype).float().view(-1, block).abs().amax(-1) for part in parts])
+        largest = torch.cat([largest_sizes(part.to(dtype).view(-1, block)) for part in parts]).float()
         inverse = 1.0 / largest.clamp(min=1e-38)  # bitsandbytes' own floor
         scales = _quantised_and_restored(largest) if double else largest
-        return cls(weight, dtype, inverse.view(len(weight), -1, 1), scales.view(len(weight), -1, 1))
+        return cls(weight, dtype, inverse.view(len(weight), -1), scales.view(len(weight), -1))
 
     def restored(self, rows: Index) -> torch.Tensor:
+        """Float32 that holds values of the dtype."""
         part = self.weight[rows].to(self.dtype).float()
-        inverse, scales = self.inverse[rows], self.scales[rows]
-        scaled = part.view(*inverse.shape[:2], -1) * inverse
-        return _nearest(scaled.view(-1)).view(scaled.shape).mul_(scales).to(self.dtype).view(part.shape)
+        inverse, scales = (each[rows].flatten().numpy() for each in (self.inverse, self.scales))
+        blocks = part.view(len(inverse), -1).numpy()
+        restored = torch.from_numpy(through_nf4(blocks, inverse, scales, self.dtype == torch.bfloat16)).view(part.shape)
+        return restored.half().float() if self.dtype == torch.float16 else restored
 
 
 def _quantised_and_restored(scales: torch.Tensor) -> torch.Tensor:
     """Block scales through the 8 bits that double quantisation keeps of them."""
     offset = scales.mean()
     return dequantize_blockwise(*quantize_blockwise(scales - offset, blocksize=OUTER_BLOCK)).add_(offset)
-
-
-def _nearest(scaled: torch.Tensor) -> torch.Tensor:
-    """NF4's value for each of `scaled`, flat: its cell has a value below its border and one above.
-
-    A weight on a border takes the value below. The sign bit of border - weight says which side it is on, which compares
-    as exactly as `>` does, in a third of the time.
-    """
-    borders, values = _table()
-    cell = _cells(scaled)
-    is_above = borders.index_select(0, cell).sub_(scaled).view(torch.int32).bitwise_right_shift_(31)  # 0 or -1
-    return values.index_select(0, cell.mul_(2).sub_(is_above))
-
-
-def _cells(scaled: torch.Tensor) -> torch.Tensor:
-    """The cell of each number: never falling as they rise, which is all that is asked of the rounding in it."""
-    return (scaled * (CELLS / 2)).add_(CELLS / 2).to(torch.int32).clamp_(0, CELLS)
-
-
-@functools.cache
-def _table() -> tuple[torch.Tensor, torch.Tensor]:
-    """The border in each cell, or infinity; and the values below and above it, two to a cell."""
-    code = get_4bit_type("nf4", device="cpu")
-    between = (code[:-1] + code[1:]) / 2
-    cell_of_border = _cells(between)
-    borders = torch.full((CELLS + 1,), torch.inf)
-    borders[cell_of_border] = between
-    below = torch.searchsorted(cell_of_border, torch.arange(CELLS + 1, dtype=torch.int32))
-    values = torch.stack([code[below], code[(below + 1).clamp(max=len(code) - 1)]], dim=1)
-    return borders, values.flatten()
