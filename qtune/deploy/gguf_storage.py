@@ -6,6 +6,7 @@ Blocks are of 32 weights in a row. The quantisers are the gguf package's, which 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128
 
 from qtune.deploy.folded import all_finite
-from qtune.deploy.loops import in_steps, largest_error, largest_sizes
-from qtune.deploy.streamed import Put, as_bytes, written_beside
+from qtune.deploy.loops import from_steps, in_steps, largest_error, largest_sizes
+from qtune.deploy.streamed import Put, as_bytes, in_order, written_beside
 from qtune.errors import ModelError
 
 Quant = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -30,7 +31,8 @@ FILE_TYPE_BY_QUANT = {
 F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
 TORCH_TYPE = {F32: torch.float32, F16: torch.float16, GGMLQuantizationType.BF16: torch.bfloat16}
 BELOW_8_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")
-BLOCK, BYTES_AT_ONCE = 32, 1 << 20
+BLOCK, SCALE_BYTES = 32, 2
+BYTES_AT_ONCE = 1 << 20
 # What a block spans, its largest size (_0) or from its smallest to its largest weight (_1), in steps of each type; and
 # how many steps rounding may cost. Q4_0 and Q5_0 have no value for the largest weight with its sign turned.
 STEPS = {"Q8_0": (127, 0.5), "Q5_0": (16, 1.0), "Q4_0": (8, 1.0), "Q5_1": (31, 0.5), "Q4_1": (15, 0.5)}
@@ -148,8 +150,9 @@ def _in_8_bits(rows: torch.Tensor) -> NDArray[np.uint8]:
 
     A block is its scale, the largest size over 127 in float16, and 32 bytes.
     """
-    scales, steps = in_steps(rows.reshape(-1, BLOCK).numpy(), np.float32(127))
-    return np.concatenate([scales.astype(np.float16)[:, None].view(np.uint8), steps.view(np.uint8)], 1)
+    scales, content = in_steps(rows.reshape(-1, BLOCK).numpy(), np.float32(127), SCALE_BYTES)
+    content[:, :SCALE_BYTES] = scales.astype(np.float16)[:, None].view(np.uint8)
+    return content
 
 
 @dataclass(frozen=True)
@@ -166,16 +169,15 @@ class ReadBack:
         return self.worst_fraction <= 1
 
 
-def read_back(path: Path, reader: GGUFReader, entries: Iterable[Entry], written: dict[str, Written]) -> ReadBack:
+def read_back(path: Path, reader: GGUFReader, entries: Sequence[Entry], written: dict[str, Written]) -> ReadBack:
     """Every tensor of the file at `path` against what was written, byte by byte, and so against its weights."""
     found = {tensor.name: tensor for tensor in reader.tensors}
-    fractions = {
-        entry.place: written[entry.place].fraction
-        if _is_as_written(path, found.pop(entry.place, None), entry, written[entry.place])
-        else math.inf
-        for entry in entries
-    }
-    fractions |= dict.fromkeys(found, math.inf)
+    are_right = in_order(
+        partial(_is_as_written, path, found.get(entry.place), entry, written[entry.place]) for entry in entries
+    )
+    fractions = dict.fromkeys(found, math.inf)
+    for entry, is_right in zip(entries, are_right, strict=True):
+        fractions[entry.place] = written[entry.place].fraction if is_right else math.inf
     worst = max(fractions, key=lambda place: fractions[place])
     return ReadBack(len(fractions), fractions[worst], worst)
 
@@ -199,7 +201,7 @@ def _xxh3(path: Path, start: int, count: int) -> str:
 
 def worst_fraction(content: NDArray[np.uint8], wanted: torch.Tensor, kind: GGMLQuantizationType) -> float:
     """The largest error of any weight over its bound; `content` has a line of bytes for each row of `wanted` (O, I)."""
-    found, tiny = _restored(content, kind), torch.finfo(torch.float32).tiny
+    found, tiny = restored(content, kind), torch.finfo(torch.float32).tiny
     if kind.name in ROUNDING:
         bounds = np.float32(ROUNDING[kind.name]), np.float32(LEAST_F16 if kind == F16 else tiny)
         return float(largest_error(found.flatten().numpy(), wanted.flatten().numpy(), *bounds))
@@ -208,10 +210,14 @@ def worst_fraction(content: NDArray[np.uint8], wanted: torch.Tensor, kind: GGMLQ
     return float(error.div_(_block_bound(wanted, kind.name).add_(tiny)).amax())
 
 
-def _restored(content: NDArray[np.uint8], kind: GGMLQuantizationType) -> torch.Tensor:
-    """Float32 that may be written to; blocks are restored by the gguf package, which did not make all of them."""
+def restored(content: NDArray[np.uint8], kind: GGMLQuantizationType) -> torch.Tensor:
+    """Float32 that may be written to."""
     if kind in TORCH_TYPE:
         return torch.from_numpy(content).view(TORCH_TYPE[kind]).to(torch.float32, copy=True)
+    if kind == Q8_0:
+        content = content.reshape(-1, SCALE_BYTES + BLOCK)
+        scales = content[:, :SCALE_BYTES].copy().view(np.float16)[:, 0].astype(np.float32)
+        return torch.from_numpy(from_steps(scales, content, SCALE_BYTES))
     return torch.from_numpy(quants.dequantize(content, kind))
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.unsignedinteger]
+Bytes = NDArray[np.uint8]
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 NF4 = get_4bit_type("nf4", device="cpu").numpy()  # 16 values, rising
@@ -68,20 +69,35 @@ def _nearest_nf4(x: np.float32) -> np.float32:
 
 
 @compiled
-def in_steps(blocks: Floats, most: np.float32) -> tuple[Floats, NDArray[np.int8]]:
-    """`blocks` (B, N) in steps of a scale each, of which its largest weight takes `most`; rounded half away from 0."""
-    scales, steps = np.empty(len(blocks), np.float32), np.empty(blocks.shape, np.int8)
+def in_steps(blocks: Floats, most: np.float32, room: int) -> tuple[Floats, Bytes]:
+    """`blocks` (B, N) in steps of a scale each, of which its largest weight takes `most`; rounded half away from 0.
+
+    The scales (B,), and a line of bytes (B, room + N) for each block, with `room` for its scale before the steps.
+    """
+    scales, content = np.empty(len(blocks), np.float32), np.empty((len(blocks), room + blocks.shape[1]), np.uint8)
     for block in range(len(blocks)):
         largest = np.uint32(0)
         for i in range(blocks.shape[1]):
             largest = max(largest, _bits(abs(blocks[block, i])))
         scale = _float(largest) / most
         inverse = ONE / scale if scale else np.float32(0)
-        for i in range(blocks.shape[1]):
+        steps = content[block, room:]
+        for i in range(len(steps)):
             x = blocks[block, i] * inverse
-            steps[block, i] = np.int32(x + (HALF if x >= 0 else -HALF))
+            steps[i] = np.int32(x + (HALF if x >= 0 else -HALF))
         scales[block] = scale
-    return scales, steps
+    return scales, content
+
+
+@compiled
+def from_steps(scales: Floats, content: Bytes, room: int) -> Floats:
+    """What `in_steps` made, restored: (B, N)."""
+    blocks = np.empty((len(content), content.shape[1] - room), np.float32)
+    for block in range(len(content)):
+        steps = content[block, room:]
+        for i in range(len(steps)):
+            blocks[block, i] = np.float32(np.int8(steps[i])) * scales[block]
+    return blocks
 
 
 def largest_sizes(blocks: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from qtune.deploy.gguf_storage import (
     Quant,
     packed,
     read_back,
+    restored,
     stored,
     stored_bytes,
     stored_type,
@@ -63,6 +64,7 @@ def awkward_blocks() -> torch.Tensor:
 def test_8_bits_are_the_gguf_packages_to_the_bit(rows) -> None:
     content = packed(Entry("model.a", "a", tuple(rows.shape), Q8_0), rows)
     assert np.array_equal(content.reshape(len(rows), -1), quants.quantize(rows.numpy(), Q8_0))
+    assert np.array_equal(restored(content, Q8_0).numpy(), quants.dequantize(content, Q8_0))
 
 
 @pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant != "f32"])
