@@ -547,9 +547,9 @@ def _refuse_idle_of_eval(options: argparse.Namespace) -> None:
 def merge_run(options: argparse.Namespace) -> int:
     run = _open_to_use(options.run)
     console = _console(options)
-    from qtune import run as story
+    from qtune import delivery
 
-    verdict = story.merge_and_verify(run, options.output, options.onto, options.dtype, console)
+    verdict = delivery.merge_and_verify(run, options.output, options.onto, options.dtype, console)
     if options.json:
         _print_json(verdict.as_json())
     return 0
@@ -558,9 +558,9 @@ def merge_run(options: argparse.Namespace) -> int:
 def export_run(options: argparse.Namespace) -> int:
     run = _open_to_use(options.run)
     console = _console(options)
-    from qtune import run as story
+    from qtune import delivery
 
-    report = story.export_and_verify(run, options.output, options.to, options.quant, options.onto, console)
+    report = delivery.export_and_verify(run, options.output, options.to, options.quant, options.onto, console)
     if options.json:
         _print_json(report.as_json())
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -18,12 +18,7 @@ from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokens import tokenizer_sha256
-from qtune.deploy.export import ExportReport, Target, export
-from qtune.deploy.fold import DType, Onto
-from qtune.deploy.gguf_storage import Quant
-from qtune.deploy.merge import merge
-from qtune.deploy.verify import Verdict, verify
-from qtune.errors import MachineError, UserError, VerificationFailed
+from qtune.errors import MachineError, UserError
 from qtune.evaluate.compare import HeldOut, Score, compare, score, scored_examples
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
@@ -38,9 +33,9 @@ from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.report import card, forecast, summary, tables
 from qtune.report.dashboard import listener_for
-from qtune.report.waiting import rows_shown, tensors_shown
+from qtune.report.waiting import rows_shown
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
-from qtune.rundir import RunDir, default_path, read_json, write_json
+from qtune.rundir import RunDir, default_path, write_json
 from qtune.train import checkpoint
 from qtune.train.fit import Fitted, Keeping, fit
 from qtune.train.out_of_memory import Climb, Recovery
@@ -363,39 +358,3 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "seed": recipe.train.seed,
         "versions": {"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}},
     }
-
-
-def merge_and_verify(
-    run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, console: Console
-) -> Verdict:
-    """Merge a finished run into a plain folder, hold the result against the live adapter, and say how close it is.
-
-    Raises VerificationFailed where the merged model is not the one that was trained; the figures are kept either way.
-    """
-    base.quiet_libraries()
-    rows = read_json(run.probe)
-    with tensors_shown(console, "merging") as (tell, say):
-        report = merge(run, output, onto, dtype, rows, tell, console.print)
-        say("comparing with the live adapter")
-        verdict = report.verdict or verify(run, output, rows)
-    console.print(tables.merge_table(report.as_json(), verdict.as_json()))
-    if not verdict.passed:
-        raise VerificationFailed(f"{output}: {verdict.sentence()}")
-    return verdict
-
-
-def export_and_verify(
-    run: RunDir, output: Path | None, to: Target, quant: Quant | None, onto: Onto | None, console: Console
-) -> ExportReport:
-    """Export a finished run for llama.cpp or Ollama, prove the file, and say how.
-
-    Raises VerificationFailed where the file is not the model that was trained; the figures are kept either way.
-    """
-    base.quiet_libraries()
-    rows = read_json(run.probe)
-    with tensors_shown(console, "exporting") as (tell, _):
-        report = export(run, output, to, quant, onto, rows, tell)
-    console.print(tables.export_table(report.as_json()))
-    if report.faults:
-        raise VerificationFailed(f"{report.output}: {'; '.join(report.faults)}.")
-    return report

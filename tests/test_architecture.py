@@ -31,6 +31,7 @@ ROOMS = [
     "resume",
     "evaluation",
     "run",
+    "delivery",
     "doctor",
     "cli",
 ]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch.linalg import vector_norm
 
-from qtune.deploy.loops import squares
-
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -38,6 +36,8 @@ class Movement:
         held = original if held is None else held.float()
         if original.is_cuda:
             return cls(*(float(vector_norm(each)) ** 2 for each in (original, merged - start, held - original)))
+        from qtune.deploy.loops import squares  # a card does without numba
+
         sums = squares(*(each.flatten().numpy() for each in (original, held, start, merged)))
         return cls(*map(float, sums))
 

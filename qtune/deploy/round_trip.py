@@ -2,7 +2,7 @@
 
 On a card bitsandbytes' kernels do it, and the weight is restored whole. On a CPU they need five float32 copies of the
 weight and a binary search for each of its values, so there the scales of all blocks are found first, and rows are
-rounded as they are asked for.
+rounded as they are asked for, by loops that only this needs numba for.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
-
-from qtune.deploy.loops import largest_sizes, through_nf4
 
 WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MiB in float32 stay in a cache; a card wants more at a time
 OUTER_BLOCK = 256
@@ -73,6 +71,8 @@ class NF4Rows:
 
     @classmethod
     def of(cls, weight: torch.Tensor, dtype: torch.dtype, block: int, double: bool) -> "NF4Rows":
+        from qtune.deploy.loops import largest_sizes
+
         parts = weight.split(rows_at_once(weight))
         largest = torch.cat([largest_sizes(part.to(dtype).view(-1, block)) for part in parts]).float()
         inverse = 1.0 / largest.clamp(min=1e-38)  # bitsandbytes' own floor
@@ -81,6 +81,8 @@ class NF4Rows:
 
     def restored(self, rows: Index) -> torch.Tensor:
         """Float32 that holds values of the dtype."""
+        from qtune.deploy.loops import through_nf4
+
         part = self.weight[rows].to(self.dtype).float()
         inverse, scales = (each[rows].flatten().numpy() for each in (self.inverse, self.scales))
         blocks = part.view(len(inverse), -1).numpy()
