@@ -40,7 +40,7 @@ FORMS = {"f16": ("--quant", "f16"), "q8_0": ("--quant", "q8_0"), "LoRA alone": (
 CHILD = """\
 import json, sys, time
 from pathlib import Path
-from qtune import run
+from qtune import delivery
 from qtune.deploy.export import chosen_onto, export
 from qtune.deploy.merge import merge
 from qtune.rundir import RunDir
