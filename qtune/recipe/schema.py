@@ -334,6 +334,7 @@ class DemoTrain(Table):
     epochs: float = Field(gt=0, le=1000, description="Passes over the demo rows.", examples=[2])
     learning_rate: float | None = Field(None, gt=0, le=0.1, description="Step size; unset keeps the recipe's.")
     gradient_accumulation: int | None = Field(None, ge=1, le=4096, description="Unset keeps the recipe's.")
+    eval_every: int | None = Field(None, ge=1, le=MAX_COUNT, description="Unset keeps the recipe's.")
 
 
 class DemoEvaluate(Table):
