@@ -2,7 +2,7 @@
 
 On a card bitsandbytes' kernels do it, and the weight is restored whole. On a CPU they need five float32 copies of the
 weight and a binary search for each of its values, so there the scales of all blocks are found first, and rows are
-rounded as they are asked for, by loops that only this needs numba for.
+rounded as they are asked for, by compiled `loops`.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ class NF4Rows:
 
     @classmethod
     def of(cls, weight: torch.Tensor, dtype: torch.dtype, block: int, double: bool) -> "NF4Rows":
-        from qtune.deploy.loops import largest_sizes
+        from qtune.deploy.loops import largest_sizes  # a card does without numba
 
         parts = weight.split(rows_at_once(weight))
         largest = torch.cat([largest_sizes(part.to(dtype).view(-1, block)) for part in parts]).float()

@@ -84,8 +84,9 @@ def test_it_is_rounded_from_the_compute_dtype(monkeypatch) -> None:
     assert torch.equal(restored_rows(weight, torch.bfloat16, quantization())(slice(0, 64)), expected.float())
 
 
-def test_what_is_no_number_stays_none() -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_no_number_stays_none(dtype) -> None:
     weight = torch.randn(3, 64)
     weight[1, 2], weight[2, 3] = torch.nan, torch.inf
-    rows = NF4Rows.of(weight, torch.float32, 64, double=False).restored(slice(0, 3))
+    rows = NF4Rows.of(weight, dtype, 64, double=False).restored(slice(0, 3))
     assert [bool(torch.isfinite(row).all()) for row in rows] == [True, False, False]
