@@ -54,7 +54,7 @@ def through_nf4(blocks: Floats, inverse: Floats, scales: Floats, in_bfloat16: bo
 
 @compiled
 def _in_bfloat16(x: np.float32) -> np.float32:
-    """To the nearer one, and between two to the even one: 16 bits fewer. NaN stays NaN, as those of arithmetic end in 0s."""
+    """The nearest, and between two the even one: 16 bits fewer. NaN stays NaN, as those of arithmetic end in 0s."""
     bits = _bits(x)
     return _float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000)
 

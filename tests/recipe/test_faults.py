@@ -85,7 +85,8 @@ def test_tables_and_names_that_do_not_fit() -> None:
         ("lora.learning_rte", "lora.learning_rte is not a setting. Did you mean train.learning_rate?"),
         (
             "demo.train.schedule",
-            "demo.train.schedule is not a setting. [demo.train] takes epochs, learning_rate, gradient_accumulation and eval_every.",
+            "demo.train.schedule is not a setting. [demo.train] takes epochs, learning_rate, gradient_accumulation and"
+            " eval_every.",
         ),
         ("lora.rank.x", "lora.rank.x is not a setting: lora.rank is a single value."),
         ("lora.zzz zzz", 'lora."zzz zzz" is not a setting. [lora] takes rank, alpha, dropout,'),
