@@ -140,7 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--merged",
         type=Path,
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         metavar="PATH",
         help="merged models to score beside it: folders, or GGUF files (asked of llama.cpp)",
     )
@@ -187,7 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = _verb(verbs, "report", report_run, "a run again, as tables or as a page; or several runs side by side")
     report.add_argument("run", type=Path, nargs="?", help="run folder")
-    report.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="put these runs side by side")
+    report.add_argument(
+        "--compare", type=Path, nargs="+", action="extend", metavar="RUN", help="put these runs side by side"
+    )
     report.add_argument("--html", action="store_true", help="write one page that opens without a network")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page; default report.html in the run folder")
 

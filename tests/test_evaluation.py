@@ -52,7 +52,7 @@ def test_merged_models_are_asked_the_same_beside_the_run_they_came_from(finished
     assert all(sample[str(merged)] for sample in found["samples"])
     assert qtune("eval", run, "--merged", merged, "--samples", "1") == 0
     assert "answers as tuned" in capsys.readouterr().out
-    assert qtune("eval", run, "--merged", nothing) == 2
+    assert qtune("eval", run, "--merged", nothing, "--merged", merged) == 2
     assert capsys.readouterr().err.strip() == f"--merged {nothing}: there is no such folder or file."
 
 
