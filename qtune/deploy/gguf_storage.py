@@ -1,6 +1,7 @@
 """How weights are stored in a GGUF file, how far that may move them, and the file itself, written as a stream.
 
-Blocks are of 32 weights in a row. The quantisers are the gguf package's, which follow llama.cpp's to the bit or nearly.
+Blocks are of 32 weights in a row. The quantisers are the gguf package's, which follow llama.cpp's to the bit or nearly;
+that of 8 bits is our own, and the same to the bit.
 """
 
 import math

@@ -63,7 +63,7 @@ def _state(folder: Path) -> list[list[Any]]:
 
 
 def _last_change(state: list[list[Any]]) -> int:
-    return max((time for _, _, _, *times in state for time in times), default=0)
+    return max((changed for _, _, _, *times in state for changed in times), default=0)
 
 
 def _known(folder: Path, state: list[list[Any]]) -> str | None:
