@@ -22,6 +22,7 @@ from qtune.recipe.schema import MAX_COUNT, Evaluate, Model, Recipe
 from qtune.report.waiting import rows_shown
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
+from qtune.train.out_of_memory import EVERY_DOCUMENT, Recovery
 
 GGUF_SUFFIX = ".gguf"
 T = TypeVar("T")
@@ -66,15 +67,16 @@ def on_held_out_rows(
     held_out, tokenizer = _held_out(run, recipe, lock, console)
     changes = {"rows": rows or MAX_COUNT, "samples": recipe.evaluate.samples if samples is None else samples}
     wanted, seed = recipe.evaluate.model_copy(update=changes), recipe.train.seed
+    pieces = EVERY_DOCUMENT if lock.get("packing_probe", {}).get("leaks") else 1
     with console.status("scoring base and tuned"):
-        before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted))
+        before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces))
     others = []
     for path in merged:
         with console.status(f"scoring {path}"):
             others.append(
                 score_file(path, tokenizer, held_out, wanted)
                 if path.suffix == GGUF_SUFFIX
-                else _score(str(path), Merged.of(path, lock), held_out, wanted)
+                else _score(str(path), Merged.of(path, lock), held_out, wanted, pieces)
             )
     found = compare(before, after, held_out, wanted, seed, others)
     write_json(run.evaluation("rows"), found)
@@ -136,5 +138,6 @@ def _held_out(
     return HeldOut.of(prepared, recipe, tokenizer), tokenizer
 
 
-def _score(who: str, opened: Opened | Merged, held_out: HeldOut, wanted: Evaluate) -> Score:
-    return score(who, opened.model, opened.tokenizer, held_out, wanted, opened.device, opened.compute_dtype)
+def _score(who: str, opened: Opened | Merged, held_out: HeldOut, wanted: Evaluate, pieces: int) -> Score:
+    recovery = Recovery(pieces=pieces)
+    return score(who, opened.model, opened.tokenizer, held_out, wanted, opened.device, opened.compute_dtype, recovery)

@@ -1,9 +1,10 @@
 """The story of one run, in the order it happens."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokens import tokenizer_sha256
-from qtune.errors import MachineError, UserError
+from qtune.errors import MachineError, ModelError, UserError
 from qtune.evaluate.compare import HeldOut, Score, compare, score, scored_examples
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
@@ -27,7 +28,7 @@ from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
-from qtune.model import adapter, base, identity
+from qtune.model import adapter, base, identity, packing_probe
 from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
@@ -38,13 +39,14 @@ from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, write_json
 from qtune.train import checkpoint
 from qtune.train.fit import Fitted, Keeping, fit
-from qtune.train.out_of_memory import Climb, Recovery
+from qtune.train.out_of_memory import EVERY_DOCUMENT, Climb, Recovery
 from qtune.train.reporting import HeldOutLoss
 from qtune.train.saving import Point
-from qtune.units import format_bytes
+from qtune.units import format_bytes, format_percent
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
 PROBE_ROWS = 64
+VOCABULARY_ROWS = 8  # training rows whose tokens the packing probe draws from: some hundred different ones
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,12 @@ def run(
         if resumed is not None:
             listen(resumed)
         ledger = Ledger.begin(plan.device)
-        model, engine = _load(ready, folder, ledger, listen, point)
-        recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass)
+        with _leaving_no_folder(folder, point):
+            model, engine = _load(ready, folder, ledger, listen, point)
+            ready = _probed(ready, folder, model, listen)
+        plan = ready.plan
+        pieces = EVERY_DOCUMENT if plan.documents_apart else 1
+        recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass, pieces)
         before = _base_score(ready, folder, model, recovery, listen, point)
         listen(ledger.measure("eval", 0, model, engine))
         record = folder.record
@@ -187,27 +193,54 @@ def run(
 def _load(
     ready: Ready, folder: RunDir, ledger: Ledger, listen: Listener, point: Point | None
 ) -> tuple[PeftModel, Engine]:
-    """The base with a fresh adapter, and the memory techniques of the plan switched on.
-
-    A run that the user must put right before it can start leaves no folder, unless it has begun already.
-    """
+    """The base with a fresh adapter, and the memory techniques of the plan switched on."""
     recipe, plan = ready.recipe, ready.plan
     listen(Notice(f"loading {recipe.model.base}"))
-    try:
-        loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
-        if point is None:
-            write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
-        model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
-        check_disk(folder.path, plan.disk_bytes)
-    except UserError:
-        if point is None and not folder.checkpoints.exists():
-            shutil.rmtree(folder.path)
-        raise
+    loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
+    if point is None:
+        write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
+    model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
+    check_disk(folder.path, plan.disk_bytes)
     listen(ledger.measure("load", 0, model))
     engine = Engine(model)
     engine.switch_to(plan.techniques)
     listen(ledger.measure("attach", 0, model, engine))
     return model, engine
+
+
+@contextlib.contextmanager
+def _leaving_no_folder(folder: RunDir, point: Point | None) -> Iterator[None]:
+    """A run that the user must put right before it can start leaves no folder, unless it has begun already."""
+    try:
+        yield
+    except UserError:
+        if point is None and not folder.checkpoints.exists():
+            shutil.rmtree(folder.path)
+        raise
+
+
+def _probed(ready: Ready, folder: RunDir, model: PeftModel, listen: Listener) -> Ready:
+    """`ready`, its plan settled on one document a pass where packed documents would read each other in this base.
+
+    Raises ModelError for a base that is not itself under packed attention, not even with one document.
+    """
+    recipe, plan, train = ready.recipe, ready.plan, ready.prepared.train
+    vocabulary = sorted({int(token) for i in range(min(VOCABULARY_ROWS, len(train))) for token in train.arrays(i)[0]})
+    found = packing_probe.probe(model, vocabulary, plan.device.name, plan.compute_dtype)
+    write_json(folder.lock, {**folder.read_lock(), "packing_probe": found.as_json()})
+    if found.is_another_model:
+        raise ModelError(
+            f"model.base: {recipe.model.base} is another model under packed attention: one document's logits differ by"
+            f" {format_percent(found.by_attention)} from those that transformers' own attention gives. Its attention"
+            " adds something that qtune's does not know, such as a bias or a mask. Take another base."
+        )
+    if not found.leaks:
+        return ready
+    reason = f"documents in a pack read each other in this base (logits move by {format_percent(found.moved_in_pack)})"
+    listen(Notice(f"{reason}: each has a pass of its own, steps and losses stay those of packs"))
+    ready = dataclasses.replace(ready, plan=plan.with_documents_apart(reason))
+    write_json(folder.plan, ready.plan.as_json())
+    return ready
 
 
 def _title(recipe: Recipe) -> str:

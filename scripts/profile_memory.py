@@ -193,6 +193,7 @@ def random_weights(
     base.keep_weights_as_quantised(model)
     experts.install(model)
     if attention == document_attention.NAME:
+        document_attention.install(model)
         tiled_loss.install(model)
     return model
 

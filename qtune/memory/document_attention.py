@@ -8,33 +8,57 @@ Refuses: soft-capped attention and learned sinks, which SDPA cannot express.
 How: the documents of a pack lie one after another in a row of T tokens. Documents of like length are gathered into a
 (documents, heads, longest, head_dim) batch and run causally. Padding stands on the right, where causality hides it, so
 no mask is built and the flash kernels apply. No FlashAttention package is needed, and no token sees another document.
+Rows that come without `document_lengths` (generation, verification, padded batches) get the mask that transformers
+makes for its own SDPA, windows included.
 
 Letters: T tokens of the row, D documents of a bucket, S longest of them, H query heads, K key/value heads, E head_dim.
 """
 
+import functools
+import types
 from collections import defaultdict
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qtune.memory import live
 
 NAME = "qtune_documents"
+_row_is_packed: ContextVar[bool] = ContextVar("_row_is_packed", default=False)
 
 
 def register() -> None:
     """Make `attn_implementation="qtune_documents"` known to transformers."""
     AttentionInterface.register(NAME, document_attention)
     AttentionMaskInterface.register(NAME, _mask_unless_packed)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let the decoder of `model` make no mask for a row that comes with `document_lengths`, and its own for any other.
+
+    The mask is made before a layer is reached, and what makes it is not told how the row is packed.
+    """
+    decoder: Any = model.base_model
+    original = decoder.forward
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        outer = _row_is_packed.set(kwargs.get("document_lengths") is not None)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _row_is_packed.reset(outer)
+
+    decoder.forward = types.MethodType(forward, decoder)
 
 
 def document_attention(
@@ -57,6 +81,8 @@ def document_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("soft-capped attention and attention sinks need another attention implementation")
+    if document_lengths is not None and kwargs.get("position_bias") is not None:
+        raise NotImplementedError("its attention adds a bias by position, which packed attention does not")
     if document_lengths is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -135,7 +161,7 @@ class Bucket:
     real: torch.Tensor
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def bucket_documents(lengths: tuple[int, ...], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
     """One bucket per power of two, and the (T,) index that brings their real places back into row order.
 
@@ -172,7 +198,7 @@ def _sliding_band(longest: int, window: int | None, device: torch.device) -> tor
 
 
 def _mask_unless_packed(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask for rows that come without a padding mask: those are packed, or causal as they stand."""
-    if attention_mask is None:
+    """No mask for a packed row; for any other what SDPA gets, which is none where plain causality will do."""
+    if _row_is_packed.get() and attention_mask is None:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

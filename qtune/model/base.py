@@ -219,6 +219,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
             ) from None
     loaded.requires_grad_(False)
     keep_weights_as_quantised(loaded)
+    document_attention.install(loaded)
     tiled_loss.install(loaded)
     loaded.config.use_cache = False
     return loaded

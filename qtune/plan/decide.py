@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -48,7 +48,8 @@ class Settled:
 class Plan:
     """Everything a run needs to know besides the recipe and the rows.
 
-    `fits` is False for a plan that must not run; `is_assumed` says that no rows were read for it.
+    `fits` is False for a plan that must not run; `is_assumed` says that no rows were read for it. `documents_apart`: a
+    pack's documents would read each other in this base, and are fed one by one; memory is forecast for whole packs.
     """
 
     device: Device
@@ -70,6 +71,13 @@ class Plan:
     disk_bytes: int
     remedies: tuple[str, ...]
     choices: tuple[Choice, ...]
+    documents_apart: bool = False
+
+    def with_documents_apart(self, reason: str) -> "Plan":
+        """The same steps over the same packs, but a pass for every document of a pack."""
+        packing = Choice("packing", "no, a pass for each document", reason)
+        choices = tuple(packing if choice.name == packing.name else choice for choice in self.choices)
+        return replace(self, documents_apart=True, choices=choices)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -53,6 +53,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
         model.is_loaded_in_4bit = True  # peft chooses its layers by this
     model.requires_grad_(False)
     model.config.use_cache = False
+    document_attention.install(model)
     tiled_loss.install(model)
     if recipe.model.quantization == "nf4":
         _pack_experts(model, recipe.model.double_quantization, mode)

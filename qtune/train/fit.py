@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from qtune.data.packing import PackedRow, collate
 from qtune.events import Finished, Listener, Started
 from qtune.memory.ledger import Ledger
+from qtune.memory.split_batch import split_batch
 from qtune.memory.techniques import Engine
 from qtune.model.adapter import use_master_dtype
 from qtune.model.base import autocast
@@ -24,7 +25,7 @@ from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
 from qtune.train import rehearsal
 from qtune.train.order import DataOrder
-from qtune.train.out_of_memory import Batch, Climb, OpenStep, Recovery, nothing_left, refusing
+from qtune.train.out_of_memory import EVERY_DOCUMENT, Batch, Climb, OpenStep, Recovery, nothing_left, refusing
 from qtune.train.reporting import EvaluateEvery, HeldOutLoss, Reporter, StopOnSignal
 from qtune.train.saving import Point, PutBack, Saver, SaveWhen, train_from
 from qtune.train.settings import sft_config
@@ -57,7 +58,8 @@ def rehearse_largest(
     trainer: MeteredTrainer, engine: Engine, plan: Plan, train: Sequence[PackedRow], climb: Climb
 ) -> tuple[rehearsal.Rehearsal, list[str]]:
     """The largest batch of `train` run once, and what had to be switched on for it."""
-    batch = trainer._prepare_inputs(collate(largest_rows(train, plan.micro_batch)))
+    pieces = split_batch(collate(largest_rows(train, plan.micro_batch)), trainer.recovery.pieces)
+    batch = trainer._prepare_inputs(max(pieces, key=lambda piece: sum(piece["document_lengths"])))
     trainer.open_step = OpenStep(trainer.recovery, "The rehearsal", trainer.args.device, trainer.model.zero_grad)
 
     def loss_of(batch: Batch) -> torch.Tensor:
@@ -105,7 +107,7 @@ def fit(
         processing_class=tokenizer,
     )
     trainer.train_dataset = train
-    trainer.recovery = Recovery(listen, climb, engine.forget_pass)
+    trainer.recovery = Recovery(listen, climb, engine.forget_pass, EVERY_DOCUMENT if plan.documents_apart else 1)
     trainer.order, trainer.places = DataOrder(len(train), recipe.train.seed), places
     trainer.remove_callback(PrinterCallback)
     use_master_dtype(model, recipe.lora.master_dtype)

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import gc
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from qtune.memory.split_batch import split_batch
 
 Batch = dict[str, Any]
 Climb = Callable[[], str | None]
+EVERY_DOCUMENT = sys.maxsize  # pieces: more than any batch has documents
 
 SPELLINGS = re.compile(
     r"\bout of memory\b"  # CUDA, HIP, XPU, MPS, the driver, bitsandbytes
@@ -110,7 +112,8 @@ class Recovery:
     """What can still be given up when memory runs out, and how it is told. Training and evaluation have one each.
 
     `climb` switches a further memory technique on in the live model and returns a sentence on it, or None when none is
-    left. `forget_pass` drops what the techniques keep of a pass that did not come to its end.
+    left. `forget_pass` drops what the techniques keep of a pass that did not come to its end. Batches are run in
+    `pieces`, or as many as they have documents.
     """
 
     listen: Listener = unheard

@@ -94,6 +94,7 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
     keep_weights_as_quantised(model)
     model.requires_grad_(False)
     model.config.use_cache = False
+    document_attention.install(model)
     tiled_loss.install(model)
     return model
 

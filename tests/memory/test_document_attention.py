@@ -5,7 +5,19 @@ import random
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from qtune.memory import document_attention
 from qtune.memory.document_attention import bucket_documents
@@ -32,7 +44,9 @@ def build(kind: str) -> torch.nn.Module:
     else:
         config, cls = MistralConfig(**SHAPE, sliding_window=4), MistralForCausalLM
     config._attn_implementation = document_attention.NAME
-    return cls(config).eval()
+    model = cls(config).eval()
+    document_attention.install(model)
+    return model
 
 
 def packed(ids: torch.Tensor, lengths: tuple[int, ...]) -> dict:
@@ -63,6 +77,48 @@ def test_sliding_window_is_what_transformers_own_attention_does() -> None:
     ours = model(**packed(ids, (21,))).logits
     model.set_attn_implementation("eager")
     torch.testing.assert_close(ours, model(input_ids=ids).logits, atol=2e-6, rtol=1e-5)
+
+
+WINDOWED = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
+}
+
+
+# Without a padding mask no mask was made at all, so rows longer than the window saw everything: an unpadded prompt,
+# and every row of a merge's verification.
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_rows_longer_than_the_window_are_what_they_are_in_plain_transformers(kind: str) -> None:
+    config_class, model_class = WINDOWED[kind]
+    config = config_class(**SHAPE, sliding_window=4, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    torch.manual_seed(0)
+    plain = model_class._from_config(config, attn_implementation="eager").eval()
+    ours = model_class._from_config(config, attn_implementation=document_attention.NAME).eval()
+    ours.load_state_dict(plain.state_dict())
+    document_attention.install(ours)
+    ids = torch.randint(6, 262, (1, 21))
+    wanted = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    expected, found = (model.generate(ids, output_logits=True, **wanted) for model in (plain, ours))
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(
+        ours(input_ids=ids, attention_mask=mask).logits, plain(input_ids=ids).logits, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_packed_row_costs_no_mask_though_its_window_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(document_attention, "sdpa_mask", lambda *args, **kwargs: made.append(kwargs))
+    model, ids = build("mistral with a sliding window"), torch.randint(6, 262, (1, 21))
+    model(**packed(ids, (21,)))
+    model(**packed(ids, (9, 12)))
+    assert not made
+    model(input_ids=ids)
+    assert made
 
 
 def test_a_change_in_one_document_leaves_the_others_bit_for_bit() -> None:

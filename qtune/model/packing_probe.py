@@ -1,0 +1,114 @@
+"""Is a document in a pack what it is alone? Asked of the model that is about to be trained, in four short passes.
+
+A pack is right where nothing but attention carries one token's state to another, attention asks ours
+(`memory.document_attention`), and ours knows all that it does. No list of architectures can promise that: recurrences
+and convolutions run on from document to document, some code hands no keyword on to its attention, remote code does
+what it likes. So the logits of one document are made alone, behind one neighbour and behind another as long, and alone
+with the attention that transformers would have taken.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qtune.model.base import autocast
+
+DOCUMENT_TOKENS, NEIGHBOUR_TOKENS = (
+    24,
+    17,
+)  # enough for convolutions of 4 and a state; of unlike length, so no two align
+SEED = 0  # which tokens are drawn; a run that goes on draws the same
+# Rows of other lengths may be summed in another order: ten times the unit of bfloat16, and a hundred that of TF32. On a
+# CPU it is 0 to 1e-6, and the mildest leak is 0.1 (benchmarks/architectures.md).
+ROUNDING_16_BIT, ROUNDING_32_BIT = 10 * 2**-8, 2**-10
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How far a document's logits move, as a share of their own spread: root mean squares over the document.
+
+    `by_neighbour` is between two neighbours of one length, `by_company` between alone and behind a neighbour,
+    `by_attention` between our attention and the model's own, alone. `rounding` is what arithmetic in the run's dtype
+    may do.
+    """
+
+    by_neighbour: float
+    by_company: float
+    by_attention: float
+    rounding: float
+
+    @property
+    def moved_in_pack(self) -> float:
+        return max(self.by_neighbour, self.by_company)
+
+    @property
+    def leaks(self) -> bool:
+        """Whether a document is another in company, so that packs would train something else."""
+        return not self.moved_in_pack <= self.rounding
+
+    @property
+    def is_another_model(self) -> bool:
+        """Whether even a document alone is not what the model makes of it."""
+        return not self.by_attention <= self.rounding
+
+    def as_json(self) -> dict[str, Any]:
+        return {"leaks": self.leaks, **asdict(self)}
+
+
+def probe(model: PeftModel, vocabulary: Sequence[int], device: str, compute_dtype: str) -> Probe:
+    """Probe `model` with tokens drawn from `vocabulary`, ids that the training rows hold. Nothing in it is changed."""
+    draw = random.Random(SEED)
+    document = draw.choices(vocabulary, k=DOCUMENT_TOKENS)
+    neighbours = [draw.choices(vocabulary, k=NEIGHBOUR_TOKENS) for _ in range(2)]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, compute_dtype):
+            alone = _logits(model, [document], device)
+            behind = [_logits(model, [neighbour, document], device) for neighbour in neighbours]
+            with _own_attention(model):
+                own = model(input_ids=torch.tensor([document], device=device), use_cache=False).logits[0].float()
+    finally:
+        model.train(was_training)
+    return Probe(
+        by_neighbour=_moved(behind[0], behind[1]),
+        by_company=max(_moved(alone, logits) for logits in behind),
+        by_attention=_moved(own, alone),
+        rounding=ROUNDING_32_BIT if compute_dtype == "float32" else ROUNDING_16_BIT,
+    )
+
+
+def _logits(model: PeftModel, documents: Sequence[Sequence[int]], device: str) -> torch.Tensor:
+    """Logits (tokens of the last document, vocabulary) of documents packed as training packs them."""
+    lengths = tuple(len(document) for document in documents)
+    ids = torch.tensor([[token for document in documents for token in document]], device=device)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    output = model(input_ids=ids, position_ids=positions, document_lengths=lengths, use_cache=False)
+    return output.logits[0, -lengths[-1] :].float()
+
+
+def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The distance between two logits as a share of the first one's spread over the vocabulary; NaN stays NaN."""
+    spread = one - one.mean(-1, keepdim=True)
+    return float((one - other).square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-12))
+
+
+@contextlib.contextmanager
+def _own_attention(model: PeftModel) -> Iterator[None]:
+    """Inside, attention is what transformers would have chosen for these classes, masks included."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(part.config): part for part in parts}
+    before = {key: part.config._attn_implementation for key, part in configs.items()}
+    try:
+        for part in configs.values():
+            part.config._attn_implementation_internal = "sdpa" if part._supports_sdpa else "eager"
+        yield
+    finally:
+        for key, part in configs.items():
+            part.config._attn_implementation_internal = before[key]

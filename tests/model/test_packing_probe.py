@@ -1,0 +1,134 @@
+"""A document in a pack must be what it is alone; where it is not, no run trains on packs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from stopped_runs import qtune, write_recipe
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qtune.memory import document_attention
+from qtune.model import packing_probe
+from qtune.rundir import read_json
+
+TOKENS = range(6, 262)
+SHAPE = {
+    "vocab_size": 262,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+FEW_SEEN = {"keep_window_size": 8}  # Doge masks all but the eight tokens that its values say matter
+CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(kind, **{**SHAPE, **changes})
+
+
+def build(kind: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    document_attention.register()
+    model = AutoModelForCausalLM.from_config(
+        config_of(kind, **changes), attn_implementation=document_attention.NAME, dtype=torch.float32
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.15)  # transformers' 0.02 hides a leak behind the embedding
+    document_attention.install(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("mistral", {"sliding_window": 8}), ("olmo3", {"sliding_window": 8})],
+)
+def test_a_base_whose_tokens_meet_in_attention_alone_does_not_leak(kind: str, changes: dict[str, Any]) -> None:
+    found = packing_probe.probe(build(kind, **changes), TOKENS, "cpu", "float32")
+    assert not found.leaks
+    assert not found.is_another_model
+    assert found.moved_in_pack < 1e-5
+
+
+# A convolution runs on from one document to the next; Nemotron's code hands no keyword on to its attention, so the
+# lengths of the documents never arrive. Both trained on leaking packs without a word.
+@pytest.mark.parametrize(("kind", "changes"), [("lfm2", CONVOLUTION), ("nemotron", {})])
+def test_a_leak_is_found_whatever_it_leaks_through(kind: str, changes: dict[str, Any]) -> None:
+    model = build(kind, **changes)
+    found = packing_probe.probe(model, TOKENS, "cpu", "float32")
+    assert found.leaks
+    assert found.moved_in_pack > 0.1
+    assert not found.is_another_model
+    assert model.config._attn_implementation == document_attention.NAME
+
+
+def test_an_attention_that_does_more_than_ours_is_found_with_one_document() -> None:
+    found = packing_probe.probe(build("doge", **FEW_SEEN), TOKENS, "cpu", "float32")
+    assert found.is_another_model
+    assert found.by_attention > 0.1
+
+
+def test_logits_that_are_no_numbers_are_no_proof() -> None:
+    model = build("llama")
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    found = packing_probe.probe(model, TOKENS, "cpu", "float32")
+    assert found.leaks
+    assert found.is_another_model
+
+
+def saved(folder: Path, kind: str, **changes: Any) -> Path:
+    model = build(kind, **changes)
+    model.config._attn_implementation_internal = None
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_leaking_base_is_trained_a_document_a_pass_and_the_run_says_so(tmp_path: Path, capsys: Any) -> None:
+    base = saved(tmp_path / "base", "lfm2", **CONVOLUTION)
+    losses = {}
+    for packing in (True, False):
+        folder = tmp_path / f"packing-{packing}"
+        folder.mkdir()
+        recipe = write_recipe(
+            folder,
+            base,
+            data={"packing": packing},
+            model={"compute_dtype": "float32"},
+            evaluate={"rows": 0},
+            train={"max_steps": 2},
+        )
+        assert qtune("run", recipe, "--output", folder / "run") == 0
+        losses[packing] = read_json(folder / "run" / "scores.json")["base"]["held_out_loss"]
+    run = tmp_path / "packing-True" / "run"
+    assert "documents in a pack read each other" in capsys.readouterr().out
+    plan, lock = read_json(run / "plan.json"), read_json(run / "lock.json")
+    assert plan["documents_apart"]
+    (packing_choice,) = (choice for choice in plan["choices"] if choice["name"] == "packing")
+    assert packing_choice["value"].startswith("no")
+    assert "read each other" in packing_choice["reason"]
+    assert lock["packing_probe"]["leaks"]
+    assert losses[True] == pytest.approx(losses[False], abs=1e-6)
+    capsys.readouterr()
+    assert qtune("eval", run) == 0
+    assert read_json(run / "eval-rows.json")["base"]["held_out_loss"] == pytest.approx(losses[True], abs=1e-6)
+    assert qtune("resume", run, "--set", "train.max_steps=3", "--allow-change", "train.max_steps") == 0
+    assert read_json(run / "lock.json")["packing_probe"]["leaks"]
+    assert qtune("report", run) == 0
+    assert "read each other" in capsys.readouterr().out
+
+
+def test_a_base_that_is_another_under_packed_attention_is_refused(tmp_path: Path, capsys: Any) -> None:
+    base = saved(tmp_path / "base", "doge", **FEW_SEEN)
+    recipe = write_recipe(tmp_path, base, evaluate={"rows": 0}, train={"max_steps": 1})
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 2
+    assert "is another model under packed attention" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
