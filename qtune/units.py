@@ -39,6 +39,14 @@ def format_count(count: float) -> str:
     return f"{count / 1e3:.0f}k" if count >= 1e5 else f"{count:,.0f}"
 
 
+def counted(number: float, noun: str) -> str:
+    """`1 row`, `4,213 rows`, `2 canaries`, `1.5 epochs`."""
+    told = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    if number == 1:
+        return f"{told} {noun}"
+    return f"{told} {noun[:-1]}ies" if re.search("[^aeiou]y$", noun) else f"{told} {noun}s"
+
+
 def format_seconds(seconds: float) -> str:
     """`8 s`, `4 min 10 s`, `2 h 05 min`."""
     whole = round(seconds)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtune.units import GIB, KIB, MIB, format_bytes, parse_bytes
+from qtune.units import GIB, KIB, MIB, counted, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,19 @@ def test_anything_else_is_no_size(text: str) -> None:
 def test_what_is_printed_can_be_read_back(size: int) -> None:
     if size >= KIB:
         assert parse_bytes(format_bytes(size).replace(",", "")) == pytest.approx(size, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "told"),
+    [
+        (0, "fault", "0 faults"),
+        (1, "row", "1 row"),
+        (4213, "row", "4,213 rows"),
+        (1.0, "epoch", "1 epoch"),
+        (1.5, "epoch", "1.5 epochs"),
+        (2, "canary", "2 canaries"),
+        (2, "key", "2 keys"),
+    ],
+)
+def test_a_noun_agrees_with_its_number(number: float, noun: str, told: str) -> None:
+    assert counted(number, noun) == told
