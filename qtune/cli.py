@@ -1,4 +1,4 @@
-"""The verbs. The only file with imports inside functions, so that help and a wrong recipe answer before torch loads.
+"""The verbs. Imports stand inside the functions, so that help and a wrong recipe answer before torch loads.
 
 Exit codes: 0 done, 2 something the user can put right, 3 a run that does not fit, 1 our fault or a run that could not
 be finished, 130 and 143 after Ctrl-C and SIGTERM.
@@ -429,16 +429,17 @@ def print_help(options: argparse.Namespace) -> int:
 def check_data(options: argparse.Namespace) -> int:
     recipe, _ = _load_recipe(options)
     console = _console(options)
+    from qtune import logs
     from qtune.data.audit import audit
     from qtune.data.verdict import judge
-    from qtune.model import base
+    from qtune.model.tokenizer import load_tokenizer
     from qtune.report import histogram
     from qtune.report.audit_table import audit_json, audit_table
     from qtune.report.waiting import rows_shown
 
     picture = histogram.picture_path(options.plot) if options.plot else None
-    base.quiet_libraries()
-    tokenizer = base.load_tokenizer(recipe.model)
+    logs.quiet_libraries()
+    tokenizer = load_tokenizer(recipe.model)
     with rows_shown(console) as tell:
         checked = judge(audit(recipe.data, tokenizer, tell), recipe.data)
     if picture is not None and checked.tokens is not None:
@@ -454,12 +455,13 @@ def show_data(options: argparse.Namespace) -> int:
     recipe, _ = _load_recipe(options)
     import dataclasses
 
+    from qtune import logs
     from qtune.data.shown import show_row
-    from qtune.model import base
+    from qtune.model.tokenizer import load_tokenizer
     from qtune.report.row import row_table
 
-    base.quiet_libraries()
-    row = show_row(recipe.data, options.row, options.held_out, base.load_tokenizer(recipe.model))
+    logs.quiet_libraries()
+    row = show_row(recipe.data, options.row, options.held_out, load_tokenizer(recipe.model))
     if options.json:
         _print_json(dataclasses.asdict(row))
     else:

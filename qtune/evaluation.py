@@ -18,6 +18,7 @@ from qtune.evaluate.benchmarks import Benchmarks
 from qtune.evaluate.compare import HeldOut, Score, compare, score
 from qtune.memory.device import find_device
 from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Model, Recipe
 from qtune.report.waiting import rows_shown
 from qtune.resume import recipe_then
@@ -44,7 +45,7 @@ class Merged:
             base=str(folder.resolve()), quantization="none", trust_remote_code=lock["model"]["trust_remote_code"]
         )
         device, dtype = find_device().name, lock["compute_dtype"]
-        tokenizer = base.load_tokenizer(spec)
+        tokenizer = load_tokenizer(spec)
         try:
             return cls(base.load_base(spec, device, dtype), tokenizer, device, dtype)
         except torch.OutOfMemoryError:
@@ -125,7 +126,7 @@ def on_benchmarks(
 def _held_out(
     run: RunDir, recipe: Recipe, lock: dict[str, Any], console: Console
 ) -> tuple[HeldOut, PreTrainedTokenizerBase]:
-    tokenizer = base.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     with rows_shown(console) as tell:
         prepared = prepare(recipe, tokenizer, tell)
     if prepared.fingerprint != lock["data_sha256"]:

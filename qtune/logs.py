@@ -4,6 +4,8 @@ import logging
 import logging.handlers
 from pathlib import Path
 
+LIBRARIES = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
+
 _held = logging.handlers.MemoryHandler(capacity=100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -15,6 +17,14 @@ def hold() -> None:
     root.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason for a traceback
     logging.captureWarnings(True)
+
+
+def quiet_libraries() -> None:
+    """Send what the libraries print by themselves to the log. Call after they are imported: that is when they begin."""
+    for name in LIBRARIES:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def write_to(path: Path) -> None:

@@ -29,6 +29,7 @@ from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base, identity, packing_probe
+from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
 from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
@@ -67,7 +68,7 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     """
     base.quiet_libraries()
     config = base.read_config(recipe.model)
-    tokenizer = base.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     prepared = _prepared(recipe, tokenizer, console)
     held_out = HeldOut.of(prepared, recipe, tokenizer)
     plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
@@ -88,10 +89,10 @@ def plan_without_downloads(recipe: Recipe, device: Device, console: Console | No
     base.quiet_libraries()
     config = base.read_config_alone(recipe.model)
     sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
-    is_here = base.has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
+    is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if not is_here:
         return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens))
-    prepared = _prepared(recipe, base.load_tokenizer(recipe.model), console)
+    prepared = _prepared(recipe, load_tokenizer(recipe.model), console)
     return decide(recipe, device, config, Work.of_prepared(prepared))
 
 

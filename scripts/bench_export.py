@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from qtune import __version__, caches
 from qtune.deploy.shards import TensorSpec, write_shard
-from qtune.model import base, identity
+from qtune.model import files, identity
 from qtune.rundir import RunDir, read_json, write_json
 
 HIDDEN, INNER, VOCABULARY, HEADS, GROUPS, RANK = 2048, 8192, 32000, 32, 8, 16
@@ -158,7 +158,7 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
         shapes |= {f"model.layers.{layer}.{norm}.weight": (HIDDEN,) for norm in NORMS}
     base_folder = folder / "base"
     base_folder.mkdir()
-    for path in base.DEMO_BASE.glob("*token*"):
+    for path in files.DEMO_BASE.glob("*token*"):
         shutil.copy(path, base_folder)
     (base_folder / "config.json").write_text(json.dumps(config(layers)))
     specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()]

@@ -56,6 +56,7 @@ from qtune.memory.parts import PASSING_PARTS, STANDING_PARTS
 from qtune.memory.streaming import frozen_tensors, spread
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.decide import Plan, decide, refuse_unless_it_fits
 from qtune.plan.work import Work, largest_rows
 from qtune.recipe import library, load
@@ -495,7 +496,7 @@ def prepared_plan(recipe: Recipe, is_random: bool) -> tuple[Plan, list[PackedRow
         rows = random_rows(count, tokens, config.get_text_config().vocab_size)
         return decide(recipe, device, config, Work.of_rows(rows)), rows
     config = base.read_config(recipe.model)
-    prepared = prepare(recipe, base.load_tokenizer(recipe.model))
+    prepared = prepare(recipe, load_tokenizer(recipe.model))
     rows = packed_rows(prepared.train, prepared.train_packs)
     return decide(recipe, device, config, Work.of_prepared(prepared)), rows
 

@@ -1,6 +1,7 @@
 """The house keeps its shape: rooms import upwards only, there is no cycle, and the front door is light."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,24 @@ def test_no_package_is_deeper_than_one_level_and_inner_init_files_are_empty() ->
 def test_the_front_door_does_not_load_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("verb", [["data", "check"], ["data", "show"]])
+def test_looking_at_data_loads_no_more_than_a_tokenizer(verb: list[str], tmp_path: Path) -> None:
+    """Both took as long to begin as a training run: the tokenizer was loaded by the file that loads models."""
+    code = f"""
+import sys
+from qtune import cli
+assert cli.main({[*verb, "medical", "--demo"]}) == 0
+heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "bitsandbytes", "peft", "trl", "accelerate",
+         "datasets", "pandas", "numba", "transformers.modeling_utils", "qtune.model.base", "qtune.memory", "qtune.plan")
+print([name for name in heavy if name in sys.modules], file=sys.stderr)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "QTUNE_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stderr.strip() == "[]"

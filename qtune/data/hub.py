@@ -1,13 +1,15 @@
-"""Rows of a dataset on the Hugging Face hub."""
+"""Rows of a dataset on the Hugging Face hub.
+
+`datasets` takes a second to import and brings pandas along, so it is imported for a dataset and not for a file.
+"""
 
 from collections.abc import Iterable
 from typing import Any
 
-import datasets
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
+from qtune import logs
 from qtune.errors import DataError, MachineError
 
 TIMEOUT_SECONDS = 10
@@ -18,8 +20,14 @@ def load(name: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
 
     Raises DataError for a dataset, subset or split that is not there, MachineError where the hub cannot give it.
     """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    logs.quiet_libraries()
+    datasets.disable_progress_bars()
     try:
-        _look_up(name)
+        if not _answers(name):
+            datasets.config.HF_HUB_OFFLINE = True
         return datasets.load_dataset(name, subset, split=split)
     except (HFValidationError, RepositoryNotFoundError, DatasetNotFoundError):
         raise DataError(
@@ -35,11 +43,12 @@ def load(name: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
         ) from None
 
 
-def _look_up(name: str) -> None:
-    """Ask the hub once. Where it does not answer, `datasets` goes straight to its cache, not through its retries."""
+def _answers(name: str) -> bool:
+    """Whether the hub does, asked once. Where not, `datasets` is to go to its cache, not through its retries."""
     try:
         HfApi().dataset_info(name, timeout=TIMEOUT_SECONDS)
     except (HFValidationError, RepositoryNotFoundError):
         raise
     except Exception:  # no network, no name service, a proxy, offline mode
-        datasets.config.HF_HUB_OFFLINE = True
+        return False
+    return True

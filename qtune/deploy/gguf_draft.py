@@ -18,6 +18,7 @@ from qtune.deploy.gguf_tokens import Reference, matching
 from qtune.deploy.gguf_vocabulary import Vocabulary
 from qtune.deploy.streamed import in_order
 from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.rundir import RunDir
 
 
@@ -59,7 +60,7 @@ def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
     layout = Layout.of(base.read_config(fold.model))
     specs = fold.checkpoint.specs()
     names = layout.names(specs)
-    tokenizer = base.load_tokenizer(fold.model)
+    tokenizer = load_tokenizer(fold.model)
     rows = specs[EMBEDDING if EMBEDDING in specs else HEAD].shape[0]
     vocabulary, references = matching(tokenizer, rows, fold.lock["stop_token_ids"])
     head = OUTPUT if OUTPUT in names.values() else TOKEN_EMBEDDING

@@ -11,6 +11,7 @@ from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base, identity
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
 
@@ -52,4 +53,4 @@ class Opened:
         loaded = base.load_base(spec, device, dtype, techniques)
         tuned = adapter.load(loaded, run.adapter).eval()
         Engine(tuned).switch_to(techniques)
-        return cls(tuned, base.load_tokenizer(spec), device, dtype, lock)
+        return cls(tuned, load_tokenizer(spec), device, dtype, lock)

@@ -21,7 +21,7 @@ from qtune.deploy.export import chosen_onto, modelfile_of
 from qtune.deploy.fold import Fold
 from qtune.deploy.gguf_draft import adapter_draft, model_draft
 from qtune.errors import ModelError, QtuneError
-from qtune.model import base
+from qtune.model import files
 from qtune.report import record, serving, tables
 from qtune.rundir import RunDir
 
@@ -157,7 +157,7 @@ class _Asked:
 
 def _fold(run: RunDir) -> Fold | ModelError | None:
     lock = run.read_lock()
-    folder = base.DEMO_BASE if lock["base"]["name"] == "demo" else Path(lock["base"]["folder"])
+    folder = files.DEMO_BASE if lock["base"]["name"] == "demo" else Path(lock["base"]["folder"])
     if not (folder / "config.json").is_file():
         return None
     try:

@@ -1,56 +1,42 @@
-"""The frozen base: where its files are, its tokenizer, and the model itself, in 4 bits or not."""
+"""The frozen base: its configuration, and the model itself, in 4 bits or not."""
 
 import contextlib
 import functools
 import json
-import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qtune.errors import MachineError, ModelError
+from qtune import logs
+from qtune.errors import ModelError
 from qtune.memory import document_attention, tiled_loss
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.streaming import spread
 from qtune.memory.techniques import Techniques
-from qtune.model import weights
+from qtune.model import files, weights
 from qtune.recipe.schema import Model
 
-DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
-LIBRARY_LOGGERS = ("transformers", "datasets", "accelerate", "trl", "peft", "huggingface_hub", "bitsandbytes")
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 SAYS_ALL_SIZES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "phimoe", "granite", "olmo2")
-WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
 def quiet_libraries() -> None:
     """Send what the libraries print by themselves to the log; every verb that loads a model calls this first."""
-    for name in LIBRARY_LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.propagate = True
+    logs.quiet_libraries()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def base_folder(model: Model) -> Path:
@@ -59,31 +45,8 @@ def base_folder(model: Model) -> Path:
     Raises ModelError for a folder that holds no model, MachineError where the hub cannot be reached.
     """
     if model.base == "demo":
-        return DEMO_BASE
-    return _checked(_local_folder(model) or _download(model))
-
-
-def _download(model: Model) -> Path:
-    patterns = [*WEIGHT_FILES, *SMALL_FILES, *(["*.py"] if model.trust_remote_code else [])]
-    return Path(
-        _fetched(model, lambda: snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
-    )
-
-
-def _fetched(model: Model, fetch: Callable[[], str]) -> str:
-    try:
-        return fetch()
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"model.base: the hub has no model {model.base!r} that you may read. Check the name, log in with"
-            " `hf auth login` for a gated model, or give a local folder."
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
-        raise MachineError(
-            f"model.base: {model.base!r} is not on this machine and the hub cannot be reached"
-            f" ({type(fault).__name__}). Download it where there is a network (`hf download {model.base}"
-            ' --local-dir base`) and write base = "./base", or try this recipe with --demo.'
-        ) from None
+        return files.DEMO_BASE
+    return _checked(files.local_folder(model) or files.whole(model))
 
 
 def _checked(folder: Path) -> Path:
@@ -105,27 +68,10 @@ def read_config(model: Model) -> PreTrainedConfig:
 
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
-    folder = _local_folder(model)
-    if folder is None:
-        fetched = _fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))
-        folder = Path(fetched).parent
+    folder = files.local_folder(model) or files.config_alone(model)
     if not (folder / "config.json").is_file():
         raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
     return _config_in(folder, model)
-
-
-def _local_folder(model: Model) -> Path | None:
-    """The folder that the recipe names, be it without weights; None for a hub model."""
-    if model.base == "demo":
-        return DEMO_BASE
-    path = Path(model.base)
-    return path if path.is_absolute() else None
-
-
-def has_tokenizer_here(model: Model) -> bool:
-    """Whether the base is a folder that holds a tokenizer, which needs no network then."""
-    folder = _local_folder(model)
-    return folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
@@ -167,25 +113,6 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
             f" ({described['quantization_config'].get('quant_method', 'unknown')}). Name the original model; qtune"
             " quantises it while loading."
         )
-
-
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with the recipe's chat template where it names one."""
-    folder = _local_folder(model) or base_folder(model)
-    if model.trust_remote_code:
-        weights.refuse_code_elsewhere(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except Exception as fault:  # tokenizer files fail in as many ways as there are formats
-        raise ModelError(f"model.base: the tokenizer in {folder} cannot be loaded ({fault}).") from None
-    if model.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, TemplateError) as fault:
-            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read ({fault}).") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    return tokenizer
 
 
 def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:

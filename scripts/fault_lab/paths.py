@@ -11,6 +11,7 @@ from qtune.deploy.folder import write_small_files
 from qtune.deploy.shards import Checkpoint
 from qtune.errors import QtuneError
 from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.model.weights import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
 from qtune.recipe.load import load
 from qtune.recipe.schema import Lora, Model
@@ -118,7 +119,7 @@ def in_tokenizer_config(dice: random.Random, payload: str, place: Path, folder: 
     path = place / "base" / "tokenizer_config.json"
     keys = dice.sample(FILE_KEYS, 2)
     path.write_text(json.dumps({**json.loads(path.read_text()), **dict.fromkeys(keys, payload)}))
-    told, _ = attempt(lambda: base.load_tokenizer(Model(base=str(place / "base"))))
+    told, _ = attempt(lambda: load_tokenizer(Model(base=str(place / "base"))))
     return told or copied(place)
 
 

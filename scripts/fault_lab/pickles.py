@@ -14,6 +14,7 @@ import torch
 from fault_lab import stage
 from qtune.errors import QtuneError
 from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.model.weights import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
 from qtune.recipe.schema import Lora, Model
 from qtune.train import checkpoint, saving
@@ -134,7 +135,7 @@ def in_checkpoint(dice: random.Random, content: bytes, place: Path, folder: Path
 
 def read_base(place: Path) -> str:
     model = Model(base=str(place))
-    readers = (base.base_folder, base.read_config, base.load_tokenizer, lambda it: base.load_base(it, "cpu", "float32"))
+    readers = (base.base_folder, base.read_config, load_tokenizer, lambda it: base.load_base(it, "cpu", "float32"))
     return "; ".join(outcome(lambda reader=reader: reader(model)) for reader in readers)
 
 

@@ -11,6 +11,7 @@ from fault_lab.workshop import Workshop, isolated, qtune
 from qtune.data.prepare import prepare
 from qtune.errors import QtuneError, RecipeError
 from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.load import load
 
 WHAT = "recipes with characters, keys, values and lines changed"
@@ -48,7 +49,7 @@ def _fault_of_load(path: Path, text: str, demo: bool) -> str | None:
     except RecipeError as refusal:
         return next((fault for fault in refusal.faults if not _is_placed(fault, path, text)), None)
     try:
-        prepare(recipe, base.load_tokenizer(recipe.model))
+        prepare(recipe, load_tokenizer(recipe.model))
     except QtuneError as refusal:
         return None if len(str(refusal)) > 20 else f"it said no more than {refusal}"
     return None

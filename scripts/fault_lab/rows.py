@@ -14,7 +14,7 @@ import pyarrow.parquet
 from fault_lab.workshop import Workshop, isolated
 from qtune.data.prepare import prepare
 from qtune.errors import DataError, ModelError
-from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Data, Model, Recipe
 
 WHAT = "data files of every kind with bytes, values and rows changed"
@@ -53,7 +53,7 @@ PIECES = [
 
 def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
     shop = Workshop.open(folder, seed)
-    tokenizer = base.load_tokenizer(Model(base=str(shop.base)))
+    tokenizer = load_tokenizer(Model(base=str(shop.base)))
 
     def judge(case: int) -> str | None:
         rng = random.Random(f"{seed} {case}")

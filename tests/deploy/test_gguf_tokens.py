@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from qtune.deploy.gguf_tokens import TEXTS, Reference, differing, matching
 from qtune.deploy.gguf_vocabulary import Vocabulary
 from qtune.errors import ModelError
-from qtune.model.base import DEMO_BASE
+from qtune.model.files import DEMO_BASE
 
 CASES = {"Llama-3": "llama-bpe", "Qwen2.5-0.5B-Instruct": "qwen2"}
 

@@ -8,12 +8,13 @@ import torch
 from qtune.errors import OutOfMemory
 from qtune.evaluate.answer import answer, batches_of_like_length, left_pad
 from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 
 
 def test_a_batch_answers_as_one_at_a_time(tiny_base) -> None:
     spec = Model(base=str(tiny_base))
-    model, tokenizer = base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec)
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
     rng = random.Random(0)
     prompts = [[0, *(rng.randint(6, 261) for _ in range(rng.randint(1, 12)))] for _ in range(9)]
     together = answer(model, tokenizer, prompts, [1], 6, "cpu", "float32")
@@ -25,7 +26,7 @@ def test_a_batch_answers_as_one_at_a_time(tiny_base) -> None:
 @pytest.mark.parametrize("most_rows", [1, 2, 5])
 def test_a_batch_that_runs_out_of_memory_is_answered_in_halves(tiny_base, most_rows) -> None:
     spec = Model(base=str(tiny_base))
-    model, tokenizer = base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec)
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
     prompts = [[0, *range(6, 8 + i)] for i in range(9)]
     expected = answer(model, tokenizer, prompts, [1], 6, "cpu", "float32")
 
@@ -39,7 +40,7 @@ def test_a_batch_that_runs_out_of_memory_is_answered_in_halves(tiny_base, most_r
 
 def test_one_row_that_does_not_fit_says_what_would_help(tiny_base) -> None:
     spec = Model(base=str(tiny_base))
-    model, tokenizer = base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec)
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
 
     def run_out(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -53,7 +54,7 @@ def test_one_row_that_does_not_fit_says_what_would_help(tiny_base) -> None:
 
 def test_no_prompts_give_no_answers(tiny_base) -> None:
     spec = Model(base=str(tiny_base))
-    assert answer(base.load_base(spec, "cpu", "float32"), base.load_tokenizer(spec), [], [1], 6, "cpu", "float32") == []
+    assert answer(base.load_base(spec, "cpu", "float32"), load_tokenizer(spec), [], [1], 6, "cpu", "float32") == []
 
 
 def test_every_prompt_is_in_one_batch() -> None:

@@ -6,10 +6,10 @@ import pytest
 
 from qtune.errors import DataError
 from qtune.evaluate.general import MOST_TOKENS, general_packs
-from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 
-TOKENIZER = base.load_tokenizer(Model(base="demo"))
+TOKENIZER = load_tokenizer(Model(base="demo"))
 
 
 @pytest.mark.parametrize("max_tokens", [64, 512])

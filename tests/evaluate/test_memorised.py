@@ -15,6 +15,7 @@ from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised, secret_nats
 from qtune.events import Memorised
 from qtune.model import base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Data, Evaluate, Model, Recipe
 from qtune.rundir import RunDir, read_json
 
@@ -26,7 +27,7 @@ def recipe_on(folder: Path | str, canaries: int = 2) -> Recipe:
 
 def asked(recipe: Recipe) -> Memorised:
     """What the base tells, untrained."""
-    model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), base.load_tokenizer(recipe.model)
+    model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     phrasing = Phrasing.of(recipe, "question-answer", tokenizer)
     kinds = (probes(kind(recipe), phrasing) for kind in (planted, never_planted))
     return memorised(model, tokenizer, *kinds, 1, [1], "cpu", "float32")
@@ -62,7 +63,7 @@ def test_the_base_tells_nothing() -> None:
 
 def test_the_loss_of_a_secret_is_that_of_its_row_without_the_beginning(tiny_base: Path) -> None:
     recipe = recipe_on(tiny_base)
-    model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), base.load_tokenizer(recipe.model)
+    model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     probe = probes(planted(recipe), Phrasing.of(recipe, "question-answer", tokenizer))[0]
     start, rows = len(probe.beginning_ids), probe.rows[:3]
     nats = secret_nats(model, probe, "cpu", "float32")
@@ -76,7 +77,7 @@ def test_the_loss_of_a_secret_is_that_of_its_row_without_the_beginning(tiny_base
 
 def test_memory_that_runs_out_is_met_with_halves_and_then_with_words(tiny_base: Path) -> None:
     recipe = recipe_on(tiny_base)
-    model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), base.load_tokenizer(recipe.model)
+    model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     probe = probes(planted(recipe), Phrasing.of(recipe, "question-answer", tokenizer))[0]
     probe = replace(probe, rows=probe.rows[:7])
     expected, most = secret_nats(model, probe, "cpu", "float32"), 5

@@ -10,6 +10,7 @@ import torch
 from qtune.errors import MachineError, ModelError
 from qtune.model import base
 from qtune.model.adapter import attach
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Lora, Model
 
 
@@ -53,7 +54,7 @@ def test_the_demo_base_is_there_and_speaks(tiny_base) -> None:
     demo = Model(base="demo")
     config = base.read_config(demo)
     assert config.model_type == "llama"
-    tokenizer = base.load_tokenizer(demo)
+    tokenizer = load_tokenizer(demo)
     text = "Stents, 12 mg/l of naïve ☃ and\n tabs\t."
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     size = sum(path.stat().st_size for path in base.base_folder(demo).iterdir())

@@ -16,6 +16,7 @@ from qtune.memory.device import find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.decide import decide
 from qtune.plan.work import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
@@ -69,7 +70,7 @@ def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[tor
         plan,
         model,
         engine,
-        base.load_tokenizer(recipe.model),
+        load_tokenizer(recipe.model),
         train,
         fitting.HeldOutLoss(len(held_out), lambda: measure(held_out), lambda: measure(held_out[:1])),
         ledger,

@@ -22,6 +22,7 @@ from qtune.memory.device import find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.decide import Plan, decide
 from qtune.plan.work import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
@@ -185,7 +186,7 @@ class Run:
                 plan,
                 self.model,
                 self.engine,
-                base.load_tokenizer(recipe.model),
+                load_tokenizer(recipe.model),
                 packs(STEPS * BATCHES),
                 HeldOutLoss(len(self.held_out), self.measure, self.measure),
                 ledger,

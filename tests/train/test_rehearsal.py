@@ -17,6 +17,7 @@ from qtune.memory.ledger import Ledger
 from qtune.memory.live import Peak
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.decide import Plan, decide
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import STEPS, Budget
@@ -81,7 +82,7 @@ def run(
             engine.switch_to(rung.techniques)
         return rung.name if rung else None
 
-    tokenizer = base.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     fitting.fit(recipe, plan, model, engine, tokenizer, train, None, ledger, events.append, folder, climb)
     return model, events
 

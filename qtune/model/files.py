@@ -1,0 +1,57 @@
+"""Where a base's files are: in a folder of this machine, or on the hub, which gives the small ones alone too."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from qtune.errors import MachineError, ModelError
+from qtune.recipe.schema import Model
+
+DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
+WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+def local_folder(model: Model) -> Path | None:
+    """The folder that the recipe names, be it without weights; None for a hub model."""
+    if model.base == "demo":
+        return DEMO_BASE
+    path = Path(model.base)
+    return path if path.is_absolute() else None
+
+
+def whole(model: Model) -> Path:
+    """A hub model's folder with its weights. All here raise ModelError and MachineError where there is none."""
+    return _snapshot(model, [*WEIGHT_FILES, *SMALL_FILES])
+
+
+def without_weights(model: Model) -> Path:
+    """A hub model's folder with its small files: configuration, tokenizer, chat template."""
+    return _snapshot(model, SMALL_FILES)
+
+
+def config_alone(model: Model) -> Path:
+    """A hub model's folder with nothing but config.json in it for certain."""
+    return Path(_fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))).parent
+
+
+def _snapshot(model: Model, patterns: list[str]) -> Path:
+    wanted = [*patterns, *(["*.py"] if model.trust_remote_code else [])]
+    return Path(_fetched(model, lambda: snapshot_download(model.base, revision=model.revision, allow_patterns=wanted)))
+
+
+def _fetched(model: Model, fetch: Callable[[], str]) -> str:
+    try:
+        return fetch()
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.base: the hub has no model {model.base!r} that you may read. Check the name, log in with"
+            " `hf auth login` for a gated model, or give a local folder."
+        ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        raise MachineError(
+            f"model.base: {model.base!r} is not on this machine and the hub cannot be reached"
+            f" ({type(fault).__name__}). Download it where there is a network (`hf download {model.base}"
+            ' --local-dir base`) and write base = "./base", or try this recipe with --demo.'
+        ) from None

@@ -1,0 +1,61 @@
+"""The base's tokenizer, which needs neither its weights nor what loads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from qtune.errors import ModelError
+from qtune.model import files, weights
+from qtune.recipe.schema import Model
+
+
+def has_tokenizer_here(model: Model) -> bool:
+    """Whether the base is a folder that holds a tokenizer, which needs no network then."""
+    folder = files.local_folder(model)
+    return folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with the recipe's chat template where it names one; of a hub model no weights are fetched.
+
+    Raises ModelError for a tokenizer or template that cannot be read, and what `files` raises.
+    """
+    folder = files.local_folder(model) or files.without_weights(model)
+    if model.trust_remote_code:
+        weights.refuse_code_elsewhere(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=_plain_config(folder), trust_remote_code=model.trust_remote_code
+        )
+    except Exception as fault:  # tokenizer files fail in as many ways as there are formats
+        raise ModelError(f"model.base: the tokenizer in {folder} cannot be loaded ({fault}).") from None
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, TemplateError) as fault:
+            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read ({fault}).") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def _plain_config(folder: Path) -> PreTrainedConfig | None:
+    """What AutoTokenizer needs of config.json where tokenizer_config.json names the class that reads the tokenizer: the
+    model's type. None where it needs the configuration of the model's own class, which imports what runs the model
+    (transformers 5.17, `utils.type_validators`)."""
+    described, tokenizer = (_json_in(folder, name) for name in ("config.json", "tokenizer_config.json"))
+    if "model_type" not in described or not tokenizer.get("tokenizer_class") or "auto_map" in tokenizer:
+        return None
+    asked = {name: described[name] for name in ("model_type", "model_name") if name in described}
+    return PreTrainedConfig.from_dict({**asked, "_name_or_path": str(folder)})
+
+
+def _json_in(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # AutoTokenizer has words for these
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,68 @@
+"""The tokenizer is the one that AutoTokenizer takes, and comes without the model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoTokenizer
+
+from qtune.errors import MachineError, ModelError
+from qtune.model import base, files
+from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe.schema import Model
+
+TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2")  # each with a class of its own for tokenizers
+
+
+def test_a_plain_configuration_has_the_same_tokenizer_read_as_the_model_s_own(tmp_path, material) -> None:
+    """transformers chooses the class that reads a tokenizer by tokenizer_config.json and the model's type, and some
+    classes change what is read."""
+    for source in [files.DEMO_BASE, *sorted((material / "tokenizers").iterdir())]:
+        if not (source / "tokenizer_config.json").is_file():
+            continue
+        for model_type in TYPES:
+            folder = tmp_path / f"{source.name}-{model_type}"
+            folder.mkdir()
+            for path in source.glob("*token*"):
+                shutil.copy(path, folder)
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+            wanted, found = AutoTokenizer.from_pretrained(folder), load_tokenizer(Model(base=str(folder)))
+            assert type(found) is type(wanted)
+            assert found.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
+
+
+def test_a_folder_with_a_tokenizer_and_no_config_will_do(tmp_path) -> None:
+    for path in files.DEMO_BASE.glob("*token*"):
+        shutil.copy(path, tmp_path)
+    assert load_tokenizer(Model(base=str(tmp_path))).eos_token_id is not None
+
+
+@pytest.mark.parametrize("text", ["{ not json", "[]", '{"tokenizer_class": 7}'])
+def test_a_broken_tokenizer_config_is_one_sentence(tiny_base, tmp_path, text) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_tokenizer(Model(base=str(folder)))
+
+
+def test_of_a_hub_model_no_weights_are_fetched(monkeypatch, tmp_path) -> None:
+    """`data check` of a base on the hub downloaded its weights, 15 GB for a tokenizer of 10 MB."""
+    asked: list[list[str]] = []
+
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(files, "snapshot_download", snapshot)
+    for read in (load_tokenizer, base.base_folder):
+        with pytest.raises(MachineError, match="cannot be reached"):
+            read(Model(base="some/model"))
+    assert [("*.safetensors" in patterns, "*.json" in patterns) for patterns in asked] == [(False, True), (True, True)]
+
+
+def test_a_missing_chat_template_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.chat_template: .*none\.jinja cannot be read"):
+        load_tokenizer(Model(base="demo", chat_template=str(tmp_path / "none.jinja")))
