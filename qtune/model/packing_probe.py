@@ -72,7 +72,7 @@ def probe(model: PeftModel, vocabulary: Sequence[int], device: str, compute_dtyp
         with torch.no_grad(), autocast(device, compute_dtype):
             alone = _logits(model, [document], device)
             behind = [_logits(model, [neighbour, document], device) for neighbour in neighbours]
-            with _own_attention(model):
+            with own_attention(model):
                 own = model(input_ids=torch.tensor([document], device=device), use_cache=False).logits[0].float()
     finally:
         model.train(was_training)
@@ -100,7 +100,7 @@ def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _own_attention(model: PeftModel) -> Iterator[None]:
+def own_attention(model: torch.nn.Module) -> Iterator[None]:
     """Inside, attention is what transformers would have chosen for these classes, masks included."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = {id(part.config): part for part in parts}
