@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer, tiny_config
+from transformers import AutoConfig
 
 from qtune import cli
 
@@ -239,3 +240,14 @@ def test_a_tokenizer_beside_the_config_reads_the_rows(workplace: Path, capsys: p
     status, out, _ = plan(capsys, *CARD)
     assert status == 0
     assert "not read" not in out
+
+
+# Falcon looks its attention up by name in a table of its own, and a KeyError of ours was all that the user saw; Bloom's
+# never asks for another, and was trained without its bias.
+@pytest.mark.parametrize("kind", ["falcon", "bloom"])
+def test_a_base_with_an_attention_of_its_own_is_refused_from_its_config(workplace: Path, capsys, kind: str) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=262, hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+    write_config(config, architectures=["FalconForCausalLM"])
+    status, _, err = plan(capsys, *CARD)
+    assert status == 2
+    assert f"model.base: models of type {kind} run an attention of their own" in err
