@@ -19,7 +19,7 @@ from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokens import tokenizer_sha256
-from qtune.errors import MachineError, ModelError, UserError
+from qtune.errors import MachineError, UserError
 from qtune.evaluate.compare import HeldOut, Score, compare, score, scored_examples
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
@@ -227,14 +227,15 @@ def _probed(ready: Ready, folder: RunDir, model: PeftModel, listen: Listener) ->
     """
     recipe, plan, train = ready.recipe, ready.plan, ready.prepared.train
     vocabulary = sorted({int(token) for i in range(min(VOCABULARY_ROWS, len(train))) for token in train.arrays(i)[0]})
-    found = packing_probe.probe(model, vocabulary, plan.device.name, plan.compute_dtype)
+    device, dtype = plan.device.name, plan.compute_dtype
+
+    def loss_of(document: Sequence[int]) -> float:
+        row = PackedRow(input_ids=document, labels=document, seq_lengths=[len(document)])
+        return held_out_loss(model, [row], device, dtype)
+
+    found = packing_probe.probe(model, vocabulary, device, dtype, loss_of)
     write_json(folder.lock, {**folder.read_lock(), "packing_probe": found.as_json()})
-    if found.is_another_model:
-        raise ModelError(
-            f"model.base: {recipe.model.base} is another model under packed attention: one document's logits differ by"
-            f" {format_percent(found.by_attention)} from those that transformers' own attention gives. Its attention"
-            " adds something that qtune's does not know, such as a bias or a mask. Take another base."
-        )
+    packing_probe.refuse_another(found, recipe.model.base)
     if not found.leaks:
         return ready
     reason = f"documents in a pack read each other in this base (logits move by {format_percent(found.moved_in_pack)})"

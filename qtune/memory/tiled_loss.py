@@ -27,7 +27,14 @@ from qtune.memory.nf4 import is_quantized
 from qtune.memory.sliced_loss import of_sliced_head
 
 TILE_BYTES = 64 * 1024**2
-SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+SCALES = (  # names that transformers' configurations give to what a head does beside its product
+    "final_logit_softcapping",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 IGNORED = -100
 
 

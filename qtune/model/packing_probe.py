@@ -4,20 +4,24 @@ A pack is right where nothing but attention carries one token's state to another
 (`memory.document_attention`), and ours knows all that it does. No list of architectures can promise that: recurrences
 and convolutions run on from document to document, some code hands no keyword on to its attention, remote code does
 what it likes. So the logits of one document are made alone, behind one neighbour and behind another as long, and alone
-with the attention that transformers would have taken.
+with the attention that transformers would have taken. Of the last the loss is made too, to be held against the one
+that training makes without logits (`memory.tiled_loss`, or trl's): a head may scale or cap them.
 """
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from qtune.errors import ModelError
 from qtune.model.base import autocast
+from qtune.units import format_percent
 
 DOCUMENT_TOKENS, NEIGHBOUR_TOKENS = (
     24,
@@ -34,13 +38,14 @@ class Probe:
     """How far a document's logits move, as a share of their own spread: root mean squares over the document.
 
     `by_neighbour` is between two neighbours of one length, `by_company` between alone and behind a neighbour,
-    `by_attention` between our attention and the model's own, alone. `rounding` is what arithmetic in the run's dtype
-    may do.
+    `by_attention` between our attention and the model's own, alone. `by_loss` is how far training's loss of the document
+    is from its cross-entropy, as a share of that. `rounding` is what arithmetic in the run's dtype may do.
     """
 
     by_neighbour: float
     by_company: float
     by_attention: float
+    by_loss: float
     rounding: float
 
     @property
@@ -57,12 +62,26 @@ class Probe:
         """Whether even a document alone is not what the model makes of it."""
         return not self.by_attention <= self.rounding
 
+    @property
+    def is_another_loss(self) -> bool:
+        """Whether training's loss is not that of the model's logits. A mean over tokens rounds less than logits do."""
+        return not self.by_loss <= self.rounding / 10
+
     def as_json(self) -> dict[str, Any]:
         return {"leaks": self.leaks, **asdict(self)}
 
 
-def probe(model: PeftModel, vocabulary: Sequence[int], device: str, compute_dtype: str) -> Probe:
-    """Probe `model` with tokens drawn from `vocabulary`, ids that the training rows hold. Nothing in it is changed."""
+def probe(
+    model: PeftModel,
+    vocabulary: Sequence[int],
+    device: str,
+    compute_dtype: str,
+    loss_of: Callable[[Sequence[int]], float],
+) -> Probe:
+    """Probe `model` with tokens drawn from `vocabulary`, ids that the training rows hold. Nothing in it is changed.
+
+    `loss_of` is training's mean loss in nats over a document of which every token but the first is a label.
+    """
     draw = random.Random(SEED)
     document = draw.choices(vocabulary, k=DOCUMENT_TOKENS)
     neighbours = [draw.choices(vocabulary, k=NEIGHBOUR_TOKENS) for _ in range(2)]
@@ -80,8 +99,15 @@ def probe(model: PeftModel, vocabulary: Sequence[int], device: str, compute_dtyp
         by_neighbour=_moved(behind[0], behind[1]),
         by_company=max(_moved(alone, logits) for logits in behind),
         by_attention=_moved(own, alone),
+        by_loss=_loss_apart(own, document, loss_of(document)),
         rounding=ROUNDING_32_BIT if compute_dtype == "float32" else ROUNDING_16_BIT,
     )
+
+
+def _loss_apart(logits: torch.Tensor, document: Sequence[int], loss: float) -> float:
+    wanted = torch.tensor(document[1:], device=logits.device)
+    expected = float(cross_entropy(logits[:-1], wanted))
+    return abs(loss - expected) / max(expected, 1e-12)
 
 
 def _logits(model: PeftModel, documents: Sequence[Sequence[int]], device: str) -> torch.Tensor:
@@ -97,6 +123,22 @@ def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
     """The distance between two logits as a share of the first one's spread over the vocabulary; NaN stays NaN."""
     spread = one - one.mean(-1, keepdim=True)
     return float((one - other).square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-12))
+
+
+def refuse_another(found: Probe, base: str) -> None:
+    """Raises ModelError for a base that training would take for another one, or for another loss."""
+    if found.is_another_model:
+        raise ModelError(
+            f"model.base: {base} is another model under packed attention: one document's logits differ by"
+            f" {format_percent(found.by_attention)} from those that transformers' own attention gives. Its attention"
+            " adds something that qtune's does not know, such as a bias or a mask. Take another base."
+        )
+    if found.is_another_loss:
+        raise ModelError(
+            f"model.base: the loss that training makes of {base} is {format_percent(found.by_loss)} off the"
+            " cross-entropy of its logits. Its output head does something that qtune does not know, such as a scale or"
+            " a cap. Take another base."
+        )
 
 
 @contextlib.contextmanager

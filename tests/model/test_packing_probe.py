@@ -1,5 +1,7 @@
 """A document in a pack must be what it is alone; where it is not, no run trains on packs."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,12 @@ from conftest import byte_tokenizer
 from stopped_runs import qtune, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qtune.memory import document_attention
+from qtune.data.packing import PackedRow
+from qtune.evaluate.loss import held_out_loss
+from qtune.memory import document_attention, tiled_loss
 from qtune.model import packing_probe
+from qtune.model.base import load_base
+from qtune.recipe.schema import Model
 from qtune.rundir import read_json
 
 TOKENS = range(6, 262)
@@ -30,6 +36,14 @@ FEW_SEEN = {"keep_window_size": 8}  # Doge masks all but the eight tokens that i
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 
 
+def probe(model: PreTrainedModel) -> packing_probe.Probe:
+    def loss_of(document: list[int]) -> float:
+        row = PackedRow(input_ids=document, labels=document, seq_lengths=[len(document)])
+        return held_out_loss(model, [row], "cpu", "float32")
+
+    return packing_probe.probe(model, TOKENS, "cpu", "float32", loss_of)
+
+
 def config_of(kind: str, **changes: Any) -> Any:
     return AutoConfig.for_model(kind, **{**SHAPE, **changes})
 
@@ -44,6 +58,7 @@ def build(kind: str, **changes: Any) -> PreTrainedModel:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.15)  # transformers' 0.02 hides a leak behind the embedding
     document_attention.install(model)
+    tiled_loss.install(model)
     return model
 
 
@@ -52,10 +67,11 @@ def build(kind: str, **changes: Any) -> PreTrainedModel:
     [("llama", {}), ("mistral", {"sliding_window": 8}), ("olmo3", {"sliding_window": 8})],
 )
 def test_a_base_whose_tokens_meet_in_attention_alone_does_not_leak(kind: str, changes: dict[str, Any]) -> None:
-    found = packing_probe.probe(build(kind, **changes), TOKENS, "cpu", "float32")
+    found = probe(build(kind, **changes))
     assert not found.leaks
     assert not found.is_another_model
     assert found.moved_in_pack < 1e-5
+    assert found.by_loss < 1e-5
 
 
 # A convolution runs on from one document to the next; Nemotron's code hands no keyword on to its attention, so the
@@ -63,7 +79,7 @@ def test_a_base_whose_tokens_meet_in_attention_alone_does_not_leak(kind: str, ch
 @pytest.mark.parametrize(("kind", "changes"), [("lfm2", CONVOLUTION), ("nemotron", {})])
 def test_a_leak_is_found_whatever_it_leaks_through(kind: str, changes: dict[str, Any]) -> None:
     model = build(kind, **changes)
-    found = packing_probe.probe(model, TOKENS, "cpu", "float32")
+    found = probe(model)
     assert found.leaks
     assert found.moved_in_pack > 0.1
     assert not found.is_another_model
@@ -71,7 +87,7 @@ def test_a_leak_is_found_whatever_it_leaks_through(kind: str, changes: dict[str,
 
 
 def test_an_attention_that_does_more_than_ours_is_found_with_one_document() -> None:
-    found = packing_probe.probe(build("doge", **FEW_SEEN), TOKENS, "cpu", "float32")
+    found = probe(build("doge", **FEW_SEEN))
     assert found.is_another_model
     assert found.by_attention > 0.1
 
@@ -79,9 +95,20 @@ def test_an_attention_that_does_more_than_ours_is_found_with_one_document() -> N
 def test_logits_that_are_no_numbers_are_no_proof() -> None:
     model = build("llama")
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
-    found = packing_probe.probe(model, TOKENS, "cpu", "float32")
+    found = probe(model)
     assert found.leaks
     assert found.is_another_model
+
+
+def test_a_head_that_does_more_than_a_product_is_found_by_its_loss() -> None:
+    model = build("llama")
+    model.lm_head.register_forward_hook(
+        lambda head, inputs, logits: logits / 3
+    )  # as remote code may; no setting says it
+    found = probe(model)
+    assert found.is_another_loss
+    assert not found.is_another_model
+    assert not found.leaks
 
 
 def saved(folder: Path, kind: str, **changes: Any) -> Path:
@@ -90,6 +117,35 @@ def saved(folder: Path, kind: str, **changes: Any) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MeanConfig(LlamaConfig):
+    model_type = "running_mean"
+
+class MeanForCausalLM(LlamaForCausalLM):
+    config_class = MeanConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(lambda norm, inputs, hidden: hidden + hidden.cumsum(1) / 8)
+"""
+
+
+def test_code_that_comes_with_a_base_is_probed_like_any_other(tmp_path: Path, tiny_base: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "modeling_mean.py").write_text(REMOTE_CODE)
+    code = {"AutoConfig": "modeling_mean.MeanConfig", "AutoModelForCausalLM": "modeling_mean.MeanForCausalLM"}
+    described = json.loads((folder / "config.json").read_text())
+    described |= {"model_type": "running_mean", "architectures": ["MeanForCausalLM"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(described))
+    model = load_base(Model(base=str(folder), trust_remote_code=True), "cpu", "float32")
+    found = probe(model)
+    assert found.leaks
+    assert not found.is_another_model
 
 
 def test_a_leaking_base_is_trained_a_document_a_pass_and_the_run_says_so(tmp_path: Path, capsys: Any) -> None:
