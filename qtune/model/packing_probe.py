@@ -38,8 +38,8 @@ class Probe:
     """How far a document's logits move, as a share of their own spread: root mean squares over the document.
 
     `by_neighbour` is between two neighbours of one length, `by_company` between alone and behind a neighbour,
-    `by_attention` between our attention and the model's own, alone. `by_loss` is how far training's loss of the document
-    is from its cross-entropy, as a share of that. `rounding` is what arithmetic in the run's dtype may do.
+    `by_attention` between our attention and the model's own, alone. `by_loss` is how far training's loss of it
+    is from cross-entropy, as a share of that. `rounding` is what arithmetic in the run's dtype may do.
     """
 
     by_neighbour: float
