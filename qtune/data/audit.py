@@ -5,6 +5,7 @@ place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops a
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ from qtune.data.findings import Groups
 from qtune.data.formats import Conversation, Document
 from qtune.data.likeness import Likeness
 from qtune.data.places import parted
-from qtune.data.row_checks import Seen, see_batch
+from qtune.data.row_checks import Seen, look_at, see_batch
 from qtune.data.rows import Dropped, Row, Source
 from qtune.data.stops import StopChain, stop_chain
 from qtune.data.survey import Tell
 from qtune.data.template import ChatTemplate
 from qtune.data.token_counts import SHOWN_LONGEST, LongRow, TokenCounts, as_numbers, bars_of
 from qtune.data.tokens import Encoder, batches_of, characters_of
+from qtune.data.workers import spread
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 from qtune.units import format_percent
@@ -111,9 +113,12 @@ def _see_source(
             form = _recognise(readable, data, seen.groups)
             template = ChatTemplate.of(tokenizer) if form not in ("", "text") else None
             encoder = Encoder.of(tokenizer)
-            for batch in batches_of(_items(readable, form, data, seen.groups, progress), characters_of):
-                see_batch(batch, template, encoder, data, seen)
-                tell("checking", progress.line if progress.lines else progress.rows, progress.lines)
+            look = functools.partial(look_at, template=template, encoder=encoder)
+            batches = batches_of(_items(readable, form, data, seen.groups, progress), characters_of)
+            with contextlib.closing(spread(look, batches)) as every:
+                for batch, looked in every:
+                    see_batch(batch, looked, template, data, seen)
+                    tell("checking", progress.line if progress.lines else progress.rows, progress.lines)
             chain = stop_chain(template, tokenizer) if form else None
     return SourceCounts(source.name, is_held_out, form, progress.rows, len(seen.places) - before), chain
 

@@ -38,8 +38,22 @@ class Alike:
     similarity: float
 
 
+@dataclass(frozen=True)
+class Marks:
+    """What rows are known by, in bytes: 8 of digest and SIGNATURE_BYTES of signature a row."""
+
+    digests: bytes
+    signatures: bytes
+
+    @classmethod
+    def of(cls, whole: Sequence[str], compared: Sequence[str]) -> "Marks":
+        """By their whole text, which makes rows the same, and by the part of it that makes them alike."""
+        digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in whole)
+        return cls(digests, _signatures(compared).tobytes() if compared else b"")
+
+
 class Likeness:
-    """Takes the texts of rows in order; afterwards says which repeat an earlier one."""
+    """Takes the marks of rows in order; afterwards says which repeat an earlier one."""
 
     def __init__(self) -> None:
         self._digests = array("Q")
@@ -54,14 +68,9 @@ class Likeness:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def add(self, whole: Sequence[str], compared: Sequence[str]) -> None:
-        """Rows by their whole text, which makes them the same, and by the part of it that makes them alike."""
-        if not whole:
-            return
-        for text in whole:
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            self._digests.append(int.from_bytes(digest))
-        self._file.write(_signatures(compared).tobytes())
+    def add(self, marks: Marks) -> None:
+        self._digests.frombytes(marks.digests)
+        self._file.write(marks.signatures)
 
     def exact(self) -> Iterator[Alike]:
         """Rows whose text is that of an earlier row, the first one."""

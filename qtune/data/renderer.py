@@ -58,6 +58,7 @@ class Renderer:
     """One template with its variables, and the child that renders it. Not for several threads at once."""
 
     def __init__(self, template: str, variables: dict[str, Any]):
+        self._made_of = template, variables
         self._settings = json.dumps(
             {
                 "template": template,
@@ -68,6 +69,10 @@ class Renderer:
         )
         self._child: Child | None = None
         self._stops = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it starts a child of its own."""
+        return Renderer, self._made_of
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Renderer":

@@ -1,13 +1,13 @@
 """What is looked at in every row, and what is kept of it once it is gone."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qtune.data import encodings, private
 from qtune.data.findings import Groups
 from qtune.data.formats import Conversation, Document
-from qtune.data.likeness import Likeness
+from qtune.data.likeness import Likeness, Marks
 from qtune.data.places import Places
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate
@@ -30,28 +30,48 @@ class Seen:
     lost_trained_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What was made of a batch, in this process or another.
+
+    `told` has a kind and a clause for each thing that is wrong with the text of a row; `marks` are those of the rows
+    that have tokens.
+    """
+
+    rows: list[Example | Dropped]
+    told: list[list[tuple[str, str]]]
+    marks: Marks
+
+
+def look_at(batch: Sequence[Conversation | Document], template: ChatTemplate | None, encoder: Encoder) -> Looked:
+    """All that takes long: tokens, and everything that goes by the text alone."""
+    rows = tokenize(batch, template, encoder)
+    told = [[] if isinstance(row, Dropped) else list(_told_of(item)) for item, row in zip(batch, rows, strict=True)]
+    usable = [item for item, row in zip(batch, rows, strict=True) if not isinstance(row, Dropped)]
+    return Looked(rows, told, Marks.of(list(map(_whole, usable)), list(map(_compared, usable))))
+
+
 def see_batch(
     batch: Sequence[Conversation | Document],
+    looked: Looked,
     template: ChatTemplate | None,
-    encoder: Encoder,
     data: Data,
     seen: Seen,
 ) -> None:
-    """Tokenise a batch of rows, and keep what is wrong with each."""
-    usable = []
-    for item, row in zip(batch, tokenize(batch, template, encoder), strict=True):
+    """Keep what is wrong with each row of a batch that was looked at."""
+    for item, row, told in zip(batch, looked.rows, looked.told, strict=True):
         if isinstance(row, Dropped):
             seen.groups.add("template-refuses", row.place, row.reason)
             continue
-        usable.append(item)
         seen.places.add(row.place)
         seen.tokens.append(len(row.input_ids))
         seen.trained.append(row.trained_tokens)
         _see_length(row, data, seen)
-        _see_text(item, seen.groups)
+        for code, clause in told:
+            seen.groups.add(code, row.place, clause)
         if isinstance(item, Conversation):
             _see_roles(item, template, seen.groups)
-    seen.likeness.add(list(map(_whole, usable)), list(map(_compared, usable)))
+    seen.likeness.add(looked.marks)
 
 
 def _see_length(row: Example, data: Data, seen: Seen) -> None:
@@ -66,15 +86,15 @@ def _see_length(row: Example, data: Data, seen: Seen) -> None:
     seen.groups.add("too-long", row.place, told)
 
 
-def _see_text(item: Conversation | Document, groups: Groups) -> None:
+def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
     text = item.text if isinstance(item, Document) else "\n".join(message.content for message in item.messages)
     secrets, personal = list(private.secrets_in(text)), list(private.personal_data_in(text))
     for code, told in (("secret", secrets), ("personal-data", personal)):
         if told:
-            groups.add(code, item.place, ", ".join(told))
+            yield code, ", ".join(told)
     for code, excerpt in (("lost-character", encodings.lost_characters(text)), ("mojibake", encodings.mojibake(text))):
         if excerpt:
-            groups.add(code, item.place, HIDDEN if secrets or personal else excerpt)
+            yield code, HIDDEN if secrets or personal else excerpt
 
 
 def _see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups) -> None:

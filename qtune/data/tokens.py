@@ -80,11 +80,14 @@ class Encoder:
         return next(token for token in self.special_tokens if text.endswith(token))
 
     def _encode(self, texts: Sequence[tuple[str, str]]) -> Iterator[list[int]]:
+        """Half of the texts are what a template writes around every answer: each is encoded once a batch."""
         for batch in batches_of(texts, lambda pair: len(pair[1])):
+            different = list(dict.fromkeys(batch))
             encoded = self.tokenizer(
-                [guard + text for guard, text in batch], add_special_tokens=False, return_attention_mask=False
-            )
-            yield from (ids[1:] if guard else ids for (guard, _), ids in zip(batch, encoded["input_ids"], strict=True))
+                [guard + text for guard, text in different], add_special_tokens=False, return_attention_mask=False
+            )["input_ids"]
+            known = {pair: ids[1:] if pair[0] else ids for pair, ids in zip(different, encoded, strict=True)}
+            yield from map(known.__getitem__, batch)
 
     def with_one_bos(self, ids: list[int]) -> list[int]:
         """`ids` with the BOS the tokenizer would add; a template that wrote one, or two, keeps one."""

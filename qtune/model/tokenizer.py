@@ -49,8 +49,8 @@ def _plain_config(folder: Path) -> PreTrainedConfig | None:
     described, tokenizer = (_json_in(folder, name) for name in ("config.json", "tokenizer_config.json"))
     if "model_type" not in described or not tokenizer.get("tokenizer_class") or "auto_map" in tokenizer:
         return None
-    asked = {name: described[name] for name in ("model_type", "model_name") if name in described}
-    return PreTrainedConfig.from_dict({**asked, "_name_or_path": str(folder)})
+    asked: dict[str, Any] = {name: described[name] for name in ("model_type", "model_name") if name in described}
+    return PreTrainedConfig.from_dict(asked | {"_name_or_path": str(folder)})
 
 
 def _json_in(folder: Path, name: str) -> dict[str, Any]:

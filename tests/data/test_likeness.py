@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from qtune.data.likeness import SHINGLE_CHARACTERS, Alike, Likeness
+from qtune.data.likeness import SHINGLE_CHARACTERS, Alike, Likeness, Marks
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
 
@@ -21,7 +21,7 @@ def jaccard(one: str, other: str) -> float:
 def added(*batches: list[str]) -> Likeness:
     likeness = Likeness()
     for batch in batches:
-        likeness.add(batch, batch)
+        likeness.add(Marks.of(batch, batch))
     return likeness
 
 
@@ -33,7 +33,7 @@ def test_exact_repeats_name_the_first_row_across_batches() -> None:
 
 def test_rows_of_one_text_and_two_wholes_are_near_and_not_exact() -> None:
     with Likeness() as likeness:
-        likeness.add(["system a, text", "system b, text"], ["text", "text"])
+        likeness.add(Marks.of(["system a, text", "system b, text"], ["text", "text"]))
         assert list(likeness.exact()) == []
         assert list(likeness.near(0.9)) == [Alike(1, 0, 1.0)]
 
