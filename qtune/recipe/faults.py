@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -16,31 +16,97 @@ from qtune.recipe.schema import Recipe
 Fault = tuple[Key, str]
 """The setting that a fault is about, and a full sentence."""
 
-OTHER_NAMES = {  # what peft, transformers and trl call it
-    "r": "rank",
+OTHER_NAMES = {  # what peft, transformers, trl, unsloth, axolotl, LLaMA-Factory and mlx-lm call it
+    "base_model": "base",
+    "base_model_name_or_path": "base",
+    "model": "base",
+    "model_id": "base",
+    "model_name": "base",
+    "model_name_or_path": "base",
+    "model_path": "base",
+    "pretrained_model_name_or_path": "base",
+    "bits": "quantization",
+    "bnb_4bit_quant_type": "quantization",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
+    "bnb_4bit_use_double_quant": "double_quantization",
+    "bf16": "compute_dtype",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "dtype": "compute_dtype",
+    "fp16": "compute_dtype",
+    "torch_dtype": "compute_dtype",
+    "template": "chat_template",
     "lora_r": "rank",
+    "lora_rank": "rank",
+    "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "lora_target": "targets",
+    "lora_target_linear": "targets",
+    "lora_target_modules": "targets",
+    "modules": "targets",
     "target_modules": "targets",
     "use_rslora": "rslora",
     "use_dora": "dora",
-    "gradient_checkpointing": "keep_layers",
-    "lr": "learning_rate",
+    "dataset": "train",
+    "dataset_name": "train",
+    "datasets": "train",
+    "path": "train",
+    "train_file": "train",
+    "eval_dataset": "held_out",
+    "test": "held_out",
+    "valid": "held_out",
+    "validation": "held_out",
+    "validation_file": "held_out",
+    "val_set_size": "held_out_fraction",
+    "val_size": "held_out_fraction",
+    "dataset_text_field": "text",
+    "max_samples": "max_rows",
+    "cutoff_len": "max_tokens",
+    "max_length": "max_tokens",
+    "max_seq_len": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "sequence_len": "max_tokens",
+    "sample_packing": "packing",
+    "system_prompt": "system",
+    "n_epochs": "epochs",
+    "num_epochs": "epochs",
     "num_train_epochs": "epochs",
+    "iters": "max_steps",
+    "lr": "learning_rate",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "warmup_ratio": "warmup_fraction",
+    "warmup_steps": "warmup_fraction",
+    "gradient_clipping": "max_grad_norm",
     "batch_size": "micro_batch",
+    "micro_batch_size": "micro_batch",
     "per_device_train_batch_size": "micro_batch",
     "gradient_accumulation_steps": "gradient_accumulation",
-    "warmup_ratio": "warmup_fraction",
-    "lr_scheduler_type": "schedule",
     "optim": "optimizer",
     "eval_steps": "eval_every",
+    "steps_per_eval": "eval_every",
     "logging_steps": "log_every",
-    "max_length": "max_tokens",
-    "max_seq_length": "max_tokens",
-    "model_name_or_path": "base",
-    "load_in_4bit": "quantization",
-    "torch_dtype": "compute_dtype",
-    "dataset": "train",
+    "steps_per_report": "log_every",
+    "random_seed": "seed",
+    "random_state": "seed",
+    "gradient_checkpointing": "keep_layers",
+    "use_gradient_checkpointing": "keep_layers",
+    "save_every": "every",
+    "save_steps": "every",
+    "save_total_limit": "keep",
+    "report_to": "to",
+    "wandb_project": "to",
+}
+NAMES_IN_A_TABLE: dict[Key, str] = {  # that belong elsewhere by their letters, and here mean something else
+    ("model", "name"): "base",
+    ("data", "name"): "train",
+}
+SAID_ELSEWHERE = {  # what other trainers have settings for, and qtune says on the command line
+    "output_dir": "`qtune run RECIPE --output FOLDER` says where a run goes",
+    "resume_from_checkpoint": "`qtune resume RUN` goes on with a run",
+    "push_to_hub": "`qtune push RUN OWNER/NAME` uploads a run",
+    "hub_model_id": "`qtune push RUN OWNER/NAME` uploads a run",
 }
 TYPES = {
     "int_type": "a whole number",
@@ -56,11 +122,12 @@ LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def explain(errors: Sequence[ErrorDetails]) -> list[Fault]:
-    """A sentence for each error; a setting that is missing because its name is misspelt counts as misspelt only."""
+def explain(errors: Sequence[ErrorDetails], unread: Collection[Key] = ()) -> list[Fault]:
+    """A sentence for each error; a setting that is missing because its name is misspelt counts as misspelt only, and
+    one that is in the file and could not be read, or its table, as neither."""
     faults: list[Fault] = []
     missing: list[Key] = []
-    meant: set[Key] = set()
+    meant = set(unread)
     for error in errors:
         key = tuple(str(part) for part in error["loc"])
         if error["type"] == "missing":
@@ -78,8 +145,8 @@ def explain(errors: Sequence[ErrorDetails]) -> list[Fault]:
 def unknown(key: Key) -> tuple[str, Key]:
     """A sentence on a name that is no setting, and the setting that was probably meant (an empty key if none is near).
 
-    Looked for in this order: the same name in another table, another library's name for it, a near name here, a near
-    name elsewhere.
+    Looked for in this order: what the name means in this table, the same name in another table, another library's name
+    for one, a near name here, a near name elsewhere.
     """
     *parents, name = key
     here = _fields(tuple(parents))
@@ -88,18 +155,29 @@ def unknown(key: Key) -> tuple[str, Key]:
     says = f"{dotted(key)} is not a setting"
     if not here:
         return f"{says}: {dotted(tuple(parents))} is a single value.", ()
+    if key in NAMES_IN_A_TABLE:
+        return f"{says}. Did you mean {NAMES_IN_A_TABLE[key]}?", (*parents, NAMES_IN_A_TABLE[key])
     if homes:
         return f"{says}: {dotted((name,))} belongs {_in_table(homes[0])}.", (*homes[0], name)
-    other = OTHER_NAMES.get(name)
-    near = [other] if other in here else get_close_matches(name, here, n=1)
-    if near:
-        return f"{says}. Did you mean {near[0]}?", (*parents, near[0])
-    for table in elsewhere:
-        found = [other] if other in _fields(table) else get_close_matches(name, _fields(table), n=1, cutoff=0.8)
-        if found:
-            return f"{says}. Did you mean {dotted((*table, found[0]))}?", (*table, found[0])
+    if name in SAID_ELSEWHERE:
+        return f"{says}: {SAID_ELSEWHERE[name]}.", ()
+    meant = _meant(name, tuple(parents), elsewhere)
+    if meant:
+        return f"{says}. Did you mean {meant[-1] if meant[:-1] == key[:-1] else dotted(meant)}?", meant
     place = f"[{dotted(tuple(parents))}]" if parents else "A recipe"
     return f"{says}. {place} takes {_listed(list(here), 'and')}.", ()
+
+
+def _meant(name: str, here: Key, elsewhere: Sequence[Key]) -> Key:
+    """The setting that a wrong name in the table `here` probably stands for; an empty key where none is near."""
+    other = OTHER_NAMES.get(name)
+    for table in (here, *elsewhere):
+        if other in _fields(table):
+            return (*table, str(other))
+    for table, cutoff in ((here, 0.6), *((table, 0.8) for table in elsewhere)):
+        if near := get_close_matches(name, _fields(table), n=1, cutoff=cutoff):
+            return (*table, near[0])
+    return ()
 
 
 def field_of(key: Key) -> FieldInfo | None:
@@ -172,8 +250,20 @@ def _in_table(table: Key) -> str:
 def _misfit(key: Key, error: ErrorDetails) -> str:
     """`lora.rank must be at least 1, and is 0.`, and what to write instead where that is plain."""
     value, choices = error["input"], _choices(key)
-    instead = _nearest(value, choices) if choices else _same_value(value, error["type"])
+    if error["type"] == "model_type":
+        instead = _as_table(key, value)
+    else:
+        instead = _nearest(value, choices) if choices else _same_value(value, error["type"])
     return f"{dotted(key)} must be {_wanted(error, choices)}, and is {shown(value)}.{instead}"
+
+
+def _as_table(key: Key, value: Any) -> str:
+    """The two lines to write where a table was given the one text that it needs."""
+    fields = _fields(key)
+    needed = [name for name, field in fields.items() if field.is_required() or len(fields) == 1]
+    if not isinstance(value, str) or len(needed) != 1:
+        return ""
+    return f" Write [{dotted(key)}] on a line of its own, and {needed[0]} = {shown(value)} on the next."
 
 
 def _wanted(error: ErrorDetails, choices: Sequence[str]) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qtune.recipe.faults import explain, shown, unknown
-from qtune.recipe.schema import Recipe
+from qtune.recipe.faults import OTHER_NAMES, explain, shown, unknown
+from qtune.recipe.schema import Columns, Recipe
 
 
 def faults(**tables: Any) -> list[str]:
@@ -61,6 +61,14 @@ def test_a_value_that_does_not_fit(table: str, values: dict[str, Any], expected:
 
 def test_tables_and_names_that_do_not_fit() -> None:
     assert faults(lora=3) == ["lora must be a table of settings, and is 3."]
+    assert faults(report="wandb") == [
+        'report must be a table of settings, and is "wandb". Write [report] on a line of its own, and to = "wandb" on'
+        " the next."
+    ]
+    assert faults(model="org/x") == [
+        'model must be a table of settings, and is "org/x". Write [model] on a line of its own, and base = "org/x" on'
+        " the next."
+    ]
     assert faults(lora=[{}]) == ["lora must be a table of settings, and is [a table]."]
     assert faults(name="My Recipe") == [
         "name must be 1 to 64 of a-z, 0-9, - and _, with a letter or digit first, and is"
@@ -76,10 +84,16 @@ def test_tables_and_names_that_do_not_fit() -> None:
         ("lora.learning_rate", "lora.learning_rate is not a setting: learning_rate belongs in [train]."),
         ("rank", "rank is not a setting: rank belongs in [lora]."),
         ("data.prompt", "data.prompt is not a setting: prompt belongs in [data.columns]."),
-        (
-            "model.name",
-            "model.name is not a setting: name belongs at the top, before the first [table].",
-        ),
+        ("lora.name", "lora.name is not a setting: name belongs at the top, before the first [table]."),
+        ("model.name", "model.name is not a setting. Did you mean base?"),
+        ("model.base_model", "model.base_model is not a setting. Did you mean base?"),
+        ("model.model_name", "model.model_name is not a setting. Did you mean base?"),
+        ("model.model_name_or_path", "model.model_name_or_path is not a setting. Did you mean base?"),
+        ("model.pretrained_model_name_or_path", "model.pretrained_model_name_or_path is not a setting. Did you mean b"),
+        ("base_model", "base_model is not a setting. Did you mean model.base?"),
+        ("train.cutoff_len", "train.cutoff_len is not a setting. Did you mean data.max_tokens?"),
+        ("train.save_steps", "train.save_steps is not a setting. Did you mean save.every?"),
+        ("train.output_dir", "train.output_dir is not a setting: `qtune run RECIPE --output FOLDER` says where"),
         ("lora.r", "lora.r is not a setting. Did you mean rank?"),
         ("train.max_seq_length", "train.max_seq_length is not a setting. Did you mean data.max_tokens?"),
         ("lora.learning_rte", "lora.learning_rte is not a setting. Did you mean train.learning_rate?"),
@@ -115,6 +129,13 @@ def test_a_misspelt_setting_is_not_missing_too() -> None:
     assert [sentence for _, sentence in explain(found.value.errors())] == [
         "modle is not a setting. Did you mean model?"
     ]
+
+
+def test_every_name_of_another_library_leads_to_a_setting() -> None:
+    tables = [Recipe, *(field.annotation for field in Recipe.model_fields.values())]
+    known = {name for table in tables for name in getattr(table, "model_fields", {})} | set(Columns.model_fields)
+    assert set(OTHER_NAMES.values()) <= known
+    assert not set(OTHER_NAMES) & known - {"model", "data"}
 
 
 def test_values_are_shown_on_one_line_and_short() -> None:
