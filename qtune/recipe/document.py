@@ -41,27 +41,62 @@ WORDS = {  # of other languages
 }
 
 
+MAX_BROKEN = 20  # lines that are read past; a file with more is no recipe with slips in it
+HEADER = re.compile(r"\s*\[+\s*([^\]\n#]*?)\s*\]*\s*(#.*)?")
+COMMA_DECIMAL = re.compile(r"([^=#]*=\s*[+-]?\d+),(\d+)\s*(?:#.*)?")
+NAME = re.compile(r"\s*([A-Za-z0-9_.-]+)")
+OVER_LINES = ("Unclosed", "Expected \"'", "Unterminated", "Cannot declare", "Cannot redefine", "Cannot mutate")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A line that is no TOML: what is wrong with it, and the setting that it was meant for, or the table it is in."""
+
+    line: int
+    sentence: str
+    key: Key
+
+
 @dataclass(frozen=True)
 class Document:
-    """What a TOML text says, and on which line each name of it stands."""
+    """What a TOML text says, on which line each name of it stands, and the lines that say nothing."""
 
     values: dict[str, Any]
     lines: dict[Key, int]
+    broken: tuple[Broken, ...] = ()
 
 
 def read(path: Path) -> Document:
-    """The TOML document at `path`. Raises RecipeError with the line of what cannot be read."""
+    """The TOML document at `path`, but for lines that are broken by themselves.
+
+    Raises RecipeError with the line of what cannot be read, and all broken lines before it, where the rest of the text
+    could mean something else without it.
+    """
     text = _decode(path, _read_bytes(path))
     if not text.strip():
         raise RecipeError([f"{path}: is empty. `qtune recipes copy medical NAME.toml` writes one to start from."])
-    try:
-        return Document(tomllib.loads(text), key_lines(text))
-    except tomllib.TOMLDecodeError as fault:
-        raise RecipeError([_syntax_fault(path, text, str(fault))]) from None
-    except RecursionError:
-        raise RecipeError([f"{path}: is no recipe: its lists or tables are nested too deeply."]) from None
-    except ValueError:  # the only other one that int() knows: more digits than Python reads
-        raise RecipeError([f"{path}: is no recipe: it holds a number of thousands of digits."]) from None
+    lines, broken = text.split("\n"), list[Broken]()
+    while True:
+        try:
+            values = tomllib.loads("\n".join(lines))
+            if broken and not values:  # another language from end to end
+                raise RecipeError([placed(path, broken[0].line, broken[0].sentence)])
+            return Document(values, key_lines("\n".join(lines)), tuple(broken))
+        except tomllib.TOMLDecodeError as fault:
+            number, sentence = _syntax_fault("\n".join(lines), str(fault))
+            broken.append(Broken(number, sentence, _key_at(lines, number)))
+            if len(broken) == MAX_BROKEN or not _stands_alone(str(fault), lines[number - 1] if number else ""):
+                raise RecipeError([placed(path, each.line, each.sentence) for each in broken]) from None
+            lines[number - 1] = ""
+        except RecursionError:
+            raise RecipeError([f"{path}: is no recipe: its lists or tables are nested too deeply."]) from None
+        except ValueError:  # the only other one that int() knows: more digits than Python reads
+            raise RecipeError([f"{path}: is no recipe: it holds a number of thousands of digits."]) from None
+
+
+def placed(path: Path | str, line: int, sentence: str) -> str:
+    """`my.toml:3: ...`, without the number where it is 0."""
+    return f"{path}:{line}: {sentence}" if line else f"{path}: {sentence}"
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -94,11 +129,24 @@ def _decode(path: Path, content: bytes) -> str:
         raise RecipeError([f"{path}:{line}: {what}. Save the file as UTF-8."]) from None
 
 
-def _syntax_fault(path: Path, text: str, message: str) -> str:
-    """tomllib's message, whose place is only in its words, as line and sentence with the line itself behind it."""
+def _stands_alone(message: str, line: str) -> bool:
+    """Whether all other lines mean the same without this one, of which tomllib says `message`."""
+    return bool(line.strip()) and not line.lstrip().startswith(("[", "{")) and not message.startswith(OVER_LINES)
+
+
+def _key_at(lines: list[str], number: int) -> Key:
+    """The setting that a line was meant for: its name, behind that of the last table above it."""
+    above = (HEADER.fullmatch(line) for line in reversed(lines[: max(number - 1, 0)]))
+    header = next((found[1] for found in above if found), "")
+    name = NAME.match(lines[number - 1]) if number else None
+    return tuple(part.strip() for part in f"{header}.{name[1] if name else ''}".split(".") if part.strip())
+
+
+def _syntax_fault(text: str, message: str) -> tuple[int, str]:
+    """tomllib's message, whose place is only in its words, as line (0 for none) and sentence with that line in it."""
     found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", message, re.DOTALL)
     if found is None:
-        return f"{path}: this is not TOML ({message})."
+        return 0, f"this is not TOML ({message})."
     lines = text.rstrip("\n").split("\n")
     number = min(int(found[2]), len(lines)) if found[2] else len(lines)
     until = "\n".join([*lines[: number - 1], lines[number - 1][: int(found[3]) - 1]]) if found[2] else text
@@ -106,7 +154,7 @@ def _syntax_fault(path: Path, text: str, message: str) -> str:
     shown = shown if shown.isprintable() else json.dumps(shown, ensure_ascii=False)
     is_open_list = not found[2] and text.rstrip().endswith((",", "["))
     what = _meaning("Unclosed array" if is_open_list else found[1], until, lines[number - 1])
-    return f"{path}:{number}: {what}." + (f" The line is: {shown}" if shown else "")
+    return number, f"{what}." + (f" The line is: {shown}" if shown else "")
 
 
 def _meaning(message: str, until: str, line: str) -> str:
@@ -116,6 +164,8 @@ def _meaning(message: str, until: str, line: str) -> str:
     if message.startswith(REPEATED) and (first := first_use(until)):
         name, where = first
         return f"{'.'.join(name)} is set on line {where} already, and can be set once"
+    if message.startswith("Expected newline") and (decimal := COMMA_DECIMAL.fullmatch(line)):
+        return f"a number has a point and no comma: {decimal[1].strip()}.{decimal[2]}"
     if message == "Invalid value":
         return _invalid_value(line)
     known = (words for start, words in SYNTAX.items() if message.startswith(start))

@@ -13,6 +13,7 @@ from pydantic_core import core_schema
 
 from qtune.errors import RecipeError
 from qtune.recipe import conflicts, document, paths
+from qtune.recipe.document import Broken, placed
 from qtune.recipe.faults import Fault, explain, field_of, unknown
 from qtune.recipe.lines import Key
 from qtune.recipe.schema import Demo, Recipe
@@ -47,16 +48,16 @@ class Origin:
         around = (self.lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in self.lines)
         return next(around, 0)
 
-    def sentences(self, faults: Sequence[Fault]) -> list[str]:
+    def sentences(self, faults: Sequence[Fault], broken: Sequence[Broken] = ()) -> list[str]:
         """Each fault behind its place: those of the file by line, then those of the command line."""
-        placed = []
+        told = [(0, each.line, placed(self.file, each.line, each.sentence)) for each in broken]
         for key, sentence in faults:
             number, line = self.override(key), self.line(key)
             if number is not None:
-                placed.append((1, number, f"--set {self.overrides[number].text}: {sentence}"))
+                told.append((1, number, f"--set {self.overrides[number].text}: {sentence}"))
             else:
-                placed.append((0, line, f"{self.file}:{line}: {sentence}" if line else f"{self.file}: {sentence}"))
-        return [text for _, _, text in sorted(placed, key=lambda place: place[:2])]
+                told.append((0, line, placed(self.file, line, sentence)))
+        return [text for _, _, text in sorted(told, key=lambda place: place[:2])]
 
 
 def load(path: Path, overrides: Sequence[str] = (), demo: bool = False, beside: Path | None = None) -> Recipe:
@@ -70,13 +71,12 @@ def load(path: Path, overrides: Sequence[str] = (), demo: bool = False, beside: 
     given, wrong = _parse_overrides(overrides)
     origin = Origin(str(path), found.lines, given)
     values = _put_all(paths.made_absolute(found.values, beside or path.resolve().parent), given)
-    recipe, faults = _validate(values)
-    faults += [*_faults_of_paths(values, origin, demo), *_idle(values, origin)]
-    faults += [*conflicts.same_rows(values), *conflicts.exclude_each_other(values), *conflicts.unpinned_code(values)]
-    if demo and "demo" not in values:
-        faults.append(((), "has no [demo] table for --demo to use. `qtune recipes show medical` shows one."))
-    if faults or wrong or recipe is None:
-        raise RecipeError([*origin.sentences(faults), *wrong])
+    recipe, faults = _validate(values, [each.key for each in found.broken])
+    faults += _faults_of_paths(values, origin, demo)
+    if not found.broken:  # else what a setting is held against may stand in a line that was not read
+        faults += _faults_together(values, origin, demo)
+    if faults or wrong or found.broken or recipe is None:
+        raise RecipeError([*origin.sentences(faults, found.broken), *wrong])
     if demo and recipe.demo is not None:
         recipe, faults = _validate(_put_all(_with_demo(values, recipe.demo), given))
         assert recipe is not None, f"a valid [demo] in a valid recipe: {faults}"
@@ -114,11 +114,11 @@ class _TomlSchema(GenerateJsonSchema):
         return {name: value for name, value in made.items() if name != "default" or value is not None}
 
 
-def _validate(values: Values) -> tuple[Recipe | None, list[Fault]]:
+def _validate(values: Values, unread: Sequence[Key] = ()) -> tuple[Recipe | None, list[Fault]]:
     try:
         return Recipe.model_validate(values), []
     except ValidationError as found:
-        return None, explain(found.errors(include_url=False))
+        return None, explain(found.errors(include_url=False), unread)
 
 
 def _parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -176,6 +176,16 @@ def _faults_of_paths(values: Values, origin: Origin, demo: bool) -> Iterator[Fau
         fault = paths.fault_of(source, conflicts.value_of(values, source))
         if fault:
             yield fault
+
+
+def _faults_together(values: Values, origin: Origin, demo: bool) -> Iterator[Fault]:
+    """What is wrong with settings beside one another."""
+    yield from _idle(values, origin)
+    yield from conflicts.same_rows(values)
+    yield from conflicts.exclude_each_other(values)
+    yield from conflicts.unpinned_code(values)
+    if demo and "demo" not in values:
+        yield (), "has no [demo] table for --demo to use. `qtune recipes show medical` shows one."
 
 
 def _idle(values: Values, origin: Origin) -> Iterator[Fault]:

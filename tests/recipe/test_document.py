@@ -1,20 +1,23 @@
 """What is no TOML is refused by line, in words for its writer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qtune.errors import RecipeError
 from qtune.recipe import document
+from qtune.recipe.lines import Key
 
 
 def fault(tmp_path: Path, content: str | bytes) -> str:
     path = tmp_path / "r.toml"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(RecipeError) as found:
-        document.read(path)
-    (sentence,) = found.value.faults
-    return sentence.removeprefix(f"{tmp_path}/")
+    try:
+        found = [document.placed(path, each.line, each.sentence) for each in document.read(path).broken]
+    except RecipeError as error:
+        found = list(error.faults)
+    return found[0].removeprefix(f"{tmp_path}/")
 
 
 @pytest.mark.parametrize(
@@ -42,6 +45,7 @@ def fault(tmp_path: Path, content: str | bytes) -> str:
         ("x = 1\n[model\n", "r.toml:2: the name of a table is not closed with ]"),
         ('{\n "name": "x"\n}\n', "r.toml:1: this looks like JSON"),
         ('base = "C:\\models"\n', "r.toml:1: a backslash is written"),
+        ("learning_rate = 0,01  # so\n", "r.toml:1: a number has a point and no comma: learning_rate = 0.01"),
         ("rank = 16,\n", "r.toml:1: something follows the value"),
         ("x = 1\n]\n", "r.toml:2: this is neither a [table] nor a setting"),
         ('base = "a\x01b"\n', "r.toml:1: this is not TOML (Illegal character"),
@@ -51,6 +55,42 @@ def fault(tmp_path: Path, content: str | bytes) -> str:
 )
 def test_a_syntax_fault_has_its_line_and_a_remedy(text: str, expected: str, tmp_path: Path) -> None:
     assert fault(tmp_path, text).startswith(expected)
+
+
+def broken(tmp_path: Path, text: str) -> tuple[list[tuple[int, Key]], dict[str, Any]]:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    found = document.read(path)
+    return [(each.line, each.key) for each in found.broken], found.values
+
+
+def test_a_line_that_is_broken_by_itself_is_read_past(tmp_path: Path) -> None:
+    """The first slip in the syntax ended the list of mistakes."""
+    text = 'name = "x"\n[train]\nlearning_rate = 0,01\nepochs = 2\n[ lora ] # c\nrank 16\nrank = 3\nrank = 4\n'
+    assert broken(tmp_path, text) == (
+        [(3, ("train", "learning_rate")), (6, ("lora", "rank")), (8, ("lora", "rank"))],
+        {"name": "x", "train": {"epochs": 2}, "lora": {"rank": 3}},
+    )
+    text = "[lora]\ntargets = [\n  q_proj,\n  'v_proj',\n]\nrank = 1\n"
+    assert broken(tmp_path, text) == ([(3, ("lora", "q_proj"))], {"lora": {"targets": ["v_proj"], "rank": 1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a = 0,1\n[model\nb = 2\nc = x\n", [1, 2]),  # b would move to another table
+        ("a = 0,1\n[x]\n[y]\n[x]\nb = x\n", [1, 4]),
+        ('a = 0,1\nb = """\nc = x\n', [1, 3]),
+        ('{\n"name": "x",\n"b": 2\n}\n', [1]),
+        ("name: x\nmodel:\n  base: y\n", [1]),  # another language from end to end is one fault
+    ],
+)
+def test_where_the_rest_could_mean_something_else_reading_ends(text: str, lines: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as found:
+        document.read(path)
+    assert [int(fault.removeprefix(f"{path}:").partition(":")[0]) for fault in found.value.faults] == lines
 
 
 def test_the_line_itself_is_shown_without_control_characters(tmp_path: Path) -> None:

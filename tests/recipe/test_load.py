@@ -115,6 +115,21 @@ def test_all_faults_are_told_at_once_each_with_its_line(folder: Path) -> None:
     ]
 
 
+def test_broken_lines_come_with_the_other_faults_and_are_not_missing(folder: Path) -> None:
+    text = (
+        'name = "x"\n[model]\nbase = Qwen/Qwen3-4B\nrevision = "main"\n[lora]\nrnak = 3\n[data]\ntrain = "rwos.jsonl"\n'
+        'held_out\nheld_out_split = "test"\n[train]\nlearning_rate = 0,01\nepochs = 0\n'
+    )
+    assert faults(folder, text) == [
+        'my.toml:3: text needs quotes: base = "Qwen/Qwen3-4B". The line is: base = Qwen/Qwen3-4B',
+        "my.toml:6: lora.rnak is not a setting. Did you mean rank?",
+        f"my.toml:8: data.train: there is no file rwos.jsonl in {folder}. Did you mean rows.jsonl?",
+        "my.toml:9: a setting is written name = value, and there is no = here. The line is: held_out",
+        "my.toml:12: a number has a point and no comma: learning_rate = 0.01. The line is: learning_rate = 0,01",
+        "my.toml:13: train.epochs must be more than 0, and is 0.",
+    ]
+
+
 def test_what_is_missing_stands_first_or_at_its_table(folder: Path) -> None:
     assert faults(folder, 'name = "x"\n[data]\nformat = "text"\n') == [
         'my.toml: model.base is missing. Put it in [model], such as base = "Qwen/Qwen3-4B-Instruct-2507".',
