@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtune import __version__
-from qtune.errors import QtuneError, UserError
+from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
 from qtune.units import GIB, parse_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qtune.rundir import RunDir
     from qtune.train.fit import Fitted
 
+PLACED_VERBS = ("run", "resume", "plan", "check", "data")  # those that read a recipe
 CARDS_GIB = (6, 8, 12, 16, 24, 48, 80)
 EXAMPLES = """\
 start here:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.act(options) or 0
     except QtuneError as fault:
-        print(fault, file=sys.stderr)
+        print(_placed(fault, options), file=sys.stderr)
         return fault.exit_code
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -67,6 +68,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
+
+
+def _placed(fault: QtuneError, options: argparse.Namespace) -> str:
+    """The message, behind the line of the recipe that it blames, where it blames one."""
+    if isinstance(fault, RecipeError) or not isinstance(fault, UserError) or options.verb not in PLACED_VERBS:
+        return str(fault)
+    from qtune.recipe import library, load
+
+    if options.verb == "resume":
+        return _placed_in_run(fault, options)
+    return load.blamed(str(fault), library.find(options.recipe), options.set, options.demo)
+
+
+def _placed_in_run(fault: UserError, options: argparse.Namespace) -> str:
+    from qtune.recipe import load
+    from qtune.resume import Invocation
+    from qtune.rundir import RunDir
+
+    run = RunDir(options.run)
+    if isinstance(fault, RunFolderError) or not run.invocation.is_file():
+        return str(fault)
+    began = Invocation.of_run(run)
+    return load.blamed(str(fault), run.recipe, [*began.overrides, *options.set], began.demo)
 
 
 def _our_fault(fault: Exception) -> int:
@@ -279,13 +303,13 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _load_recipe(options: argparse.Namespace) -> tuple["Recipe", Path]:
+def _load_recipe(options: argparse.Namespace, needs_weights: bool = True) -> tuple["Recipe", Path]:
     """The recipe of the command line, with its faults reported before any heavy import."""
     from qtune import logs
     from qtune.recipe import library, load
 
     path = library.find(options.recipe)
-    recipe = load.load(path, options.set, options.demo)
+    recipe = load.load(path, options.set, options.demo, needs_weights=needs_weights)
     logs.hold()
     _stay_offline_when_local(recipe)
     return recipe, path
@@ -381,7 +405,7 @@ def _told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool)
 
 
 def plan_recipe(options: argparse.Namespace) -> int:
-    recipe, _ = _load_recipe(options)
+    recipe, _ = _load_recipe(options, needs_weights=False)
     console = _console(options)
     from qtune import run as story
     from qtune.memory import device

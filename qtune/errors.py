@@ -14,6 +14,7 @@
         └── MachineError       no space, no network, no device for what was asked
 
 Messages are written for the person at the terminal: where (file and line, or key), what was found, what would work.
+One about a setting begins with its full name (`lora.targets: ...`), before which `cli` puts the recipe's file and line.
 """
 
 from collections.abc import Sequence

@@ -67,7 +67,7 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     Raises a UserError for anything that could not be trained on, or not be scored afterwards.
     """
     base.quiet_libraries()
-    config = base.read_config(recipe.model)
+    config = base.read_config_alone(recipe.model)
     tokenizer = load_tokenizer(recipe.model)
     prepared = _prepared(recipe, tokenizer, console)
     held_out = HeldOut.of(prepared, recipe, tokenizer)

@@ -133,6 +133,10 @@ BAD_INPUT = {
     "invalid utf-8": (write_bytes("rows.jsonl", GOOD.encode() + b'{"question": "\xff"}\n'), "rows.jsonl:2"),
     "excel named csv": (excel_named_csv, "Excel"),
     "wrong columns": (write_bytes("rows.jsonl", b'{"a": "x", "b": "y"}\n'), "data.columns"),
+    "a column that is not there": (
+        uses("rows.jsonl", data_extra='columns = { prompt = "ask" }'),
+        't.toml:7: rows.jsonl: data.columns.prompt = "ask": no row has such a column',
+    ),
     "empty messages": (write_bytes("rows.jsonl", b'{"messages": []}\n'), "rows.jsonl:1"),
     "a role that does not exist": (
         write_bytes("rows.jsonl", b'{"messages": [{"role": "bot", "content": "x"}]}\n'),
@@ -144,14 +148,18 @@ BAD_INPUT = {
     ),
     "all rows too long": (uses("rows.jsonl", data_extra="max_tokens = 8"), "max_tokens"),
     "no chat template": (no_chat_template, 'chat_template = "template.jinja"'),
-    "no causal model": (not_a_causal_model, "BertForMaskedLM"),
+    "no causal model": (not_a_causal_model, "t.toml:3: model.base: "),
+    "a base that is called otherwise": (
+        lambda f: (f / "t.toml").write_text(recipe_text("rows.jsonl").replace("base =", "base_model =")),
+        "t.toml:3: model.base_model is not a setting. Did you mean base?",
+    ),
     "a base that is not there": (uses("rows.jsonl", base="./nowhere"), "nowhere"),
     "a hub model without a network": (uses("rows.jsonl", base="some/model"), "--demo"),
     "a hub dataset without a network": (uses("some/dataset"), "some/dataset"),
     "no such recipe": (lambda folder: (folder / "t.toml").unlink(), "t.toml"),
     "a target that matches nothing": (
         uses("rows.jsonl", extra='[lora]\ntargets = ["q_prj"]'),
-        "Did you mean q_proj?",
+        "t.toml:16: lora.targets: no linear layer is named 'q_prj'. Did you mean q_proj?",
     ),
 }
 

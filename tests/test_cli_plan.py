@@ -118,7 +118,7 @@ def test_a_size_that_is_none(workplace: Path, capsys: pytest.CaptureFixture, arg
         (b"not json", "cannot be used"),
         (b"\xff\xfe\x00", "cannot be used"),
         (b"[1]", "cannot be used"),
-        (b"{}", "Should have a `model_type` key"),
+        (b"{}", "neither architectures nor model_type"),
     ],
 )
 def test_a_config_that_is_none(workplace: Path, capsys: pytest.CaptureFixture, content: bytes, words: str) -> None:
@@ -126,7 +126,7 @@ def test_a_config_that_is_none(workplace: Path, capsys: pytest.CaptureFixture, c
     path.unlink() if content is None else path.write_bytes(content)
     status, out, err = plan(capsys)
     assert (status, out) == (2, "")
-    assert err.startswith("model.base: ")
+    assert err.startswith("t.toml:3: model.base: ")
     assert words in err
     assert len(err.splitlines()) == 1
 
@@ -156,7 +156,7 @@ def test_a_config_that_contradicts_itself(
     write_config(**changes)
     status, out, err = plan(capsys, *CARD)
     assert (status, out) == (2, "")
-    assert err.startswith("model.base: ")
+    assert err.startswith("t.toml:3: model.base: ")
     assert words in err
     assert len(err.splitlines()) == 1
 

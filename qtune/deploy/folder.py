@@ -13,7 +13,8 @@ from typing import Any
 from qtune import sealed
 from qtune.deploy.shards import write_synced
 from qtune.errors import ModelError
-from qtune.model.weights import INDEX_NAME, refuse_link_outside
+from qtune.model.weights import refuse_link_outside
+from qtune.recipe.base_kind import INDEX_NAME
 from qtune.recipe.schema import Model
 
 CONFIG, GENERATION, TOKENIZER, TEMPLATE = (

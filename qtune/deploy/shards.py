@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from qtune.deploy.streamed import as_bytes, written_beside
 from qtune.errors import ModelError
-from qtune.model.weights import INDEX_NAME, SINGLE_NAME, read_index
+from qtune.recipe.base_kind import INDEX_NAME, SINGLE_NAME, read_index
 
 DTYPE_BY_CODE = {
     "F64": torch.float64,

@@ -27,6 +27,7 @@ from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.streaming import spread
 from qtune.memory.techniques import Techniques
 from qtune.model import files, weights
+from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
 
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
@@ -46,18 +47,15 @@ def base_folder(model: Model) -> Path:
     """
     if model.base == "demo":
         return files.DEMO_BASE
-    return _checked(files.local_folder(model) or files.whole(model))
+    return _checked(files.local_folder(model) or files.whole(model), model)
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, model: Model, needs_weights: bool = True) -> Path:
     """`folder`, if a causal language model in safetensors is in it."""
-    config = folder / "config.json"
     if not folder.is_dir():
         raise ModelError(f"model.base: there is no folder {folder}.")
-    if not config.is_file():
-        raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
-    if absent := [path.name for path in weights.weight_files(folder) if not path.is_file()]:
-        raise ModelError(f"model.base: {folder} lacks {', '.join(absent)}. Download the base again.")
+    if fault := base_kind.fault_of(folder, needs_weights, model.trust_remote_code):
+        raise ModelError(f"model.base: {fault}")
     return folder
 
 
@@ -69,9 +67,7 @@ def read_config(model: Model) -> PreTrainedConfig:
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
     folder = files.local_folder(model) or files.config_alone(model)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.base: {folder} holds no model, it has no config.json.")
-    return _config_in(folder, model)
+    return _config_in(_checked(folder, model, needs_weights=False), model)
 
 
 def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
@@ -90,12 +86,9 @@ def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
 
 def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bool) -> None:
     """Raises ModelError for a config.json whose model cannot be tuned here, by what it is."""
-    kinds = described.get("architectures") or [f"{described.get('model_type', 'nameless')} model"]
-    if not set(kinds) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) and not trust_remote_code:
-        raise ModelError(
-            f"model.base: {folder} is a {kinds[0]}, and qtune tunes causal language models such as LlamaForCausalLM,"
-            " Qwen3ForCausalLM or MistralForCausalLM."
-        )
+    causal = None if trust_remote_code else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if fault := base_kind.fault_of_config(described, causal):
+        raise ModelError(f"model.base: {folder} {fault}")
     absent = [name for name in SIZES if name not in described]
     if absent and described.get("model_type") in SAYS_ALL_SIZES:
         raise ModelError(
@@ -106,12 +99,6 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
         raise ModelError(
             f"model.base: {folder} caps its attention or gives it sinks, which packed attention cannot do. Bases such"
             " as Llama, Qwen and Mistral work."
-        )
-    if described.get("quantization_config"):
-        raise ModelError(
-            f"model.base: {folder} is quantised already"
-            f" ({described['quantization_config'].get('quant_method', 'unknown')}). Name the original model; qtune"
-            " quantises it while loading."
         )
 
 

@@ -1,6 +1,8 @@
 """TOML -> Recipe: every fault at once, each with its line and the nearest valid name. Never imports torch."""
 
 import json
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from qtune.errors import RecipeError
-from qtune.recipe import conflicts, document, paths
+from qtune.recipe import base_kind, conflicts, document, paths
 from qtune.recipe.document import Broken, placed
-from qtune.recipe.faults import Fault, explain, field_of, unknown
+from qtune.recipe.faults import Fault, dotted, explain, field_of, unknown
 from qtune.recipe.lines import Key
 from qtune.recipe.schema import Demo, Recipe
 
 Values = dict[str, Any]
+SETTING = re.compile(r"(?:\S+: )?([a-z_]+(?:\.[a-z_]+)+)\b")
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,26 @@ class Origin:
         return [text for _, _, text in sorted(told, key=lambda place: place[:2])]
 
 
-def load(path: Path, overrides: Sequence[str] = (), demo: bool = False, beside: Path | None = None) -> Recipe:
+def load(
+    path: Path,
+    overrides: Sequence[str] = (),
+    demo: bool = False,
+    beside: Path | None = None,
+    needs_weights: bool = True,
+) -> Recipe:
     """The recipe at `path`, changed by `overrides` (texts such as `train.epochs=2`) and by its [demo] if that is asked.
 
     An override beats [demo], which beats the rest of the file. Names of files come back absolute: they are relative to
-    the recipe, or to the folder `beside` which it came from, in an override to the current folder. Raises RecipeError
-    with every fault that is found.
+    the recipe, or to the folder `beside` which it came from, in an override to the current folder. Without
+    `needs_weights` a folder that holds the base's config.json alone will do. Raises RecipeError with every fault that
+    is found.
     """
     found = document.read(path)
     given, wrong = _parse_overrides(overrides)
     origin = Origin(str(path), found.lines, given)
     values = _put_all(paths.made_absolute(found.values, beside or path.resolve().parent), given)
     recipe, faults = _validate(values, [each.key for each in found.broken])
-    faults += _faults_of_paths(values, origin, demo)
+    faults += _faults_of_paths(values, origin, demo, needs_weights)
     if not found.broken:  # else what a setting is held against may stand in a line that was not read
         faults += _faults_together(values, origin, demo)
     if faults or wrong or found.broken or recipe is None:
@@ -81,6 +91,28 @@ def load(path: Path, overrides: Sequence[str] = (), demo: bool = False, beside: 
         recipe, faults = _validate(_put_all(_with_demo(values, recipe.demo), given))
         assert recipe is not None, f"a valid [demo] in a valid recipe: {faults}"
     return recipe
+
+
+def blamed(message: str, path: Path, overrides: Sequence[str], demo: bool) -> str:
+    """`message` with the place of each setting of the recipe at `path` that a line of it begins with, or names behind a
+    file of rows: `my.toml:9: lora.targets: ...`. What `load` could not know yet is then told as its own faults are."""
+    try:
+        lines = document.read(path).lines
+    except RecipeError:
+        return message
+    origin = Origin(str(path), lines, _parse_overrides(overrides)[0])
+    return "\n".join(_blamed(line, origin, demo) for line in message.split("\n"))
+
+
+def _blamed(line: str, origin: Origin, demo: bool) -> str:
+    named = SETTING.match(line)
+    key = tuple(named[1].split(".")) if named else ()
+    if not key or field_of(key) is None:
+        return line
+    replaced = ("demo", *key)
+    if demo and origin.override(key) is None and field_of(replaced) is not None:
+        key = replaced
+    return origin.sentences([(key, line)])[0]
 
 
 def given_anywhere(overrides: Sequence[str]) -> list[str]:
@@ -168,12 +200,18 @@ def _with_demo(values: Values, demo: Demo) -> Values:
     return {**values, **{table: {**values.get(table, {}), **fields} for table, fields in replaced.items()}}
 
 
-def _faults_of_paths(values: Values, origin: Origin, demo: bool) -> Iterator[Fault]:
+def _faults_of_paths(values: Values, origin: Origin, demo: bool, needs_weights: bool) -> Iterator[Fault]:
     """Of the names that this run will use: with --demo, those of [demo] unless an override says otherwise."""
+    runs_code = conflicts.value_of(values, conflicts.TRUST_REMOTE_CODE) is True
     for key in (paths.MODELS[0], paths.TEMPLATE, *paths.DATA[:2]):
         replaced = demo and key != paths.TEMPLATE and origin.override(key) is None
         source = ("demo", *key) if replaced else key
-        fault = paths.fault_of(source, conflicts.value_of(values, source))
+        value = conflicts.value_of(values, source)
+        if key == paths.MODELS[0] and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):
+            found = base_kind.fault_of(Path(value), needs_weights, runs_code)
+            fault = (source, f"{dotted(source)}: {found}") if found else None
+        else:
+            fault = paths.fault_of(source, value)
         if fault:
             yield fault
 

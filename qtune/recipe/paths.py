@@ -20,6 +20,7 @@ DATA: tuple[Key, ...] = (
 GENERAL: Key = ("evaluate", "general")
 GENERAL_WORDS = ("builtin", "none")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+FILES_OF_MODELS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # no folder, and no name on the hub either
 PATH_STARTS = ("./", "../", "/", "~")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -64,7 +65,7 @@ def _is_path(key: Key, value: str, folder: Path) -> bool:
     looks = value in (".", "..") or value.startswith(PATH_STARTS)
     if key in DATA:
         return looks or value.lower().endswith(DATA_SUFFIXES) or os.path.exists(folder / value)
-    return looks or os.path.isdir(folder / value)
+    return looks or value.lower().endswith(FILES_OF_MODELS) or os.path.isdir(folder / value)
 
 
 def _what_is_there(path: Path, kind: str) -> str:

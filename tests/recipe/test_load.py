@@ -10,7 +10,7 @@ import pytest
 
 from qtune.errors import RecipeError
 from qtune.recipe import library
-from qtune.recipe.load import json_schema, load
+from qtune.recipe.load import blamed, json_schema, load
 from qtune.recipe.schema import Recipe
 
 GOOD = """\
@@ -135,6 +135,27 @@ def test_what_is_missing_stands_first_or_at_its_table(folder: Path) -> None:
         'my.toml: model.base is missing. Put it in [model], such as base = "Qwen/Qwen3-4B-Instruct-2507".',
         'my.toml:2: data.train is missing. Put it in [data], such as train = "data/train.jsonl".',
     ]
+
+
+def test_what_is_found_later_is_placed_as_the_faults_are(folder: Path) -> None:
+    """A target that no layer has, or a column, was named without file and line."""
+    read(folder, GOOD)
+    path = folder / "my.toml"
+
+    def told(message: str, overrides: Sequence[str] = (), demo: bool = False) -> str:
+        return blamed(message, path, overrides, demo).replace(f"{folder}/", "")
+
+    assert told("lora.targets: no x.\nlora.targets: no y.\nElse.") == (
+        "my.toml:9: lora.targets: no x.\nmy.toml:9: lora.targets: no y.\nElse."
+    )
+    assert told('rows.jsonl: data.columns.prompt = "q"') == 'my.toml:13: rows.jsonl: data.columns.prompt = "q"'
+    assert told("lora.alpha = 3") == "my.toml:7: lora.alpha = 3"
+    assert told("report.to: x") == "my.toml: report.to: x"
+    assert told("lora.rank: x", ["lora.rank=3"]) == "--set lora.rank=3: lora.rank: x"
+    assert told("data.train: x", demo=True) == "my.toml:26: data.train: x"
+    assert told("data.train: x", ["data.train=a.csv"], demo=True) == "--set data.train=a.csv: data.train: x"
+    for other in ("x.y: z", "rows.jsonl:3: is bad; data.columns.prompt", "", "e.g. a"):
+        assert told(other) == other
 
 
 class TestOverrides:

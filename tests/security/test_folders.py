@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import ModelError, RunFolderError
-from qtune.model.weights import INDEX_NAME, refuse_link_outside, weight_files
+from qtune.model.weights import refuse_link_outside
+from qtune.recipe.base_kind import INDEX_NAME, fault_of, weight_files
 from qtune.rundir import RunDir
 
 
 def test_a_folder_of_pickles_says_what_would_work(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin is a pickle.*`save_pretrained` it, which writes safeten"):
-        weight_files(tmp_path)
+    told = "pytorch_model.bin is a pickle"
+    assert told in str(fault_of(tmp_path))
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert told in str(fault_of(tmp_path))
+    assert "`save_pretrained` it, which writes safetensors" in str(fault_of(tmp_path, needs_weights=False))
 
 
 @pytest.mark.parametrize(
@@ -36,8 +40,7 @@ def test_a_base_that_is_an_adapter_is_refused(tmp_path: Path) -> None:
     """transformers would load the base that the adapter names, wherever that is."""
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match="is an adapter"):
-        weight_files(tmp_path)
+    assert "is an adapter" in str(fault_of(tmp_path))
 
 
 def test_links_of_the_hubs_cache_are_followed_and_others_are_not(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ TRUSTED = "trust_remote_code = true"
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "own"}')
+    (tmp_path / "base" / "model.safetensors").touch()
     return tmp_path / "t.toml"
 
 

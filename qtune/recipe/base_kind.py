@@ -1,0 +1,260 @@
+"""What lies where a recipe's base should be: told from names and JSON, before anything heavy is imported or read.
+
+Nothing here loads torch or transformers, so that what cannot be tuned is refused with the recipe's other mistakes.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qtune.errors import ModelError
+from qtune.recipe import gguf_header
+
+INDEX_NAME, SINGLE_NAME, ADAPTER_CONFIG = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
+CONFIG, LOCK, INVOCATION = "config.json", "lock.json", "invocation.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+OTHER_FORMS = {  # weights that neither transformers nor qtune reads, by the files they are in
+    "*.npz": "weights for MLX",
+    "*.onnx": "a model in ONNX",
+    "onnx/*.onnx": "a model in ONNX",
+    "tf_model.h5": "TensorFlow weights",
+    "*.msgpack": "Flax weights",
+    "model_index.json": "a pipeline that makes images",
+    "params.json": "weights as Meta and Mistral publish them beside those for transformers",
+    "consolidated*": "weights as Meta and Mistral publish them beside those for transformers",
+}
+HUB_PAGE = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/?")
+LFS_POINTER = b"version https://git-lfs"
+LEAST_WEIGHTS = 1024  # bytes; a Git LFS pointer has about 130, and a header of safetensors alone is longer
+SENSES = ("vision_config", "audio_config", "vision_tower", "speech_config", "image_token_id", "image_token_index")
+UNQUANTISED = "Name the original model; qtune quantises it while loading."
+TUNABLE = "causal language models such as LlamaForCausalLM, Qwen3ForCausalLM or MistralForCausalLM"
+
+
+def fault_of(path: Path, needs_weights: bool = True, trust_remote_code: bool = False) -> str | None:
+    """Why what lies at `path` cannot be tuned, and what would work; None for a base, as far as names and JSON tell.
+
+    Without `needs_weights` a folder with nothing but a config.json is enough.
+    """
+    try:
+        if not path.is_dir():
+            return _file(path)
+        for judge in (_run, _adapter, _gguf):
+            if fault := judge(path):
+                return fault
+        if not (path / CONFIG).is_file():
+            return _without_config(path)
+        return _config(path, trust_remote_code) or _weights(path, needs_weights)
+    except OSError as fault:
+        return f"{path} cannot be read ({fault.strerror})."
+
+
+def _file(path: Path) -> str:
+    if path.suffix.lower() == ".gguf":
+        return _says_gguf(path, f"{path} is a GGUF file")
+    if path.suffix.lower() in (".safetensors", ".json"):
+        return f"{path} is one file of a model. Name the folder that it is in: {path.parent}."
+    if any(path.match(pattern) for pattern in PICKLES):
+        return f"{path} is a file, and a folder is needed.{_pickled(path.name)}"
+    return f"{path} is a file, and a folder is needed."
+
+
+def _run(folder: Path) -> str | None:
+    if not ((folder / LOCK).is_file() or (folder / INVOCATION).is_file()):
+        return None
+    base = _json(folder / LOCK).get("base")
+    on = f" on {base['name']}" if isinstance(base, dict) and "name" in base else ""
+    return (
+        f"{folder} is a run of qtune{on}, and no model. `qtune resume {shlex.quote(str(folder))}` goes on with it."
+        f" {_merged(folder)}"
+    )
+
+
+def _merged(run: Path) -> str:
+    return (
+        f"To train on top of it, merge it (`qtune merge {shlex.quote(str(run))} --output merged`) and name the result:"
+        ' base = "./merged".'
+    )
+
+
+def _adapter(folder: Path) -> str | None:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return None
+    base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    what = f"{folder} is an adapter{f' for {base}' if isinstance(base, str) and base else ''}, and no model"
+    if (folder.parent / LOCK).is_file():
+        return f"{what}. {_merged(folder.parent)}"
+    return (
+        f"{what}. Name the model it was trained on. To train on top of it, merge the two with peft (merge_and_unload,"
+        " then save_pretrained) and name the result."
+    )
+
+
+def _gguf(folder: Path) -> str | None:
+    files = _named(folder, "*.gguf")
+    if not files or _named(folder, "*.safetensors"):
+        return None
+    return _says_gguf(files[0], f"{folder} holds {files[0].name}, a GGUF file")
+
+
+def _says_gguf(path: Path, what: str) -> str:
+    says = gguf_header.texts(path)
+    names = [says[key] for key in ("general.name", "general.organization") if says.get(key)]
+    keys = ("general.source.repo_url", "general.source.url", "general.base_model.0.repo_url")
+    source = next((says[key] for key in keys if says.get(key)), "")
+    page = HUB_PAGE.fullmatch(source)
+    told = f" It calls itself {' of '.join(names)}." if names else ""
+    told += f" It says that it comes from {page[1] if page else source}." if source else ""
+    return f"{what}, which can be run and not tuned. Name the model it was made from, in safetensors.{told}"
+
+
+def _without_config(folder: Path) -> str:
+    what = f"{folder} holds no model, it has no {CONFIG}"
+    if not any(folder.iterdir()):
+        return f"{what}: it is empty. `hf download OWNER/NAME --local-dir {shlex.quote(str(folder))}` fills it."
+    if inside := _models_in(folder):
+        return f"{what}; {inside[0]} does. Write base = {json.dumps(str(inside[0]), ensure_ascii=False)}."
+    form = next((words for pattern, words in OTHER_FORMS.items() if _named(folder, pattern)), None)
+    if form:
+        return f"{folder} holds {form}, and qtune tunes safetensors with a {CONFIG}. Name the model it was made from."
+    if pickles := _pickles(folder):
+        return f"{what}.{_pickled(pickles[0].name)}"
+    if weights := _named(folder, "*.safetensors"):
+        return f"{folder} holds {weights[0].name} and no {CONFIG}. Put the one that came with the weights beside it."
+    if tokenizers := [name for name in TOKENIZERS if (folder / name).is_file()]:
+        return (
+            f"{folder} holds a tokenizer ({tokenizers[0]}) and no model, it has no {CONFIG}. Download the whole model."
+        )
+    return f"{what}."
+
+
+def _models_in(folder: Path) -> list[Path]:
+    """Folders of models a step or, in the hub's cache, two below; the newest first."""
+    configs = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"snapshots/*/{CONFIG}")]
+    return [path.parent for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def _config(folder: Path, trust_remote_code: bool) -> str | None:
+    path = folder / CONFIG
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as wrong:
+        return f"{path} cannot be used ({wrong})."
+    if not isinstance(described, dict):
+        return f"{path} cannot be used (it holds no JSON object)."
+    fault = fault_of_config(described, None if trust_remote_code else causal_classes())
+    return f"{folder} {fault}" if fault else None
+
+
+def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None) -> str | None:
+    """What the model of a config.json is that cannot be tuned, as a clause; `causal` are the classes that can be, none
+    of which is asked for where it is None."""
+    if not described.get("architectures") and not described.get("model_type"):
+        return f"has a {CONFIG} with neither architectures nor model_type, and is no model that transformers knows."
+    kinds = described.get("architectures") or [f"{described['model_type']} model"]
+    if causal and isinstance(kinds, list) and not set(map(str, kinds)) & set(causal):
+        senses = [name for name in SENSES if name in described]
+        reads = f", which reads more than text ({senses[0]})" if senses else ""
+        return f"is a {kinds[0]}{reads}, and qtune tunes {TUNABLE}."
+    if isinstance(found := described.get("quantization_config"), dict) and found:
+        return f"is quantised already ({found.get('quant_method', 'unknown')}). {UNQUANTISED}"
+    if isinstance(found := described.get("quantization"), dict) and "bits" in found:
+        return f"is quantised already (for MLX). {UNQUANTISED}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def causal_classes() -> tuple[str, ...]:
+    """The classes that AutoModelForCausalLM makes, read from the source of transformers, whose import takes seconds.
+
+    None where that is not as it was; `model.base` asks transformers itself, later.
+    """
+    package = find_spec("transformers")
+    if package is None or package.origin is None:
+        return ()
+    try:
+        source = (Path(package.origin).parent / "models/auto/modeling_auto.py").read_text(encoding="utf-8")
+    except OSError:
+        return ()
+    table = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", source, re.DOTALL | re.MULTILINE)
+    return tuple(re.findall(r'\(\s*"[^"]+",\s*"(\w+)"', table[0])) if table else ()
+
+
+def _weights(folder: Path, needs_weights: bool) -> str | None:
+    """What is wrong with the weights beside a config.json."""
+    if not (folder / SINGLE_NAME).is_file() and not (folder / INDEX_NAME).is_file():
+        pickles = _pickles(folder)
+        if not needs_weights and not pickles:
+            return None
+        instead = _pickled(pickles[0].name) if pickles else " Download the base again."
+        return f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.{instead}"
+    try:
+        files = weight_files(folder)
+    except ModelError as fault:
+        return str(fault)
+    if absent := [path.name for path in files if not path.is_file()]:
+        return f"{folder} lacks {', '.join(absent)}. Download the base again." if needs_weights else None
+    pointer = next((path for path in files if _is_pointer(path)), None)
+    return (
+        f"{pointer} is a pointer of Git LFS and no weights. `git lfs pull` in {folder} gets them." if pointer else None
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, there or not. Raises ModelError for an index that names something else."""
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    index = read_index(folder / INDEX_NAME)
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """A shard index, whose `weight_map` names safetensors files beside it; raises ModelError for any other."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = set(index["weight_map"].values())
+        if not all(isinstance(name, str) for name in names) or not isinstance(index.get("metadata", {}), dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ModelError(f"{path}: is no shard index, it has no weight_map from tensors to files.") from None
+    if outside := sorted(name for name in names if Path(name).name != name or "\0" in name):
+        raise ModelError(f"{path}: names files outside its folder ({', '.join(map(ascii, outside))}).")
+    if other := sorted(name for name in names if not name.endswith(".safetensors")):
+        raise ModelError(f"{path}: names files that are not .safetensors ({', '.join(map(ascii, other))}).")
+    return index
+
+
+def _is_pointer(path: Path) -> bool:
+    if path.stat().st_size > LEAST_WEIGHTS:
+        return False
+    return path.read_bytes().startswith(LFS_POINTER)
+
+
+def _pickles(folder: Path) -> list[Path]:
+    return sorted(path for pattern in PICKLES for path in _named(folder, pattern))
+
+
+def _pickled(name: str) -> str:
+    return (
+        f" {name} is a pickle, which can run code when it is opened, and is not read. Convert it where you trust it:"
+        " load the model with transformers and `save_pretrained` it, which writes safetensors."
+    )
+
+
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
