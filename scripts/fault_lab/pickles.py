@@ -14,12 +14,8 @@ import torch
 from fault_lab import stage
 from qtune.errors import QtuneError
 from qtune.model import adapter, base
-<<<<<<< HEAD
 from qtune.model.tokenizer import load_tokenizer
-from qtune.model.weights import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
-=======
 from qtune.recipe.base_kind import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
->>>>>>> 416c1bf (recipe: what lies where the base should be is recognised from names and JSON, before anything is imported; errors that come later are placed by file and line)
 from qtune.recipe.schema import Lora, Model
 from qtune.train import checkpoint, saving
 
