@@ -7,15 +7,17 @@ be finished, 130 and 143 after Ctrl-C and SIGTERM.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from qtune import __version__
+from qtune import __version__, early
 from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
 from qtune.units import GIB, parse_bytes
 
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        early.refuse(options)
         return options.act(options) or 0
     except QtuneError as fault:
         print(_placed(fault, options), file=sys.stderr)
@@ -104,7 +107,7 @@ def _our_fault(fault: Exception) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line, as argparse sees it; shell completion is made from it."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qtune",
         description="QLoRA fine-tuning on one consumer GPU.",
         epilog=EXAMPLES,
@@ -130,7 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _verb(verbs, "plan", plan_recipe, "will it fit, how, and what it costs; nothing is downloaded or trained")
     _recipe_arguments(plan)
-    plan.add_argument("--device-memory", type=_size, metavar="SIZE", help="plan for a card with this much, as 8GiB")
+    plan.add_argument(
+        "--device-memory", type=_card, metavar="SIZE", help='plan for a card with this much, as 8GiB or "RTX 4090"'
+    )
     plan.add_argument("--host-memory", type=_size, metavar="SIZE", help="and a host with this much")
     plan.add_argument("--longest", action="store_true", help="the longest context that fits, by card size")
 
@@ -150,12 +155,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = _verb(verbs, "chat", chat_with_run, "talk to a finished run", as_json=False)
     _run_argument(chat)
+    _base_argument(chat)
     chat.add_argument("--compare", action="store_true", help="answer with base and tuned, side by side")
     chat.add_argument("--prompt", metavar="TEXT", help="ask this one thing and exit")
     chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
 
     evaluation = _verb(verbs, "eval", evaluate_run, "score a finished run again, or on public benchmarks")
     _run_argument(evaluation)
+    _base_argument(evaluation)
     evaluation.add_argument("--rows", type=_positive, metavar="N", help="held-out rows to answer and score (all)")
     evaluation.add_argument(
         "--samples", type=_natural, metavar="N", help="answers to show; default evaluate.samples of the recipe"
@@ -177,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     merge = _verb(verbs, "merge", merge_run, "fold the adapter into its base: a plain Hugging Face folder")
     _run_argument(merge)
+    _base_argument(merge)
     merge.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="new folder for the merged model")
     merge.add_argument(
         "--onto",
@@ -190,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = _verb(verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, proven")
     _run_argument(export)
+    _base_argument(export)
     export.add_argument(
         "--to",
         choices=("gguf", "ollama", "adapter-gguf"),
@@ -229,6 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = _verb(verbs, "doctor", examine, "what this machine has, or which servers can take a run")
     doctor.add_argument("--run", type=Path, metavar="RUN", help="a run folder: who can serve it, and why others cannot")
+    _base_argument(doctor)
     _verb(verbs, "schema", print_schema, "JSON schema of a recipe, for editors", as_json=False)
     completion = _verb(verbs, "completion", print_completion, "shell completion script", as_json=False)
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="source what this prints")
@@ -267,6 +277,10 @@ def _run_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", type=Path, help="run folder")
 
 
+def _base_argument(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--base", type=Path, metavar="FOLDER", help="where the run's base is now, if it was moved")
+
+
 def _set_argument(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--set",
@@ -277,10 +291,45 @@ def _set_argument(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Every option of a parser and its verbs."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                yield from _options_of(verb)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in a sentence of its own, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        known = list(_options_of(self))
+        wrong = re.search(r"unrecognized arguments: (--?[\w-]+)", message)
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            wrong, known = choice, re.findall(r"'([^']+)'", choice[2])
+        near = get_close_matches(wrong[1], known, n=1) if wrong else []
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"{self.prog}: {message.rstrip('.?')}{'?' if message.endswith('?') else '.'}{hint}", file=sys.stderr)
+        print(f"`{self.prog} --help` says what it takes.", file=sys.stderr)
+        raise SystemExit(UserError.exit_code)
+
+
+def _card(text: str) -> int:
+    """Bytes of a size, or of a card by its name."""
+    from qtune.memory import cards
+
+    try:
+        return cards.memory_of(text)
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from None
+
+
 def _size(text: str) -> int:
     size = parse_bytes(text)
     if size is None:
-        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB, and is {text}")
+        hint = f". Did you mean {text.strip()}GiB?" if text.strip().isdigit() else ""
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB, and is {text}{hint}")
     return size
 
 
@@ -331,13 +380,14 @@ def _stay_offline_with(*sources: str | None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def _open_to_use(path: Path, *more: str | None) -> "RunDir":
+def _open_to_use(path: Path, base: Path | None, *more: str | None) -> "RunDir":
     """A run to answer, merge or export with; its libraries ask no network where its base, and what else is needed, is
     on this machine."""
     from qtune import logs
     from qtune.rundir import RunDir
 
-    run = RunDir.open(path)
+    run = RunDir.open(path, base)
+    early.refuse_unusable(run)
     logs.hold()
     _stay_offline_with(run.read_lock()["model"]["base"], *more)
     return run
@@ -525,7 +575,7 @@ def copy_recipe(options: argparse.Namespace) -> int:
 
 
 def chat_with_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run)
+    run = _open_to_use(options.run, options.base)
     console = _console(options)
     from qtune.deploy.chat import Chat, converse
 
@@ -537,7 +587,7 @@ def chat_with_run(options: argparse.Namespace) -> int:
 
 def evaluate_run(options: argparse.Namespace) -> int:
     _refuse_idle_of_eval(options)
-    run = _open_to_use(options.run, *(options.tasks or ()))
+    run = _open_to_use(options.run, options.base, *(options.tasks or ()))
     console = _console(options)
     from qtune import evaluation
     from qtune.model import base
@@ -574,7 +624,7 @@ def _refuse_idle_of_eval(options: argparse.Namespace) -> None:
 
 
 def merge_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run)
+    run = _open_to_use(options.run, options.base)
     console = _console(options)
     from qtune import delivery
 
@@ -585,7 +635,7 @@ def merge_run(options: argparse.Namespace) -> int:
 
 
 def export_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run)
+    run = _open_to_use(options.run, options.base)
     console = _console(options)
     from qtune import delivery
 
@@ -686,7 +736,12 @@ def examine(options: argparse.Namespace) -> int:
 
 
 def _examine_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run)
+    from qtune import logs
+    from qtune.rundir import RunDir
+
+    run = RunDir.open(options.run, options.base)
+    logs.hold()
+    _stay_offline_with(run.read_lock()["model"]["base"])
     from qtune.deploy import servers
     from qtune.model import base
 

@@ -76,3 +76,8 @@ class RunFolderError(UserError):
 
 class MachineError(UserError):
     """The machine lacks what was asked for: disk, memory, network, device."""
+
+
+def how_to_install(extra: str) -> str:
+    """How to get what `extra` of pyproject.toml names: from qtune's own source, as no package index has it."""
+    return f"pip install '.[{extra}]', in the folder that qtune was cloned into"

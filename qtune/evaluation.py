@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.data.prepare import prepare
-from qtune.deploy.gguf_score import refuse_without_llama_cpp, score_file
+from qtune.deploy.gguf_score import score_file
 from qtune.deploy.opened import Opened
 from qtune.errors import DataError, MachineError, UserError
 from qtune.evaluate.benchmarks import Benchmarks
@@ -63,7 +63,6 @@ def on_held_out_rows(
     `rows` are answered and scored, all of them by default; the loss is over all. Raises UserError for a run without
     held-out rows, DataError where the rows are no longer those of the run.
     """
-    _refuse_unready(merged)
     lock, recipe = run.read_lock(), recipe_then(run)
     held_out, tokenizer = _held_out(run, recipe, lock, console)
     changes = {"rows": rows or MAX_COUNT, "samples": recipe.evaluate.samples if samples is None else samples}
@@ -84,16 +83,6 @@ def on_held_out_rows(
     return found
 
 
-def _refuse_unready(merged: Sequence[Path]) -> None:
-    """Before minutes are spent on base and tuned: UserError for a model that is not there, MachineError for a GGUF file
-    without llama-cpp-python."""
-    for path in merged:
-        if not path.exists():
-            raise UserError(f"--merged {path}: there is no such folder or file.")
-        if path.suffix == GGUF_SUFFIX:
-            refuse_without_llama_cpp(path)
-
-
 def _both(run: RunDir, ask: Callable[[str, Opened], T]) -> tuple[T, T]:
     """What base and tuned say; their model is let go of on return, as the next one needs its room."""
     opened = Opened.of(run)
@@ -106,7 +95,6 @@ def on_benchmarks(
     run: RunDir, names: Sequence[str], folder: Path | None, limit: int | None, merged: Sequence[Path], console: Console
 ) -> dict[str, Any]:
     """Base, tuned and the `merged` folders on tasks of lm-eval; kept in the run folder."""
-    _refuse_unready(merged)
     console.print(f"getting the data of {', '.join(names)}", style="dim", markup=False)
     benchmarks = Benchmarks.open(names, folder)
 

@@ -197,11 +197,11 @@ def _load(
     """The base with a fresh adapter, and the memory techniques of the plan switched on."""
     recipe, plan = ready.recipe, ready.plan
     listen(Notice(f"loading {recipe.model.base}"))
+    check_disk(folder.path, plan.disk_bytes)
     loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
     if point is None:
         write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
     model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
-    check_disk(folder.path, plan.disk_bytes)
     listen(ledger.measure("load", 0, model))
     engine = Engine(model)
     engine.switch_to(plan.techniques)

@@ -33,6 +33,7 @@ from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, 
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 HELD = ".held"  # locked by the process that is at work in a folder
+RUNS = Path("runs")  # where a run goes that is given no --output
 LOCKED = {  # what every lock holds, and as what; some hold more
     "base": dict,
     "model": dict,
@@ -49,15 +50,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run folder at `path`; `create` makes one, `open` reads one that is there."""
+    """A run folder at `path`; `create` makes one, `open` reads one that is there.
+
+    `base` is where the base is now, if that is not where the lock has it; whoever reads the lock finds it there.
+    """
 
     path: Path
+    base: Path | None = None
 
     @classmethod
     def create(cls, path: Path, recipe_text: str, invocation: dict[str, Any]) -> "RunDir":
         """Make a new folder with the recipe, and how it was given, in it; one that holds anything is refused."""
-        if is_used(path):
-            raise RunFolderError(f"{path}: is not empty, and runs are never mixed. Name another --output.")
+        refuse_used(path)
         try:
             with sealed.filled_in_place(path) as stage:
                 cls(stage).recipe.write_text(recipe_text, encoding="utf-8")
@@ -67,11 +71,11 @@ class RunDir:
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> "RunDir":
-        """The run at `path`; says what is missing when it is no run folder."""
+    def open(cls, path: Path, base: Path | None = None) -> "RunDir":
+        """The run at `path`, whose base may be elsewhere now; says what is missing when it is no run folder."""
         if not path.is_dir():
             raise RunFolderError(f"{path}: there is no such run folder.{_runs_here()}")
-        run = cls(path)
+        run = cls(path, base.absolute() if base else None)
         if not run.lock.is_file():
             raise RunFolderError(f"{path}: is no run folder, it has no {run.lock.name}.{_runs_here()}")
         _refuse_links(path)
@@ -134,9 +138,18 @@ class RunDir:
         """
         values = read_json(path)
         try:
-            return make(values)
+            return make(self.with_base(values) if path == self.lock else values)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise self.not_as_written(path) from None
+
+    def with_base(self, lock: dict[str, Any]) -> dict[str, Any]:
+        """A lock with the base in the folder where it is now."""
+        if self.base is None:
+            return lock
+        place = str(self.base)
+        model, recipe, base = lock["model"], lock["recipe"], lock["base"]
+        moved = {"model": {**model, "base": place}, "base": {**base, "folder": place}}
+        return {**lock, **moved, "recipe": {**recipe, "model": {**recipe["model"], "base": place}}}
 
     def read_lock(self) -> dict[str, Any]:
         """What the run stood on when it began, by the names in LOCKED. Raises RunFolderError as `read_as` does."""
@@ -296,6 +309,16 @@ def _refuse_links(folder: Path) -> None:
         raise RunFolderError(f"{link}: is a link, and a run folder holds none. Put what it leads to in its place.")
 
 
+def refuse_used(path: Path) -> None:
+    """Raises RunFolderError for a new folder where something is already, or where none can be made."""
+    if is_used(path):
+        raise RunFolderError(f"{path}: exists already and is not empty. Name another --output, or remove it.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "nothing may be written there" if above.is_dir() else "that is a file"
+        raise RunFolderError(f"{path}: cannot be made in {above}: {why}. Name another --output.")
+
+
 def is_used(path: Path) -> bool:
     """Whether something is there that writing a new folder would mix with: a file, or a folder that is not empty."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -327,7 +350,7 @@ def reading(*runs: RunDir) -> Iterator[None]:
 
 def default_path(name: str, now: datetime) -> Path:
     """`runs/medical-20261124-081500`, under the current folder."""
-    return Path("runs") / f"{name}-{now:%Y%m%d-%H%M%S}"
+    return RUNS / f"{name}-{now:%Y%m%d-%H%M%S}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -372,5 +395,5 @@ def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 def _runs_here() -> str:
     """` Runs here: a, b.` for a message about a folder that is not one."""
-    folders = sorted((p.parent for p in Path("runs").glob("*/lock.json")), key=lambda p: p.stat().st_mtime)
+    folders = sorted((p.parent for p in RUNS.glob("*/lock.json")), key=lambda p: p.stat().st_mtime)
     return f" Runs here: {', '.join(str(p) for p in folders[-5:])}." if folders else ""

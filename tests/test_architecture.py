@@ -34,6 +34,7 @@ ROOMS = [
     "run",
     "delivery",
     "doctor",
+    "early",
     "cli",
 ]
 

@@ -180,7 +180,7 @@ def test_a_used_run_folder_is_refused_and_left_alone(workplace: Path, capsys: py
     (workplace / "out").mkdir()
     (workplace / "out" / "work").write_text("precious")
     assert cli.main(["run", "t.toml", "--output", "out"]) == 2
-    assert "never mixed" in capsys.readouterr().err
+    assert "exists already and is not empty" in capsys.readouterr().err
     assert [path.name for path in (workplace / "out").iterdir()] == ["work"]
 
 

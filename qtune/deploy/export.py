@@ -25,10 +25,10 @@ from qtune.deploy.gguf_draft import Draft, adapter_draft, model_draft
 from qtune.deploy.gguf_storage import Quant, ReadBack, Written
 from qtune.deploy.gguf_verdict import GgufVerdict
 from qtune.deploy.gguf_vocabulary import Vocabulary
-from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone, refuse_used
+from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone
 from qtune.deploy.shards import write_synced
 from qtune.errors import MachineError, UserError
-from qtune.rundir import RunDir, write_json
+from qtune.rundir import RunDir, refuse_used, write_json
 
 Target = Literal["gguf", "ollama", "adapter-gguf"]
 REPORT_NAME, MODEL_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "model.gguf", "adapter.gguf", "Modelfile"

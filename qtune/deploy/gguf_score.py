@@ -10,16 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.packing import PackedRow
 from qtune.data.tokens import NOT_TRAINED
-from qtune.deploy.gguf_model import HOW_TO_GET_IT, GgufModel, is_installed
-from qtune.errors import MachineError
+from qtune.deploy.gguf_model import GgufModel
 from qtune.evaluate.compare import HeldOut, Score, marked, scored_examples
 from qtune.recipe.schema import Evaluate
-
-
-def refuse_without_llama_cpp(path: Path) -> None:
-    """Raises MachineError where `path` cannot be scored on this machine."""
-    if not is_installed():
-        raise MachineError(f"{path}: needs llama-cpp-python, which is not installed: {HOW_TO_GET_IT}")
 
 
 def score_file(path: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, wanted: Evaluate) -> Score:

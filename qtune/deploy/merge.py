@@ -25,8 +25,8 @@ from qtune.deploy.fold import DType, Fold, Onto
 from qtune.deploy.movement import LayerChange
 from qtune.deploy.staging import Staging, make_folder
 from qtune.deploy.verify import Live, Verdict, compare
-from qtune.errors import DiskFull, MachineError, RunFolderError, UserError
-from qtune.rundir import MERGE_REPORT, RunDir, is_used, write_json
+from qtune.errors import DiskFull, MachineError, UserError
+from qtune.rundir import MERGE_REPORT, RunDir, refuse_used, write_json
 from qtune.units import MIB, format_bytes
 
 Progress = Callable[[int, int, str], None]
@@ -154,12 +154,6 @@ def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequen
             " trained on."
         )
     return ("dequantised", "original")
-
-
-def refuse_used(output: Path) -> None:
-    """Raises RunFolderError for a folder that holds something."""
-    if is_used(output):
-        raise RunFolderError(f"{output}: exists already and is not empty. Name another --output, or remove it.")
 
 
 def refuse_dequantised_alone(onto: str | None, lock: dict[str, Any]) -> None:

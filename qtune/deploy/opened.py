@@ -17,7 +17,10 @@ from qtune.rundir import RunDir
 
 
 def model_of(run: RunDir) -> Model:
-    """The base as the run's recipe has it. Raises RunFolderError for settings of another version of qtune."""
+    """The base as the run's recipe has it, or where it is now.
+
+    Raises RunFolderError for settings of another version of qtune.
+    """
     return run.read_as(run.lock, lambda lock: Model(**lock["model"]))
 
 

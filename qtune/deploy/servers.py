@@ -86,7 +86,16 @@ class _Asked:
     @property
     def base(self) -> str:
         """The base's hub name or folder."""
-        return serving.base_place(self.found)
+        return str(self.run.base or serving.base_place(self.found))
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether the base is a folder of this machine that is not there any more."""
+        return Path(self.base).is_absolute() and not Path(self.base).exists()
+
+    def _unknown(self) -> Answer:
+        where = "; if it was moved, give --base FOLDER" if self._is_lost else ""
+        return Answer(None, f"cannot be said here: the base {self.base} is not on this machine{where}")
 
     @property
     def adapter(self) -> str:
@@ -99,6 +108,8 @@ class _Asked:
         faults = serving.vllm_faults(self.config)
         if faults:
             return _refused(faults)
+        if self._is_lost:
+            return self._unknown()
         return Answer(True, serving.vllm_with_adapter(self.base, self.found.name, self.adapter, self.config["r"]))
 
     def _sglang(self) -> Answer:
@@ -109,6 +120,8 @@ class _Asked:
             faults.append("it is rsLoRA, which SGLang would scale as LoRA, that is too weakly")
         if faults:
             return _refused(faults)
+        if self._is_lost:
+            return self._unknown()
         served, module = shlex.quote(self.base), shlex.quote(f"{self.found.name}={self.adapter}")
         return Answer(True, f"python -m sglang.launch_server --model-path {served} --enable-lora --lora-paths {module}")
 
@@ -145,7 +158,7 @@ class _Asked:
     def _drafted(self, draft: Callable[[Fold], object], command: str) -> Answer:
         """Whether qtune itself would write what `draft` drafts."""
         if self.fold is None:
-            return Answer(None, f"cannot be said here: the base {self.base} is not on this machine")
+            return self._unknown()
         try:
             if isinstance(self.fold, ModelError):
                 raise self.fold
@@ -157,7 +170,8 @@ class _Asked:
 
 def _fold(run: RunDir) -> Fold | ModelError | None:
     lock = run.read_lock()
-    folder = files.DEMO_BASE if lock["base"]["name"] == "demo" else Path(lock["base"]["folder"])
+    is_demo = lock["base"]["name"] == "demo" and run.base is None
+    folder = files.DEMO_BASE if is_demo else Path(lock["base"]["folder"])
     if not (folder / "config.json").is_file():
         return None
     try:

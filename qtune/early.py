@@ -1,0 +1,82 @@
+"""Refusals for which the command line, a run's own JSON and a look at the disk are enough.
+
+They are made before a verb imports, reads or plans anything, which takes from seconds to minutes.
+"""
+
+import argparse
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
+from qtune.recipe import base_kind
+from qtune.rundir import RUNS, RunDir, refuse_used
+
+GGUF_SUFFIX = ".gguf"
+
+
+def refuse(options: argparse.Namespace) -> None:
+    """Raises UserError for options of a verb that cannot be."""
+    for check in CHECKS.get(options.verb, ()):
+        check(options)
+
+
+def refuse_unusable(run: RunDir) -> None:
+    """Raises UserError for a run without an adapter, or whose base is not where it was, or is no base any more."""
+    lock = run.read_lock()
+    if not (run.adapter / base_kind.ADAPTER_CONFIG).is_file():
+        raise RunFolderError(f"{run.path}: has no adapter yet. Go on with it: qtune resume {run.path}")
+    folder = Path(lock["model"]["base"])
+    if not folder.is_absolute():
+        return
+    if not folder.exists():
+        raise ModelError(
+            f"{run.path}: its base is not in {folder} any more. If it was moved, say where it is with --base FOLDER."
+        )
+    if fault := base_kind.fault_of(folder, trust_remote_code=bool(lock["model"].get("trust_remote_code"))):
+        raise ModelError(f"{'--base' if run.base else f'{run.path}: its base'}: {fault}")
+
+
+def _output(options: argparse.Namespace) -> None:
+    refuse_used(options.output or RUNS / options.verb)
+
+
+def _given_output(options: argparse.Namespace) -> None:
+    if options.output is not None:
+        refuse_used(options.output)
+
+
+def _benchmarks(options: argparse.Namespace) -> None:
+    if options.tasks and find_spec("lm_eval") is None:
+        raise MachineError(f"--tasks: needs lm-eval, which is not installed: {how_to_install('eval')}")
+    if options.task_folder is not None and not options.task_folder.is_dir():
+        raise UserError(f"--task-folder: there is no folder {options.task_folder}.")
+
+
+def _merged(options: argparse.Namespace) -> None:
+    for path in options.merged:
+        if not path.exists():
+            raise UserError(f"--merged {path}: there is no such folder or file.")
+        if path.suffix == GGUF_SUFFIX:
+            if find_spec("llama_cpp") is None:
+                raise MachineError(
+                    f"{path}: needs llama-cpp-python, which is not installed: {how_to_install('verify')}"
+                )
+        elif fault := base_kind.fault_of(path, trust_remote_code=True):
+            raise UserError(f"--merged {path}: {fault}")
+
+
+def _picture(options: argparse.Namespace) -> None:
+    if options.action == "check" and options.plot is not None:
+        from qtune.report import histogram
+
+        histogram.picture_path(options.plot)
+
+
+CHECKS: dict[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
+    "run": (_output,),
+    "merge": (_given_output,),
+    "export": (_given_output,),
+    "eval": (_benchmarks, _merged),
+    "data": (_picture,),
+}
