@@ -1,12 +1,13 @@
 """A run that was stopped goes on: from which checkpoint, and only on what it stood on before."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from qtune.errors import RunFolderError
+from qtune.errors import RecipeError, RunFolderError
 from qtune.recipe import load
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir, leaves, write_json
@@ -88,7 +89,16 @@ def recipe_of(run: RunDir, overrides: Sequence[str]) -> Recipe:
     Raises RecipeError for one that does not hold any more.
     """
     began = Invocation.of_run(run)
-    return load.load(run.recipe, [*began.overrides, *overrides], began.demo, Path(began.recipe_folder))
+    try:
+        return load.load(run.recipe, [*began.overrides, *overrides], began.demo, Path(began.recipe_folder))
+    except RecipeError as fault:
+        is_moved = any("model.base: there is no folder" in sentence for sentence in fault.faults)
+        raise RecipeError([*fault.faults, *([_where_it_is_now(run)] if is_moved else [])]) from None
+
+
+def _where_it_is_now(run: RunDir) -> str:
+    command = f"qtune resume {shlex.quote(str(run.path))} --set model.base=FOLDER --allow-change model.base"
+    return f"If the base was moved, say where it is now, and its weights are held against those of the run: {command}"
 
 
 def recipe_then(run: RunDir) -> Recipe:

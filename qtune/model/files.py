@@ -4,7 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from qtune.errors import MachineError, ModelError
 from qtune.recipe.schema import Model
@@ -48,6 +53,11 @@ def _fetched(model: Model, fetch: Callable[[], str]) -> str:
         raise ModelError(
             f"model.base: the hub has no model {model.base!r} that you may read. Check the name, log in with"
             " `hf auth login` for a gated model, or give a local folder."
+        ) from None
+    except RemoteEntryNotFoundError:
+        raise ModelError(
+            f"model.base: {model.base!r} on the hub has no config.json, so it is no model that transformers loads: GGUF"
+            " files or an adapter, perhaps. Name the model that it was made from."
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
         raise MachineError(

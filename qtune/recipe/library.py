@@ -1,6 +1,7 @@
 """The recipes that ship inside qtune: listed, found by name, copied with their sample data."""
 
 import os
+import shlex
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -62,6 +63,7 @@ def copy(name: str, target: Path) -> Path:
     files = {target: source} | {target.parent / file: source.parent / file for file in _files_named(source)}
     try:
         contents = {copied: original.read_bytes() for copied, original in files.items()}
+        contents[target] = _called(contents[target], source, target)
         in_the_way = [path for path, content in contents.items() if path.exists() and not _holds(path, content)]
         if in_the_way:
             raise RecipeError([f"{path}: exists already, and is not overwritten." for path in in_the_way])
@@ -71,6 +73,11 @@ def copy(name: str, target: Path) -> Path:
     except OSError as fault:
         raise RecipeError([f"{fault.filename}: cannot be written ({fault.strerror}). Name another place."]) from None
     return target
+
+
+def _called(text: bytes, source: Path, target: Path) -> bytes:
+    """A recipe whose comments give commands for the file that it is copied to, in its own folder."""
+    return text.replace(f"recipes/{source.name}".encode(), shlex.quote(target.name).encode())
 
 
 def _by_name() -> dict[str, Path]:

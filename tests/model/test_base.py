@@ -2,16 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from qtune.errors import MachineError, ModelError
 from qtune.model import base
 from qtune.model.adapter import attach
 from qtune.model.tokenizer import load_tokenizer
-from qtune.recipe.schema import Lora, Model
+from qtune.recipe.schema import Lora, Model, Recipe
+from qtune.run import get_ready
 
 
 def model_at(folder: Path, **changes: object) -> Model:
@@ -109,3 +114,63 @@ def test_a_hub_name_without_a_network_says_how_to_use_a_folder(monkeypatch) -> N
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(MachineError, match="cannot be reached"):
         base.read_config(Model(base="some/model-that-is-not-here"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
+    """A hub on this machine: the folder that it serves, `owner/name/file`, and the paths it was asked for."""
+    asked: list[str] = []
+    served = tmp_path / "served"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            path = served / self.path.strip("/").replace("resolve/main/", "")
+            self.send_response(200 if path.is_file() else 404)
+            for header, value in (
+                ("X-Repo-Commit", "0" * 40),
+                ("ETag", '"tag"'),
+                ("Content-Length", str(path.stat().st_size if path.is_file() else 0)),
+                *([] if path.is_file() else [("X-Error-Code", "EntryNotFound")]),
+            ):
+                self.send_header(header, value)
+            self.end_headers()
+            if self.command == "GET" and path.is_file():
+                self.wfile.write(path.read_bytes())
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    place = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", place)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants._HF_DEFAULT_ENDPOINT, place)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield served, asked
+    server.shutdown()
+
+
+def test_a_hub_model_is_judged_by_its_config_before_anything_else_is_fetched(hub, tmp_path: Path) -> None:
+    """`run` and `check` fetched the weights, many GB, and then refused what they are of."""
+    served, asked = hub
+    for name, config in (
+        ("vl", '{"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}'),
+        ("gguf", ""),
+    ):
+        (served / "owner" / name).mkdir(parents=True)
+        if config:
+            (served / "owner" / name / "config.json").write_text(config)
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 9)
+    for name, words in (("vl", "is a LlavaForConditionalGeneration"), ("gguf", "on the hub has no config.json")):
+        data = {"train": str(tmp_path / "rows.jsonl")}
+        with pytest.raises(ModelError, match=words):
+            get_ready(Recipe.model_validate({"name": "t", "model": {"base": f"owner/{name}"}, "data": data}))
+    assert {path for path in asked if path.startswith("/owner/")} == {
+        "/owner/vl/resolve/main/config.json",
+        "/owner/gguf/resolve/main/config.json",
+    }

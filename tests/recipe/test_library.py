@@ -67,7 +67,9 @@ def test_an_unknown_name_gets_the_nearest(
 def test_a_copy_runs_as_it_is(name: str, target: str, tmp_path: Path) -> None:
     copied = library.copy(name, tmp_path / target)
     assert copied == (tmp_path / target if target.endswith(".toml") else tmp_path / target / f"{name}.toml")
-    assert copied.read_bytes() == library.find(name).read_bytes()
+    text = library.find(name).read_text(encoding="utf-8")
+    assert copied.read_text(encoding="utf-8") == text.replace(f"recipes/{name}.toml", copied.name)
+    assert f"qtune run {copied.name} " in copied.read_text(encoding="utf-8")  # it named the file that it came from
     for demo in (False, True):
         load(copied, demo=demo)
     assert load(copied, demo=True).data.train == str(copied.parent / "data" / f"{name}_train.jsonl")

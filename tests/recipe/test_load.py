@@ -152,7 +152,7 @@ def test_what_is_found_later_is_placed_as_the_faults_are(folder: Path) -> None:
     assert told("lora.alpha = 3") == "my.toml:7: lora.alpha = 3"
     assert told("report.to: x") == "my.toml: report.to: x"
     assert told("lora.rank: x", ["lora.rank=3"]) == "--set lora.rank=3: lora.rank: x"
-    assert told("data.train: x", demo=True) == "my.toml:26: data.train: x"
+    assert told("data.train: x", demo=True) == "my.toml:27: data.train: x"
     assert told("data.train: x", ["data.train=a.csv"], demo=True) == "--set data.train=a.csv: data.train: x"
     for other in ("x.y: z", "rows.jsonl:3: is bad; data.columns.prompt", "", "e.g. a"):
         assert told(other) == other
