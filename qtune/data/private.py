@@ -18,19 +18,6 @@ from detect_secrets.plugins.slack import SlackDetector
 from detect_secrets.plugins.stripe import StripeDetector
 from phonenumbers import PhoneNumberMatcher
 
-GITLAB = [
-    "glpat-",
-    "gldt-",
-    "glft-",
-    "glsoat-",
-    "glrt-",
-    "gr1348941",
-    "glcbt-",
-    "glimt-",
-    "glptt-",
-    "glagent-",
-    "gloas-",
-]
 # Those that know a secret by its shape, each with texts of which one, its case folded, stands in all that it finds: to
 # look for those first takes a tenth of the time. The library's others go by entropy or by words such as "password"
 # beside a value, and cry wolf on prose; its checks with the services that issued a key are never called.
@@ -39,7 +26,23 @@ SECRETS = (
     (AzureStorageKeyDetector(), "an Azure storage key", ("accountkey=",)),
     (BasicAuthDetector(), "a password in a web address", ("://",)),
     (GitHubTokenDetector(), "a GitHub token", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")),
-    (GitLabTokenDetector(), "a GitLab token", GITLAB),
+    (
+        GitLabTokenDetector(),
+        "a GitLab token",
+        (
+            "glpat-",
+            "gldt-",
+            "glft-",
+            "glsoat-",
+            "glrt-",
+            "glcbt-",
+            "glimt-",
+            "glptt-",
+            "glagent-",
+            "gloas-",
+            "gr1348941",
+        ),
+    ),
     (JwtTokenDetector(), "a JSON web token", ("eyj",)),
     (NpmDetector(), "an npm token", ("_authtoken=",)),
     (OpenAIDetector(), "an OpenAI key", ("t3blbkfj",)),

@@ -1,5 +1,7 @@
 """The rows of one source, tokenised batch by batch and written away; what is left out is counted by its reason."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +11,7 @@ from qtune.data.rows import SHOWN_FAULTS, Dropped, refuse_bad_rows
 from qtune.data.survey import Survey
 from qtune.data.template import ChatTemplate
 from qtune.data.tokens import Encoder, Example, batches_of, characters_of, fit, tokenize
+from qtune.data.workers import spread
 from qtune.errors import DataError
 
 
@@ -64,18 +67,20 @@ def tokenise(
     data, lengths = found.data, Lengths(found.data.max_tokens)
     untraceable: list[Dropped] = []
     unfit: list[Dropped] = []
-    for batch in batches_of(found.items(), characters_of):
-        for row in tokenize(batch, template, encoder):
-            if isinstance(row, Dropped):
-                untraceable.append(row)
-                continue
-            lengths.see(row)
-            fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
-            if isinstance(fitted, Dropped):
-                unfit.append(fitted)
-            else:
-                writer.add(fitted)
-        advance(len(batch))
+    work = functools.partial(tokenize, template=template, encoder=encoder)
+    with contextlib.closing(spread(work, batches_of(found.items(), characters_of))) as every:
+        for batch, rows in every:
+            for row in rows:
+                if isinstance(row, Dropped):
+                    untraceable.append(row)
+                    continue
+                lengths.see(row)
+                fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
+                if isinstance(fitted, Dropped):
+                    unfit.append(fitted)
+                else:
+                    writer.add(fitted)
+            advance(len(batch))
     if data.on_bad_row == "error":
         refuse_bad_rows(untraceable)
     if data.on_long == "error":
