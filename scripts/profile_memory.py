@@ -15,7 +15,7 @@ optimizer) and counts every tensor of it. Leaves in the output folder:
 
 Costs: the step takes several times as long as one that is not counted. With --random-weights the base is only a folder
 with a config.json: its weights are made at random and quantised one by one, and the batch is full sequences of random
-tokens. Refuses what `qtune run` refuses, and a missing matplotlib (`pip install matplotlib`).
+tokens. Refuses what `qtune run` refuses, and a missing matplotlib (the extra `plots`).
 """
 
 import argparse
@@ -47,7 +47,7 @@ from qtune import logs
 from qtune.data.packing import PackedRow, collate, packed_rows
 from qtune.data.prepare import prepare
 from qtune.data.tokens import NOT_TRAINED
-from qtune.errors import MachineError, QtuneError, RunFolderError
+from qtune.errors import MachineError, QtuneError, RunFolderError, how_to_install
 from qtune.memory import document_attention, experts, live, packed_experts, tiled_loss
 from qtune.memory.device import find_device
 from qtune.memory.layers import find_layers
@@ -597,7 +597,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load.load(library.find(options.recipe), options.set, options.demo)
         if importlib.util.find_spec("matplotlib") is None:
-            raise MachineError("The picture is drawn by matplotlib, which is not installed: pip install 'qtune[plots]'")
+            raise MachineError(f"The picture needs matplotlib, which is not installed: {how_to_install('plots')}")
         logs.hold()
         folder = options.output or Path("runs") / f"profile-{recipe.name}"
         profile_recipe(recipe, options.random_weights, folder, wide_console())

@@ -18,10 +18,10 @@ from typing import IO, Any
 
 import torch
 
-from qtune.errors import MachineError, ModelError
+from qtune.errors import MachineError, ModelError, how_to_install
 
 EXTRA = "llama_cpp"
-HOW_TO_GET_IT = "pip install 'qtune[verify]'"
+HOW_TO_GET_IT = how_to_install("verify")
 HOW_TO_BUILD_IT = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
 CHILD = Path(__file__).with_name("gguf_child.py")
 

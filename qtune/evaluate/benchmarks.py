@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qtune.errors import MachineError, OutOfMemory, UserError
+from qtune.errors import MachineError, OutOfMemory, UserError, how_to_install
 from qtune.train.out_of_memory import free_memory, is_out_of_memory, let_go
 
-HOW_TO_GET_IT = "pip install 'qtune[eval]'"
 FEWSHOT_SEED = 1234  # lm-eval's own
 BATCH_SIZES = (8, 1)  # the second where the first does not fit
 
@@ -46,7 +45,7 @@ class Benchmarks:
         Raises MachineError where lm-eval is not installed or the data cannot be had, UserError for an unknown task.
         """
         if importlib.util.find_spec("lm_eval") is None:
-            raise MachineError(f"--tasks: needs lm-eval, which is not installed: {HOW_TO_GET_IT}")
+            raise MachineError(f"--tasks: needs lm-eval, which is not installed: {how_to_install('eval')}")
         if folder is not None and not folder.is_dir():
             raise UserError(f"--task-folder: there is no folder {folder}.")
         manager = _manager(names, folder)

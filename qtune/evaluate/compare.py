@@ -139,10 +139,13 @@ def compare(
 ) -> dict[str, Any]:
     """What scores.json holds: `figures_of` both, what lies between them, and by name the `others` of the same rows.
 
+    `worst` are the rows on which the tuned model scored lowest, as many as there are samples, none that scored 1.
     `same_answers` is how many of another's answers are the tuned model's to the letter.
     """
+    scores = (base, tuned, *others)
     return {
-        **figures_of((base, tuned, *others), held_out, wanted, seed),
+        **figures_of(scores, held_out, wanted, seed),
+        "worst": _shown(scores, scored_examples(held_out, wanted), worst_rows(tuned.scores, wanted.samples, seed)),
         "difference": difference(base.scores, tuned.scores),
         "same_answers": {each.who: sum(map(str.__eq__, each.answers, tuned.answers)) for each in others},
     }
@@ -155,23 +158,35 @@ def figures_of(found: Sequence[Score], held_out: HeldOut, wanted: Evaluate, seed
     """
     asked = scored_examples(held_out, wanted)
     picked = sorted(random.Random(seed).sample(range(len(asked)), min(wanted.samples, len(asked))))
-    samples = [
-        {
-            "prompt": asked[i].prompt_text,
-            "reference": asked[i].answer,
-            **{each.who: each.answers[i] for each in found},
-            **{f"{each.who}_score": each.scores[i] for each in found},
-        }
-        for i in picked
-    ]
     return {
         "metric": wanted.metric,
         "rows": len(asked),
         **{each.who: each.figures() for each in found},
         **{f"{each.who}_scores": list(each.scores) for each in found},
         "samples_seed": seed,
-        "samples": samples,
+        "samples": _shown(found, asked, picked),
     }
+
+
+def worst_rows(scores: Sequence[float], most: int, seed: int) -> list[int]:
+    """The rows with the lowest scores below 1, lowest first; `seed` chooses among equals, so that nobody does."""
+    rows = [row for row, score in enumerate(scores) if score < 1]
+    random.Random(seed).shuffle(rows)
+    return sorted(rows, key=lambda row: scores[row])[:most]
+
+
+def _shown(found: Sequence[Score], asked: Sequence[Example], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Question, reference, and every model's answer and score, of these rows."""
+    return [
+        {
+            "place": asked[i].place,
+            "prompt": asked[i].prompt_text,
+            "reference": asked[i].answer,
+            **{each.who: each.answers[i] for each in found},
+            **{f"{each.who}_score": each.scores[i] for each in found},
+        }
+        for i in rows
+    ]
 
 
 def difference(base: Sequence[float], tuned: Sequence[float]) -> dict[str, float] | None:

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from qtune.report import bar, markdown, record, serving, summary, tables
+from qtune.evaluate.labels import label
+from qtune.report import bar, markdown, record, serving, summary, tables, verdict
 from qtune.report.record import Record
 from qtune.rundir import RunDir, write_text
 from qtune.units import format_count, format_percent, format_rate, format_seconds
 
 What = Literal["adapter", "merged"]
 FILE = "README.md"
-METRIC_NAMES = {"exact_match": "exact match", "token_f1": "token F1", "code_tests": "tests passed"}
 
 
 def write_card(run: RunDir) -> None:
@@ -46,6 +46,7 @@ def card(found: Record, what: What = "adapter", address: str | None = None) -> s
 
 def _header(found: Record, what: What) -> str:
     """The YAML that the hub reads."""
+    assert found.lock is not None
     results = _eval_results(found)
     values: dict[str, Any] = {
         "base_model": found.base_on_hub,
@@ -54,7 +55,7 @@ def _header(found: Record, what: What) -> str:
         "license": found.base_license,
         "datasets": _hub_datasets(found) or None,
         "pipeline_tag": "text-generation",
-        "tags": ["lora", "qlora", "qtune"],
+        "tags": ["lora", *(["qlora"] if found.lock.get("quantization") else []), "qtune"],
         "model_name": found.name if results else None,
         "eval_results": results or None,
     }
@@ -79,7 +80,7 @@ def _eval_results(found: Record) -> list[EvalResult]:
         return []
     figures = {"loss": ("held-out loss", scores["tuned"]["held_out_loss"])}
     if scores["tuned"]["score"] is not None:
-        figures[scores["metric"]] = (METRIC_NAMES.get(scores["metric"], scores["metric"]), scores["tuned"]["score"])
+        figures[scores["metric"]] = (str(label(scores["metric"])), scores["tuned"]["score"])
     data = _data(found)
     name = data.get("held_out") or data.get("train") or "held-out rows"
     kind = "held-out-rows" if Path(name).is_absolute() else name
@@ -102,7 +103,8 @@ def _head(found: Record, what: What) -> list[str]:
     is_a = "A LoRA adapter for" if what == "adapter" else "A LoRA adapter merged into"
     lines = [f"# {markdown.inline(found.name)}", ""]
     lines += [markdown.inline(about).rstrip(".") + ".", ""] if about else []
-    return [*lines, f"{is_a} {_base(found)}, trained with qtune (QLoRA).", ""]
+    how = "QLoRA" if found.lock.get("quantization") else "LoRA"
+    return [*lines, f"{is_a} {_base(found)}, trained with qtune ({how}).", ""]
 
 
 def _base(found: Record) -> str:
@@ -115,7 +117,9 @@ def _results(found: Record) -> list[str]:
     rows = tables.result_rows(found)
     if not rows:
         return ["It was not scored.", ""]
-    lines = ["## Base and tuned", "", *markdown.table(("on held-out rows", "base → tuned"), rows)]
+    told = verdict.text(found)
+    said = [markdown.inline(told), ""] if told else []
+    lines = ["## Base and tuned", "", *said, *markdown.table(("on held-out rows", "base → tuned"), rows)]
     if found.scores and found.scores.get("difference"):
         lines += ["Intervals are 95 %; that of the difference is a paired bootstrap over the same rows.", ""]
     return lines
@@ -183,23 +187,35 @@ def _cost_rows(found: Record) -> list[tuple[str, str]]:
 
 def _merge(found: Record) -> list[str]:
     """How close the merged model is to the adapter that it came from."""
-    verdict = (found.merge or {}).get("verdict")
-    if not found.merge or not verdict:
+    if not found.merge:
         return []
-    told = (
-        f"Merged onto the {found.merge['onto']} base in {found.merge['dtype']}. Held against the live adapter on"
-        f" held-out rows: {tables.closeness(verdict)}."
-    )
+    told = f"Merged onto the {found.merge['onto']} base in {found.merge['dtype']}. {_how_close(found.merge)}"
     return ["## Merge", "", told, ""]
+
+
+def _how_close(merge: dict[str, Any]) -> str:
+    measured = merge.get("verdict")
+    if not measured:
+        return "It was not held against the live adapter."
+    told = f"Held against the live adapter on held-out rows: {tables.closeness(measured)}."
+    return told if measured["passed"] else f"{told} That is further off than qtune allows: it failed."
 
 
 def _limits(found: Record) -> list[str]:
     """What the figures do not say."""
-    told = "It was measured on held-out rows of the same kind as those it was trained on, and on nothing else."
+    told = [_measured_on(found)] if found.scores else []
     overlap = (found.data or {}).get("overlap_rows")
-    if overlap:
-        held_out = (found.data or {})["held_out_rows"]
-        told += f" {overlap:,} of them ({format_percent(overlap / held_out)}) were trained on too, which flatters it."
+    if found.scores and overlap:
+        share = format_percent(overlap / (found.data or {})["held_out_rows"])
+        told.append(f"{overlap:,} of the held-out rows ({share}) were trained on too, which flatters it.")
     if not found.base_license:
-        told += " The licence of its base applies; the base's files did not name it."
-    return ["## Limits", "", told, ""]
+        told.append("The licence of its base applies; the base's files did not name it.")
+    return ["## Limits", "", " ".join(told), ""] if told else []
+
+
+def _measured_on(found: Record) -> str:
+    assert found.scores is not None
+    source = "rows of a file of their own" if _data(found).get("held_out") else "rows kept apart from those of training"
+    general = found.scores["tuned"].get("general_loss") is not None
+    beside = ", and of text that has nothing to do with the task" if general else ""
+    return f"The figures above are of {source}{beside}. They say nothing of other tasks."

@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.errors import UserError
+from qtune.evaluate.labels import label
 from qtune.report import bar, record, serving, tables
 from qtune.report.record import Record
 from qtune.report.words import format_loss, one_line
 from qtune.rundir import RunDir, leaves
-from qtune.units import format_count, format_seconds
+from qtune.units import counted, format_count, format_seconds
 
 UNTOLD = "–"
 # None of these changes what is learned, and where the data lies does not as long as it is the same data.
@@ -41,6 +42,12 @@ class Comparison:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.runs)
+
+    @property
+    def alike(self) -> str:
+        """What to say where no setting differs."""
+        are_known = all(found.lock for _, found in self.runs)
+        return "The recipes are the same." if are_known else "Not known: lock.json, which says them, cannot be read."
 
 
 def compare(runs: Sequence[RunDir]) -> Comparison:
@@ -89,7 +96,7 @@ def _results(records: Sequence[Record]) -> Iterator[Row]:
         "last loss": lambda found: format_loss(found.losses[-1][1]) if found.losses else None,
         "best held-out loss": _best,
         "held-out loss at the end": lambda found: _score(found, "held_out_loss"),
-        "metric": lambda found: f"{found.scores['metric']} on {found.scores['rows']:,} rows" if found.scores else None,
+        "metric": _metric,
         "base score": lambda found: tables.with_interval(found.scores["base"]) if found.scores else None,
         "tuned score": lambda found: tables.with_interval(found.scores["tuned"]) if found.scores else None,
         "difference": _difference,
@@ -110,6 +117,12 @@ def _best(found: Record) -> str | None:
 
 def _score(found: Record, figure: str) -> str | None:
     return format_loss(found.scores["tuned"][figure]) if found.scores else None
+
+
+def _metric(found: Record) -> str | None:
+    if not found.scores or found.scores["metric"] == "none":
+        return None
+    return f"{label(found.scores['metric']).name} on {counted(found.scores['rows'], 'row')}"
 
 
 def _forgotten(found: Record) -> str | None:
@@ -172,12 +185,16 @@ def as_json(found: Comparison) -> dict[str, Any]:
 def table(found: Comparison) -> RenderableType:
     """The runs as columns."""
     parts: list[RenderableType] = [Text(sentence, tables.WARNING_STYLE) for sentence in found.cautions]
-    for title, rows in (("results", found.results), ("settings that differ", found.settings)):
+    sections = (
+        ("results", found.results, "None of them came to a result."),
+        ("settings that differ", found.settings, found.alike),
+    )
+    for title, rows, otherwise in sections:
         grid = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
         grid.add_column(Text(title), overflow="fold")
         for name in found.names:
             grid.add_column(Text(name), overflow="fold")
         for row in rows:
             grid.add_row(Text(row.name), *(Text(value) for value in row.values))
-        parts += [Text(), grid if rows else Text("The recipes are the same.")]
+        parts += [Text(), grid if rows else Text(otherwise)]
     return Group(*parts)

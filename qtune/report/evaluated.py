@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qtune.report import tables
+from qtune.report import answers, tables
 from qtune.report.words import format_score, visible
 
 
@@ -22,17 +22,16 @@ def rows_table(found: dict[str, Any]) -> RenderableType:
         table.add_row(*row)
     same = found["same_answers"].values()
     table.add_row("answers as tuned", "", "", *(f"{count:,} of {found['rows']:,}" for count in same))
-    return Group(table, *(_sample(sample, names) for sample in found["samples"]))
+    return Group(table, *answers.drawn(found, lambda row: _of_all(row, names)))
 
 
-def _sample(sample: dict[str, Any], names: Sequence[str]) -> RenderableType:
-    asked = Table.grid(padding=(0, 3, 0, 0))
-    asked.add_row(Text("asked", "dim"), Text(visible(sample["prompt"]), "bold"))
-    asked.add_row(Text("wanted", "dim"), Text(visible(sample["reference"])))
+def _of_all(row: dict[str, Any], names: Sequence[str]) -> RenderableType:
+    """A question with the answers of all models under it."""
+    table = answers.question(row)
     for name in names:
-        told = f"{name}, {format_score(sample[f'{name}_score'])}"
-        asked.add_row(Text(told, "dim"), Text(visible(sample[name]), overflow="fold"))
-    return Group(Text(), asked)
+        told = f"{name}, {format_score(row[f'{name}_score'])}"
+        table.add_row(Text(told, "dim"), Text(visible(row[name]), overflow="fold"))
+    return table
 
 
 def benchmark_table(found: dict[str, Any]) -> RenderableType:

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.data.token_counts import Bar, TokenCounts
-from qtune.errors import MachineError, UserError
+from qtune.errors import MachineError, UserError, how_to_install
 
 BAR_CHARACTERS = 40
 PICTURE_NAME = "tokens.png"
@@ -51,7 +51,7 @@ def picture_path(given: Path) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MachineError("--plot: matplotlib is not installed. `pip install 'qtune[plots]'` brings it.") from None
+        raise MachineError(f"--plot: matplotlib is not installed: {how_to_install('plots')}") from None
     path = given / PICTURE_NAME if given.is_dir() else given
     if not path.parent.is_dir():
         raise UserError(f"--plot: there is no folder {path.parent}.")

@@ -4,19 +4,22 @@ Everything that comes from the run is escaped by the template engine: a row of t
 forbids its own loading of anything, too (Content-Security-Policy).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qtune import __version__
 from qtune.errors import UserError
-from qtune.report import bar, pictures, record, serving, summary, tables
+from qtune.evaluate.labels import label
+from qtune.report import answers, bar, pictures, record, serving, summary, tables
 from qtune.report.compare import Comparison
+from qtune.report.proofs import proofs
 from qtune.report.record import Record
+from qtune.report.verdict import verdict
 from qtune.report.words import canaries_told, format_score, one_line, sentence, visible
-from qtune.rundir import RunDir, leaves, write_text
+from qtune.rundir import RunDir, write_text
 from qtune.units import format_bytes, format_count, format_seconds
 
 TEMPLATES = Environment(
@@ -27,15 +30,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 MOST_CHARACTERS = 4000  # of one text; a sample answer may be as long as a book
-
-
-class Proof(NamedTuple):
-    """What shows that a thing made from the run is right; `passed` is None where its report does not say."""
-
-    title: str
-    passed: bool | None
-    caption: str
-    rows: Sequence[tuple[str, str]]
 
 
 def write(path: Path, text: str) -> None:
@@ -56,6 +50,7 @@ def run_page(run: RunDir) -> str:
         about=one_line((found.lock or {}).get("recipe", {}).get("about") or ""),
         what=_what(found),
         missing=found.missing,
+        verdict=verdict(found),
         figures=_figures(found),
         scores=_scores(found),
         canaries=canaries_told(found.memorised) if found.memorised else "",
@@ -66,7 +61,7 @@ def run_page(run: RunDir) -> str:
         speed=_speed(found),
         data_rows=summary.data_rows(found.data) if found.data else (),
         sample_row=[(shortened(piece), trained) for piece, trained in (found.data or {}).get("sample", ())],
-        proofs=_proofs(found),
+        proofs=proofs(found),
         uses=serving.uses(found),
         ran_rows=_ran_rows(found),
         plan_rows=summary.plan_rows(found.plan) if found.plan else (),
@@ -84,6 +79,7 @@ def comparison_page(found: Comparison) -> str:
         cautions=found.cautions,
         results=[(row.name, *row.values) for row in found.results],
         settings=[(row.name, *row.values) for row in found.settings],
+        alike=found.alike,
         loss=pictures.losses(found.runs),
     )
 
@@ -103,9 +99,14 @@ def _what(found: Record) -> str:
     if not found.lock:
         return ""
     lora = found.lock["recipe"].get("lora")
-    held = "held in NF4" if found.lock.get("quantization") else "not quantised"
     adapter = f"LoRA of rank {lora['rank']} on " if lora else ""
-    return f"{adapter}{serving.base_title(found)}, {held}"
+    return f"{adapter}{serving.base_title(found)}{_held_in(found.lock)}"
+
+
+def _held_in(lock: dict[str, Any]) -> str:
+    if "quantization" not in lock:
+        return ""
+    return ", held in NF4" if lock["quantization"] else ", not quantised"
 
 
 def _figures(found: Record) -> list[tuple[str, str, str]]:
@@ -136,18 +137,22 @@ def _scores(found: Record) -> dict[str, Any] | None:
     scores = found.scores
     if not scores:
         return None
-    seed = scores.get("samples_seed")
     return {
         "cells": tables.score_cells(scores),
-        "metric": scores["metric"],
+        "metric": label(scores["metric"]),
         "difference": tables.difference(scores["difference"]) if scores.get("difference") else None,
-        "overlap": next((text for text in tables.data_warnings(found.data) if "held-out" in text), "")
-        if found.data
-        else "",
+        "trained_on": _trained_on(found.data),
         "spans": [_span(who, scores[who]) for who in ("base", "tuned") if scores[who]["low"] is not None],
-        "chosen": "Spread evenly over the rows." if seed is None else f"Drawn with seed {seed}, not picked by hand.",
-        "samples": [_sample(sample) for sample in scores["samples"]],
+        "answers": [(each.title, each.chosen, [_sample(row) for row in each.rows]) for each in answers.kept(scores)],
     }
+
+
+def _trained_on(data: dict[str, Any] | None) -> str:
+    """Whether held-out rows were trained on, as far as the data report says."""
+    if data is None or "overlap_rows" not in data:
+        return ""
+    overlap = next((text for text in tables.data_warnings(data) if "held-out" in text), "")
+    return f"{overlap}." if overlap else "None of them is among the rows that were trained on."
 
 
 def _span(who: str, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -157,14 +162,15 @@ def _span(who: str, figures: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    answers = [
+    told = [
         {"who": who, "score": format_score(sample[f"{who}_score"]), "text": shortened(sample[who])}
         for who in ("base", "tuned")
     ]
     return {
         "prompt": shortened(sample["prompt"]),
         "reference": shortened(sample["reference"]),
-        "answers": answers,
+        "place": one_line(sample.get("place", "")),
+        "answers": told,
     }
 
 
@@ -189,34 +195,6 @@ def _speed(found: Record) -> dict[str, Any] | None:
     pace, of_them = (format_count(count / seconds) for count in (tokens, trained))
     told = f"{pace} tokens a second over the run, {of_them} of them trained; {format_seconds(waited)} waiting for data."
     return {"told": told, "chart": drawn}
-
-
-def _proofs(found: Record) -> list[Proof]:
-    proofs = []
-    verdict = (found.merge or {}).get("verdict")
-    if found.merge and verdict:
-        rows = tables.merge_rows(found.merge, verdict)
-        caption = "The merged model, loaded again and held against the live adapter on held-out rows"
-        proofs.append(Proof("Merge", bool(verdict["passed"]), caption, rows))
-    for name, report in found.exports:
-        passed = report.get("passed")
-        title = f"Export {one_line(name.removeprefix('export-').removesuffix('.json'))}"
-        caption, rows = _export_told(report)
-        proofs.append(Proof(title, passed if isinstance(passed, bool) else None, caption, rows))
-    return proofs
-
-
-def _export_told(report: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
-    """A caption and rows; of a report that another version wrote its plain values by their dotted names."""
-    try:
-        rows = [*tables.export_rows(report), *(("", note) for note in report["notes"])]
-        return "The file, read back byte by byte and asked of llama.cpp beside the live adapter", rows
-    except (LookupError, TypeError, ValueError, AttributeError):
-        values = ((name.replace("_", " "), value) for name, value in leaves(report))
-        plain = [
-            (one_line(name), one_line(str(value))) for name, value in values if isinstance(value, str | int | float)
-        ]
-        return "As its report says", plain
 
 
 def _ran_rows(found: Record) -> list[tuple[str, str]]:

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qtune.report import bar, curve, markdown, record, serving, tables
+from qtune.report import answers, bar, curve, markdown, record, serving, tables, verdict
 from qtune.report.record import Record
-from qtune.report.words import canaries_told, finite, format_loss, one_line
+from qtune.report.words import canaries_told, finite, format_loss, format_score, one_line
 from qtune.rundir import RunDir, write_text
 from qtune.units import format_bytes, format_count, format_percent, format_rate, format_seconds
 
@@ -28,6 +28,7 @@ def as_json(run: RunDir) -> dict[str, Any]:
         "best_held_out": {"step": best.step, "loss": best.loss} if best else None,
         "train_seconds": found.train_seconds,
         "tokens_per_second": found.tokens_per_second,
+        "verdict": verdict.text(found) or None,
         "memory": dataclasses.asdict(found.memory) if found.memory else None,
         "data": found.data,
         "plan": found.plan,
@@ -42,7 +43,7 @@ def as_json(run: RunDir) -> dict[str, Any]:
 def report(run: RunDir) -> Group:
     """The run again, as tables, with its loss as a curve."""
     found = record.read(run)
-    parts: list[RenderableType] = [*_title(found)]
+    parts: list[RenderableType] = [*_title(found), *([Text(), *verdict.lines(found)] if found.scores else [])]
     for table, values in ((tables.data_table, found.data), (tables.plan_table, found.plan)):
         parts += [Text(), table(values)] if values else []
     if found.steps:
@@ -57,6 +58,8 @@ def report(run: RunDir) -> Group:
         parts += [Text(), Text.assemble(("canaries", "bold"), f"  {canaries_told(found.memorised)}")]
     if found.merge and found.merge.get("verdict"):
         parts += [Text(), tables.merge_table(found.merge, found.merge["verdict"])]
+    elif found.merge:
+        parts += [Text(), Text(f"merged: {found.merge['output']}, not verified", tables.WARNING_STYLE)]
     parts += [Text(), *(Text(sentence, tables.WARNING_STYLE) for sentence in found.missing)] if found.missing else []
     return Group(*parts)
 
@@ -87,7 +90,7 @@ def pace(found: Record) -> str:
 def write_summary(run: RunDir) -> None:
     """summary.md: what was asked for, what was learned, what it took."""
     found = record.read(run)
-    sections = (_head, _before_and_after, _loss, _samples, _data, _memory, _plan, _recipe, _versions)
+    sections = (_head, _before_and_after, _loss, _answers, _data, _memory, _plan, _recipe, _versions)
     lines = [line for section in sections for line in section(found)]
     write_text(run.summary, "\n".join(lines).rstrip() + "\n")
 
@@ -99,6 +102,8 @@ def _head(found: Record) -> list[str]:
         about = lock["recipe"].get("about")
         lines += [markdown.inline(about), ""] if about else []
         lines += [f"Base `{lock['base']['name']}`, weights SHA-256 `{lock['base']['sha256'][:16]}`.", ""]
+    told = verdict.text(found)
+    lines += [markdown.inline(told), ""] if told else []
     for sentence in found.missing:
         lines += [f"> {markdown.inline(sentence)}", ""]
     return lines
@@ -133,15 +138,21 @@ def loss_rows(found: Record) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _samples(found: Record) -> list[str]:
+def _answers(found: Record) -> list[str]:
     lines: list[str] = []
-    fenced = markdown.fenced
-    for sample in found.scores["samples"] if found.scores else ():
-        lines += ["**Asked**", "", *fenced(sample["prompt"]), "", "**Wanted**", "", *fenced(sample["reference"]), ""]
-        for who in ("base", "tuned"):
-            score = tables.format_score(sample[f"{who}_score"])
-            lines += [f"**{who.capitalize()}**, {score}", "", *markdown.fenced(sample[who]), ""]
-    return ["## Sample answers", "", *lines] if lines else []
+    for each in answers.kept(found.scores) if found.scores else ():
+        lines += [f"## {each.title}", "", each.chosen, ""]
+        lines += [line for row in each.rows for line in _answer(row)]
+    return lines
+
+
+def _answer(row: dict[str, Any]) -> list[str]:
+    fenced, place = markdown.fenced, row.get("place")
+    lines = ["**Asked**" + (f", {markdown.inline(place)}" if place else ""), "", *fenced(row["prompt"]), ""]
+    lines += ["**Wanted**", "", *fenced(row["reference"]), ""]
+    for who in ("base", "tuned"):
+        lines += [f"**{who.capitalize()}**, {format_score(row[f'{who}_score'])}", "", *fenced(row[who]), ""]
+    return lines
 
 
 def _data(found: Record) -> list[str]:

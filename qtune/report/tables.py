@@ -11,12 +11,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from qtune.evaluate.labels import label
 from qtune.events import MemoryMeasured
-from qtune.report import bar, record
+from qtune.report import answers, bar, record
 from qtune.report.record import Record
+from qtune.report.verdict import lines as verdict_lines
 from qtune.report.words import canaries_told, format_loss, format_score, one_line, visible
 from qtune.rundir import RunDir
-from qtune.units import format_bytes, format_count, format_percent, format_seconds
+from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
 
 PIECE_HEAD_CHARACTERS, PIECE_TAIL_CHARACTERS = 280, 120
 MOST_COLUMNS = 76
@@ -119,11 +121,11 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
 
 
 def score_table(scores: dict[str, Any]) -> RenderableType:
-    """Before and after, then sample answers side by side."""
+    """Before and after, then answers side by side: samples, and where the tuned model did worst."""
     table = _grid(2)
     for name, value in score_rows(scores):
         table.add_row(Text(name), Text(value, "bold"))
-    return Group(table, *(_sample(sample) for sample in scores["samples"]))
+    return Group(table, *answers.drawn(scores, answers.side_by_side))
 
 
 def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
@@ -131,7 +133,7 @@ def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
     much it rose on the same rows."""
     rows = [(name, f"{base} {ARROW} {tuned}") for name, base, tuned in score_cells(scores)]
     if scores.get("difference"):
-        rows.append(("difference", difference(scores["difference"])))
+        rows.insert(len(main_cells(scores)), ("difference", difference(scores["difference"])))
     return rows
 
 
@@ -156,7 +158,9 @@ def main_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tupl
     figures = [scores[name] for name in names]
     rows: list[tuple[str, ...]] = [("held-out loss", *(format_loss(each["held_out_loss"]) for each in figures))]
     if figures[-1]["score"] is not None:
-        rows.append((f"{scores['metric']} on {scores['rows']:,} rows", *map(with_interval, figures)))
+        rows.append(
+            (f"{label(scores['metric']).name} on {counted(scores['rows'], 'row')}", *map(with_interval, figures))
+        )
     return rows
 
 
@@ -179,17 +183,6 @@ def with_interval(figures: dict[str, Any]) -> str:
     """`0.402 (0.36-0.45)`: the mean and the interval it lies in."""
     low, high = figures["low"], figures["high"]
     return format_score(figures["score"]) + (f" ({low:.2f}-{high:.2f})" if low is not None and high is not None else "")
-
-
-def _sample(sample: dict[str, Any]) -> RenderableType:
-    asked = _grid(2)
-    asked.add_row(Text("asked", "dim"), Text(visible(sample["prompt"]), "bold"))
-    asked.add_row(Text("wanted", "dim"), Text(visible(sample["reference"])))
-    answers = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="dim")
-    for who in ("base", "tuned"):
-        answers.add_column(f"{who}, {format_score(sample[f'{who}_score'])}", ratio=1, overflow="fold")
-    answers.add_row(Text(visible(sample["base"])), Text(visible(sample["tuned"]), "green"))
-    return Group(Text(), asked, answers)
 
 
 def merge_table(report: dict[str, Any], verdict: dict[str, Any]) -> RenderableType:
@@ -230,7 +223,8 @@ def export_table(report: dict[str, Any]) -> RenderableType:
     table = _grid(2)
     for name, told in export_rows(report):
         table.add_row(name, Text(told))
-    table.add_row("verdict", Text("passed", "green") if report["passed"] else Text("FAILED", "bold red"))
+    outcome, passed = export_outcome(report)
+    table.add_row("verdict", Text(outcome, {True: "green", False: "bold red", None: WARNING_STYLE}[passed]))
     for note in report["notes"]:
         table.add_row("", Text(note, WARNING_STYLE))
     return Group(table, Text(f"\n  {serve_command(report)}", "bold", overflow="fold"))
@@ -240,14 +234,35 @@ def export_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report of an export by name and value, but for whether it passed and its notes."""
     stored = ", ".join(f"{count} {kind}" for kind, count in report["stored"].items())
     file = f"{report['output']}/{report['file']}"
-    read = report["read_back"]
-    proof = f"{read['tensors']:,} tensors, the worst {format_percent(read['worst_fraction'])} of what its type may cost"
-    texts = f"; {report['texts']} texts become the same tokens" if report["texts"] else ""
     return [
         ("exported", f"{file}, {format_bytes(report['bytes'])}: {stored} tensors, {_origin(report)}"),
-        ("read back", proof + texts),
+        ("read back", _read_back(report["read_back"]) + _texts(report["texts"], report["verdict"])),
         *(_verdict_rows(report["verdict"]) if report["verdict"] else ()),
+        *(("fault", fault) for fault in report.get("faults", ())),
     ]
+
+
+def export_outcome(report: dict[str, Any]) -> tuple[str, bool | None]:
+    """How an export came out, in words, and whether it passed: None where llama.cpp was not asked."""
+    if not report["passed"]:
+        return "FAILED", False
+    return ("passed", True) if report["verdict"] else ("read back, and not asked of llama.cpp", None)
+
+
+def _read_back(read: dict[str, Any]) -> str:
+    told, worst = f"{read['tensors']:,} tensors", read["worst_fraction"]
+    if not worst <= 1:
+        return f"{told}, and {read['worst_tensor']} is not what was to be written"
+    return f"{told}, the worst {format_percent(worst)} of what its type may cost"
+
+
+def _texts(count: int, verdict: dict[str, Any] | None) -> str:
+    """Whether texts become the tokens of training, and who says so."""
+    if not count:
+        return ""
+    if verdict and verdict.get("differing_texts"):
+        return f"; {len(verdict['differing_texts']):,} of {count:,} texts become other tokens in llama.cpp"
+    return f"; {count:,} texts become the same tokens{' in llama.cpp' if verdict else ' as qtune reads the file'}"
 
 
 def _origin(report: dict[str, Any]) -> str:
@@ -267,8 +282,8 @@ def _verdict_rows(verdict: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "",
             f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['file_loss']:.4f} in"
-            f" llama.cpp; {same} of {len(verdict['greedy'])} greedy answers the same; where the live model"
-            f" ends its answer, so does the file: {verdict['ends_found']:,} of {verdict['ends']:,}",
+            f" llama.cpp; {same} of {len(verdict['greedy'])} greedy answers the same; the file ends"
+            f" {verdict['ends_found']:,} of the {verdict['ends']:,} answers that the live model ends",
         ),
     ]
 
@@ -304,7 +319,8 @@ def end_of_run(run: RunDir) -> RenderableType:
         table.add_row("training took", format_seconds(found.train_seconds))
     table.add_row("adapter", Text(str(run.adapter) if found.has_adapter else "none was saved", overflow="fold"))
     commands = NextCommands.of(run) if found.has_adapter else [NextCommands.of(run).report]
-    return Group(Text(), table, Text(), *(Text(f"  {command}", "bold", overflow="fold") for command in commands))
+    told = [Text(), *verdict_lines(found)] if found.scores else []
+    return Group(*told, Text(), table, Text(), *(Text(f"  {command}", "bold", overflow="fold") for command in commands))
 
 
 class NextCommands(NamedTuple):

@@ -4,6 +4,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 
+from qtune.evaluate.labels import label
 from qtune.events import (
     CheckpointSaved,
     Evaluated,
@@ -17,7 +18,7 @@ from qtune.events import (
     Scored,
     Started,
 )
-from qtune.units import format_bytes, format_count, format_percent, format_seconds
+from qtune.units import counted, format_bytes, format_percent, format_seconds
 
 # Zero-width and direction marks: nothing is seen of them, and a model learns them all the same. The joiners U+200C
 # and U+200D stay as they are, since scripts and emoji need them.
@@ -124,7 +125,7 @@ def _score_sentence(event: Scored) -> str:
     if event.loss is not None:
         figures.append(f"held-out {format_loss(event.loss)}")
     if event.score is not None:
-        figures.append(f"{event.metric} {format_score(event.score)} on {format_count(event.rows)} rows")
+        figures.append(f"{label(event.metric).name} {format_score(event.score)} on {counted(event.rows, 'row')}")
     if event.general_loss is not None:
         figures.append(f"general text {format_loss(event.general_loss)}")
     return f"{event.who}: {', '.join(figures) or 'no score asked for'} ({finite(format_seconds, event.score_seconds)})"

@@ -64,7 +64,9 @@ def test_every_type_is_read_back_within_what_it_may_cost(run, tmp_path, alone, q
 def test_without_llama_cpp_it_says_so_and_proves_the_rest(run, tmp_path, alone) -> None:
     report = export(run, tmp_path / "out", "gguf", "f16", rows=ROWS)
     assert report.verdict is None
-    assert report.notes == ("Not verified with llama.cpp: pip install 'qtune[verify]'",)
+    assert report.notes == (
+        "Not verified with llama.cpp: pip install '.[verify]', in the folder that qtune was cloned into",
+    )
     assert report.read_back.tensors == sum(report.stored.values()) == 38
     assert report.texts > 50
     kept = read_json(tmp_path / "out" / "export_report.json")

@@ -188,7 +188,10 @@ def test_a_base_that_has_no_file_of_its_own_still_gives_the_adapter(tmp_path, in
 
 def test_without_llama_cpp_it_says_so(run, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gguf_model, "is_installed", lambda: False)
-    assert exported_unasked(run, tmp_path / "out") == "Not verified with llama.cpp: pip install 'qtune[verify]'"
+    assert (
+        exported_unasked(run, tmp_path / "out")
+        == "Not verified with llama.cpp: pip install '.[verify]', in the folder that qtune was cloned into"
+    )
 
 
 def test_an_adapter_of_another_base_is_named(run, tmp_path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from qtune.evaluate.compare import HeldOut, Score, compare, difference
+from qtune.evaluate.compare import HeldOut, Score, compare, difference, worst_rows
 from qtune.evaluate.interval import interval, paired_interval
 from qtune.recipe.schema import Evaluate
 
@@ -19,11 +19,12 @@ class Asked:
 
     prompt_text: str
     answer: str
+    place: str
     prompt_ids: tuple[int, ...] = (1,)
 
 
 def held_out(rows: int = ROWS) -> HeldOut:
-    return HeldOut((), [Asked(f"question {i}", f"answer {i}") for i in range(rows)], (1,))  # type: ignore[misc]
+    return HeldOut((), [Asked(f"question {i}", f"answer {i}", f"rows.jsonl:{i}") for i in range(rows)], (1,))  # type: ignore[misc]
 
 
 def scored(who: str, right: int, rows: int = ROWS) -> Score:
@@ -62,6 +63,21 @@ def test_samples_are_drawn_by_the_seed_and_belong_to_their_rows() -> None:
 def test_no_more_samples_than_rows_and_none_twice(samples: int, drawn: int) -> None:
     found = compared(wanted=WANTED.model_copy(update={"samples": samples}))["samples"]
     assert len(found) == len({sample["prompt"] for sample in found}) == drawn
+
+
+def test_the_worst_answers_are_kept_lowest_first_and_none_that_is_right() -> None:
+    """Only samples were kept, so that no report could say where a run failed."""
+    scores = [1.0, 0.5, 0.0, 1.0, 0.2, 0.0]
+    assert sorted(worst_rows(scores, 2, 0)) == [2, 5]
+    assert worst_rows(scores, 10, 0)[2:] == [4, 1]
+    assert worst_rows(scores, 0, 0) == worst_rows([1.0] * 4, 3, 0) == []
+    assert {worst_rows([0.0] * 9, 1, seed)[0] for seed in range(20)} > {worst_rows([0.0] * 9, 1, 0)[0]}
+    found = compared()["worst"]
+    assert len(found) == WANTED.samples
+    for row in found:
+        number = int(row["place"].removeprefix("rows.jsonl:"))
+        assert (row["tuned"], row["tuned_score"]) == (f"tuned {number}", 0.0)
+        assert number >= 30
 
 
 def test_without_a_metric_there_is_no_difference() -> None:

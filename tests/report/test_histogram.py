@@ -67,5 +67,5 @@ def test_without_matplotlib_it_says_what_brings_it(tmp_path: Path, monkeypatch: 
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MachineError, match=r"pip install 'qtune\[plots\]'"):
+    with pytest.raises(MachineError, match=r"pip install '\.\[plots\]'"):
         picture_path(tmp_path)

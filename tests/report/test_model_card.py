@@ -67,7 +67,7 @@ def test_the_text_tells_the_run_and_how_to_use_it(tmp_path: Path) -> None:
     text = text_of(run, address="me/medical")
     for fact in (
         "A LoRA adapter for [Qwen/Qwen3-4B-Instruct](https://huggingface.co/Qwen/Qwen3-4B-Instruct)",
-        "| token_f1 on 100 rows | 0.181 (0.15-0.21) → 0.402 (0.36-0.45) |",
+        "| shared words on 100 rows | 0.181 (0.15-0.21) → 0.402 (0.36-0.45) |",
         "| difference | +0.221 (+0.190 to +0.252) |",
         "PeftModel.from_pretrained(model, 'me/medical')",
         "--max-lora-rank 16 --lora-modules medical=me/medical",

@@ -50,7 +50,7 @@ def test_a_run_in_lines(run_events: list[Event]) -> None:
             lines(event)
     written = file.getvalue().splitlines()
     assert written[0] == "loading Qwen/Qwen3-4B-Instruct"
-    assert written[1] == "base: held-out 2.113, token_f1 0.181 on 100 rows (41 s)"
+    assert written[1] == "base: held-out 2.113, shared words 0.181 on 100 rows (41 s)"
     assert "step 56/282  held-out 1.647 → 1.424, best so far" in written
     assert sum("  loss " in line for line in written) == sum(isinstance(event, StepDone) for event in run_events)
     assert written[-2] == "step 282/282  adapter saved (66 MiB, 0.4 s)"

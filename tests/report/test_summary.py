@@ -53,7 +53,7 @@ def test_the_page_tells_the_run(whole_run: RunDir) -> None:
     for fact in (
         "# medical\n\nAnswers medical questions briefly\n",
         "| held-out loss | 2.113 → 1.246 |",
-        "| token_f1 on 100 rows | 0.181 (0.15-0.21) → 0.402 (0.36-0.45) |",
+        "| shared words on 100 rows | 0.181 (0.15-0.21) → 0.402 (0.36-0.45) |",
         "in 18 min 24 s",
         "## Sample answers",
         "| source | rows.jsonl (prompt-completion) |",

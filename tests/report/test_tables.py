@@ -8,7 +8,7 @@ from made_events import SCORES, start_run, whole_run_in
 from rich.console import Console, RenderableType
 
 from qtune.events import Memorised
-from qtune.report import card, page, record, summary, tables
+from qtune.report import card, page, record, summary, tables, verdict
 from qtune.rundir import RunDir, read_json, write_json
 
 
@@ -98,7 +98,7 @@ def test_before_and_after_with_intervals_and_answers_side_by_side(scores: dict[s
     assert all(len(line) <= width for line in lines)
     assert any(line.startswith("base, 0.080") and "tuned, 1.000" in line for line in lines)
     if width >= 80:
-        assert "token_f1 on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)" in flat
+        assert "shared words on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)" in flat
         assert any(line.startswith("The ending -olol") and line.rstrip().endswith("A beta blocker.") for line in lines)
 
 
@@ -125,8 +125,10 @@ def test_the_end_of_a_run_says_what_came_out_and_what_to_type_next(whole_run: Ru
     lines = [line.strip() for line in shown(tables.end_of_run(whole_run), 240).splitlines()]
     run = whole_run.path
     assert [" ".join(line.split()) for line in lines if line] == [
+        verdict.lines(record.read(whole_run))[0].plain,
+        "What it forgot was not measured.",
         "held-out loss 2.113 → 1.246",
-        "token_f1 on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)",
+        "shared words on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)",
         "peak memory 4.8 GiB of 8.0 GiB",
         "training took 18 min 24 s",
         f"adapter {run}/adapter",

@@ -37,7 +37,7 @@ def test_one_line_is_one_line() -> None:
         (Saved("adapter", 2_202_010, 0.1), "adapter saved (2.1 MiB, 0.1 s)"),
         (
             Scored("base", 2.113, "token_f1", 0.181, 100, 41.2),
-            "base: held-out 2.113, token_f1 0.181 on 100 rows (41 s)",
+            "base: held-out 2.113, shared words 0.181 on 100 rows (41 s)",
         ),
         (
             Scored("tuned", 1.246, "none", None, 0, 2.0, 3.6204),
