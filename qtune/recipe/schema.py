@@ -287,7 +287,9 @@ class Evaluate(Table):
         100, ge=0, le=MAX_COUNT, description="Held-out rows that are answered and scored; 0 leaves the score out."
     )
     max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer in tokens.")
-    samples: int = Field(5, ge=0, le=100, description="Answers shown side by side in the summary.")
+    samples: int = Field(
+        5, ge=0, le=100, description="Answers shown, drawn by the seed, and as many of those that scored lowest."
+    )
     general: NonEmpty = Field(
         "builtin",
         description="Plain text, a document a line, whose loss before and after tells what was forgotten: a .txt file,"

@@ -88,7 +88,11 @@ def _forgotten(scores: dict[str, Any]) -> Finding:
     if share < 0:
         return Finding(f"General text is {-100 * share:.0f} % easier for it than before {losses}.", True)
     harder = f"General text is {100 * share:.0f} % harder for it than before {losses}"
-    return Finding(f"{harder}: it forgets. {ADVICE}", False) if after >= (1 + FORGETS_FROM) * before else Finding(f"{harder}.", True)
+    return (
+        Finding(f"{harder}: it forgets. {ADVICE}", False)
+        if after >= (1 + FORGETS_FROM) * before
+        else Finding(f"{harder}.", True)
+    )
 
 
 def lines(found: Record) -> list[Text]:
