@@ -171,7 +171,7 @@ def rows(path: Path) -> list[list[str]]:
 def test_the_readmes_figures_of_the_demo_are_those_of_the_table() -> None:
     demo = next(row for row in rows(ROOT / "benchmarks" / "domains.md") if row[0] == "medical")
     _, _, base, tuned, _, _, asked, seconds, _ = demo
-    assert f"none of {asked} questions, afterwards to {tuned} of them" in " ".join(README.split())
+    assert f"none of {asked} questions, afterwards to {100 * float(tuned):.1f} % of them" in " ".join(README.split())
     assert float(base) == 0
     assert f"[{seconds} seconds]" in README
 

@@ -205,12 +205,22 @@ def merge_rows(report: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[st
         ("merged", f"onto the {report['onto']} base, {report['dtype']}, {written}: {report['output']}"),
         *(("measured", f"{tried['onto']}: {closeness(tried)}") for tried in report["measured"]),
         ("verdict", closeness(verdict)),
+        *_beside_rounding(verdict),
         (
             "",
             f"loss over every token of held-out rows {verdict['live_loss']:.4f} live, {verdict['merged_loss']:.4f}"
             f" merged; {same} of {len(verdict['greedy'])} greedy answers the same",
         ),
     ]
+
+
+def _beside_rounding(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the fold costs before its weights are rounded, what tuning changed, and what does not hold; a merge of
+    another version was not asked."""
+    fold_kl, base_kl = verdict.get("fold_kl"), verdict.get("base_kl")
+    beside = [] if base_kl is None else [("", f"tuning itself moved it by a mean KL of {base_kl:.1e} nats")]
+    folded = [] if fold_kl is None else [("", f"before its weights were rounded: mean KL {fold_kl:.1e} nats")]
+    return [*folded, *beside, *(("fault", fault) for fault in verdict.get("faults", ()))]
 
 
 def closeness(verdict: dict[str, Any]) -> str:

@@ -143,6 +143,23 @@ def test_a_merge_is_held_against_the_adapter_or_said_not_to_be(run: RunDir) -> N
     assert "it failed." in model_card
 
 
+def test_what_a_fold_costs_apart_from_rounding_is_told_where_it_was_measured(run: RunDir) -> None:
+    asked = {
+        **MERGED,
+        "passed": False,
+        "fold_kl": 1.2e-8,
+        "base_kl": 0.45,
+        "faults": ["mean KL 1.0e-02 nats (at most 1e-3)"],
+    }
+    for place in merged(run, asked)[:2]:
+        assert "before its weights were rounded: mean KL 1.2e-08 nats" in place
+        assert "tuning itself moved it by a mean KL of 4.5e-01 nats" in place
+        assert "mean KL 1.0e-02 nats (at most 1e-3)" in place
+    for place in merged(run, MERGED)[:2]:
+        assert "rounded" not in place.split("Proofs")[-1].split("Use it")[0]
+        assert "tuning itself" not in place
+
+
 def test_a_run_without_merge_or_export_has_no_proofs(run: RunDir) -> None:
     assert proofs.proofs(record.read(run)) == []
     assert "Proofs" not in page.run_page(run)
