@@ -196,7 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="dtype of the result (auto)"
     )
 
-    export = _verb(verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, proven")
+    export = _verb(verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, held against the run")
     _run_argument(export)
     _base_argument(export)
     export.add_argument(

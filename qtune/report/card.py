@@ -119,7 +119,7 @@ def _results(found: Record) -> list[str]:
         return ["It was not scored.", ""]
     told = verdict.text(found)
     said = [markdown.inline(told), ""] if told else []
-    lines = ["## Base and tuned", "", *said, *markdown.table(("on held-out rows", "base → tuned"), rows)]
+    lines = ["## Base and tuned", "", *said, *markdown.table(("", "base → tuned"), rows)]
     if found.scores and found.scores.get("difference"):
         lines += ["Intervals are 95 %; that of the difference is a paired bootstrap over the same rows.", ""]
     return lines
