@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from stopped_runs import copy, qtune, write_recipe
 
-from qtune.errors import how_to_install
 from qtune.evaluate.benchmarks import Result, results_of
 from qtune.rundir import read_json
 
