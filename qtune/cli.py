@@ -196,7 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto", help="dtype of the result (auto)"
     )
 
-    export = _verb(verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, held against the run")
+    export = _verb(
+        verbs, "export", export_run, "write the run for llama.cpp or Ollama: a GGUF file, held against the run"
+    )
     _run_argument(export)
     _base_argument(export)
     export.add_argument(
@@ -505,8 +507,11 @@ def check_data(options: argparse.Namespace) -> int:
     console = _console(options)
     from qtune import logs
     from qtune.data.audit import audit
+    from qtune.data.refusals import refusals
     from qtune.data.verdict import judge
+    from qtune.evaluate.metrics import fault_asked
     from qtune.model.tokenizer import load_tokenizer
+    from qtune.recipe.paths import GENERAL_WORDS
     from qtune.report import histogram
     from qtune.report.audit_table import audit_json, audit_table
     from qtune.report.waiting import rows_shown
@@ -515,7 +520,12 @@ def check_data(options: argparse.Namespace) -> int:
     logs.quiet_libraries()
     tokenizer = load_tokenizer(recipe.model)
     with rows_shown(console) as tell:
-        checked = judge(audit(recipe.data, tokenizer, tell), recipe.data)
+        if recipe.evaluate.general not in GENERAL_WORDS:
+            from qtune.evaluate.general import general_packs
+
+            general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)  # a run refuses one without text
+        found = audit(recipe.data, tokenizer, tell, fault_asked(recipe.evaluate))
+        checked = judge(found, recipe.data, refusals(found, recipe, tokenizer))
     if picture is not None and checked.tokens is not None:
         histogram.draw(checked.tokens, picture)
     if options.json:

@@ -90,6 +90,41 @@ def test_a_held_out_row_as_json(workplace: Path, capsys: pytest.CaptureFixture) 
     assert any(stretch["is_trained"] for stretch in row["stretches"])
 
 
+def test_one_row_is_refused_by_the_check_too(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    """ "Nothing is wrong with 1 rows", it said, and `qtune check` had nothing to train on."""
+    Path("one.jsonl").write_text(good(1))
+    Path("one.toml").write_text(RECIPE + 'train = "one.jsonl"\n')
+    status, out, err = data(capsys, "check", "one.toml")
+    assert (status, err) == (2, "")
+    assert "fault[nothing-left]: data.held_out_fraction = 0.05 leaves nothing to train on" in out
+    assert out.rstrip().endswith("1 fault in 1 row.")
+    assert data(capsys, "check", "one.toml", "--set", "data.held_out_fraction=0")[0] == 0
+
+
+def test_a_general_text_that_is_none_is_refused_by_the_check_too(
+    workplace: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Path("good.jsonl").write_text("".join(f"{good(number)}\n" for number in range(1, 9)))
+    Path("blank.txt").write_text("\n \n")
+    Path("good.toml").write_text(RECIPE + 'train = "good.jsonl"\n[evaluate]\ngeneral = "blank.txt"\n')
+    status, _, err = data(capsys, "check", "good.toml")
+    assert status == 2
+    assert "evaluate.general holds no text" in err
+
+
+def test_an_answer_of_weight_0_is_shown_as_read_only(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    turns = [("user", "q"), ("assistant", "bad"), ("user", "again"), ("assistant", "good")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[1] |= {"weight": 0, "reasoning_content": "hm"}  # type: ignore[dict-item]
+    Path("rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    Path("rows.toml").write_text(RECIPE + 'train = "rows.jsonl"\n')
+    status, out, _ = data(capsys, "show", "rows.toml")
+    assert status == 0
+    assert "»good<|end|>«" in out
+    assert out.count("»") == 2
+    assert "nobody reads `reasoning_content`" in out
+
+
 def test_data_alone_says_what_there_is(capsys: pytest.CaptureFixture) -> None:
     status, out, _ = data(capsys)
     assert status == 0

@@ -15,19 +15,22 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data import encodings, formats, kinds
-from qtune.data.encodings import TEXT_SUFFIXES, FileEncoding
+from qtune.data.encodings import TEXT_SUFFIXES, WESTERN, FileEncoding
 from qtune.data.files import read_file
 from qtune.data.findings import Groups
 from qtune.data.formats import Conversation, Document
 from qtune.data.likeness import Likeness
+from qtune.data.pieces import Cut
 from qtune.data.places import parted
-from qtune.data.row_checks import Seen, look_at, see_batch
+from qtune.data.row_checks import FaultOf, Seen, Taken, look_at, see_batch
 from qtune.data.rows import Dropped, Row, Source
+from qtune.data.sheets import SUFFIXES
 from qtune.data.stops import StopChain, stop_chain
 from qtune.data.survey import Tell
 from qtune.data.template import ChatTemplate
 from qtune.data.token_counts import SHOWN_LONGEST, LongRow, TokenCounts, as_numbers, bars_of
 from qtune.data.tokens import Encoder, batches_of, characters_of
+from qtune.data.unused import Unused, unused_of
 from qtune.data.workers import spread
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
@@ -38,23 +41,32 @@ FILE_FAULT = re.compile(r"(?P<place>.*?(?::[\d,]+)?): (?P<told>.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """A source and its rows: read, and of these usable, which is to say with tokens. No format fits where it is ""."""
+    """A source and its rows: read, and of these usable, which is to say with tokens. No format fits where it is "".
+
+    `taken_rows` are those that a run would train on or hold out: long ones may be left out, texts be cut in pieces.
+    """
 
     name: str
     is_held_out: bool
     format: str
     rows: int
     usable_rows: int
+    taken_rows: int
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What was found, not judged yet: `groups` hold it by kind. `tokens` is None where no row has any."""
+    """What was found, not judged yet: `groups` hold it by kind. `tokens` is None where no row has any. `notices` are
+    sentences on files that are read as another one than their names say."""
 
     sources: tuple[SourceCounts, ...]
     groups: Groups
     tokens: TokenCounts | None
     stops: StopChain | None
+    unused: tuple[Unused, ...]
+    cut: Cut
+    taken: Taken
+    notices: tuple[str, ...]
 
     @property
     def rows(self) -> int:
@@ -82,14 +94,15 @@ class Progress:
     line: int = 0
 
 
-def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> Audit:
-    """Read all that `data` names and keep what is wrong with it; `tell` hears how far that is.
+def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, fault_of: FaultOf | None = None) -> Audit:
+    """Read all that `data` names and keep what is wrong with it; `tell` hears how far that is, `fault_of` says why an
+    answer to a row could not be scored.
 
     Raises ModelError for a chat template that no row could be written with, DataError and MachineError for a hub
     dataset that cannot be had.
     """
     with Likeness() as likeness:
-        seen = Seen(likeness)
+        seen = Seen(likeness, Taken(fault_of))
         counts, chains = [], []
         for source, is_held_out in ((Source.of_train(data), False), (Source.of_held_out(data), True)):
             if source is None:
@@ -100,27 +113,31 @@ def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> Audit:
         tell("comparing", len(likeness), None)
         _group_alike(seen, counts[0].usable_rows, data.check.near_duplicate_similarity)
     stops = next(filter(None, chains), None)
-    return Audit(tuple(counts), seen.groups, _token_counts(seen, data.max_tokens) if seen.tokens else None, stops)
+    tokens = _token_counts(seen, data.max_tokens) if seen.tokens else None
+    unused = unused_of(seen.unused)
+    return Audit(tuple(counts), seen.groups, tokens, stops, unused, seen.cut, seen.taken, tuple(seen.notices))
 
 
 def _see_source(
     source: Source, is_held_out: bool, data: Data, tokenizer: PreTrainedTokenizerBase, seen: Seen, tell: Tell
 ) -> tuple[SourceCounts, StopChain | None]:
-    before = len(seen.places)
+    before, taken_before = len(seen.places), len(seen.taken.rows)
     progress, form, chain = Progress(None), "", None
     with _as_utf8(source, seen.groups, progress) as readable:
         if readable is not None:
             form = _recognise(readable, data, seen.groups)
             template = ChatTemplate.of(tokenizer) if form not in ("", "text") else None
+            seen.notices += [readable.notice] if form and readable.notice else []
             encoder = Encoder.of(tokenizer)
             look = functools.partial(look_at, template=template, encoder=encoder)
             batches = batches_of(_items(readable, form, data, seen.groups, progress), characters_of)
             with contextlib.closing(spread(look, batches)) as every:
                 for batch, looked in every:
-                    see_batch(batch, looked, template, data, seen)
+                    see_batch(batch, looked, template, encoder, data, seen)
                     tell("checking", progress.line if progress.lines else progress.rows, progress.lines)
             chain = stop_chain(template, tokenizer) if form else None
-    return SourceCounts(source.name, is_held_out, form, progress.rows, len(seen.places) - before), chain
+    usable, taken = len(seen.places) - before, len(seen.taken.rows) - taken_before
+    return SourceCounts(source.name, is_held_out, form, progress.rows, usable, taken), chain
 
 
 @contextlib.contextmanager
@@ -139,7 +156,11 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         yield None
         return
     progress.lines = found.lines if path.suffix.lower() == ".jsonl" else None
-    if found.has_bom:
+    is_sheet = path.suffix.lower() in SUFFIXES
+    if is_sheet and found.probably == WESTERN:  # read as such
+        yield source
+        return
+    if found.has_bom and not is_sheet:  # Excel writes one and wants one
         groups.add("byte-order-mark", f"{path.name}:1", "begins with a byte-order mark")
     for line in found.bad_lines:
         groups.add("not-utf8", f"{path.name}:{line:,}", f"is not UTF-8 but {encodings.called(found.probably)}")

@@ -9,6 +9,7 @@ from qtune.data.examples import Examples
 from qtune.data.formats import Conversation, Document
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate
+from qtune.data.unused import Unused
 
 SHOWN_PLACES = 3
 
@@ -26,13 +27,17 @@ class Reason:
 class DataReport:
     """The data in figures. `sample` is one real row as (text, is trained) pieces; fractions are 0-1.
 
-    `canary_rows` are trained on beside `train_rows`; tokens and packs are of both.
+    `canary_rows` are trained on beside `train_rows`; tokens and packs are of both. `cut_texts` became `pieces`, which
+    are rows here.
     """
 
     source: str
     format: str
     rows_read: int
     dropped: tuple[Reason, ...]
+    unused: tuple[Unused, ...]
+    cut_texts: int
+    pieces: int
     truncated_rows: int
     trained_tokens_lost: int
     train_rows: int

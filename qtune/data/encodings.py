@@ -5,7 +5,7 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,15 @@ import charset_normalizer
 import ftfy
 from ftfy.badness import is_bad
 
+WESTERN = "cp1252"
+IN_USE = [  # what programs write that do not write UTF-8; guessed among all there are, German is a DOS of the Baltic
+    *(WESTERN, "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r"),
+    *("gb18030", "big5", "cp932", "euc_jp", "cp949"),
+]
+LETTER = "[A-Za-zÀ-ÖØ-öø-ÿŒœŸŠšŽž]"
+# What text of the west seldom has and other code pages have as letters: a sign amid a word, õ but in õe, and ð, þ, ý.
+NOT_WESTERN = re.compile(f"{LETTER}[¡-¶¸-¿×÷]{LETTER}|[Õõ](?![Ee])|[ÐÝÞðýþ]")
+WORDS = re.compile(r"[^\W\d_]{2,}")
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 SAMPLE_BYTES = 1 << 16
 EXCERPT_CHARACTERS = 24
@@ -54,8 +63,23 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _guess(sample: bytes) -> str | None:
-    found = charset_normalizer.from_bytes(sample).best()
-    return None if found is None or found.encoding == "utf_8" else found.encoding
+    found = charset_normalizer.from_bytes(sample, cp_isolation=IN_USE)
+    best = found.best()
+    if best is None:
+        return None
+    equals = [str(match) for match in found if match.chaos == best.chaos]
+    return WESTERN if _reads_as_western(sample, equals) else best.encoding
+
+
+def _reads_as_western(sample: bytes, texts: Sequence[str]) -> bool:
+    """Whether cp1252 gives one of the likeliest `texts`, and that has few accents and none of NOT_WESTERN."""
+    try:
+        text = sample.decode(WESTERN)
+    except UnicodeDecodeError:
+        return False
+    accented = [word for word in WORDS.findall(text) if not word.isascii()]
+    strange = [word for word in accented if 2 * sum(letter > "\x7f" for letter in word) > len(word)]
+    return text in texts and NOT_WESTERN.search(text) is None and 2 * len(strange) <= len(accented)
 
 
 def called(encoding: str | None) -> str:

@@ -3,35 +3,44 @@
 JSONL and CSV are read here, line by line, so that a fault has a line; `datasets` gives none, and a leading `null` in
 a JSONL file ends the whole process inside pyarrow (datasets 5.2).
 
-Files are read piece by piece, so memory holds a row or a batch of them, never the file. The exception is `.json`: one
-document has no rows until its end is known, and is read whole.
+Files are read piece by piece, so memory holds a row or a batch of them, never the file; a text in `.txt` comes in rows
+that continue one another. The exception is `.json`: one document has no rows until its end is known, and is read whole.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from qtune.data.sheets import Sheet
 from qtune.data.text import BLOCK_BYTES, blocks_of, lines_of, refuse_bad_bytes, start_of
 from qtune.errors import DataError
 
 MAGIC = (
     (b"PK\x03\x04", "an Excel workbook or zip archive. Save the sheet as CSV"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook. Save the sheet as CSV"),
-    (b"\x1f\x8b", "compressed with gzip. Unpack it first"),
+    (b"\x1f\x8b", "compressed with gzip. Unpack it first, with gunzip"),
+    (b"BZh91AY&", "compressed with bzip2. Unpack it first, with bunzip2"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd. Unpack it first, with unzstd"),
+    (b"\xfd7zXZ", "compressed with xz. Unpack it first, with unxz"),
     (b"PAR1", "a Parquet file. Name it .parquet"),
     (b"\xff\xfe", "UTF-16 text. Save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text. Save it as UTF-8"),
     (b"%PDF", "a PDF document. Turn it into text first"),
 )
+INSTEAD = {
+    ".md": "A plain text is named .txt.",
+    ".arrow": "datasets writes it as Parquet: Dataset.from_file('rows.arrow').to_parquet('rows.parquet').",
+}
 PARQUET_BATCH_ROWS = 64
+NAME_CHARACTERS = 40  # of a column; a text is longer
+TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
 KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
 
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv module stops at 128 KiB unless told
@@ -39,10 +48,14 @@ csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv modul
 
 @dataclass(frozen=True)
 class Row:
-    """One raw row: column values, and where they stand (`rows.jsonl:17`, `rows.parquet row 17`)."""
+    """One raw row: column values, and where they stand (`rows.jsonl:17`, `rows.parquet row 17`).
+
+    `continues` where its text goes on in the next row.
+    """
 
     values: dict[str, Any]
     place: str
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,8 @@ def read_file(path: Path) -> Iterator[Row | Dropped]:
     reader = READERS.get(path.suffix.lower())
     _refuse_unreadable(path)
     if reader is None:
-        known = ", ".join(READERS)
-        raise DataError(f"{path}: qtune does not read {path.suffix or 'files without a suffix'}. It reads {known}.")
+        instead = INSTEAD.get(path.suffix.lower(), f"It reads {', '.join(READERS)}.")
+        raise DataError(f"{path}: qtune does not read {path.suffix or 'files without a suffix'}. {instead}")
     return reader(path)
 
 
@@ -181,18 +194,18 @@ def _json_document(path: Path, text: str) -> Any:
 
 
 def _read_csv(path: Path) -> Iterator[Row | Dropped]:
-    """Comma- or tab-separated, by suffix; a cell may hold line breaks, and a record's place is its first line."""
-    refuse_bad_bytes(path)
+    """A cell may hold line breaks, and a record's place is its first line."""
     if any(b"\0" in block for block in blocks_of(path)):
         raise DataError(f"{path}: holds NUL bytes, so it is no text table. Save it as CSV in UTF-8.")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader((line + "\n" for line in lines_of(path, newline=None)), delimiter=delimiter, strict=True)
+    sheet = Sheet.of(path)
+    lines = (line + "\n" for line in lines_of(path, None, sheet.encoding))
+    reader = csv.reader(lines, delimiter=sheet.delimiter, strict=True)
     header: list[str] | None = None
     line = 1
     try:
         for cells in reader:
             place, line = f"{path.name}:{line:,}", reader.line_num + 1
-            if not cells:
+            if not any(cells):  # an empty line, or as many empty cells as Excel writes for one
                 continue
             if header is None:
                 header = _checked_header(path, cells)
@@ -207,15 +220,18 @@ def _read_csv(path: Path) -> Iterator[Row | Dropped]:
 def _checked_header(path: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
+    ask = " Or has the file no header?" if seem_a_row(names) else ""
     if "" in names:
-        raise DataError(f"{path}:1: column {names.index('') + 1} has no name. Give every column one.")
+        raise DataError(f"{path}:1: column {names.index('') + 1} has no name. Give every column one.{ask}")
     if twice:
-        raise DataError(f"{path}:1: column {twice[0]!r} is there twice. Give every column a name of its own.")
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|,"):
-        raise DataError(
-            f"{path}:1: is one column, {names[0]!r}. Part columns with commas in a .csv file, with tabs in a .tsv file."
-        )
+        shown = f"{twice[0][:NAME_CHARACTERS]!r}"
+        raise DataError(f"{path}:1: column {shown} is there twice. Give every column a name of its own.{ask}")
     return names
+
+
+def seem_a_row(names: Sequence[str]) -> bool:
+    """Whether these are texts of a row and no names of columns: long, a sentence, or a number."""
+    return any(len(name) > NAME_CHARACTERS or name.endswith((".", "?", "!")) or name.isdecimal() for name in names)
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
@@ -231,17 +247,29 @@ def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
 
 
 def _read_txt(path: Path) -> Iterator[Row | Dropped]:
-    """One document per paragraph; blank lines part them."""
+    """The file is one text, its line ends made \\n and blank lines at both ends left off.
+
+    A long one comes in rows of TEXT_CHARACTERS or a little more that end with a paragraph (with a line, where there is
+    no paragraph's end for twice as long), and all but the last one `continue`.
+    """
     refuse_bad_bytes(path)
-    start = 1
     kept: list[str] = []
-    for number, line in enumerate(chain(lines_of(path), [""]), start=1):
-        if line.strip():
-            start = start if kept else number
-            kept.append(line.removesuffix("\r"))
-        elif kept:
-            yield Row({"text": "\n".join(kept)}, f"{path.name}:{start:,}")
-            kept = []
+    start, held, blank = 0, 0, 0  # the first line of this row, its characters, and the blank lines met since its last
+    for number, line in enumerate(lines_of(path), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            blank += 1
+            kept += [line] if kept else []
+            continue
+        if held >= TEXT_CHARACTERS and (blank or held >= 2 * TEXT_CHARACTERS):
+            yield Row({"text": "\n".join([*kept, ""])}, f"{path.name}:{start:,}", continues=True)
+            kept, held = [], 0
+        start = start if kept else number
+        kept.append(line)
+        held += len(line) + 1
+        blank = 0
+    if kept:
+        yield Row({"text": "\n".join(kept[: len(kept) - blank])}, f"{path.name}:{start:,}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | Dropped]]] = {

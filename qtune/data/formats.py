@@ -1,12 +1,12 @@
 """One raw row becomes a conversation or a document; one function per format."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from qtune.data.rows import Dropped, Row
+from qtune.data.files import Dropped, Row, seem_a_row
 from qtune.errors import DataError
 from qtune.recipe.schema import Columns, DataFormat
 
@@ -18,31 +18,45 @@ ROLE_BY_NAME = {
     "gpt": "assistant",
     "model": "assistant",
 }
+TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+SHOWN_COLUMNS, COLUMN_CHARACTERS = 12, 40  # of columns that no format fits; those of a file without a header are rows
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `role` is system, user or assistant."""
+    """One turn; `role` is system, user or assistant. An assistant's is learned where `is_trained`."""
 
     role: str
     content: str
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns that end with an assistant's, where they come from, and what a metric holds the answer against."""
+    """Turns that end with an assistant's, where they come from, and what a metric holds the answer against.
+
+    `unused` names the columns and the fields of messages that hold something and are read by nobody.
+    """
 
     messages: tuple[Message, ...]
     place: str
     check: str = ""
+    unused: tuple[str, ...] = ()
+
+    @property
+    def last_trained(self) -> int:
+        """Which message is the last answer that is learned."""
+        return max(i for i, message in enumerate(self.messages) if message.role == "assistant" and message.is_trained)
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text, all of it to be learned."""
+    """Plain text, all of it to be learned; it goes on in the next one of its file where `continues`."""
 
     text: str
     place: str
+    unused: tuple[str, ...] = ()
+    continues: bool = False
 
 
 class BadRow(Exception):
@@ -77,6 +91,11 @@ class Format:
         found = self.columns(present, mapped)
         fields = {field for field, column in mapped if column is not None}
         return all(field in found for field in self.needed) and fields <= self.fields.keys()
+
+    def is_known_by(self, present: Collection[str], mapped: Columns) -> bool:
+        """Whether a column has a name of this format's own; a system prompt has the same in all of them."""
+        claimed = {field for field, column in mapped if column is not None}
+        return bool(self.columns(present, mapped).keys() - claimed - {"system"})
 
     @property
     def wanted(self) -> str:
@@ -123,6 +142,8 @@ def _chat(values: dict[str, Any], system: str | None) -> tuple[Message, ...]:
     if not messages or messages[-1].role != "assistant":
         last = messages[-1].role if messages else "system"
         raise BadRow(f"the last message is the {last}'s, so there is no answer to learn")
+    if not any(message.is_trained for message in messages if message.role == "assistant"):
+        raise BadRow("every answer has the weight 0, so there is no answer to learn")
     return (*(() if messages[0].role == "system" else _system(values, system)), *messages)
 
 
@@ -137,11 +158,47 @@ def _turn(number: int, turn: Any) -> list[Message]:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role is None:
         raise BadRow(f"message {number} has no role")
+    if role in TOOL_ROLES:
+        raise BadRow(f"message {number} is a tool's (its role is {role!r}), and qtune trains text only")
     if not isinstance(role, str) or role not in ROLE_BY_NAME:
         raise BadRow(f"message {number} has the role {role!r}, which does not exist: system, user or assistant")
     if role == "system" and (content is None or content == ""):
         return []
-    return [Message(ROLE_BY_NAME[role], _content(number, content))]
+    return [Message(ROLE_BY_NAME[role], _content(number, content), _is_trained(number, turn))]
+
+
+def _is_trained(number: int, turn: dict[str, Any]) -> bool:
+    """OpenAI's `weight` of an answer: 0 is read only, 1 is trained, as one without it is. No other turn is trained."""
+    weight = turn.get("weight")
+    if not _is_answer(turn) or weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        found = weight if isinstance(weight, int | float) and not isinstance(weight, bool) else _kind(weight)
+        raise BadRow(f"the weight of message {number} is {found}; 0 reads an answer only, and 1 trains it")
+    return bool(weight)
+
+
+def _is_answer(turn: dict[str, Any]) -> bool:
+    return ROLE_BY_NAME.get(str(turn.get("role", turn.get("from")))) == "assistant"
+
+
+def _unused_in_turns(turns: Iterable[Any]) -> Iterator[str]:
+    """The fields of messages, and of the parts they are made of, that hold something and are not read."""
+    for turn in turns:
+        if "human" in turn and "assistant" in turn:
+            yield from _held(turn, ("human", "assistant"))
+            continue
+        role, content = ("role" if "role" in turn else "from"), ("content" if "content" in turn else "value")
+        yield from _held(turn, (role, content, "weight"))
+        if turn.get("weight") and not _is_answer(turn):
+            yield "weight of a question"
+        for part in turn[content] if isinstance(turn.get(content), list) else ():
+            yield from _held(part, ("type", "text" if "text" in part else "value"))
+
+
+def _held(values: dict[str, Any], used: Collection[str]) -> Iterator[str]:
+    """The names outside `used` that hold something."""
+    return (name for name, value in values.items() if name not in used and value not in (None, "", [], {}))
 
 
 def _content(number: int, content: Any) -> str:
@@ -193,8 +250,8 @@ FORMATS = {
     "alpaca": Format(
         {
             "prompt": ("instruction",),
-            "completion": ("output",),
-            "input": ("input",),
+            "completion": ("output", "response"),
+            "input": ("input", "context"),
             "system": ("system",),
             "history": ("history",),
             "check": (),
@@ -215,7 +272,7 @@ FORMATS = {
     ),
     "question-answer": Format(
         {
-            "prompt": ("question", "query", "input"),
+            "prompt": ("question", "query", "ask", "input"),
             "completion": ("answer", "response", "output"),
             "input": (),
             "system": ("system",),
@@ -231,6 +288,7 @@ FORMATS = {
 def recognise(wanted: DataFormat, rows: Sequence[Row], mapped: Columns) -> str:
     """The name of the format to read `rows` with; auto goes by the first row, then by the columns of all.
 
+    Where several fit it is the first that knows a column by its own name; prompt-completion where all are mapped.
     Raises DataError where the columns fit no format, or not the wanted one, and for a mapped column no row has. That of
     `check` may be in the held-out rows alone, whose answers it is for.
     """
@@ -238,19 +296,49 @@ def recognise(wanted: DataFormat, rows: Sequence[Row], mapped: Columns) -> str:
     for field, column in mapped:
         if column is not None and column not in present and field != "check":
             near = get_close_matches(column, present, 1)
-            hint = f" Did you mean {near[0]}?" if near else f" The columns are {', '.join(present)}."
+            hint = f" Did you mean {near[0]}?" if near else f" The columns are {_listed(present)}."
             raise DataError(f'data.columns.{field} = "{column}": no row has such a column.{hint}')
     candidates = list(FORMATS) if wanted == "auto" else [wanted]
     for columns in (list(rows[0].values), present):
-        for name in candidates:
-            if FORMATS[name].fits(columns, mapped):
-                return name
+        fitting = [name for name in candidates if FORMATS[name].fits(columns, mapped)]
+        known = [name for name in fitting if FORMATS[name].is_known_by(columns, mapped)]
+        if fitting:
+            return next(iter(known), "prompt-completion" if "prompt-completion" in fitting else fitting[0])
+    raise DataError(_no_format(wanted, candidates, rows[0], present))
+
+
+def _no_format(wanted: str, candidates: Sequence[str], first: Row, present: Sequence[str]) -> str:
+    """What is wrong with columns that fit no format, and what would work."""
     asked = "no format fits" if wanted == "auto" else f'data.format = "{wanted}" does not fit'
+    says = f"{asked} the columns {_listed(present)}"
+    if {"chosen", "rejected"} <= set(present):
+        return (
+            f"{says}: these are preferences (DPO), and qtune does not train on pairs of answers yet. To learn the"
+            f" chosen ones alone: [data] columns = {{ {_chosen_alone(first, present)} }}."
+        )
+    if seem_a_row(present):
+        return f"{says}, which seem to be a row: has the file no header? Write one above it: question,answer."
     needs = "; ".join(f"{name} needs {FORMATS[name].wanted}" for name in candidates)
-    raise DataError(
-        f"{asked} the columns {', '.join(present)}: {needs}. Name yours in [data.columns], such as"
-        ' prompt = "ask" and completion = "reply".'
+    prompt, completion = present if len(present) == 2 else ("request", "reply")
+    return (
+        f'{says}: {needs}. Name yours in [data.columns], such as prompt = "{prompt}" and completion = "{completion}".'
     )
+
+
+def _chosen_alone(first: Row, present: Sequence[str]) -> str:
+    """The mapping that reads the chosen answers of preferences."""
+    if isinstance(first.values.get("chosen"), list):
+        return 'messages = "chosen"'
+    is_known = any(form.fits(present, Columns(completion="chosen")) for form in FORMATS.values())
+    others = [name for name in present if name not in ("chosen", "rejected")]
+    return 'completion = "chosen"' + ("" if is_known or not others else f', prompt = "{others[0]}"')
+
+
+def _listed(columns: Sequence[str]) -> str:
+    """Names of columns, long ones cut and many left out."""
+    cut = [name if len(name) <= COLUMN_CHARACTERS else f"{name[:COLUMN_CHARACTERS]}…" for name in columns]
+    more = [f"and {len(cut) - SHOWN_COLUMNS} more"] if len(cut) > SHOWN_COLUMNS else []
+    return ", ".join([*cut[:SHOWN_COLUMNS], *more]).replace("\n", " ")
 
 
 def read(row: Row, name: str, mapped: Columns, system: str | None) -> Conversation | Document | Dropped:
@@ -260,14 +348,28 @@ def read(row: Row, name: str, mapped: Columns, system: str | None) -> Conversati
     missing = [field for field in form.needed if field not in columns]
     if missing:
         return Dropped(row.place, f"has no column for the {' and the '.join(missing)}")
+    values = {field: row.values[column] for field, column in columns.items()}
     try:
-        result = form.read({field: row.values[column] for field, column in columns.items()}, system)
+        result = form.read(values, system)
         _refuse_half_characters([result] if isinstance(result, str) else [message.content for message in result])
     except BadRow as fault:
         return Dropped(row.place, str(fault))
+    unused = _unused(row, columns, values, result)
     if isinstance(result, str):
-        return Document(result, row.place)
-    return Conversation(result, row.place, _check(row.values.get(columns.get("check", ""))))
+        return Document(result, row.place, unused, row.continues)
+    return Conversation(result, row.place, _check(row.values.get(columns.get("check", ""))), unused)
+
+
+def _unused(
+    row: Row, columns: dict[str, str], values: dict[str, Any], result: tuple[Message, ...] | str
+) -> tuple[str, ...]:
+    """What of the row is read by nobody: columns without a field, fields of messages, a system prompt beside one."""
+    found = dict.fromkeys(_held(row.values, columns.values()))
+    found |= dict.fromkeys(_unused_in_turns(values.get("messages", ())))
+    own = values.get("system")
+    if own and own.strip() and not isinstance(result, str) and result[0].content != own:
+        found[columns["system"]] = None
+    return tuple(found)
 
 
 def _check(value: Any) -> str:

@@ -16,7 +16,8 @@ REASONS = (  # patterns over the reasons that `formats.read` gives; the first th
     (r"^the answer |no answer to learn|no column for the .*completion", "missing-answer"),
     (r"^the prompt |no column for the prompt", "missing-prompt"),
     (r"has the role|has no role", "unknown-role"),
-    (r"calls a tool", "tool-call"),
+    (r"calls a tool|is a tool's", "tool-call"),
+    (r"^the weight ", "unknown-weight"),
     (r"half a character", "half-character"),
     (r"^the (text|content|list) .*is (empty|null)", "empty-text"),
 )
@@ -47,6 +48,7 @@ KINDS = {
         "Roles are system, user and assistant; human, gpt and model are understood too.",
     ),
     "tool-call": Kind("call{s} a tool", "qtune trains text only."),
+    "unknown-weight": Kind("{have} a weight other than 0 and 1", "An answer with 0 is read only, one with 1 trained."),
     "half-character": Kind("hold{s} half a character", ""),
     "empty-text": Kind("{have} an empty text", ""),
     WRONG_SHAPE: Kind("{have} another shape than the format", ""),

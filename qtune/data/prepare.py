@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +15,13 @@ from qtune.data.examples import Examples, ExampleWriter
 from qtune.data.packing import pack
 from qtune.data.prepared import Prepared
 from qtune.data.rows import Source
+from qtune.data.split import held_out_of
 from qtune.data.stops import stop_token_ids
 from qtune.data.survey import Survey, Tell, survey
 from qtune.data.template import ChatTemplate
 from qtune.data.tokenise import Tokenised, tokenise
 from qtune.data.tokens import Encoder, stretches
-from qtune.errors import DataError
+from qtune.data.unused import unused_of
 from qtune.recipe.schema import Data, Recipe
 
 
@@ -67,7 +68,7 @@ def _prepare(
         writer.add(row)
     examples = writer.finish()
     rows = len(examples) - len(planted)
-    real, held_out = _parted(examples[:rows], parts, data, recipe.train.seed)
+    real, held_out = _parted(examples[:rows], parts, surveys[0].format, recipe)
     train = real.followed_by(examples[rows:])
     train_packs = _packs(train, data)
     return Prepared(
@@ -93,21 +94,13 @@ def _counted(tell: Tell, total: int) -> Callable[[int], None]:
     return advance
 
 
-def _parted(examples: Examples, parts: Sequence[Tokenised], data: Data, seed: int) -> tuple[Examples, Examples]:
-    """Train and held-out rows, both in file order; at least one row is held out where a share was asked for."""
-    if data.held_out is not None:
+def _parted(examples: Examples, parts: Sequence[Tokenised], form: str, recipe: Recipe) -> tuple[Examples, Examples]:
+    """Train and held-out rows, both in file order."""
+    if recipe.data.held_out is not None:
         return examples[: parts[0].rows], examples[parts[0].rows :]
-    fraction = data.held_out_fraction
-    if fraction == 0:
-        return examples, examples[:0]
-    count = max(1, round(fraction * len(examples)))
-    if count >= len(examples):
-        raise DataError(
-            f"data.held_out_fraction = {fraction:g} leaves nothing to train on: usable rows are {len(examples)}. Lower"
-            " it, add rows, or name a data.held_out file."
-        )
-    apart = set(random.Random(seed).sample(range(len(examples)), count))
-    return examples.take(i for i in range(len(examples)) if i not in apart), examples.take(sorted(apart))
+    apart = held_out_of(len(examples), form, recipe.data, recipe.train.seed)
+    kept = set(range(len(examples))).difference(apart)
+    return examples.take(sorted(kept)), examples.take(apart)
 
 
 def _packs(examples: Examples, data: Data) -> tuple[tuple[int, ...], ...]:
@@ -136,6 +129,9 @@ def _report(
         format=surveys[0].format,
         rows_read=sum(found.rows_read for found in surveys),
         dropped=group_dropped([row for part in parts for row in part.dropped]),
+        unused=unused_of(sum((found.unused for found in surveys), Counter())),
+        cut_texts=sum(part.cut.texts for part in parts),
+        pieces=sum(part.cut.pieces for part in parts),
         truncated_rows=sum(int((part.cut_tokens > 0).sum()) for part in (train, held_out)),
         trained_tokens_lost=sum(int(part.cut_tokens.sum()) for part in (train, held_out)),
         train_rows=len(real),
@@ -147,9 +143,12 @@ def _report(
         longest_row_tokens=max(int(part.tokens.max()) for part in (train, held_out) if part),
         packs=packs,
         pack_fill_fraction=tokens / (packs * data.max_tokens) if data.packing else 1.0,
-        duplicate_rows=count_duplicates(real),
+        duplicate_rows=count_duplicates(real) + count_duplicates(held_out),
         overlap_rows=count_overlap(train, held_out),
-        notices=() if template is None else template_notices(template, systems),
+        notices=(
+            *(found.source.notice for found in surveys if found.source.notice),
+            *(() if template is None else template_notices(template, systems)),
+        ),
         sample=tuple((each.text, each.is_trained) for each in stretches(train[0], data.max_tokens, tokenizer)),
     )
 

@@ -12,6 +12,7 @@ from qtune.caches import OFF, VARIABLE
 from qtune.data.cache import Entry
 from qtune.data.check import DataReport, Reason
 from qtune.data.examples import Examples, Ints
+from qtune.data.unused import Unused
 
 Packs = tuple[tuple[int, ...], ...]
 
@@ -45,6 +46,7 @@ class Prepared:
                 | {
                     "source": source,
                     "dropped": tuple(Reason(r["reason"], r["rows"], tuple(r["places"])) for r in report["dropped"]),
+                    "unused": tuple(Unused(**each) for each in report["unused"]),
                     "notices": (*report["notices"], told),
                     "sample": tuple((text, trained) for text, trained in report["sample"]),
                 }

@@ -1,28 +1,51 @@
 """What is looked at in every row, and what is kept of it once it is gone."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qtune.data import encodings, private
-from qtune.data.findings import Groups
+from qtune.data.findings import MOST_PLACES, Groups, Place
 from qtune.data.formats import Conversation, Document
 from qtune.data.likeness import Likeness, Marks
+from qtune.data.pieces import Cut, fitted
 from qtune.data.places import Places
 from qtune.data.rows import Dropped
 from qtune.data.template import ChatTemplate
-from qtune.data.tokens import Encoder, Example, fit, tokenize
+from qtune.data.tokens import Encoder, Example, tokenize
 from qtune.recipe.schema import Data
 
 SHOWN_ROLES = 6
+FaultOf = Callable[[Example], str | None]  # why an answer to a row could not be scored
+NOT_ASKED, ASKED, NOT_SCORABLE = range(3)
 HIDDEN = "not shown, as the row seems to hold secrets or personal data"
 
 
 @dataclass
+class Taken:
+    """The rows a run takes, a byte each: whether it could ask and score them. `faults` has the first not scorable."""
+
+    fault_of: FaultOf | None = None
+    rows: array = field(default_factory=lambda: array("B"))
+    faults: dict[int, Place] = field(default_factory=dict)
+
+    def add(self, row: Example) -> None:
+        fault = self.fault_of(row) if self.fault_of and row.prompt_ids else None
+        if fault is not None and len(self.faults) < MOST_PLACES:
+            self.faults[len(self.rows)] = Place(row.place, fault)
+        self.rows.append(NOT_SCORABLE if fault is not None else ASKED if row.prompt_ids else NOT_ASKED)
+
+
+@dataclass
 class Seen:
-    """What is kept of the rows that went by."""
+    """What is kept of the rows that went by; `unused` counts them by what of them is read by nobody."""
 
     likeness: Likeness
+    taken: Taken = field(default_factory=Taken)
+    cut: Cut = field(default_factory=Cut)
+    unused: Counter[str] = field(default_factory=Counter)
+    notices: list[str] = field(default_factory=list)
     groups: Groups = field(default_factory=Groups)
     places: Places = field(default_factory=Places)
     tokens: array = field(default_factory=lambda: array("I"))
@@ -55,6 +78,7 @@ def see_batch(
     batch: Sequence[Conversation | Document],
     looked: Looked,
     template: ChatTemplate | None,
+    encoder: Encoder,
     data: Data,
     seen: Seen,
 ) -> None:
@@ -63,10 +87,13 @@ def see_batch(
         if isinstance(row, Dropped):
             seen.groups.add("template-refuses", row.place, row.reason)
             continue
+        seen.unused.update(item.unused)
         seen.places.add(row.place)
         seen.tokens.append(len(row.input_ids))
         seen.trained.append(row.trained_tokens)
-        _see_length(row, data, seen)
+        parts = fitted(item, row, data, encoder)
+        seen.cut.see(item, len(parts))
+        _see_length(row, parts, data, seen)
         for code, clause in told:
             seen.groups.add(code, row.place, clause)
         if isinstance(item, Conversation):
@@ -74,13 +101,16 @@ def see_batch(
     seen.likeness.add(looked.marks)
 
 
-def _see_length(row: Example, data: Data, seen: Seen) -> None:
+def _see_length(row: Example, parts: Sequence[Example | Dropped], data: Data, seen: Seen) -> None:
+    """What a run takes of the row, and what it leaves."""
+    taken = [part for part in parts if isinstance(part, Example)]
+    for part in taken:
+        seen.taken.add(part)
     if row.trained_tokens == 0:
         seen.groups.add("nothing-to-train", row.place, f"has {len(row.input_ids):,} tokens and trains none of them")
-    if len(row.input_ids) <= data.max_tokens:
+    if len(row.input_ids) <= data.max_tokens or len(parts) > 1:
         return
-    fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
-    lost = row.trained_tokens if isinstance(fitted, Dropped) else fitted.cut_tokens
+    lost = taken[0].cut_tokens if taken else row.trained_tokens
     seen.lost_trained_tokens += lost
     told = f"has {len(row.input_ids):,} tokens; {lost:,} of {row.trained_tokens:,} trained ones are lost"
     seen.groups.add("too-long", row.place, told)

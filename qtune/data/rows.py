@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from qtune import sealed
 from qtune.data import hub
 from qtune.data.files import Dropped, Row, read_file
+from qtune.data.sheets import SUFFIXES, Sheet
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
@@ -47,6 +49,15 @@ class Source:
     def _of_dataset(self, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
         for number, values in enumerate(dataset, start=1):
             yield Row(values, f"{self.name} row {number:,}")
+
+    @cached_property
+    def notice(self) -> str | None:
+        """A sentence on a file that is read as another one than its name says; None for all others.
+
+        Raises DataError for one that is not to be read.
+        """
+        path = Path(self.name)
+        return Sheet.of(path).notice if self.dataset is None and path.suffix.lower() in SUFFIXES else None
 
     def fingerprint(self) -> str | None:
         """What changes with the content: a file's SHA-256, what `datasets` goes by for its own; None if unknown."""

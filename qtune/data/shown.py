@@ -1,5 +1,7 @@
 """One row as the model sees it: what is only read, what is trained, and what the limit takes."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data import formats
 from qtune.data.audit import format_of
+from qtune.data.pieces import fitted
 from qtune.data.places import parted
 from qtune.data.rows import Dropped, Row, Source
 from qtune.data.template import ChatTemplate, special_tokens
-from qtune.data.tokens import Encoder, Example, Stretch, fit, stretches, tokenize
+from qtune.data.tokens import Encoder, Example, Stretch, stretches, tokenize
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
@@ -19,7 +22,8 @@ from qtune.recipe.schema import Data
 class ShownRow:
     """`number` counts the rows of the source from 1. `not_used` is a clause that says why a run leaves the row out.
 
-    A row that has no tokens has no stretches. `trained_tokens` are those before the cut.
+    A row that has no tokens has no stretches. `trained_tokens` are those before the cut. A long text is whole here, and
+    a run takes it in `pieces`. `unused` names what of the row is read by nobody.
     """
 
     place: str
@@ -32,6 +36,8 @@ class ShownRow:
     max_tokens: int
     not_used: str | None
     special_tokens: tuple[str, ...]
+    pieces: int = 1
+    unused: tuple[str, ...] = ()
 
 
 def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
@@ -42,16 +48,18 @@ def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTo
     source = _source(data, is_held_out)
     number, row = _find(source, wanted)
     if isinstance(row, Dropped):
-        return _unused(number, row, "", data)
+        return _left_out(number, row, "", data)
     form = format_of(source, data)
     item = formats.read(row, form, data.columns, data.system)
     if isinstance(item, Dropped):
-        return _unused(number, item, form, data)
+        return _left_out(number, item, form, data)
     template = None if form == "text" else ChatTemplate.of(tokenizer)
-    example = tokenize([item], template, Encoder.of(tokenizer))[0]
+    encoder = Encoder.of(tokenizer)
+    example = tokenize([item], template, encoder)[0]
     if isinstance(example, Dropped):
-        return _unused(number, example, form, data)
-    return _shown(number, example, form, data, tokenizer)
+        return _left_out(number, example, form, data)
+    parts = fitted(item, example, data, encoder)
+    return dataclasses.replace(_shown(number, example, parts, form, data, tokenizer), unused=item.unused)
 
 
 def _source(data: Data, is_held_out: bool) -> Source:
@@ -86,22 +94,31 @@ def _is_before(row: Row | Dropped, wanted: str) -> bool:
     return wanted.startswith(stem) and wanted.removeprefix(stem).isdecimal() and line < int(wanted.removeprefix(stem))
 
 
-def _unused(number: int, row: Dropped, form: str, data: Data) -> ShownRow:
+def _left_out(number: int, row: Dropped, form: str, data: Data) -> ShownRow:
     return ShownRow(row.place, number, form, (), 0, 0, 0, data.max_tokens, row.reason, ())
 
 
-def _shown(number: int, row: Example, form: str, data: Data, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
-    fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
-    kept = 0 if isinstance(fitted, Dropped) else fitted.trained_tokens
+def _shown(
+    number: int,
+    row: Example,
+    parts: Sequence[Example | Dropped],
+    form: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ShownRow:
+    """`parts` are what a run takes of the row."""
+    first, is_whole = parts[0], len(parts) > 1
+    kept = row.trained_tokens if is_whole else 0 if isinstance(first, Dropped) else first.trained_tokens
     return ShownRow(
         place=row.place,
         number=number,
         format=form,
-        stretches=stretches(row, data.max_tokens, tokenizer),
+        stretches=stretches(row, len(row.input_ids) if is_whole else data.max_tokens, tokenizer),
         tokens=len(row.input_ids),
         trained_tokens=kept,
         cut_trained_tokens=row.trained_tokens - kept,
         max_tokens=data.max_tokens,
-        not_used=fitted.reason if isinstance(fitted, Dropped) else None,
+        not_used=first.reason if isinstance(first, Dropped) else None,
         special_tokens=special_tokens(tokenizer),
+        pieces=len(parts),
     )

@@ -1,7 +1,8 @@
 """A first look through a source: its format, how many rows it has, and which are no use, before any is tokenised."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qtune.data import formats
 from qtune.data.formats import Conversation, Document
@@ -16,7 +17,8 @@ Tell = Callable[[str, int, int | None], None]  # what is being done, rows done, 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one source holds. `system` is its first conversation with a system prompt."""
+    """What one source holds. `system` is its first conversation with a system prompt, `unused` counts the usable rows
+    by what of them is read by nobody."""
 
     source: Source
     data: Data
@@ -24,6 +26,7 @@ class Survey:
     usable_rows: int
     dropped: tuple[Dropped, ...]
     system: Conversation | None
+    unused: Counter[str] = field(default_factory=Counter)
 
     @property
     def rows_read(self) -> int:
@@ -53,20 +56,21 @@ def survey(source: Source, data: Data, tell: Tell) -> Survey:
         form = formats.recognise(data.format, heads, data.columns)
     except DataError as fault:
         raise DataError(f"{source.name}: {fault}") from None
-    usable, system = 0, None
+    usable, system, unused = 0, None, Counter[str]()
     unusable: list[Dropped] = []
     for item in _formatted(source, data, form):
         if isinstance(item, Dropped):
             unusable.append(item)
             continue
         usable += 1
+        unused.update(item.unused)
         if system is None and isinstance(item, Conversation) and item.messages[0].role == "system":
             system = item
         if usable % ROWS_BETWEEN_WORDS == 0:
             tell("checking", usable, None)
     if data.on_bad_row == "error":
         refuse_bad_rows(unusable)
-    return Survey(source, data, form, usable, (*unread, *unusable), system)
+    return Survey(source, data, form, usable, (*unread, *unusable), system, unused)
 
 
 def _look_through(source: Source, data: Data, tell: Tell) -> tuple[tuple[Row, ...], tuple[Dropped, ...]]:

@@ -73,9 +73,10 @@ class ChatTemplate:
         return (last,) if ends is None or ends == last else (last, ends)
 
     def pieces(self, messages: Sequence[Message]) -> tuple[Piece, ...]:
-        """The conversation as the model is to see it: openings, answers and their ends are trained, nothing else.
+        """The conversation as the model is to see it: openings, answers and their ends are trained, nothing else, and
+        these only of a message that `is_trained`.
 
-        The last trained piece is the last answer. Raises Untraceable.
+        The last trained piece is the last such answer. Raises Untraceable.
         """
         (found,) = self.all_pieces([messages])
         if isinstance(found, Untraceable):
@@ -99,22 +100,23 @@ class ChatTemplate:
             return whole
         if isinstance(marked, Untraceable):
             return marked
-        contents = [message.content for message in messages if message.role == "assistant"]
+        answers = [message for message in messages if message.role == "assistant"]
         try:
-            return self._cut(whole, _parts(marked, len(contents)), contents)
+            return self._cut(whole, _parts(marked, len(answers)), answers)
         except Untraceable as fault:
             return fault
 
-    def _cut(self, whole: str, frame: list[str], contents: list[str]) -> tuple[Piece, ...]:
-        """`whole` as pieces: `frame` is what stands around its answers, `contents` are those as they came."""
+    def _cut(self, whole: str, frame: list[str], messages: list[Message]) -> tuple[Piece, ...]:
+        """`whole` as pieces: `frame` is what stands around its answers, `messages` are those as they came."""
         openings = [self.opening if part.endswith(self.opening) else "" for part in frame[:-1]]
         frame = [*map(str.removesuffix, frame[:-1], openings), frame[-1]]
         pieces, before = [], frame[0]
-        answers = _answers_between(whole, frame, openings, contents)
-        for opening, answer, after in zip(openings, answers, frame[1:], strict=True):
+        answers = _answers_between(whole, frame, openings, [message.content for message in messages])
+        for message, opening, answer, after in zip(messages, openings, answers, frame[1:], strict=True):
             end = self.end_of_turn if after.startswith(self.end_of_turn) else ""
             opening = opening if answer.startswith(opening) else ""
-            pieces += [Piece(before, False), Piece(opening, True), Piece(answer.removeprefix(opening) + end, True)]
+            told = Piece(answer.removeprefix(opening) + end, message.is_trained)
+            pieces += [Piece(before, False), Piece(opening, message.is_trained), told]
             before = after.removeprefix(end)
         if not end:
             raise Untraceable("the chat template does not end its last answer")

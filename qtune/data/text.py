@@ -1,4 +1,4 @@
-"""Files of UTF-8, a block or a line at a time."""
+"""Files of text, a block or a line at a time; UTF-8 unless another encoding is named."""
 
 import codecs
 from collections.abc import Iterator
@@ -31,15 +31,15 @@ def blocks_of(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def lines_of(path: Path, newline: str | None = "\n") -> Iterator[str]:
+def lines_of(path: Path, newline: str | None = "\n", encoding: str = "utf-8-sig") -> Iterator[str]:
     """The lines of a file without their ends, a byte-order mark left out; `newline` is as in `open`."""
-    with path.open(encoding="utf-8-sig", newline=newline) as file:
+    with path.open(encoding=encoding, newline=newline) as file:
         for line in file:
             yield line.removesuffix("\n")
 
 
-def start_of(path: Path) -> tuple[str, bool]:
+def start_of(path: Path, encoding: str = "utf-8-sig") -> tuple[str, bool]:
     """The file's first block of text, and whether that is all of it."""
     with path.open("rb") as file:
         block, more = file.read(BLOCK_BYTES), file.read(1)
-    return codecs.getincrementaldecoder("utf-8-sig")().decode(block, final=not more), not more
+    return codecs.getincrementaldecoder(encoding)().decode(block, final=not more), not more

@@ -7,20 +7,22 @@ from dataclasses import dataclass, field
 
 from qtune.data.check import group_dropped
 from qtune.data.examples import ExampleWriter
+from qtune.data.pieces import Cut, fitted
 from qtune.data.rows import SHOWN_FAULTS, Dropped, refuse_bad_rows
 from qtune.data.survey import Survey
 from qtune.data.template import ChatTemplate
-from qtune.data.tokens import Encoder, Example, batches_of, characters_of, fit, tokenize
+from qtune.data.tokens import Encoder, Example, batches_of, characters_of, tokenize
 from qtune.data.workers import spread
 from qtune.errors import DataError
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """How many examples a source gave, and all of its rows that were left out."""
+    """How many examples a source gave, and all of its rows that were left out, and its texts that were cut."""
 
     rows: int
     dropped: tuple[Dropped, ...]
+    cut: Cut
 
 
 @dataclass
@@ -67,28 +69,32 @@ def tokenise(
     data, lengths = found.data, Lengths(found.data.max_tokens)
     untraceable: list[Dropped] = []
     unfit: list[Dropped] = []
+    rows, cut = 0, Cut()
     work = functools.partial(tokenize, template=template, encoder=encoder)
     with contextlib.closing(spread(work, batches_of(found.items(), characters_of))) as every:
-        for batch, rows in every:
-            for row in rows:
+        for batch, tokenized in every:
+            for item, row in zip(batch, tokenized, strict=True):
                 if isinstance(row, Dropped):
                     untraceable.append(row)
                     continue
                 lengths.see(row)
-                fitted = fit(row, data.max_tokens, is_cut=data.on_long == "truncate")
-                if isinstance(fitted, Dropped):
-                    unfit.append(fitted)
-                else:
-                    writer.add(fitted)
+                parts = fitted(item, row, data, encoder)
+                cut.see(item, len(parts))
+                for part in parts:
+                    if isinstance(part, Dropped):
+                        unfit.append(part)
+                    else:
+                        rows += 1
+                        writer.add(part)
             advance(len(batch))
     if data.on_bad_row == "error":
         refuse_bad_rows(untraceable)
-    if data.on_long == "error":
+    if data.on_long == "error" and found.format != "text":
         lengths.refuse_long_rows()
     dropped = (*found.dropped, *untraceable, *unfit)
-    if lengths.rows == len(unfit):
+    if not rows:
         raise DataError(_nothing_left_message(found.source.name, dropped, lengths))
-    return Tokenised(lengths.rows - len(unfit), dropped)
+    return Tokenised(rows, dropped, cut)
 
 
 def _nothing_left_message(source: str, dropped: Sequence[Dropped], lengths: Lengths) -> str:

@@ -24,9 +24,9 @@ BATCH_TEXTS, BATCH_CHARACTERS = 1024, 1 << 20  # enough for every core; the toke
 class Example:
     """One row, ready for the model: `labels` are the ids where trained and -100 elsewhere, both of one length.
 
-    `prompt_ids` is what the model sees before the last answer (empty for a document), `prompt_text` and `answer` the
-    last question and answer as written, `check` what a metric holds the answer against, `cut_tokens` how many trained
-    tokens truncation took.
+    `prompt_ids` is what the model sees before the last answer that is trained (empty for a document), `prompt_text` and
+    `answer` its question and itself as written, `check` what a metric holds the answer against, `cut_tokens` how many
+    trained tokens truncation took.
     """
 
     input_ids: list[int]
@@ -88,6 +88,16 @@ class Encoder:
             )["input_ids"]
             known = {pair: ids[1:] if pair[0] else ids for pair, ids in zip(different, encoded, strict=True)}
             yield from map(known.__getitem__, batch)
+
+    def with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text that begins a row, and the characters of each; no spans where the tokenizer knows none."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        return encoded["input_ids"], encoded.get("offset_mapping", [])
+
+    def end_of(self, item: Document) -> list[int]:
+        """What follows a document: the end of sequence, unless it goes on or the tokenizer has none."""
+        end = self.tokenizer.eos_token_id
+        return [] if item.continues or end is None else [end]
 
     def with_one_bos(self, ids: list[int]) -> list[int]:
         """`ids` with the BOS the tokenizer would add; a template that wrote one, or two, keeps one."""
@@ -177,8 +187,7 @@ def _example(
     """The pieces' ids joined; no token spans the border between what is trained and what is not."""
     encoded[0] = encoder.with_one_bos(encoded[0])
     if isinstance(item, Document):
-        end = encoder.tokenizer.eos_token_id
-        ids = encoded[0] if end is None else [*encoded[0], end]
+        ids = [*encoded[0], *encoder.end_of(item)]
         return Example(ids, list(ids), [], "", item.text, item.place)
     ids = [token for part in encoded for token in part]
     labels = [
@@ -186,12 +195,14 @@ def _example(
     ]
     last = max(i for i, piece in enumerate(pieces) if piece.trained)
     prompt = [token for part in encoded[:last] for token in part]
-    question = next((m.content for m in reversed(item.messages[:-1]) if m.role == "user"), "")
-    return Example(ids, labels, prompt, question, item.messages[-1].content, item.place, item.check)
+    question = next((m.content for m in reversed(item.messages[: item.last_trained]) if m.role == "user"), "")
+    return Example(ids, labels, prompt, question, item.messages[item.last_trained].content, item.place, item.check)
 
 
 def fit(example: Example, max_tokens: int, is_cut: bool) -> Example | Dropped:
     """The row if it is short enough; else cut on the right, or dropped. A row with nothing left to train is dropped."""
+    if example.trained_tokens == 0:
+        return Dropped(example.place, "has nothing to train")
     if len(example.input_ids) <= max_tokens:
         return example
     if not is_cut:

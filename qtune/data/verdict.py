@@ -1,6 +1,6 @@
 """What was found, judged: which of it a run would stop at, or the recipe's thresholds do not let pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,22 +9,29 @@ from qtune.data.findings import Finding, Group, Level
 from qtune.data.kinds import KINDS, UNUSABLE, WHOLE_FILE
 from qtune.data.stops import StopChain
 from qtune.data.token_counts import TokenCounts
+from qtune.data.unused import Unused
 from qtune.recipe.schema import Data
-from qtune.units import format_percent
+from qtune.units import counted, format_percent
 
 MEND_OR_SKIP = 'Mend them, or skip them with data.on_bad_row = "drop".'
+NOTHING_LEFT = "nothing-left"  # follows from faults of rows where there are any
 SKIPPED = "They are skipped; mend them to learn from them."
 Outcome = Literal["fine", "warnings", "faults"]
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The whole of a check: sources, findings with faults first, lengths, and what ends an answer."""
+    """The whole of a check: sources, findings with faults first, lengths, what ends an answer, columns that nobody need
+    read, texts that are cut, and how files were read."""
 
     sources: tuple[SourceCounts, ...]
     findings: tuple[Finding, ...]
     tokens: TokenCounts | None
     stops: StopChain | None
+    unused: tuple[Unused, ...] = ()
+    cut_texts: int = 0
+    pieces: int = 0
+    notices: tuple[str, ...] = ()
 
     @property
     def outcome(self) -> Outcome:
@@ -33,13 +40,19 @@ class Checked:
         return "warnings" if self.findings else "fine"
 
 
-def judge(found: Audit, data: Data) -> Checked:
-    """Findings in the order of `KINDS`, those that are faults before those that are warnings."""
+def judge(found: Audit, data: Data, refused: Sequence[Finding] = ()) -> Checked:
+    """Findings in the order of `KINDS`, those that are faults before those that are warnings; `refused` are more."""
     reasons = dict(_exceeded(found, data))
     findings = [_finding(code, found, reasons, data.on_bad_row) for code in KINDS if code in found.groups.by_code]
-    findings += _stop_findings(found.stops) + _empty_sources(found)
+    is_told = any(finding.level == "fault" for finding in findings)
+    findings += [finding for finding in refused if not (is_told and finding.code == NOTHING_LEFT)]
+    findings += [*_empty_sources(found), *_unused_findings(found.unused), *_stop_findings(found.stops)]
     findings.sort(key=lambda finding: finding.level != "fault")
-    return Checked(found.sources, tuple(findings), found.tokens, found.stops)
+    harmless = tuple(each for each in found.unused if each.advice is None)
+    cut = found.cut
+    return Checked(
+        found.sources, tuple(findings), found.tokens, found.stops, harmless, cut.texts, cut.pieces, found.notices
+    )
 
 
 def _exceeded(found: Audit, data: Data) -> Iterator[tuple[str, str]]:
@@ -88,9 +101,9 @@ def _headline(code: str, group: Group, found: Audit) -> str:
     clause, one = KINDS[code].clause, group.rows == 1
     verb = clause.format(s="s" if one else "", have="has" if one else "have", are="is" if one else "are")
     if code in ("unreadable-file", "byte-order-mark", "unknown-columns"):
-        return f"{group.rows:,} file{'' if one else 's'} {verb}"
+        return f"{counted(group.rows, 'file')} {verb}"
     if code == "not-utf8":
-        return f"{group.rows:,} line{'' if one else 's'} {verb}"
+        return f"{counted(group.rows, 'line')} {verb}"
     total = found.held_out_rows if code.endswith("overlap") else found.rows
     share = format_percent(_share(group.rows, total))
     lost = ""
@@ -100,13 +113,21 @@ def _headline(code: str, group: Group, found: Audit) -> str:
             f" = {tokens.max_tokens:,} ({share}); with them go {tokens.lost_trained_tokens:,} of"
             f" {tokens.trained_tokens:,} trained tokens"
         )
-    return f"{group.rows:,} of {total:,} rows {verb}{lost or f' ({share})'}"
+    return f"{group.rows:,} of {counted(total, 'row')} {verb}{lost or f' ({share})'}"
 
 
 def _stop_findings(stops: StopChain | None) -> list[Finding]:
     if stops is None:
         return []
     return [Finding("stop-tokens", "warning", 0, doubt, "", ()) for doubt in stops.doubts]
+
+
+def _unused_findings(unused: Sequence[Unused]) -> list[Finding]:
+    return [
+        Finding("unused-field", "warning", each.rows, each.sentence, each.advice, ())
+        for each in unused
+        if each.advice is not None
+    ]
 
 
 def _empty_sources(found: Audit) -> list[Finding]:

@@ -17,7 +17,6 @@ class Marks:
 
 
 Metric = Callable[[str, Example], Marks]
-FaultOf = Callable[[Example], str | None]
 
 
 def mean_parts(marks: Sequence[Marks]) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from qtune.data.row_checks import FaultOf
 from qtune.data.tokens import Example
 from qtune.errors import DataError
 from qtune.evaluate import code_tests, policy, style
 from qtune.evaluate.abstention import abstention
-from qtune.evaluate.marks import FaultOf, Marks, Metric, normalise, says_the_same
+from qtune.evaluate.marks import Marks, Metric, normalise, says_the_same
+from qtune.recipe.schema import Evaluate
 
 SHOWN_ROWS = 3
 
@@ -54,3 +56,9 @@ def refuse_unscorable(metric: str, asked: Sequence[Example]) -> None:
     named = [f"{place}: {fault}." for place, fault in found[:SHOWN_ROWS]]
     count = f"{len(found):,} of {len(asked):,} held-out rows" if len(found) > 1 else "This row"
     raise DataError("\n".join([*named, f'{count} cannot be scored by evaluate.metric = "{metric}".']))
+
+
+def fault_asked(wanted: Evaluate) -> FaultOf | None:
+    """Why an answer to a row could not be scored, for a metric that wants more of it than a reference; None for others,
+    and where no row is scored."""
+    return FAULTS.get(wanted.metric) if wanted.rows else None

@@ -17,6 +17,7 @@ HELD_OUT, HELD_OUT_SPLIT = ("data", "held_out"), ("data", "held_out_split")
 HELD_OUT_FRACTION = ("data", "held_out_fraction")
 
 CANARIES, CANARY_REPEATS = ("evaluate", "canaries"), ("evaluate", "canary_repeats")
+METRIC, ROWS = ("evaluate", "metric"), ("evaluate", "rows")
 KEEP_LAYERS, STREAM_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "stream_layers"), ("memory", "head")
 
 
@@ -59,6 +60,8 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
         candidates.append(Idle(HELD_OUT_SPLIT, HELD_OUT, "on a file, which has no splits"))
     if _is_file(train) and (held_out is None or _is_file(held_out)):
         candidates.append(Idle(SUBSET, TRAIN, "on files"))
+    if value_of(values, ROWS) == 0 and value_of(values, METRIC) != "none":
+        candidates.append(Idle(METRIC, ROWS, "with evaluate.rows = 0, which answers nothing"))
     if not value_of(values, CANARIES):
         candidates.append(Idle(CANARY_REPEATS, CANARIES, "without evaluate.canaries"))
     return (candidate for candidate in candidates if value_of(values, candidate.key) is not None)

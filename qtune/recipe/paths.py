@@ -21,6 +21,7 @@ GENERAL: Key = ("evaluate", "general")
 GENERAL_WORDS = ("builtin", "none")
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 FILES_OF_MODELS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # no folder, and no name on the hub either
+SHOWN_FILES = 3
 PATH_STARTS = ("./", "../", "/", "~")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -71,7 +72,8 @@ def _is_path(key: Key, value: str, folder: Path) -> bool:
 def _what_is_there(path: Path, kind: str) -> str:
     """A sentence on a path where no file, or no folder, is."""
     if os.path.exists(path):
-        return f"{path} is a {'file' if kind == 'folder' else 'folder'}, and a {kind} is needed."
+        is_wrong = f"{path} is a {'file' if kind == 'folder' else 'folder'}, and a {kind} is needed."
+        return f"{is_wrong}{_file_of(path)}" if kind == "file" else is_wrong
     if not os.path.isdir(path.parent):
         return f"there is no folder {_printable(str(path.parent))}."
     is_kind = os.path.isdir if kind == "folder" else os.path.isfile
@@ -80,6 +82,27 @@ def _what_is_there(path: Path, kind: str) -> str:
     return f"there is no {kind} {_printable(path.name)} in {path.parent}." + (
         f" Did you mean {near[0]}?" if near else ""
     )
+
+
+def _file_of(folder: Path) -> str:
+    """How the rows in a folder become one file, as a sentence behind a space; nothing where it holds none."""
+    names = _names_in(folder)
+    if "dataset_dict.json" in names or "state.json" in names:
+        split = '["train"]' if "dataset_dict.json" in names else ""
+        return (
+            " It was written by save_to_disk of datasets; in Python,"
+            f' datasets.load_from_disk({str(folder)!r}){split}.to_parquet("rows.parquet") makes a file of it.'
+        )
+    found = sorted(
+        str(Path(inner, name))
+        for inner in ("", "data")
+        for name in _names_in(folder / inner)
+        if name.lower().endswith((*DATA_SUFFIXES, ".md")) and name not in ("README.md", "dataset_infos.json")
+    )
+    if len(found) > 1 and all(name.lower().endswith((".txt", ".md")) for name in found):
+        return f" It holds {len(found):,} texts; cat {folder}/* > all.txt makes one file of them."
+    more = ", …" if len(found) > SHOWN_FILES else ""
+    return f" It holds {', '.join(found[:SHOWN_FILES])}{more}: name one file." if found else ""
 
 
 def _names_in(folder: Path) -> list[str]:

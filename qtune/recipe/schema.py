@@ -175,7 +175,9 @@ class Data(Table):
         description="Longest sequence in tokens, and the size of a pack; memory grows with it.",
     )
     on_long: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="What to do with a row over max_tokens; drop, because a cut answer teaches not to finish."
+        "drop",
+        description="What to do with a row over max_tokens; drop, because a cut answer teaches not to finish. A text"
+        " is cut into pieces instead, and none of it is lost.",
     )
     on_bad_row: Literal["error", "drop"] = Field(
         "error", description="What to do with a row that cannot be used; error, because it seldom comes alone."

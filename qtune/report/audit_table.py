@@ -11,11 +11,12 @@ from rich.text import Text
 from qtune.data.findings import Finding
 from qtune.data.stops import StopChain
 from qtune.data.token_counts import TokenCounts
+from qtune.data.unused import unused_line
 from qtune.data.verdict import Checked
 from qtune.report.histogram import histogram
 from qtune.report.tables import ARROW
-from qtune.report.words import one_line
-from qtune.units import format_count, format_percent
+from qtune.report.words import cut_told, one_line
+from qtune.units import counted, format_count, format_percent
 
 SHOWN_PLACES = 3
 LEVEL_STYLES = {"fault": "bold red", "warning": "bold yellow"}
@@ -39,16 +40,11 @@ def verdict_line(checked: Checked) -> Text:
     """`2 faults and 1 warning in 3,000 rows.`"""
     faults = sum(finding.level == "fault" for finding in checked.findings)
     warnings = len(checked.findings) - faults
-    rows = f"{sum(source.rows for source in checked.sources):,} rows"
+    rows = counted(sum(source.rows for source in checked.sources), "row")
     if not checked.findings:
         return Text(f"Nothing is wrong with {rows}.", "bold green")
-    counted = [_counted(faults, "fault"), _counted(warnings, "warning")]
-    told = " and ".join(text for text, number in zip(counted, (faults, warnings), strict=True) if number)
+    told = " and ".join(counted(number, noun) for number, noun in ((faults, "fault"), (warnings, "warning")) if number)
     return Text(f"{told} in {rows}.", LEVEL_STYLES["fault" if faults else "warning"])
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _finding(finding: Finding, shows_all: bool) -> RenderableType:
@@ -70,11 +66,15 @@ def _facts(checked: Checked) -> RenderableType:
     for source in checked.sources:
         name = "held out" if source.is_held_out else "data"
         form = source.format or "no format"
-        usable = f"{source.rows:,} rows of {one_line(source.name)} ({form}), {source.usable_rows:,} usable"
+        usable = f"{counted(source.rows, 'row')} of {one_line(source.name)} ({form}), {source.usable_rows:,} usable"
         table.add_row(Text(name, "bold"), Text(usable))
     if checked.tokens is not None:
         for name, line in _token_lines(checked.tokens):
             table.add_row(Text(name, "bold"), Text(line))
+    for notice in (*checked.notices, *cut_told(checked.cut_texts, checked.pieces)):
+        table.add_row(Text("note", "bold"), Text(one_line(notice)))
+    if checked.unused:
+        table.add_row(Text("not used", "bold"), Text(one_line(unused_line(checked.unused))))
     if checked.stops is not None:
         table.add_row(Text("an answer ends", "bold"), Text(_stops_line(checked.stops)))
     return table

@@ -10,6 +10,7 @@ from qtune.data.shown import ShownRow
 from qtune.data.tokens import Stretch
 from qtune.report.tables import TRAINED_STYLE, WARNING_STYLE
 from qtune.report.words import one_line, visible
+from qtune.units import counted
 
 READ_STYLE, SPECIAL_STYLE, CUT_STYLE = "", "cyan", "dim strike"
 
@@ -22,10 +23,14 @@ def row_table(row: ShownRow) -> RenderableType:
     parts: list[RenderableType] = [heading]
     if row.stretches:
         lost = f", {row.cut_trained_tokens:,} trained ones lost" if row.cut_trained_tokens else ""
-        counts = f"{row.tokens:,} tokens, {row.trained_tokens:,} trained{lost}; data.max_tokens = {row.max_tokens:,}"
-        parts.append(Text(counts))
+        counts = f"{counted(row.tokens, 'token')}, {row.trained_tokens:,} trained{lost}"
+        pieces = f", in {counted(row.pieces, 'piece')}" if row.pieces > 1 else ""
+        parts.append(Text(f"{counts}; data.max_tokens = {row.max_tokens:,}{pieces}"))
     if row.not_used is not None:
         parts.append(Text(f"not used: {one_line(row.not_used)}", WARNING_STYLE))
+    if row.unused:
+        named = ", ".join(f"`{one_line(field)}`" for field in row.unused)
+        parts.append(Text(f"of this row nobody reads {named}", WARNING_STYLE))
     if row.stretches:
         parts += [Text.assemble(("»this«", TRAINED_STYLE), (" is trained, the rest is only read", "dim")), Text()]
         parts += _text(row)

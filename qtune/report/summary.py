@@ -168,7 +168,10 @@ def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"),
         ("longest row", f"{data['longest_row_tokens']:,} tokens"),
         ("sequences", f"{data['packs']:,}, {format_percent(data['pack_fill_fraction'])} full"),
-        *(("note", sentence) for sentence in (*tables.data_warnings(data), *data["notices"])),
+        *(
+            ("note", sentence)
+            for sentence in (*tables.data_warnings(data), *tables.data_notices(data), *data["notices"])
+        ),
     ]
 
 

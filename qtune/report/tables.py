@@ -11,12 +11,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from qtune.data.unused import Unused, unused_line, unused_sentence
 from qtune.evaluate.labels import label
 from qtune.events import MemoryMeasured
 from qtune.report import answers, bar, record
 from qtune.report.record import Record
 from qtune.report.verdict import lines as verdict_lines
-from qtune.report.words import canaries_told, format_loss, format_score, one_line, visible
+from qtune.report.words import canaries_told, cut_told, format_loss, format_score, one_line, visible
 from qtune.rundir import RunDir
 from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
 
@@ -46,14 +47,14 @@ def data_table(report: dict[str, Any]) -> RenderableType:
         table.add_row(Text(), Text(f"{name}: {told}"))
     for warning in data_warnings(report):
         table.add_row(Text(), Text(warning, WARNING_STYLE))
-    for notice in report["notices"]:
+    for notice in (*data_notices(report), *report["notices"]):
         table.add_row(Text(), Text(one_line(notice)))
     return Group(table, sample_panel(report["sample"])) if report["sample"] else table
 
 
 def _rows_line(report: dict[str, Any]) -> Text:
     return Text(
-        f"{report['rows_read']:,} rows of {one_line(report['source'])} ({report['format']}):"
+        f"{counted(report['rows_read'], 'row')} of {one_line(report['source'])} ({report['format']}):"
         f" {report['train_rows']:,} to train on, {report['held_out_rows']:,} held out"
     )
 
@@ -67,7 +68,7 @@ def _tokens_line(report: dict[str, Any]) -> Text:
 
 
 def _packs_line(report: dict[str, Any]) -> Text:
-    return Text(f"{report['packs']:,} sequences a pass, {format_percent(report['pack_fill_fraction'])} full")
+    return Text(f"{counted(report['packs'], 'sequence')} a pass, {format_percent(report['pack_fill_fraction'])} full")
 
 
 def canary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -82,14 +83,31 @@ def data_warnings(report: dict[str, Any]) -> list[str]:
         f"{dropped['rows']:,} dropped: {one_line(dropped['reason'])} ({', '.join(map(one_line, dropped['places']))})"
         for dropped in report["dropped"]
     ]
+    warnings += [
+        f"{one_line(unused_sentence(each['field'], each['rows']))} {each['advice']}"
+        for each in report.get("unused", ())
+        if each["advice"]
+    ]
     if report["truncated_rows"]:
         lost = report["trained_tokens_lost"] / max(1, report["trained_tokens"] + report["trained_tokens_lost"])
-        warnings.append(f"{report['truncated_rows']:,} rows cut, {format_percent(lost)} of what would be trained")
+        warnings.append(
+            f"{counted(report['truncated_rows'], 'row')} cut, {format_percent(lost)} of what would be trained"
+        )
     if report["duplicate_rows"]:
-        warnings.append(f"{report['duplicate_rows']:,} rows repeat an earlier one")
+        verb = "repeats" if report["duplicate_rows"] == 1 else "repeat"
+        warnings.append(f"{counted(report['duplicate_rows'], 'row')} {verb} an earlier one")
     if report["overlap_rows"]:
-        warnings.append(f"{report['overlap_rows']:,} held-out rows are trained on too, so the held-out loss flatters")
+        verb = "is" if report["overlap_rows"] == 1 else "are"
+        told = f"{counted(report['overlap_rows'], 'held-out row')} {verb} trained on too, so the held-out loss flatters"
+        warnings.append(told)
     return warnings
+
+
+def data_notices(report: dict[str, Any]) -> list[str]:
+    """What is good to know of the rows and nothing is wrong with: texts in pieces, columns that nobody reads."""
+    harmless = [Unused(**each) for each in report.get("unused", ()) if not each["advice"]]
+    cut = cut_told(report.get("cut_texts", 0), report.get("pieces", 0))
+    return [*cut, *([f"Not used: {unused_line(harmless)}."] if harmless else [])]
 
 
 def sample_panel(sample: Sequence[tuple[str, bool]]) -> Panel:

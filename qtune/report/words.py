@@ -30,6 +30,11 @@ def visible(text: str) -> str:
     return "".join(char if char == "\n" else _visible_char(char) for char in text)
 
 
+def cut_told(texts: int, pieces: int) -> list[str]:
+    """A sentence on texts longer than a sequence; none where there was none."""
+    return [f"{counted(texts, 'text')} cut into {counted(pieces, 'piece')}; nothing of it is lost."] if pieces else []
+
+
 def one_line(text: str) -> str:
     """`visible`, on one line: a line feed becomes `↵`."""
     return visible(text).replace("\n", "↵ ").rstrip()

@@ -74,6 +74,7 @@ def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
             is_placed = path.name in str(refusal) or "data." in str(refusal)
             return None if is_placed else f"{suffix}: {refusal}"
         counted = report.train_rows + report.held_out_rows + sum(reason.rows for reason in report.dropped)
+        counted -= report.pieces - report.cut_texts
         return (
             None if counted == report.rows_read else f"{suffix}: {report.rows_read} rows read, {counted} accounted for"
         )

@@ -46,7 +46,7 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
             ["a.csv:2", "a.csv:3"],
         ),
         ("a.tsv", "x\ty\n1\t2\n", [{"x": "1", "y": "2"}], ["a.tsv:2"]),
-        ("a.txt", "one\r\ntwo\r\n\r\n\r\nthree\r\n", [{"text": "one\ntwo"}, {"text": "three"}], ["a.txt:1", "a.txt:5"]),
+        ("a.txt", "\r\none\r\ntwo\r\n\r\n\r\nthree\r\n\r\n", [{"text": "one\ntwo\n\n\nthree"}], ["a.txt:2"]),
     ],
 )
 def test_each_kind_of_file(tmp_path, name, content, values, places) -> None:
@@ -102,7 +102,6 @@ def test_parquet_with_text_that_is_not_utf8_is_one_sentence(tmp_path) -> None:
         ("a.csv", "x,x\n1,2\n", "'x' is there twice"),
         ("a.csv", "x,\n1,2\n", "column 2 has no name"),
         ("a.csv", b"x,y\n1,\x002\n", "NUL"),
-        ("a.csv", "question;answer\n1;2\n", "a.csv:1: is one column, 'question;answer'"),
         ("a.csv", 'x,y\n1,2\n3,"4\n5,6\n', "a.csv:3: is not readable as CSV"),
         ("a.csv", b"PK\x03\x04....", "Excel"),
         ("a.jsonl", b"\x1f\x8b....", "gzip"),
@@ -177,10 +176,11 @@ def test_memory_is_that_of_a_row_not_of_the_file(tmp_path, name) -> None:
         }[name]
         path.write_text(header + "".join(line.format(i, "x" * 100_000) for i in range(rows)), newline="")
     tracemalloc.start()
-    assert sum(isinstance(item, Row) for item in read_file(path)) == rows
+    read = sum(isinstance(item, Row) for item in read_file(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000 < rows * 100_000
+    assert read == (rows if name != "a.txt" else -(-rows // 11))  # of a text, eleven lines of 100,000 make a mebibyte
 
 
 @pytest.mark.parametrize(

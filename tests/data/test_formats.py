@@ -211,4 +211,130 @@ def test_tool_calls_of_other_tools_are_named(material) -> None:
     rows = read_rows(str(material / "datasets" / "formats" / "glaive_toolcall_en_demo.json")).rows
     dropped = [item for row in rows if isinstance(item := read(row, "sharegpt", PLAIN, None), Dropped)]
     assert 0 < len(dropped) < len(rows)
-    assert all("the role 'function_call', which does not exist" in item.reason for item in dropped)
+    assert all("is a tool's (its role is 'function_call')" in item.reason for item in dropped)
+
+
+def conversation(values: dict, mapped: Columns = PLAIN) -> Conversation:
+    row = Row(values, "r:1")
+    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    assert isinstance(item, Conversation), item
+    return item
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned() -> None:
+    """OpenAI's own field; such answers were trained on."""
+    messages = [
+        {"role": USER, "content": "p"},
+        {"role": ASSISTANT, "content": "bad", "weight": 0},
+        {"role": USER, "content": "q"},
+        {"role": ASSISTANT, "content": "good", "weight": 1.0},
+        {"role": USER, "content": "r"},
+        {"role": ASSISTANT, "content": "also", "weight": None},
+    ]
+    item = conversation({"messages": messages})
+    assert [m.is_trained for m in item.messages if m.role == ASSISTANT] == [False, True, True]
+    assert item.unused == ()
+    assert item.last_trained == 5
+    messages[5]["weight"] = 0
+    assert conversation({"messages": messages}).last_trained == 3
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (0.5, "the weight of message 2 is 0.5; 0 reads an answer only, and 1 trains it"),
+        ("1", "the weight of message 2 is text"),
+        (True, "the weight of message 2 is true or false"),
+        (0, "every answer has the weight 0, so there is no answer to learn"),
+    ],
+)
+def test_a_weight_that_is_not_known_says_what_works(weight: object, reason: str) -> None:
+    turn = {"role": ASSISTANT, "content": "a", "weight": weight}
+    item = read(Row({"messages": [{"role": USER, "content": "q"}, turn]}, "r:1"), "messages", PLAIN, None)
+    assert isinstance(item, Dropped)
+    assert reason in item.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "unused"),
+    [
+        ({"question": "q", "answer": "a"}, ()),
+        ({"question": "q", "answer": "a", "thinking": "hm", "id": 3, "note": "", "tags": []}, ("thinking", "id")),
+        ({"question": "q", "answer": "a", "input": "lost"}, ("input",)),
+        ({"instruction": "q", "response": "a", "context": "c", "category": "x"}, ("category",)),
+        ({"prompt": "q", "chosen": "a", "completion": "a", "rejected": "b"}, ("chosen", "rejected")),
+        ({"text": "t", "url": "u"}, ("url",)),
+        (
+            {
+                "messages": [
+                    {"role": SYSTEM, "content": "s", "name": "x"},
+                    {"role": USER, "content": [{"type": "text", "text": "q", "cache_control": {"type": "x"}}]},
+                    {"role": ASSISTANT, "content": "a", "reasoning_content": "hm", "tool_calls": None},
+                ],
+                "tools": [{"name": "f"}],
+                "system": "another",
+            },
+            ("tools", "name", "cache_control", "reasoning_content", "system"),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a"}]},
+            ("weight of a question",),
+        ),
+        ({"conversation": [{"human": "q", "assistant": "a", "thinking": "hm"}]}, ("thinking",)),
+    ],
+)
+def test_what_nobody_reads_is_named(values: dict, unused: tuple[str, ...]) -> None:
+    """`reasoning_content`, `thinking` and `tools` vanished without a word."""
+    row = Row(values, "r:1")
+    item = read(row, recognise("auto", [row], PLAIN), PLAIN, None)
+    assert not isinstance(item, Dropped), item
+    assert item.unused == unused
+
+
+def test_mapped_columns_are_read() -> None:
+    mapped = Columns(prompt="ask me", completion="reply", input="notes", check="tests")
+    values = {"ask me": "q", "reply": "a", "notes": "n", "tests": "assert 1", "more": 1}
+    assert conversation(values, mapped).unused == ("more",)
+
+
+@pytest.mark.parametrize(
+    ("values", "mapped", "name"),
+    [
+        ({"Frage": "q", "Antwort": "a"}, Columns(prompt="Frage", completion="Antwort"), "prompt-completion"),
+        (
+            {"Frage": "q", "Antwort": "a", "system": "s"},
+            Columns(prompt="Frage", completion="Antwort"),
+            "prompt-completion",
+        ),
+        ({"instruction": "q", "Antwort": "a"}, Columns(completion="Antwort"), "alpaca"),
+        ({"a": "q", "b": "a", "input": "c"}, Columns(prompt="a", completion="b"), "alpaca"),
+        ({"ask": "q", "answer": "a"}, PLAIN, "question-answer"),
+        ({"instruction": "q", "response": "a", "context": "c"}, PLAIN, "alpaca"),
+        ({"chat": []}, Columns(messages="chat"), "messages"),
+    ],
+)
+def test_a_format_goes_by_its_own_names(values: dict, mapped: Columns, name: str) -> None:
+    """Two mapped columns were called alpaca."""
+    assert recognise("auto", [Row(values, "r:1")], mapped) == name
+
+
+def test_dolly_has_its_context_under_the_instruction() -> None:
+    values = {"instruction": "q", "context": "c", "response": "a", "category": "x"}
+    assert turns(values) == ((USER, "q\n\nc"), (ASSISTANT, "a"))
+
+
+@pytest.mark.parametrize(
+    ("values", "mapping"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen"}),
+        ({"topic": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen", "prompt": "topic"}),
+        ({"prompt": "q", "chosen": [{}], "rejected": [{}]}, {"messages": "chosen"}),
+    ],
+)
+def test_preferences_are_called_so_and_the_mapping_that_is_named_works(values: dict, mapping: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"these are preferences \(DPO\).* not train on pairs") as fault:
+        recognise("auto", [Row(values, "r:1")], PLAIN)
+    written = ", ".join(f'{field} = "{column}"' for field, column in mapping.items())
+    assert str(fault.value).endswith(f"[data] columns = {{ {written} }}.")
+    assert recognise("auto", [Row(values, "r:1")], Columns(**mapping))

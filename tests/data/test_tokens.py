@@ -1,5 +1,7 @@
 """Ids and labels, against what a person would write down."""
 
+import dataclasses
+
 import pytest
 from conftest import byte_tokenizer
 from transformers import AutoTokenizer
@@ -108,3 +110,20 @@ def test_white_space_behind_a_special_token_is_what_it_is_in_the_whole_row(mater
     (example,) = tokenize([Conversation(messages, "r:1")], template, Encoder.of(tokenizer))
     whole = "".join(piece.text for piece in template.pieces(messages))
     assert example.input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_an_answer_of_weight_0_has_its_tokens_and_no_label() -> None:
+    """The row is the same to the token; of the answer, its opening and its end nothing is learned."""
+    turns = (*CHAT.messages, Message("user", "so?"), Message("assistant", "no"))
+    whole = run(Conversation(turns, "r:1"))
+    for silent in (1, 3):
+        weighed = tuple(
+            dataclasses.replace(turn, is_trained=False) if at == silent else turn for at, turn in enumerate(turns)
+        )
+        row = run(Conversation(weighed, "r:1"))
+        assert row.input_ids == whole.input_ids
+        learned = TOKENIZER.decode([token for token in row.labels if token != NOT_TRAINED])
+        assert learned == {1: "no<|end|>", 3: "yes<|end|>"}[silent]
+        asked = {1: ("so?", "no"), 3: ("hi", "yes")}[silent]
+        assert (row.prompt_text, row.answer) == asked
+        assert TOKENIZER.decode(row.prompt_ids).endswith(f"{asked[0]}<|end|>\n<|assistant|>\n")

@@ -42,6 +42,21 @@ def test_repeats_of_no_canary_are_idle() -> None:
     assert list(idle({"evaluate": {"canary_repeats": 3, "canaries": 1}})) == []
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "expected"),
+    [
+        ({"metric": "code_tests", "rows": 0}, ["metric"]),
+        ({"metric": "none", "rows": 0}, []),
+        ({"metric": "code_tests", "rows": 1}, []),
+        ({"metric": "code_tests"}, []),
+        ({"rows": 0}, []),
+    ],
+)
+def test_a_metric_over_no_rows_is_idle(evaluate: dict[str, Any], expected: list[str]) -> None:
+    """It passed in silence, and nothing was scored."""
+    assert [setting.key[-1] for setting in idle({"evaluate": evaluate})] == expected
+
+
 @pytest.mark.parametrize("values", [{}, {"model": 3, "data": [1]}, {"data": {"train": 3, "held_out": {}}}])
 def test_values_of_any_shape_are_looked_at(values: dict[str, Any]) -> None:
     assert list(idle(values)) == []

@@ -97,3 +97,27 @@ def test_what_is_not_there_is_said(key: Key, value: str, expected: str | None, f
 @pytest.mark.parametrize("value", ["x" * 5000 + ".jsonl", "~nobody/x", "//x.csv", "a" * 90 + "/" + "../" * 50])
 def test_odd_names_are_faults_or_paths_and_nothing_worse(value: str, folder: Path) -> None:
     fault_of(TRAIN, made(TRAIN, value, folder))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            ("dataset_info.json", "state.json", "data-00000-of-00001.arrow"),
+            "It was written by save_to_disk of datasets",
+        ),
+        (("dataset_dict.json",), ')["train"].to_parquet("rows.parquet")'),
+        (("a.txt", "b.md", "c.txt"), "It holds 3 texts; cat "),
+        (("README.md", "data/a.parquet", "data/b.parquet"), "It holds data/a.parquet, data/b.parquet: name one file."),
+        (("a.jsonl",), "It holds a.jsonl: name one file."),
+        (("x.bin",), "and a file is needed."),
+    ],
+)
+def test_a_folder_of_data_says_how_it_becomes_a_file(files: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    fault = fault_of(TRAIN, str(tmp_path))
+    assert fault is not None
+    assert told in fault[1]
+    assert fault[1].endswith(".")

@@ -1,5 +1,6 @@
 """The check as a person reads it, and as a program does."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 from qtune.data.audit import SourceCounts
 from qtune.data.findings import Finding, Place
 from qtune.data.stops import StopChain
+from qtune.data.unused import Unused
 from qtune.data.verdict import Checked
 from qtune.report.audit_table import audit_json, audit_table, verdict_line
 
@@ -18,7 +20,7 @@ WARNING = Finding("duplicate", "warning", 1, "1 of 9 rows repeats one.", "", (Pl
 
 def checked(*findings: Finding) -> Checked:
     stops = StopChain("<|end|>", "<|end|>", ("<|end|>",), "generation_config.json", ())
-    return Checked((SourceCounts("rows.jsonl", False, "messages", 9, 4),), findings, None, stops)
+    return Checked((SourceCounts("rows.jsonl", False, "messages", 9, 4, 4),), findings, None, stops)
 
 
 def shown(found: Checked, shows_all: bool = False) -> str:
@@ -75,3 +77,26 @@ def test_json_holds_every_place_and_the_outcome() -> None:
     assert found["outcome"] == "faults"
     assert [len(finding["places"]) for finding in found["findings"]] == [5, 1]
     assert found["stops"]["served_by"] == "generation_config.json"
+
+
+def test_what_is_good_to_know_is_no_fault() -> None:
+    """Columns that nobody need read, texts in pieces, and how a file was read: a line each, and all is well."""
+    found = dataclasses.replace(
+        checked(),
+        unused=(Unused("id", 9, None), Unused("source", 1, None)),
+        cut_texts=1,
+        pieces=113,
+        notices=("a.csv: its columns are parted by semicolons.",),
+    )
+    text = shown(found)
+    assert "not used" in text
+    assert "`id` (9 rows), `source` (1 row)" in text
+    assert "1 text cut into 113 pieces; nothing of it is lost." in text
+    assert "parted by semicolons" in text
+    assert text.rstrip().endswith("Nothing is wrong with 9 rows.")
+
+
+def test_one_row_is_one_row() -> None:
+    one = dataclasses.replace(checked(), sources=(SourceCounts("rows.jsonl", False, "messages", 1, 1, 1),))
+    assert verdict_line(one).plain == "Nothing is wrong with 1 row."
+    assert "1 row of rows.jsonl" in shown(one)

@@ -54,6 +54,20 @@ def test_the_data_in_a_few_lines(data: dict[str, Any]) -> None:
     assert "trained on too" not in text
 
 
+def test_what_of_the_rows_is_not_used_is_told_before_a_run(data: dict[str, Any]) -> None:
+    """`reasoning_content` was not in the rows that were trained on, and nothing said so."""
+    data["unused"] = [
+        {"field": "reasoning_content", "rows": 40, "advice": "The answer is learned without it."},
+        {"field": "id", "rows": 1, "advice": None},
+    ]
+    data |= {"cut_texts": 2, "pieces": 1130}
+    text = " ".join(shown(tables.data_table(data)).split())
+    assert "`reasoning_content` stands in 40 rows and is not used. The answer is learned without it." in text
+    assert "Not used: `id` (1 row)." in text
+    assert "2 texts cut into 1,130 pieces" in text
+    assert tables.data_warnings(data)[1].startswith("`reasoning_content`")
+
+
 def test_what_is_trained_is_marked_without_colour_and_explained(data: dict[str, Any]) -> None:
     text = shown(tables.data_table(data))
     assert "»A beta blocker.<|im_end|>«" in text
