@@ -48,13 +48,13 @@ def encoding_of(path: Path) -> FileEncoding:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             has_bom = has_bom or (number == 1 and line.startswith(codecs.BOM_UTF8))
-            if not line.isascii() and not _is_utf8(line):
+            if not line.isascii() and not is_utf8(line):
                 bad.append(number)
                 sample += line[: SAMPLE_BYTES - len(sample)]
     return FileEncoding(number, has_bom, tuple(bad), _guess(bytes(sample)) if bad else None)
 
 
-def _is_utf8(line: bytes) -> bool:
+def is_utf8(line: bytes) -> bool:
     try:
         line.decode()
     except UnicodeDecodeError:
@@ -99,7 +99,7 @@ def as_utf8(path: Path, found: FileEncoding) -> Iterator[Path]:
         copy = Path(folder, path.name)
         with path.open("rb") as source, copy.open("wb") as target:
             for line in source:
-                target.write(line if _is_utf8(line) else line.decode(found.probably or "utf-8", "replace").encode())
+                target.write(line if is_utf8(line) else line.decode(found.probably or "utf-8", "replace").encode())
         yield copy
     finally:
         shutil.rmtree(folder, ignore_errors=True)

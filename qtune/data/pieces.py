@@ -19,10 +19,8 @@ from qtune.data.tokens import Encoder, Example, fit
 from qtune.recipe.schema import Data
 
 SENTENCE = r"[.!?…]+[\"'”’»)\]]*"
-ENDS = tuple(  # where a piece may end, best first
-    map(
-        re.compile, (r"\n[^\S\n]*(?:\n[^\S\n]*)*\n", rf"{SENTENCE}[^\S\n]*\n", rf"{SENTENCE}(?=\s)|[。！？]", r"(?=\s)")
-    )
+ENDS = tuple(  # where a piece may end, best first: a paragraph, a line and sentence, a sentence, a word
+    map(re.compile, (r"\n\s*\n", rf"{SENTENCE}[^\S\n]*\n", rf"{SENTENCE}(?=\s)|[。！？]", r"(?=\s)"))
 )
 
 

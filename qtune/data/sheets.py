@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtune.data.encodings import WESTERN, called, encoding_of
+from qtune.data.encodings import WESTERN, called, encoding_of, is_utf8
 from qtune.data.text import refuse_bad_bytes, start_of
 from qtune.errors import DataError
 
@@ -48,16 +48,38 @@ def _encoding(path: Path) -> tuple[str, str | None]:
         found = encoding_of(path)
         bad = found.bad_lines[0]
         if found.probably != WESTERN:
-            raise DataError(
-                f"{path}:{bad:,}: is not UTF-8 but {called(found.probably)}. Save the file as UTF-8; Excel calls that"
-                ' "CSV UTF-8".'
-            ) from None
-        with path.open("rb") as file:
-            line = next(line for number, line in enumerate(file, start=1) if number == bad)
-        words = line.decode(WESTERN).split()
-        word = next((word for word in words if not word.isascii()), "")[:EXCERPT_CHARACTERS]
+            raise _not_utf8(path, bad, called(found.probably)) from None
+        word = _excerpt(path, bad)
         return WESTERN, f"is no UTF-8 and read as {WESTERN}, which Excel writes ({word} in line {bad:,})"
     return "utf-8-sig", None
+
+
+def _excerpt(path: Path, bad: int) -> str:
+    """A word by which the guess of cp1252 can be judged, from the line `bad`.
+
+    Raises DataError where a line is none of it after all, or UTF-8 among lines that are not.
+    """
+    word = ""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isascii():
+                continue
+            if is_utf8(line):
+                raise _not_utf8(path, bad, f"probably {WESTERN.upper()}, and line {number:,} is UTF-8")
+            try:
+                text = line.decode(WESTERN)
+            except UnicodeDecodeError:
+                raise _not_utf8(
+                    path, number, f"in another encoding than the rest, which seems to be {WESTERN.upper()}"
+                ) from None
+            word = word or next(word for word in text.split() if not word.isascii())
+    return word[:EXCERPT_CHARACTERS]
+
+
+def _not_utf8(path: Path, line: int, seems: str) -> DataError:
+    return DataError(
+        f'{path}:{line:,}: is not UTF-8 but {seems}. Save the file as UTF-8; Excel calls that "CSV UTF-8".'
+    )
 
 
 def _delimiter(start: str, usual: str) -> str:

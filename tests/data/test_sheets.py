@@ -94,6 +94,18 @@ def test_another_code_page_is_refused_and_never_read_wrong(tmp_path: Path, encod
         read_rows(str(written(tmp_path, f"question,answer\nq,{text}\n".encode(encoding))))
 
 
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [("für".encode(), "and line 300 is UTF-8"), (b"a \x81 b", "a.csv:300: is not UTF-8 but in another encoding")],
+)
+def test_a_file_that_is_not_cp1252_throughout_is_refused(tmp_path: Path, last: bytes, words: str) -> None:
+    """Lines in UTF-8 would be read as mojibake, and a byte that cp1252 lacks would end in a traceback."""
+    lines = ["question,answer", *("q,für Käse und Brötchen" for _ in range(298))]
+    path = written(tmp_path, "\n".join(lines).encode("cp1252") + b"\nq," + last + b"\n")
+    with pytest.raises(DataError, match=words):
+        read_rows(str(path))
+
+
 def test_a_run_says_how_the_file_was_read(tmp_path: Path) -> None:
     data = Data(train=str(written(tmp_path, ROWS.encode("cp1252"))))
     report = prepare(Recipe(name="t", model=Model(base="demo"), data=data), byte_tokenizer()).report
