@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qtune import __version__, early
+from qtune import __version__
 from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
 from qtune.units import GIB, parse_bytes
 
@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     signal.signal(signal.SIGTERM, _terminate)
+    from qtune import early
+
     try:
         early.refuse(options)
         return options.act(options) or 0
@@ -385,7 +387,7 @@ def _stay_offline_with(*sources: str | None) -> None:
 def _open_to_use(path: Path, base: Path | None, *more: str | None) -> "RunDir":
     """A run to answer, merge or export with; its libraries ask no network where its base, and what else is needed, is
     on this machine."""
-    from qtune import logs
+    from qtune import early, logs
     from qtune.rundir import RunDir
 
     run = RunDir.open(path, base)

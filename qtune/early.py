@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
+from qtune.model import identity
 from qtune.recipe import base_kind
 from qtune.rundir import RUNS, RunDir, refuse_used
 
@@ -22,7 +23,7 @@ def refuse(options: argparse.Namespace) -> None:
 
 
 def refuse_unusable(run: RunDir) -> None:
-    """Raises UserError for a run without an adapter, or whose base is not where it was, or is no base any more."""
+    """Raises UserError for a run without an adapter, or whose base is not where it was, or is another."""
     lock = run.read_lock()
     if not (run.adapter / base_kind.ADAPTER_CONFIG).is_file():
         raise RunFolderError(f"{run.path}: has no adapter yet. Go on with it: qtune resume {run.path}")
@@ -35,6 +36,7 @@ def refuse_unusable(run: RunDir) -> None:
         )
     if fault := base_kind.fault_of(folder, trust_remote_code=bool(lock["model"].get("trust_remote_code"))):
         raise ModelError(f"{'--base' if run.base else f'{run.path}: its base'}: {fault}")
+    identity.refuse_other_base(run, folder)
 
 
 def _output(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from qtune.deploy.delta import CONFIG_NAME, AdapterWeights, weights_path
 from qtune.deploy.folded import Job, Part, Weight
 from qtune.deploy.folder import write_small_files
 from qtune.deploy.movement import LayerChange, Movement
-from qtune.deploy.opened import model_of, refuse_other_base
+from qtune.deploy.opened import model_of
 from qtune.deploy.round_trip import Rows, restored_rows
 from qtune.deploy.shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
 from qtune.deploy.streamed import in_order
@@ -63,7 +63,7 @@ class Fold:
         """
         lock, model = run.read_lock(), model_of(run)
         folder = folder or base.base_folder(model)
-        refuse_other_base(run, folder)
+        identity.refuse_other_base(run, folder)
         checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         quantized = frozenset(lock["quantized_modules"])

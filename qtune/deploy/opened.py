@@ -1,16 +1,15 @@
 """A run opened to answer: its base as it was trained on, with the adapter on it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from qtune.errors import ModelError
 from qtune.memory.device import find_device
 from qtune.memory.techniques import Engine, Techniques
-from qtune.model import adapter, base, identity
+from qtune.model import adapter, base
+from qtune.model.identity import refuse_other_base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
@@ -22,17 +21,6 @@ def model_of(run: RunDir) -> Model:
     Raises RunFolderError for settings of another version of qtune.
     """
     return run.read_as(run.lock, lambda lock: Model(**lock["model"]))
-
-
-def refuse_other_base(run: RunDir, folder: Path) -> None:
-    """Raises ModelError where, at a glance, the weights in `folder` are others than those the run was trained on."""
-    then = run.read_lock()["base"]
-    expected = then.get("glance_sha256")  # older locks have none
-    if expected is not None and identity.glance(folder) != expected:
-        raise ModelError(
-            f"{folder}: is not the base of {run.path}; its weights are others than the run was trained on. Put back the"
-            f" base the run names ({then['name']})."
-        )
 
 
 @dataclass(frozen=True)

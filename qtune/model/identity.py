@@ -15,8 +15,8 @@ from threading import Event
 from typing import Any
 
 from qtune import caches, sealed
-from qtune.errors import DiskFull
-from qtune.rundir import write_json
+from qtune.errors import DiskFull, ModelError
+from qtune.rundir import RunDir, write_json
 
 BYTES_AT_ONCE = 1 << 20
 AT_REST_NS = 2_000_000_000  # the coarsest clock of a file system: what is written later than that shows
@@ -50,6 +50,17 @@ def glance(folder: Path) -> str:
     for path in _weights_in(folder):
         digest.update(f"{path.name} {sealed.glance_at(path)}".encode())
     return digest.hexdigest()
+
+
+def refuse_other_base(run: RunDir, folder: Path) -> None:
+    """Raises ModelError where, at a glance, the weights in `folder` are others than those the run was trained on."""
+    then = run.read_lock()["base"]
+    expected = then.get("glance_sha256")  # older locks have none
+    if expected is not None and glance(folder) != expected:
+        raise ModelError(
+            f"{folder}: is not the base of {run.path}; its weights are others than the run was trained on. Put back the"
+            f" base the run names ({then['name']})."
+        )
 
 
 def _weights_in(folder: Path) -> list[Path]:

@@ -36,6 +36,10 @@ REPEATED = ("Cannot overwrite", "Cannot declare", "Cannot redefine", "Cannot mut
 WORDS = {  # of other languages
     "True": "TOML writes true with a small letter",
     "False": "TOML writes false with a small letter",
+    "yes": "TOML writes yes as true",
+    "on": "TOML writes on as true",
+    "no": "TOML writes no as false",
+    "off": "TOML writes off as false",
     "None": "TOML has no None: what is unset is left out",
     "null": "TOML has no null: what is unset is left out",
 }

@@ -171,10 +171,10 @@ def unknown(key: Key) -> tuple[str, Key]:
 
 def _meant(name: str, here: Key, elsewhere: Sequence[Key]) -> Key:
     """The setting that a wrong name in the table `here` probably stands for; an empty key where none is near."""
-    other = OTHER_NAMES.get(name)
+    other = OTHER_NAMES.get(name, "")
     for table in (here, *elsewhere):
-        if other in _fields(table):
-            return (*table, str(other))
+        if other in _fields(table) and not _model(_fields(table)[other]):
+            return (*table, other)
     for table, cutoff in ((here, 0.6), *((table, 0.8) for table in elsewhere)):
         if near := get_close_matches(name, _fields(table), n=1, cutoff=cutoff):
             return (*table, near[0])
@@ -253,9 +253,18 @@ def _misfit(key: Key, error: ErrorDetails) -> str:
     value, choices = error["input"], _choices(key)
     if error["type"] == "model_type":
         instead = _as_table(key, value)
+    elif error["type"] == "expected":
+        instead = _as_expected(value, error["msg"])
     else:
         instead = _nearest(value, choices) if choices else _same_value(value, error["type"])
     return f"{dotted(key)} must be {_wanted(error, choices)}, and is {shown(value)}.{instead}"
+
+
+def _as_expected(value: Any, wanted: str) -> str:
+    """A number with the unit that is missing, or a text as the list that is wanted."""
+    if "a size such as" in wanted and isinstance(value, int | float) and not isinstance(value, bool):
+        return f' Did you mean "{value}GiB"?'
+    return f" Write [{shown(value)}]." if "a list of" in wanted and isinstance(value, str) else ""
 
 
 def _as_table(key: Key, value: Any) -> str:

@@ -35,6 +35,7 @@ def fault(tmp_path: Path, content: str | bytes) -> str:
         ('x = 1\ntargets = ["a",\n', "r.toml:2: a list needs commas"),
         ('data = { train = "x"\n', "r.toml:1: a table in braces"),
         ("packing = True\n", "r.toml:1: TOML writes true with a small letter"),
+        ("rslora = yes\n", "r.toml:1: TOML writes yes as true"),
         ("subset = None\n", "r.toml:1: TOML has no None"),
         ("[model]\nbase = Qwen/Qwen3 # big\n", 'r.toml:2: text needs quotes: base = "Qwen/Qwen3"'),
         ("name = “medical”\n", 'r.toml:1: text needs quotes: name = "medical"'),

@@ -16,6 +16,10 @@ def faults(**tables: Any) -> list[str]:
     return [sentence for _, sentence in explain(found.value.errors())]
 
 
+TARGETS = 'lora.targets must be "all-linear" or a list of layer names such as ["q_proj", "v_proj"],'
+SIZE = 'memory.budget must be "auto" or a size such as "6GiB" or "7.5 GiB",'
+
+
 @pytest.mark.parametrize(
     ("table", "values", "expected"),
     [
@@ -36,6 +40,8 @@ def faults(**tables: Any) -> list[str]:
         ("lora", {"dora": "yes"}, 'lora.dora must be true or false, and is "yes". Write true.'),
         ("lora", {"dora": 0}, "lora.dora must be true or false, and is 0. Write false."),
         ("lora", {"dora": "perhaps"}, 'lora.dora must be true or false, and is "perhaps".'),
+        ("lora", {"targets": "q_proj"}, TARGETS + ' and is "q_proj". Write ["q_proj"].'),
+        ("memory", {"budget": 8}, SIZE + ' and is 8. Did you mean "8GiB"?'),
         ("model", {"base": 3}, 'model.base must be text, and is 3. Put it in quotes: "3".'),
         ("model", {"base": ""}, 'model.base must be text that is not empty, and is "".'),
         ("model", {"base": {"a": 1}}, "model.base must be text, and is a table."),
@@ -90,6 +96,7 @@ def test_tables_and_names_that_do_not_fit() -> None:
         ("model.model_name", "model.model_name is not a setting. Did you mean base?"),
         ("model.model_name_or_path", "model.model_name_or_path is not a setting. Did you mean base?"),
         ("model.pretrained_model_name_or_path", "model.pretrained_model_name_or_path is not a setting. Did you mean b"),
+        ("datasets", "datasets is not a setting. Did you mean data.train?"),
         ("base_model", "base_model is not a setting. Did you mean model.base?"),
         ("train.cutoff_len", "train.cutoff_len is not a setting. Did you mean data.max_tokens?"),
         ("train.save_steps", "train.save_steps is not a setting. Did you mean save.every?"),

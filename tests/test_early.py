@@ -1,0 +1,120 @@
+"""What the command line and a run's JSON tell is refused before anything heavy is imported."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deploy.made_runs import make_run
+
+from qtune import cli
+from qtune.deploy.merge import merge
+from qtune.deploy.opened import model_of
+from qtune.deploy.servers import servers
+from qtune.errors import ModelError
+from qtune.rundir import RunDir, refuse_used, write_json
+
+RECIPE = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A finished run in `run`, its base in `base`; a recipe, its rows and something else lie beside them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "my.toml").write_text(RECIPE)
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "work").write_text("precious")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    return make_run(tmp_path / "run", tmp_path / "base")
+
+
+REFUSED = {
+    "run --output used": (["run", "my.toml", "--output", "used"], "used: exists already and is not empty."),
+    "run --output below a file": (["run", "my.toml", "--output", "x.gguf/a"], "x.gguf/a: cannot be made in "),
+    "merge --output used": (["merge", "run", "--output", "used"], "used: exists already and is not empty."),
+    "export --output used": (["export", "run", "--output", "used"], "used: exists already and is not empty."),
+    "eval without lm-eval": (["eval", "run", "--tasks", "arc_easy"], "--tasks: needs lm-eval, which is not installed"),
+    "eval of no task folder": (["eval", "run", "--task-folder", "no"], "--task-folder: there is no folder no."),
+    "eval of nothing": (["eval", "run", "--merged", "nothing"], "--merged nothing: there is no such folder or file."),
+    "eval of no model": (["eval", "run", "--merged", "used"], "--merged used: used holds no model"),
+    "eval of a gguf": (["eval", "run", "--merged", "x.gguf"], "x.gguf: needs llama-cpp-python, which is not installed"),
+    "a picture of nowhere": (["data", "check", "my.toml", "--plot", "no/x.png"], "--plot: there is no folder no."),
+    "a moved base": (["chat", "run"], "run: its base is not in "),
+    "a base that is none": (["merge", "run", "--output", "new", "--base", "used"], "--base: "),
+    "a base that is another": (["export", "run", "--base", "other"], "other: is not the base of run"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_before_torch(name: str, run: RunDir, tmp_path: Path) -> None:
+    """Most of these came after the imports, some after minutes of reading, planning or scoring."""
+    arguments, words = REFUSED[name]
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    weights = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
+    (tmp_path / "other" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    code = (
+        "import sys; from qtune import cli, early; early.find_spec = lambda name: None;"
+        f" status = cli.main({arguments!r}); sys.exit(status if 'torch' not in sys.modules else 99)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(words)
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_a_moved_base_is_taken_from_where_it_is(run: RunDir, tmp_path: Path) -> None:
+    """There was no way to merge, export or chat with a run whose base had been moved."""
+    (tmp_path / "base").rename(tmp_path / "moved")
+    lock = run.lock.read_text()
+    told = {server.name: server.adapter for server in servers(run)}
+    assert told["vLLM"].is_taken is None  # it printed a command with the folder that is gone
+    with pytest.raises(ModelError, match="there is no folder"):
+        merge(run, tmp_path / "merged", "dequantised")
+    moved = RunDir.open(run.path, Path("moved"))
+    assert model_of(moved).base == str(tmp_path / "moved")
+    assert merge(moved, tmp_path / "merged", "dequantised").tensors > 0
+    assert run.lock.read_text() == lock
+
+
+def test_a_run_without_an_adapter_says_how_to_go_on(run: RunDir, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(run.adapter)
+    assert cli.main(["chat", str(run.path)]) == 2
+    assert capsys.readouterr().err.startswith(f"{run.path}: has no adapter yet. Go on with it: qtune resume ")
+
+
+def test_resuming_with_a_moved_base_says_what_mends_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    text = RECIPE.replace('"demo"', '"./base"')
+    began = {"recipe_folder": str(tmp_path), "overrides": [], "demo": False}
+    run = RunDir.create(tmp_path / "run", text, began)
+    write_json(run.lock, {})
+    assert cli.main(["resume", str(run.path)]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"{run.recipe}:3: model.base: there is no folder base in {tmp_path}."
+    assert second.endswith(f"qtune resume {run.path} --set model.base=FOLDER --allow-change model.base")
+
+
+def test_a_folder_that_is_empty_or_new_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new", "a/b/c"):
+        refuse_used(tmp_path / name)
+
+
+def test_the_disk_is_looked_at_before_the_base_is_loaded(tmp_path: Path, monkeypatch, capsys) -> None:
+    from qtune.model import base
+
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"question": "Which class of drug is captopril?", "answer": "ACE inhibitor"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * 10)
+    (tmp_path / "my.toml").write_text(RECIPE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(base, "load_base", lambda *_: pytest.fail("the base was loaded first"))
+    assert cli.main(["run", "my.toml", "--output", "out"]) == 2
+    assert "of disk and 1 B are free" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
