@@ -31,6 +31,7 @@ from qtune.memory.techniques import Engine
 from qtune.model import adapter, base, identity, packing_probe
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
 from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
+from qtune.plan.skeleton import refuse_unknown_targets
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 from qtune.report import card, forecast, summary, tables
@@ -68,6 +69,7 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     """
     base.quiet_libraries()
     config = base.read_config_alone(recipe.model)
+    refuse_unknown_targets(config, recipe)
     tokenizer = load_tokenizer(recipe.model)
     prepared = _prepared(recipe, tokenizer, console)
     held_out = HeldOut.of(prepared, recipe, tokenizer)

@@ -19,17 +19,22 @@ from qtune.rundir import RunDir, refuse_used, write_json
 RECIPE = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """A finished run in `run`, its base in `base`; a recipe, its rows and something else lie beside them."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_base, tmp_path / "base")
-    (tmp_path / "my.toml").write_text(RECIPE)
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "work").write_text("precious")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    return make_run(tmp_path / "run", tmp_path / "base")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A folder with a finished run whose base was moved to `moved`; beside it another base, a recipe and odd things."""
+    place = tmp_path_factory.mktemp("early")
+    shutil.copytree(tiny_base, place / "base")
+    make_run(place / "run", place / "base")
+    (place / "base").rename(place / "moved")
+    shutil.copytree(tiny_base, place / "other")
+    weights = bytearray((place / "other" / "model.safetensors").read_bytes())
+    (place / "other" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    (place / "my.toml").write_text(RECIPE)
+    (place / "rows.jsonl").write_text("{}\n")
+    (place / "used").mkdir()
+    (place / "used" / "work").write_text("precious")
+    (place / "x.gguf").write_bytes(b"GGUF")
+    return place
 
 
 REFUSED = {
@@ -50,39 +55,37 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_before_torch(name: str, run: RunDir, tmp_path: Path) -> None:
+def test_it_is_refused_before_torch(name: str, place: Path) -> None:
     """Most of these came after the imports, some after minutes of reading, planning or scoring."""
     arguments, words = REFUSED[name]
-    shutil.copytree(tmp_path / "base", tmp_path / "other")
-    weights = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
-    (tmp_path / "other" / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    (tmp_path / "base").rename(tmp_path / "moved")
     code = (
         "import sys; from qtune import cli, early; early.find_spec = lambda name: None;"
         f" status = cli.main({arguments!r}); sys.exit(status if 'torch' not in sys.modules else 99)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=place)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(words)
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
 
 
-def test_a_moved_base_is_taken_from_where_it_is(run: RunDir, tmp_path: Path) -> None:
+def test_a_moved_base_is_taken_from_where_it_is(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There was no way to merge, export or chat with a run whose base had been moved."""
-    (tmp_path / "base").rename(tmp_path / "moved")
+    monkeypatch.chdir(place)
+    run = RunDir.open(shutil.copytree(place / "run", tmp_path / "run"))
     lock = run.lock.read_text()
     told = {server.name: server.adapter for server in servers(run)}
     assert told["vLLM"].is_taken is None  # it printed a command with the folder that is gone
     with pytest.raises(ModelError, match="there is no folder"):
         merge(run, tmp_path / "merged", "dequantised")
     moved = RunDir.open(run.path, Path("moved"))
-    assert model_of(moved).base == str(tmp_path / "moved")
+    assert model_of(moved).base == str(place / "moved")
     assert merge(moved, tmp_path / "merged", "dequantised").tensors > 0
     assert run.lock.read_text() == lock
 
 
-def test_a_run_without_an_adapter_says_how_to_go_on(run: RunDir, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_without_an_adapter_says_how_to_go_on(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = RunDir.open(shutil.copytree(place / "run", tmp_path / "run"))
     shutil.rmtree(run.adapter)
     assert cli.main(["chat", str(run.path)]) == 2
     assert capsys.readouterr().err.startswith(f"{run.path}: has no adapter yet. Go on with it: qtune resume ")
@@ -104,6 +107,16 @@ def test_a_folder_that_is_empty_or_new_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new", "a/b/c"):
         refuse_used(tmp_path / name)
+
+
+def test_targets_are_looked_for_before_the_rows_are_read(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("not a row\n")
+    (tmp_path / "my.toml").write_text(f'{RECIPE}[lora]\ntargets = ["q_prj", "v_proj"]\n')
+    assert cli.main(["check", "my.toml"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "my.toml:7: lora.targets: no linear layer is named 'q_prj'. Did you mean q_proj? This base has down_proj, "
+    )
 
 
 def test_the_disk_is_looked_at_before_the_base_is_loaded(tmp_path: Path, monkeypatch, capsys) -> None:

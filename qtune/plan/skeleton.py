@@ -16,7 +16,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import dora
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -31,24 +31,8 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
 
     Raises ModelError for a config.json from which transformers cannot build a model.
     """
-    _refuse_contradictions(config)
     dtype = getattr(torch, compute_dtype)
-    document_attention.register()
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=document_attention.NAME,
-                trust_remote_code=recipe.model.trust_remote_code,
-            )
-    except Exception as fault:  # a config can be wrong in as many ways as there are architectures
-        if fault.args == (document_attention.NAME,):  # a class that looks its attention up among its own
-            raise _own_attention(config) from None
-        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-        raise ModelError(f"model.base: no model can be built from its config.json ({reason}).") from None
-    if not model._can_set_attn_implementation():
-        raise _own_attention(config)
+    model = _without_weights(config, recipe, dtype)
     if recipe.model.quantization == "nf4":
         quantization = base.nf4_config(recipe.model, dtype)
         model = replace_with_bnb_linear(
@@ -68,6 +52,39 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
         _fill(peft_model, recipe.model.double_quantization)
     base.keep_weights_as_quantised(peft_model)
     return peft_model
+
+
+def refuse_unknown_targets(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Raises ModelError for lora.targets that no layer of the base has, which needs neither rows nor a plan.
+
+    Experts are left to `build`, which holds them as the run will.
+    """
+    if recipe.lora.targets != "all-linear":
+        named = tuple(target for target in recipe.lora.targets if target != adapter.EXPERTS)
+        model = _without_weights(config, recipe, torch.float32)
+        adapter.resolve_targets(model, recipe.lora.model_copy(update={"targets": named}))
+
+
+def _without_weights(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The base on the meta device, as its config.json describes it."""
+    _refuse_contradictions(config)
+    document_attention.register()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=document_attention.NAME,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+    except Exception as fault:  # a config can be wrong in as many ways as there are architectures
+        if fault.args == (document_attention.NAME,):  # a class that looks its attention up among its own
+            raise _own_attention(config) from None
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise ModelError(f"model.base: no model can be built from its config.json ({reason}).") from None
+    if not model._can_set_attn_implementation():
+        raise _own_attention(config)
+    return model
 
 
 @contextlib.contextmanager
