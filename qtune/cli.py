@@ -143,6 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = _verb(verbs, "check", check_recipe, "validate a recipe and its data, and train nothing")
     _recipe_arguments(check)
+    check.add_argument(
+        "--no-plan", action="store_true", help="leave out the plan: seconds less, and no device is asked"
+    )
 
     _data_verbs(verbs)
 
@@ -487,6 +490,8 @@ def check_recipe(options: argparse.Namespace) -> int:
     recipe, _ = _load_recipe(options)
     _make_tracker_ready(recipe)
     console = _console(options)
+    if options.no_plan:
+        return _check_without_plan(options, recipe, console)
     import dataclasses
 
     from qtune import run as story
@@ -496,6 +501,20 @@ def check_recipe(options: argparse.Namespace) -> int:
         _print_json({"data": dataclasses.asdict(ready.prepared.report), "plan": ready.plan.as_json()})
     else:
         story.show(ready, console)
+    return 0
+
+
+def _check_without_plan(options: argparse.Namespace, recipe: "Recipe", console: "Console") -> int:
+    import dataclasses
+
+    from qtune import logs, reading
+    from qtune.report import tables
+    from qtune.report.waiting import rows_shown
+
+    logs.quiet_libraries()
+    with rows_shown(console) as tell:
+        data = dataclasses.asdict(reading.read(recipe, tell).prepared.report)
+    _print_json({"data": data, "plan": None}) if options.json else console.print(tables.data_table(data))
     return 0
 
 

@@ -15,7 +15,8 @@ from qtune.deploy.gguf_score import score_file
 from qtune.deploy.opened import Opened
 from qtune.errors import DataError, MachineError, UserError
 from qtune.evaluate.benchmarks import Benchmarks
-from qtune.evaluate.compare import HeldOut, Score, compare, score
+from qtune.evaluate.compare import Score, compare, score
+from qtune.evaluate.held_out import HeldOut
 from qtune.memory.device import find_device
 from qtune.model import base
 from qtune.model.tokenizer import load_tokenizer

@@ -14,16 +14,16 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from qtune import __version__, logs
+from qtune import __version__, logs, reading
 from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokens import tokenizer_sha256
 from qtune.errors import MachineError, UserError
-from qtune.evaluate.compare import HeldOut, Score, compare, score, scored_examples
+from qtune.evaluate.compare import Score, compare, score
+from qtune.evaluate.held_out import HeldOut
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
-from qtune.evaluate.metrics import refuse_unscorable
 from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.memory.device import Device, find_device
 from qtune.memory.ledger import Ledger
@@ -70,17 +70,10 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console |
     base.quiet_libraries()
     config = base.read_config_alone(recipe.model)
     refuse_unknown_targets(config, recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    prepared = _prepared(recipe, tokenizer, console)
-    held_out = HeldOut.of(prepared, recipe, tokenizer)
-    plan = decide(recipe, find_device(), config, Work.of_prepared(prepared), settled)
-    refuse_unscorable(recipe.evaluate.metric, scored_examples(held_out, recipe.evaluate))
-    return Ready(recipe, tokenizer, prepared, plan, held_out)
-
-
-def _prepared(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Prepared:
     with rows_shown(console) as tell:
-        return prepare(recipe, tokenizer, tell)
+        read = reading.read(recipe, tell)
+    plan = decide(recipe, find_device(), config, Work.of_prepared(read.prepared), settled)
+    return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
 
 
 def plan_without_downloads(recipe: Recipe, device: Device, console: Console | None = None) -> Plan:
@@ -94,7 +87,8 @@ def plan_without_downloads(recipe: Recipe, device: Device, console: Console | No
     is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if not is_here:
         return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens))
-    prepared = _prepared(recipe, load_tokenizer(recipe.model), console)
+    with rows_shown(console) as tell:
+        prepared = prepare(recipe, load_tokenizer(recipe.model), tell)
     return decide(recipe, device, config, Work.of_prepared(prepared))
 
 

@@ -31,6 +31,7 @@ ROOMS = [
     "deploy",
     "resume",
     "evaluation",
+    "reading",
     "run",
     "delivery",
     "doctor",
@@ -98,7 +99,7 @@ def test_the_front_door_does_not_load_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("verb", [["data", "check"], ["data", "show"]])
+@pytest.mark.parametrize("verb", [["data", "check"], ["data", "show"], ["check", "--no-plan"]])
 def test_looking_at_data_loads_no_more_than_a_tokenizer(verb: list[str], tmp_path: Path) -> None:
     """Both took as long to begin as a training run: the tokenizer was loaded by the file that loads models."""
     code = f"""

@@ -230,6 +230,20 @@ def test_check_trains_nothing_and_speaks_json(workplace: Path, capsys: pytest.Ca
     assert not (workplace / "runs").exists()
 
 
+def test_check_without_a_plan_reads_and_refuses_as_with_one(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["check", "t.toml", "--no-plan", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["data"]["train_rows"], answer["plan"]) == (8, None)
+    assert cli.main(["check", "t.toml", "--no-plan"]) == 0
+    assert "8 rows" in capsys.readouterr().out
+    for change in ("data.max_tokens=16", "evaluate.general=none.txt", "evaluate.metric=policy"):
+        told = []
+        for more in ([], ["--no-plan"]):
+            assert cli.main(["check", "t.toml", "--set", change, *more]) == 2
+            told.append(capsys.readouterr().err)
+        assert told[0] == told[1] != ""
+
+
 def test_schema_and_completion(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["lora"]

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.packing import PackedRow
 from qtune.data.tokens import NOT_TRAINED
 from qtune.deploy.gguf_model import GgufModel
-from qtune.evaluate.compare import HeldOut, Score, marked, scored_examples
+from qtune.evaluate.compare import Score, marked
+from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.recipe.schema import Evaluate
 
 

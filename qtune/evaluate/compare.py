@@ -1,6 +1,5 @@
 """Before and after: base and tuned on the same held-out rows, scored and set side by side."""
 
-import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -10,35 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.packing import PackedRow, packed_rows
-from qtune.data.prepared import Prepared
 from qtune.data.tokens import Example
 from qtune.evaluate.answer import answer
-from qtune.evaluate.general import general_packs
+from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.interval import interval, paired_interval
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.marks import mean_parts
 from qtune.evaluate.metrics import METRICS
 from qtune.events import Scored
-from qtune.recipe.schema import Evaluate, Recipe
+from qtune.recipe.schema import Evaluate
 from qtune.train.out_of_memory import Recovery
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What both models are asked: packed rows for the loss, examples for the score, and general text where wanted."""
-
-    packs: Sequence[PackedRow]
-    examples: Sequence[Example]
-    stop_token_ids: Sequence[int]
-    general: Sequence[PackedRow] | None = None
-
-    @classmethod
-    def of(cls, prepared: Prepared, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
-        """Raises DataError for a text in `evaluate.general` that cannot be measured."""
-        packs = packed_rows(prepared.held_out, prepared.held_out_packs)
-        general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
-        return cls(packs, prepared.held_out, prepared.stop_token_ids, general)
 
 
 @dataclass(frozen=True)
@@ -125,13 +105,6 @@ def marked(
     marks = [give_marks(a, e) for a, e in zip(answers, asked, strict=True)] if give_marks else []
     scores = tuple(mark.score for mark in marks)
     return Score(who, loss, tuple(answers), scores, seconds, mean_parts(marks), general)
-
-
-def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
-    """The rows that are answered: those with a prompt, up to `rows`, none without a metric."""
-    if wanted.metric == "none":
-        return []
-    return list(itertools.islice((example for example in held_out.examples if example.prompt_ids), wanted.rows))
 
 
 def compare(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from qtune.evaluate.compare import HeldOut, Score, compare, difference, worst_rows
+from qtune.evaluate.compare import Score, compare, difference, worst_rows
+from qtune.evaluate.held_out import HeldOut
 from qtune.evaluate.interval import interval, paired_interval
 from qtune.recipe.schema import Evaluate
 
