@@ -6,6 +6,7 @@ name, as a wrong guess among them would be trained on; and what was guessed is t
 """
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def _cells(start: str, delimiter: str) -> Sequence[int]:
     """How many cells the first records have; the last one may be cut, and is left out where there are others."""
     counts = []
     try:
-        for record in csv.reader(start.splitlines(keepends=True), delimiter=delimiter, strict=True):
+        for record in csv.reader(io.StringIO(start, newline=None), delimiter=delimiter, strict=True):
             if any(record):
                 counts.append(len(record))
             if len(counts) > LOOKED_AT_RECORDS:
