@@ -7,6 +7,7 @@ be finished, 130 and 143 after Ctrl-C and SIGTERM.
 import argparse
 import json
 import os
+import random
 import re
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from qtune import __version__
 from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
-from qtune.units import GIB, parse_bytes
+from qtune.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -39,6 +40,7 @@ start here:
   qtune plan my.toml                will it fit, how, and what it costs
   qtune run my.toml                 train it, watch it, score it
   qtune resume runs/my-...          go on with it after Ctrl-C, a crash or a power cut
+  qtune ls                          the runs so far; qtune rm takes one off the disk
   qtune chat runs/my-...            talk to it
   qtune eval runs/my-...            score it again, or on public benchmarks
   qtune export runs/my-...          a GGUF file of it, for llama.cpp and Ollama
@@ -48,6 +50,10 @@ start here:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what fits behind what was typed
+        from qtune import completion
+
+        completion.answer(parser)
     options = parser.parse_args(arguments)
     if options.verb is None:
         parser.print_help()
@@ -108,7 +114,7 @@ def _our_fault(fault: Exception) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, as argparse sees it; shell completion is made from it."""
+    """The whole command line, as argparse sees it."""
     parser = _Parser(
         prog="qtune",
         description="QLoRA fine-tuning on one consumer GPU.",
@@ -158,17 +164,25 @@ def build_parser() -> argparse.ArgumentParser:
     copy.add_argument("name", help="a shipped recipe, such as medical")
     copy.add_argument("target", type=Path, help="the file to write, such as my.toml")
 
-    chat = _verb(verbs, "chat", chat_with_run, "talk to a finished run", as_json=False)
-    _run_argument(chat)
+    chat = _verb(verbs, "chat", hold_chat, "talk to a finished run, a merged folder or a GGUF file", as_json=False)
+    chat.add_argument("run", type=Path, help="run folder, merged folder or GGUF file")
     _base_argument(chat)
-    chat.add_argument("--compare", action="store_true", help="answer with base and tuned, side by side")
+    chat.add_argument("--compare", action="store_true", help="answer with the base first, then tuned")
     chat.add_argument("--prompt", metavar="TEXT", help="ask this one thing and exit")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt; default that of the run's recipe")
     chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+    chat.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="draw tokens; 0 takes the likeliest (0)"
+    )
+    chat.add_argument("--top-p", type=_share, metavar="P", help="draw from the likeliest that have this share (1)")
+    chat.add_argument("--seed", type=_natural, metavar="N", help="draw the same again; default another each time")
 
     evaluation = _verb(verbs, "eval", evaluate_run, "score a finished run again, or on public benchmarks")
     _run_argument(evaluation)
     _base_argument(evaluation)
-    evaluation.add_argument("--rows", type=_positive, metavar="N", help="held-out rows to answer and score (all)")
+    evaluation.add_argument("--data", type=Path, metavar="FILE", help="rows of your own, in place of the held-out ones")
+    evaluation.add_argument("--metric", type=_metric, metavar="NAME", help="score by this; default that of the recipe")
+    evaluation.add_argument("--rows", type=_positive, metavar="N", help="rows to answer and score (all)")
     evaluation.add_argument(
         "--samples", type=_natural, metavar="N", help="answers to show; default evaluate.samples of the recipe"
     )
@@ -234,6 +248,15 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--html", action="store_true", help="write one page that opens without a network")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page; default report.html in the run folder")
 
+    listed = _verb(verbs, "ls", list_runs, "the runs below a folder: how far they came, what they learned, their size")
+    listed.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="default runs")
+    removed = _verb(verbs, "rm", remove_runs, "remove runs, or their checkpoints, after asking")
+    removed.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    removed.add_argument(
+        "--checkpoints", action="store_true", help="only these: adapter and report stay, and resume begins anew"
+    )
+    removed.add_argument("--yes", action="store_true", help="do not ask")
+
     push = _verb(verbs, "push", push_run, "upload the adapter, with its model card, to the Hugging Face hub")
     _run_argument(push)
     push.add_argument("address", metavar="OWNER/NAME", help="the repository; made where there is none")
@@ -248,7 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     _base_argument(doctor)
     _verb(verbs, "schema", print_schema, "JSON schema of a recipe, for editors", as_json=False)
     completion = _verb(verbs, "completion", print_completion, "shell completion script", as_json=False)
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="source what this prints")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"), help="source what this prints")
     return parser
 
 
@@ -353,6 +376,32 @@ def _at_least(least: int, text: str) -> int:
     if value < least:
         raise argparse.ArgumentTypeError(f"must be at least {least}, and is {value}")
     return value
+
+
+def _temperature(text: str) -> float:
+    return _between(0.0, 10.0, text)  # far above any use: at 10 the draw is all but even
+
+
+def _share(text: str) -> float:
+    return _between(0.01, 1.0, text)
+
+
+def _between(least: float, most: float, text: str) -> float:
+    value = float(text)
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"must be {least:g} to {most:g}, and is {text}")
+    return value
+
+
+def _metric(text: str) -> str:
+    from typing import get_args
+
+    from qtune.recipe.schema import Metric
+
+    known = [name for name in get_args(Metric) if name != "none"]
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, and is {text}")
+    return text
 
 
 def _names(text: str) -> list[str]:
@@ -605,14 +654,26 @@ def copy_recipe(options: argparse.Namespace) -> int:
     return 0
 
 
-def chat_with_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run, options.base)
-    console = _console(options)
-    from qtune.deploy.chat import Chat, converse
+def hold_chat(options: argparse.Namespace) -> int:
+    from qtune import early, logs
 
-    with console.status("loading the model"):
-        chat = Chat.open(run, options.max_new_tokens)
-    converse(chat, console, options.compare, options.prompt)
+    what = early.model_at(options.run) or _open_to_use(options.run, options.base)
+    if isinstance(what, Path):
+        logs.hold()
+        _stay_offline_with(str(what.absolute()))
+    console = _console(options)
+    with console.status("loading the model") as waiting:
+        from qtune.deploy import chat, speakers
+        from qtune.evaluate.answer import Choosing
+
+        seed = random.randrange(2**31) if options.seed is None else options.seed
+        choosing = Choosing(options.temperature, options.top_p or 1.0, seed)
+        with speakers.opened(what) as speaker:
+            waiting.stop()
+            system = speaker.system if options.system is None else options.system
+            chat.converse(
+                chat.Chat(speaker, choosing, system, options.max_new_tokens), console, options.compare, options.prompt
+            )
     return 0
 
 
@@ -631,7 +692,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
         )
         table = evaluated.benchmark_table(found)
     else:
-        found = evaluation.on_held_out_rows(run, options.rows, options.samples, options.merged, console)
+        asked = evaluation.Asked(options.rows, options.samples, options.metric, options.data)
+        found = evaluation.on_rows(run, asked, options.merged, console)
         table = evaluated.rows_table(found)
     _print_json(found) if options.json else console.print(table)
     return 0
@@ -639,7 +701,7 @@ def evaluate_run(options: argparse.Namespace) -> int:
 
 def _refuse_idle_of_eval(options: argparse.Namespace) -> None:
     """Raises UserError for an option that has no effect, or cannot be, beside or without --tasks."""
-    idle = ("rows", "samples") if options.tasks else ("task_folder", "limit")
+    idle = ("rows", "samples", "metric", "data") if options.tasks else ("task_folder", "limit")
     for name in idle:
         if getattr(options, name) is not None:
             beside = "beside" if options.tasks else "without"
@@ -716,6 +778,42 @@ def _shown(options: argparse.Namespace, value: Any, table: "RenderableType", pag
     return 0
 
 
+def list_runs(options: argparse.Namespace) -> int:
+    from qtune.report import runs
+
+    folder = options.folder or Path("runs")
+    if not folder.is_dir() and options.folder:
+        raise UserError(f"{folder}: there is no such folder.")
+    found = runs.runs_below(folder) if folder.is_dir() else []
+    if options.json:
+        _print_json([run.as_json() for run in found])
+    elif not found:
+        print(f"There is no run below {folder}. `qtune run medical --demo` makes one.")
+    else:
+        for line in runs.listing(found):
+            _console(options).print(line, soft_wrap=True)
+    return 0
+
+
+def remove_runs(options: argparse.Namespace) -> int:
+    from qtune import removal
+
+    found = [removal.Removal.of(path, options.checkpoints) for path in dict.fromkeys(options.runs)]
+    console, size = _console(options), format_bytes(sum(each.bytes for each in found))
+    for each in found:
+        console.print(str(each), soft_wrap=True, markup=False)
+    if options.checkpoints:
+        console.print("Adapter and report stay. A run that was stopped can only begin anew then.", style="dim")
+    if not options.yes and not _agreed(f"Remove {size}?", "removed"):
+        console.print("Nothing was removed.")
+        return 0
+    removal.remove(found)
+    console.print(f"removed: {size}")
+    if options.json:
+        _print_json({"removed": [str(each.path) for each in found], "bytes": sum(each.bytes for each in found)})
+    return 0
+
+
 def push_run(options: argparse.Namespace) -> int:
     from qtune.rundir import RunDir, reading
 
@@ -730,7 +828,7 @@ def push_run(options: argparse.Namespace) -> int:
     with reading(run):
         upload = push.prepare(run, options.address, options.what)
     console.print(push.table(upload, options.public))
-    if not options.yes and not _agreed(f"Upload to {options.address}?"):
+    if not options.yes and not _agreed(f"Upload to {options.address}?", "uploaded"):
         console.print("Nothing was uploaded.")
         return 0
     place = push.push(upload, options.public, api)
@@ -740,11 +838,11 @@ def push_run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _agreed(question: str) -> bool:
+def _agreed(question: str, done: str) -> bool:
     """Whether the person at the terminal says yes. Raises UserError where there is no terminal to ask at."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise UserError(
-            "There is no terminal to ask at, so nothing was uploaded. Give --yes to upload what was listed."
+            f"There is no terminal to ask at, so nothing was {done}. Give --yes to have what is listed {done}."
         )
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -793,9 +891,9 @@ def print_schema(options: argparse.Namespace) -> int:
 
 
 def print_completion(options: argparse.Namespace) -> int:
-    import shtab
+    from qtune import completion
 
-    print(shtab.complete(build_parser(), shell=options.shell))
+    print(completion.script(options.shell))
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
 from qtune.model import identity
 from qtune.recipe import base_kind
-from qtune.rundir import RUNS, RunDir, refuse_used
+from qtune.rundir import RUNS, RunDir, is_run, refuse_used
 
 GGUF_SUFFIX = ".gguf"
 
@@ -60,12 +60,46 @@ def _merged(options: argparse.Namespace) -> None:
         if not path.exists():
             raise UserError(f"--merged {path}: there is no such folder or file.")
         if path.suffix == GGUF_SUFFIX:
-            if find_spec("llama_cpp") is None:
-                raise MachineError(
-                    f"{path}: needs llama-cpp-python, which is not installed: {how_to_install('verify')}"
-                )
+            _refuse_without_llama_cpp(path)
         elif fault := base_kind.fault_of(path, trust_remote_code=True):
             raise UserError(f"--merged {path}: {fault}")
+
+
+def model_at(path: Path) -> Path | None:
+    """The merged folder or the GGUF file that a chat is to be held with: an export's folder stands for the one file in
+    it. None for a run folder, and for what is none of them."""
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return path
+    if not path.is_dir() or is_run(path):
+        return None
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return path
+    files = list(path.glob(f"*{GGUF_SUFFIX}"))
+    return files[0] if len(files) == 1 else None
+
+
+def _chat(options: argparse.Namespace) -> None:
+    for name in ("top_p", "seed"):
+        if getattr(options, name) is not None and not options.temperature:
+            raise UserError(f"--{name.replace('_', '-')}: has no effect without --temperature. Give it, such as 0.7.")
+    model = model_at(options.run)
+    if model is None:
+        return
+    for name in ("compare", "base"):
+        if getattr(options, name):
+            raise UserError(f"--{name}: {model} holds one model, and no base beside it. Give the run folder.")
+    if model.suffix == GGUF_SUFFIX:
+        _refuse_without_llama_cpp(model)
+
+
+def _own_rows(options: argparse.Namespace) -> None:
+    if options.data is not None and not options.data.is_file():
+        raise UserError(f"--data {options.data}: there is no such file.")
+
+
+def _refuse_without_llama_cpp(path: Path) -> None:
+    if find_spec("llama_cpp") is None:
+        raise MachineError(f"{path}: needs llama-cpp-python, which is not installed: {how_to_install('verify')}")
 
 
 def _picture(options: argparse.Namespace) -> None:
@@ -79,6 +113,7 @@ CHECKS: dict[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
     "run": (_output,),
     "merge": (_given_output,),
     "export": (_given_output,),
-    "eval": (_benchmarks, _merged),
+    "chat": (_chat,),
+    "eval": (_own_rows, _benchmarks, _merged),
     "data": (_picture,),
 }

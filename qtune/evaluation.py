@@ -1,4 +1,4 @@
-"""A finished run scored again: by the recipe's own metric on its held-out rows, or on public benchmarks."""
+"""A finished run scored again: on its held-out rows, on rows of one's own, or on public benchmarks."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
+import numpy
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from qtune.data.own_rows import OwnRows
+from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
+from qtune.data.survey import Tell
 from qtune.deploy.gguf_score import score_file
-from qtune.deploy.opened import Opened
-from qtune.errors import DataError, MachineError, UserError
+from qtune.deploy.opened import Merged, Opened
+from qtune.errors import DataError, QtuneError, UserError
 from qtune.evaluate.benchmarks import Benchmarks
-from qtune.evaluate.compare import Score, compare, score
+from qtune.evaluate.compare import Score, compare, score, scored_examples
 from qtune.evaluate.held_out import HeldOut
-from qtune.memory.device import find_device
-from qtune.model import base
+from qtune.evaluate.metrics import refuse_unscorable
 from qtune.model.tokenizer import load_tokenizer
-from qtune.recipe.schema import MAX_COUNT, Evaluate, Model, Recipe
+from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
 from qtune.report.waiting import rows_shown
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
@@ -31,43 +33,40 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Merged:
-    """A merged model, loaded as a base is and never quantised."""
+class Asked:
+    """What a run is to be scored on: its held-out rows, or those of the file `data`; of them the first `rows`, by
+    `metric`, with so many `samples` shown. What is None is as the recipe has it, but for `rows`: all of them."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    device: str
-    compute_dtype: str
+    rows: int | None = None
+    samples: int | None = None
+    metric: str | None = None
+    data: Path | None = None
 
-    @classmethod
-    def of(cls, folder: Path, lock: dict[str, Any]) -> "Merged":
-        """Raises ModelError for a folder that holds no model, MachineError for one that is too large for the device."""
-        spec = Model(
-            base=str(folder.resolve()), quantization="none", trust_remote_code=lock["model"]["trust_remote_code"]
-        )
-        device, dtype = find_device().name, lock["compute_dtype"]
-        tokenizer = load_tokenizer(spec)
-        try:
-            return cls(base.load_base(spec, device, dtype), tokenizer, device, dtype)
-        except torch.OutOfMemoryError:
-            raise MachineError(
-                f"{folder}: in {dtype} does not fit on this card, which held the base in 4 bits. Score it with"
-                " CUDA_VISIBLE_DEVICES= in the environment, which takes the processor."
-            ) from None
+    def settled(self, recipe: Recipe) -> Evaluate:
+        given = {"samples": self.samples, "metric": self.metric, "rows": self.rows or MAX_COUNT}
+        return recipe.evaluate.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+    @property
+    def name(self) -> str:
+        """Of the file that keeps the scores: the held-out rows by the recipe's metric keep theirs."""
+        parts = ("rows" if self.data is None else f"data-{self.data.stem}", self.metric)
+        return "-".join(filter(None, parts))
 
 
-def on_held_out_rows(
-    run: RunDir, rows: int | None, samples: int | None, merged: Sequence[Path], console: Console
-) -> dict[str, Any]:
-    """Base, tuned and the `merged` models (folders, or GGUF files) on the run's held-out rows; kept in the run folder.
+def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], console: Console) -> dict[str, Any]:
+    """Base, tuned and the `merged` models (folders, or GGUF files) on the rows `asked` for; kept in the run folder.
 
-    `rows` are answered and scored, all of them by default; the loss is over all. Raises UserError for a run without
-    held-out rows, DataError where the rows are no longer those of the run.
+    Raises UserError for a run without held-out rows, DataError for rows that cannot be used or scored, and where the
+    held-out rows are no longer those of the run.
     """
     lock, recipe = run.read_lock(), recipe_then(run)
-    held_out, tokenizer = _held_out(run, recipe, lock, console)
-    changes = {"rows": rows or MAX_COUNT, "samples": recipe.evaluate.samples if samples is None else samples}
-    wanted, seed = recipe.evaluate.model_copy(update=changes), recipe.train.seed
+    tokenizer, wanted = load_tokenizer(recipe.model), asked.settled(recipe)
+    about: dict[str, Any] = {}
+    if asked.data is None:
+        held_out = _held_out(run, recipe, tokenizer, lock, console)
+    else:
+        held_out, about = _own_rows(asked.data, recipe, tokenizer, lock, console)
+    refuse_unscorable(wanted.metric, scored_examples(held_out, wanted))
     pieces = EVERY_DOCUMENT if lock.get("packing_probe", {}).get("leaks") else 1
     with console.status("scoring base and tuned"):
         before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces))
@@ -79,8 +78,8 @@ def on_held_out_rows(
                 if path.suffix == GGUF_SUFFIX
                 else _score(str(path), Merged.of(path, lock), held_out, wanted, pieces)
             )
-    found = compare(before, after, held_out, wanted, seed, others)
-    write_json(run.evaluation("rows"), found)
+    found = about | compare(before, after, held_out, wanted, recipe.train.seed, others)
+    write_json(run.evaluation(asked.name), found)
     return found
 
 
@@ -113,19 +112,52 @@ def on_benchmarks(
 
 
 def _held_out(
-    run: RunDir, recipe: Recipe, lock: dict[str, Any], console: Console
-) -> tuple[HeldOut, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(recipe.model)
+    run: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], console: Console
+) -> HeldOut:
     with rows_shown(console) as tell:
         prepared = prepare(recipe, tokenizer, tell)
     if prepared.fingerprint != lock["data_sha256"]:
         raise DataError(
             f"{recipe.data.train}: does not give the rows of {run.path} any more, so what is held out now may have been"
-            " trained on. Put back the data that the run names."
+            " trained on. Put back the data that the run names, or name rows with --data."
         )
     if not len(prepared.held_out):
-        raise UserError(f"{run.path}: kept no held-out rows to score on. --tasks runs public benchmarks instead.")
-    return HeldOut.of(prepared, recipe, tokenizer), tokenizer
+        raise UserError(
+            f"{run.path}: kept no held-out rows to score on. --data names rows, --tasks runs public benchmarks."
+        )
+    return HeldOut.of(prepared, recipe, tokenizer)
+
+
+def _own_rows(
+    path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], console: Console
+) -> tuple[HeldOut, dict[str, Any]]:
+    """The rows of `path`, and what is to be known of them."""
+    with rows_shown(console) as tell:
+        own = OwnRows.read(path, recipe.data, tokenizer, tell)
+        trained_on = _trained_on(own, recipe, tokenizer, lock, tell)
+    about = {
+        "data": str(path),
+        "format": own.format,
+        "rows_read": len(own.examples) + len(own.dropped),
+        "dropped": [f"{row.place}: {row.reason}" for row in own.dropped],
+        "trained_on": trained_on,
+    }
+    packs = packed_rows(own.examples, own.packs)
+    return HeldOut(packs, own.examples, lock["stop_token_ids"]), about
+
+
+def _trained_on(
+    own: OwnRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], tell: Tell
+) -> list[str] | None:
+    """Places of the rows that the run was trained on; None where its own rows are not to be had any more."""
+    try:
+        prepared = prepare(recipe, tokenizer, tell)
+    except QtuneError:
+        return None
+    if prepared.fingerprint != lock["data_sha256"]:
+        return None
+    known = numpy.isin(own.examples.digests, prepared.train.digests)
+    return [own.examples[int(i)].place for i in numpy.flatnonzero(known)]
 
 
 def _score(who: str, opened: Opened | Merged, held_out: HeldOut, wanted: Evaluate, pieces: int) -> Score:

@@ -14,6 +14,7 @@ eval-*.json      scores of `qtune eval`
 metrics.jsonl is the same for a run that was interrupted and one that was not; what differs is kept in history.jsonl.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -244,6 +245,16 @@ class RunDir:
         """Raises RunFolderError, on entering, where another process is at work in this folder."""
         return alone_in(self.path, f"{self.path}: another qtune is at work on this run. Wait for it.")
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a process is at work in this folder now."""
+        with contextlib.suppress(FileNotFoundError), (self.path / HELD).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
     def wind_back(self, journal_bytes: Mapping[str, int]) -> None:
         """Cut the journals to the lengths of `journal_bytes`, and remove those it does not name.
 
@@ -317,6 +328,28 @@ def refuse_used(path: Path) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "nothing may be written there" if above.is_dir() else "that is a file"
         raise RunFolderError(f"{path}: cannot be made in {above}: {why}. Name another --output.")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether qtune made this folder for a run, be it one that never got as far as a lock."""
+    run = RunDir(folder)
+    return run.recipe.is_file() and (run.lock.is_file() or run.invocation.is_file())
+
+
+def runs_in(folder: Path) -> Iterator[RunDir]:
+    """`folder`, if it is a run, else every run below it; links and hidden folders are passed over."""
+    if is_run(folder):
+        yield RunDir(folder)
+        return
+    with contextlib.suppress(PermissionError, FileNotFoundError):
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+                yield from runs_in(path)
+
+
+def bytes_below(folder: Path) -> int:
+    """Of every file in `folder`; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def is_used(path: Path) -> bool:

@@ -64,6 +64,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run that learned something, and has five held-out rows; not to be changed."""
+    from stopped_runs import qtune, write_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    scored = {"metric": "token_f1", "rows": 3, "max_new_tokens": 4, "samples": 2, "general": "none"}
+    recipe = write_recipe(folder, tiny_base, evaluate=scored, train={"learning_rate": 2e-2})
+    assert qtune("run", recipe, "--output", folder / "run") == 0
+    return folder / "run"
+
+
 @pytest.fixture
 def file_size_limit() -> Iterator[Callable[[int], None]]:
     """A disk that is full for every file that would grow beyond so many bytes, until the test ends."""

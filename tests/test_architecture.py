@@ -21,6 +21,7 @@ ROOMS = [
     "logs",
     "recipe",
     "rundir",
+    "removal",
     "data",
     "memory",
     "model",
@@ -36,6 +37,7 @@ ROOMS = [
     "delivery",
     "doctor",
     "early",
+    "completion",
     "cli",
 ]
 

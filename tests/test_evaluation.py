@@ -14,15 +14,6 @@ from qtune.rundir import read_json
 SCORED = {"metric": "token_f1", "rows": 3, "max_new_tokens": 4, "samples": 2, "general": "none"}
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run that learned something, and has five held-out rows."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder, tiny_base, evaluate=SCORED, train={"learning_rate": 2e-2})
-    assert qtune("run", recipe, "--output", folder / "run") == 0
-    return folder / "run"
-
-
 def asked(capsys: pytest.CaptureFixture, *arguments: str | Path) -> dict[str, Any]:
     capsys.readouterr()
     assert qtune("eval", *arguments, "--json") == 0
@@ -84,6 +75,46 @@ def test_rows_that_changed_since_are_refused(finished: Path, tmp_path: Path, cap
     finally:
         rows.write_text(before)
     assert f"does not give the rows of {run} any more" in capsys.readouterr().err
+
+
+def test_rows_of_ones_own_are_scored_and_those_trained_on_are_named(finished: Path, tmp_path: Path, capsys) -> None:
+    """The file has other columns than the recipe's rows, a row that was trained on, and one with no answer."""
+    run, mine = copy(finished, tmp_path / "run"), tmp_path / "mine.jsonl"
+    known = [json.loads(line) for line in (finished.parent / "rows.jsonl").read_text().splitlines()]
+    rows = [{"prompt": f"what is {'y' * i}?", "completion": f"it is {i}"} for i in range(1, 5)]
+    rows += [{"prompt": row["question"], "completion": row["answer"]} for row in known]
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert qtune("eval", run, "--rows", "3") == 0
+    of_held_out = (run / "eval-rows.json").read_bytes()
+    found = asked(capsys, run, "--data", mine, "--metric", "exact_match", "--samples", "1")
+    assert (found["format"], found["metric"], found["rows"]) == ("prompt-completion", "exact_match", len(rows))
+    held_out = read_json(run / "data.json")["held_out_rows"]
+    assert len(found["trained_on"]) == len(known) - held_out
+    assert set(found["trained_on"]) <= {f"mine.jsonl:{line}" for line in range(5, len(rows) + 1)}
+    assert found["base"]["held_out_loss"] > found["tuned"]["held_out_loss"]
+    assert found["difference"]["low"] <= found["difference"]["score"] <= found["difference"]["high"]
+    assert len(found["samples"]) == 1
+    assert read_json(run / "eval-data-mine-exact_match.json") == found
+    assert (run / "eval-rows.json").read_bytes() == of_held_out
+    assert qtune("eval", run, "--data", mine, "--rows", "2") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"mine.jsonl: {len(rows)} rows, read as prompt-completion" in said
+    assert f"{len(known) - held_out} rows of these had been trained on (mine.jsonl:" in said
+    assert "held-out loss" not in said
+
+
+def test_rows_of_ones_own_that_cannot_be_scored_are_named_by_line(finished: Path, tmp_path: Path, capsys) -> None:
+    run, mine = copy(finished, tmp_path / "run"), tmp_path / "mine.jsonl"
+    mine.write_text('{"question": "a?", "answer": "b"}\n{"question": "a?", "answer": null}\n')
+    assert qtune("eval", run, "--data", mine) == 2
+    assert "mine.jsonl:2: the answer is null" in capsys.readouterr().err
+    mine.write_text('{"question": "a?", "answer": "b"}\n')
+    assert qtune("eval", run, "--data", mine, "--metric", "policy") == 2
+    assert "mine.jsonl:1" in capsys.readouterr().err
+    assert qtune("eval", run, "--data", tmp_path / "none.jsonl") == 2
+    assert "none.jsonl: there is no such file" in capsys.readouterr().err
+    assert qtune("eval", run, "--metric", "f1") == 2
+    assert "must be one of exact_match, token_f1" in capsys.readouterr().err
 
 
 def test_what_has_no_effect_is_refused(finished: Path, capsys) -> None:

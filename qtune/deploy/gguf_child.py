@@ -24,9 +24,10 @@ class Refused(Exception):
 class Answerer:
     """A loaded file; every question starts anew."""
 
-    def load(self, path: str, most_tokens: int, lora: str | None) -> None:
+    def load(self, path: str, most_tokens: int, lora: str | None, is_for_talk: bool) -> None:
+        """With logits of every position for comparing, of the last one only for talking."""
         try:
-            self.llama = llama_cpp.Llama(path, n_ctx=most_tokens, logits_all=True, verbose=False)
+            self.llama = llama_cpp.Llama(path, n_ctx=most_tokens, logits_all=not is_for_talk, verbose=False)
         except Exception as fault:  # whatever stops llama.cpp is the finding
             raise Refused(f"{path}: does not load in llama.cpp ({fault}).") from None
         if lora is not None:
@@ -69,6 +70,28 @@ class Answerer:
             answer.append(int(self.llama.scores[self.llama.n_tokens - 1].argmax()))
             self.llama.eval(answer[-1:])
         return answer
+
+    def begin(self, messages: list[dict[str, str]], temperature: float, top_p: float, seed: int, most: int) -> None:
+        """Start to answer by the file's own chat template; `piece` hands the answer over."""
+        try:
+            self.chunks = self.llama.create_chat_completion(
+                messages,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=0,
+                min_p=0.0,
+                seed=seed,
+                max_tokens=most,
+                stream=True,
+            )
+            next(self.chunks)  # the role, once the prompt is read
+        except Exception as fault:  # a template by strangers, or a conversation that is longer than the context
+            raise Refused(f"llama.cpp does not answer this conversation ({fault}).") from None
+
+    def piece(self) -> tuple[str, str | None]:
+        """The next words, and once there are no more, why: stop or length."""
+        chunk = next(self.chunks)["choices"][0]
+        return chunk["delta"].get("content") or "", chunk["finish_reason"]
 
 
 def main() -> None:

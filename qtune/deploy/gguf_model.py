@@ -43,8 +43,11 @@ class GgufModel:
 
     @classmethod
     @contextmanager
-    def loaded(cls, path: Path, most_tokens: int, lora: Path | None = None) -> Iterator["GgufModel"]:
-        """For rows of up to `most_tokens`, with the adapter file `lora` if there is one.
+    def loaded(
+        cls, path: Path, most_tokens: int, lora: Path | None = None, is_for_talk: bool = False
+    ) -> Iterator["GgufModel"]:
+        """For rows of up to `most_tokens`, with the adapter file `lora` if there is one; `is_for_talk` leaves out the
+        logits that only a comparison needs.
 
         Raises ModelError for a file that llama.cpp does not load.
         """
@@ -55,7 +58,7 @@ class GgufModel:
         ):
             model = cls(path, child, said)
             try:
-                model._ask("load", str(path), most_tokens, None if lora is None else str(lora))
+                model._ask("load", str(path), most_tokens, None if lora is None else str(lora), is_for_talk)
                 yield model
             finally:
                 child.kill()
@@ -78,6 +81,19 @@ class GgufModel:
         """What it finds most likely, one token after another, until one that it stops at."""
         return self._ask("continued", list(prompt), most_tokens)
 
+    def spoken(
+        self, messages: list[dict[str, str]], temperature: float, top_p: float, seed: int, most_tokens: int
+    ) -> Iterator[tuple[str, str | None]]:
+        """The answer to `messages` by the file's own chat template, as its words come; the last with the reason why it
+        ended: stop or length. Raises ModelError for a conversation that the template or the context does not take."""
+        with ctrl_c_afterwards():
+            self._ask("begin", messages, temperature, top_p, seed, most_tokens)
+        reason = None
+        while reason is None:
+            with ctrl_c_afterwards():
+                words, reason = self._ask("piece")
+            yield words, reason
+
     def _ask(self, name: str, *arguments: Any) -> Any:
         assert self.child.stdin is not None
         assert self.child.stdout is not None
@@ -99,3 +115,16 @@ class GgufModel:
         last = self.said.read().decode(errors="replace").strip().rpartition("\n")[2]
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return ModelError(f"{self.path}: llama.cpp ended with {how} over it{f' ({last})' if last else ''}.")
+
+
+@contextmanager
+def ctrl_c_afterwards() -> Iterator[None]:
+    """Ctrl-C is heard when the block ends: an answer that was left halfway would be taken for that to the next one."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt

@@ -1,15 +1,34 @@
-"""Greedy answers to many prompts at once."""
+"""Greedy answers to many prompts at once, and one answer told while it is made."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from qtune.errors import OutOfMemory
 from qtune.model.base import autocast
 from qtune.train.out_of_memory import free_memory, is_out_of_memory, let_go
 
 BATCH_PROMPTS = 32
+HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to that is not whole yet
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How each token is chosen: the likeliest at `temperature` 0, else drawn from the likeliest that together have
+    `top_p` of the probability. The same `seed` draws the same ones."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def for_transformers(self) -> dict[str, Any]:
+        if not self.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 @torch.no_grad()
@@ -28,13 +47,7 @@ def answer(
     """
     was_training = model.training
     model.eval()
-    settings = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings = _settings(tokenizer, stop_token_ids, max_new_tokens, Choosing())
     texts = [""] * len(prompts)
 
     def continue_batch(indices: list[int]) -> None:
@@ -52,6 +65,75 @@ def answer(
     )
     model.train(was_training)
     return texts
+
+
+def _settings(
+    tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], max_new_tokens: int, choosing: Choosing
+) -> GenerationConfig:
+    return GenerationConfig(
+        **choosing.for_transformers(),
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@torch.no_grad()
+def answer_aloud(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    device: str,
+    compute_dtype: str,
+    choosing: Choosing,
+    say: Callable[[str], None],
+) -> bool:
+    """Answer one prompt of a model in eval mode; `say` hears the text piece by piece as its tokens come.
+
+    The pieces together are what `answer` gives. Returns whether the answer came to its end before `max_new_tokens`.
+    """
+    torch.manual_seed(choosing.seed)
+    ids, mask = left_pad([prompt], 0, device)
+    settings = _settings(tokenizer, stop_token_ids, max_new_tokens, choosing)
+    spoken = Spoken(tokenizer, say)
+    with autocast(device, compute_dtype):
+        model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=spoken)
+    return spoken.ids[-1] in stop_token_ids
+
+
+class Spoken(BaseStreamer):
+    """Token ids as `generate` hands them over, told as text: whole characters, and no special tokens.
+
+    Whitespace is held back until more text follows it, as an answer's ends are stripped.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]):
+        self._tokenizer, self._say = tokenizer, say
+        self._is_prompt, self._told = True, 0
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt (1, T) first, then one token (1,) at a time."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        self._tell(self._text().rstrip(HALF_A_CHARACTER).strip())
+
+    def end(self) -> None:
+        self._tell(self._text().strip())
+
+    def _text(self) -> str:
+        text: str = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        return text
+
+    def _tell(self, text: str) -> None:
+        if len(text) > self._told:
+            self._say(text[self._told :])
+            self._told = len(text)
 
 
 def in_pieces(batches: Iterable[list[int]], act: Callable[[list[int]], None], refusal: str) -> None:

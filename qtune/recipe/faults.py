@@ -186,6 +186,12 @@ def field_of(key: Key) -> FieldInfo | None:
     return _fields(key[:-1]).get(key[-1])
 
 
+def settings() -> dict[str, FieldInfo]:
+    """Every setting that is no table, by its dotted name."""
+    every = ((*table, name) for table in _tables() for name in _fields(table))
+    return {dotted(key): field for key in every if (field := field_of(key)) is not None and not _model(field)}
+
+
 def dotted(key: Key) -> str:
     """`data.columns.prompt`; a part that TOML would quote is quoted."""
     return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else shown(part) for part in key)

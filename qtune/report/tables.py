@@ -174,7 +174,8 @@ def score_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tup
 def main_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tuple[str, ...]]:
     """(what, one figure a model) of the held-out loss, and of the metric with its intervals where one was asked for."""
     figures = [scores[name] for name in names]
-    rows: list[tuple[str, ...]] = [("held-out loss", *(format_loss(each["held_out_loss"]) for each in figures))]
+    loss = "loss" if "data" in scores else "held-out loss"
+    rows: list[tuple[str, ...]] = [(loss, *(format_loss(each["held_out_loss"]) for each in figures))]
     if figures[-1]["score"] is not None:
         rows.append(
             (f"{label(scores['metric']).name} on {counted(scores['rows'], 'row')}", *map(with_interval, figures))

@@ -1,0 +1,305 @@
+"""A chat as a user has it: words as they are made, commands, Ctrl-C, and every kind of model it can be held with."""
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import byte_tokenizer
+from rich.console import Console
+from stopped_runs import qtune, write_recipe
+
+from qtune.data.formats import Message
+from qtune.deploy import chat as talk
+from qtune.deploy.chat import Chat
+from qtune.deploy.opened import Opened
+from qtune.deploy.speakers import Speaker, opened
+from qtune.evaluate.answer import Choosing, Spoken, answer
+from qtune.rundir import RunDir
+
+QUESTION = "what is xxxx?"
+
+
+@pytest.fixture(scope="module")
+def speaker(finished: Path) -> Iterator[Speaker]:
+    with opened(RunDir.open(finished)) as speaker:
+        yield speaker
+
+
+def told(chat: Chat, question: str = QUESTION) -> list[str]:
+    pieces: list[str] = []
+    chat.ask(question, pieces.append)
+    return pieces
+
+
+def test_characters_of_many_bytes_are_told_whole_and_special_tokens_not_at_all() -> None:
+    """Decoded token by token, 你 would be three replacement characters."""
+    tokenizer, pieces = byte_tokenizer(), []
+    ids = tokenizer("  naïve 你好 🙂\n\nend ", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    spoken = Spoken(tokenizer, pieces.append)
+    spoken.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        spoken.put(torch.tensor([token]))
+    spoken.end()
+    assert "".join(pieces) == "naïve 你好 🙂\n\nend"
+    assert " 你" in pieces
+    assert "\n\ne" in pieces
+
+
+def test_an_replythat_ends_in_half_a_character_says_so() -> None:
+    tokenizer, pieces = byte_tokenizer(), []
+    spoken = Spoken(tokenizer, pieces.append)
+    spoken.put(torch.tensor([[1]]))
+    for token in tokenizer("a你", add_special_tokens=False)["input_ids"][:3]:
+        spoken.put(torch.tensor([token]))
+    assert pieces == ["a"]
+    spoken.end()
+    assert "".join(pieces) == "a\ufffd"
+
+
+def test_the_words_told_are_those_of_the_scored_answer(finished: Path, speaker: Speaker) -> None:
+    """Dequantised once, and one token at a time: the same answer as that of the model the run was scored with."""
+    run = Opened.of(RunDir.open(finished))
+    prompt = speaker._prompt([Message("user", QUESTION)])
+    (whole,) = answer(run.model, run.tokenizer, [prompt], run.lock["stop_token_ids"], 40, run.device, run.compute_dtype)
+    pieces = told(Chat(speaker, Choosing(), max_new_tokens=40))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 3
+    assert not any(isinstance(module, Linear4bit) for module in speaker.model.model.modules())
+    assert any(isinstance(module, Linear4bit) for module in run.model.modules())
+
+
+def test_words_are_told_while_the_next_are_made(speaker: Speaker) -> None:
+    seen: list[int] = []
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    hook = speaker.model.model.get_base_model().model.norm.register_forward_hook(count)
+    try:
+        Chat(speaker, Choosing(), max_new_tokens=20).ask(QUESTION, lambda piece: seen.append(steps))
+    finally:
+        hook.remove()
+    assert seen[0] <= 4  # of 20 passes: the first is the prompt's
+    assert seen == sorted(set(seen))
+
+
+def test_the_same_seed_draws_the_same_conversation(speaker: Speaker) -> None:
+    def conversation(seed: int) -> list[Message]:
+        chat = Chat(speaker, Choosing(2.0, 0.95, seed), max_new_tokens=12)
+        told(chat)
+        told(chat)
+        return chat.turns
+
+    first = conversation(1)
+    assert first == conversation(1)
+    assert first != conversation(2)
+    assert first[1] != first[3]  # the same question draws anew
+
+
+def test_the_base_is_asked_beside_and_leaves_no_trace(speaker: Speaker) -> None:
+    chat, base = Chat(speaker, Choosing(), max_new_tokens=12), []
+    chat.ask_base(QUESTION, base.append)
+    assert chat.turns == []
+    assert "".join(base) != "".join(told(chat))
+
+
+def test_a_row_that_was_saved_is_one_to_train_on(
+    speaker: Speaker, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    chat = Chat(speaker, Choosing(), "Be brief.", max_new_tokens=8)
+    assert "no answer to learn" in talk._obey(chat, "/save", str(tmp_path / "t.jsonl"))
+    assert "is no .jsonl file" in talk._obey(chat, "/save", str(tmp_path / "t.txt"))
+    assert "cannot be written" in talk._obey(
+        Chat(speaker, Choosing(), turns=[Message("user", "a"), Message("assistant", "ü")]), "/save", "/nowhere/t.jsonl"
+    )
+    for reply in ("ja", "nein"):
+        chat.turns = [Message("user", "größer?"), Message("assistant", reply)]
+        assert "Added to" in talk._obey(chat, "/save", str(tmp_path / "t.jsonl"))
+    lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2
+    assert "größer?" in lines[0]
+    assert [turn["role"] for turn in json.loads(lines[0])["messages"]] == ["system", "user", "assistant"]
+    recipe = write_recipe(tmp_path, tiny_base, data={"train": "t.jsonl", "held_out_fraction": 0})
+    assert qtune("data", "check", recipe) == 0
+    assert "messages" in capsys.readouterr().out
+
+
+def test_commands_are_obeyed_and_unknown_ones_not_sent_to_the_model(speaker: Speaker) -> None:
+    """/help and /reset were answered by the model."""
+    chat = Chat(speaker, Choosing(), turns=[Message("user", "a"), Message("assistant", "b")])
+    assert talk._obey(chat, "/help", "") == talk.HELP
+    assert talk._obey(chat, "/sytem", "x").startswith("/sytem is no command")
+    assert talk._obey(chat, "/save", "").startswith("/save is no command, or lacks what belongs to it")
+    assert len(chat.turns) == 2
+    assert 'now "Be kind."; it was none' in talk._obey(chat, "/system", "Be kind.")
+    assert chat.messages[0] == Message("system", "Be kind.")
+    assert 'now none; it was "Be kind."' in talk._obey(chat, "/system", "")
+    assert talk._obey(chat, "/reset", "") == "Starting over."
+    assert chat.messages == []
+
+
+def test_what_a_model_says_cannot_drive_the_terminal(capsys: pytest.CaptureFixture) -> None:
+    class Evil:
+        system = None
+
+        def speak(self, messages, choosing, max_new_tokens, say) -> bool:
+            say("\x1b[2Jgone")
+            return False
+
+    talk.converse(Chat(Evil(), Choosing()), Console(), False, "x")
+    assert capsys.readouterr().out == "␛[2Jgone\ncut after 256 tokens; --max-new-tokens allows more\n"
+
+
+class Typed:
+    """`qtune chat` in a pseudo-terminal, with somebody at the keyboard."""
+
+    def __init__(self, *arguments: str | Path, cwd: Path):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qtune", "chat", *map(str, arguments)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=cwd,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb", "PYTHONPATH": str(Path(talk.__file__).parents[2])},
+            preexec_fn=lambda: (
+                signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs of a shell may inherit it ignored
+                __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            ),
+        )
+        os.close(slave)
+        self.output = ""
+
+    def until(self, wanted: str, seconds: float = 120.0) -> str:
+        """What is printed up to and with `wanted`; it is taken away."""
+        end = time.monotonic() + seconds
+        while wanted not in self.output:
+            assert time.monotonic() < end, self.output
+            assert self.more(), f"ended without {wanted!r}: {self.output}"
+        before, _, self.output = self.output.partition(wanted)
+        return before + wanted
+
+    def more(self) -> bool:
+        if select.select([self.master], [], [], 0.1)[0]:
+            try:
+                piece = os.read(self.master, 65_536)
+            except OSError:  # how Linux says that the last process has closed the terminal
+                return False
+            self.output += piece.decode(errors="replace").replace("\r\n", "\n")
+        return True
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=10)
+        os.close(self.master)
+
+
+@pytest.fixture
+def typed(finished: Path, tmp_path: Path) -> Iterator[Typed]:
+    chat = Typed(finished, "--max-new-tokens", "100000", "--temperature", "5", "--seed", "1", cwd=tmp_path)
+    yield chat
+    chat.close()
+
+
+def test_a_chat_at_a_terminal(typed: Typed, tmp_path: Path) -> None:
+    """Commands, Ctrl-C in an answer, which keeps the conversation, and the word quit, which the model used to get."""
+    typed.until("you ")
+    typed.type("/help\n")
+    assert "/system TEXT" in typed.until("you ")
+    typed.type("/nonsense\n")
+    assert "/nonsense is no command" in typed.until("you ")
+    typed.type("\n")
+    typed.until("you ")
+    typed.type(f"{QUESTION}\n")
+    typed.until(f"{QUESTION}\n")
+    while len(typed.output) < 40:
+        assert typed.more()
+    typed.type("\x03")
+    assert "stopped; the conversation goes on" in typed.until("you ")
+    typed.type("/save talk.jsonl\n")
+    assert "Added to talk.jsonl" in typed.until("you ")
+    (row,) = map(json.loads, (tmp_path / "talk.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["messages"][0] == {"role": "user", "content": QUESTION}
+    assert row["messages"][1]["content"]
+    typed.type("quit\n")
+    while typed.more():
+        pass
+    assert typed.process.wait(timeout=20) == 0
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat(typed: Typed) -> None:
+    typed.until("you ")
+    typed.type("\x03")
+    while typed.more():
+        pass
+    assert typed.process.wait(timeout=20) == 0
+    assert "Traceback" not in typed.output
+
+
+def test_a_merged_folder_is_talked_to(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    merged = tmp_path / "merged"
+    assert qtune("merge", finished, "--output", merged, "--onto", "dequantised") == 0
+    capsys.readouterr()
+    assert qtune("chat", finished, "--prompt", QUESTION, "--max-new-tokens", "4") == 0
+    of_run = capsys.readouterr().out
+    assert qtune("chat", merged, "--prompt", QUESTION, "--max-new-tokens", "4") == 0
+    assert capsys.readouterr().out == of_run
+    assert qtune("chat", merged, "--compare") == 2
+    assert f"--compare: {merged} holds one model" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_talked_to(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("llama_cpp", reason="the extra `verify` is not installed")
+    recipe = write_recipe(tmp_path, Path("demo"), train={"max_steps": 2}, memory={"rehearse": False})
+    run, folder = tmp_path / "run", tmp_path / "out"
+    assert qtune("run", recipe, "--output", run) == 0
+    assert qtune("export", run, "--quant", "f16", "--output", folder) == 0
+    capsys.readouterr()
+    assert qtune("chat", run, "--prompt", QUESTION, "--max-new-tokens", "12") == 0
+    of_run = capsys.readouterr().out
+    assert qtune("chat", folder, "--prompt", QUESTION, "--max-new-tokens", "12") == 0
+    assert capsys.readouterr().out == of_run
+    drawn = ["--prompt", QUESTION, "--max-new-tokens", "12", "--temperature", "2", "--seed"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert qtune("chat", folder, *drawn, seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_what_cannot_be_is_refused_before_torch_is_imported(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty").mkdir()
+    code = (
+        "import sys; from qtune import cli; sys.modules['llama_cpp'] = None; "
+        "status = cli.main(sys.argv[1:]); sys.exit(status if 'torch' not in sys.modules else 99)"
+    )
+    for arguments, words in (
+        ([finished, "--top-p", "0.9"], "--top-p: has no effect without --temperature"),
+        ([finished, "--seed", "3"], "--seed: has no effect without --temperature"),
+        ([tmp_path / "m.gguf"], "needs llama-cpp-python, which is not installed"),
+        ([tmp_path / "nowhere.gguf"], "there is no such run folder"),
+        ([tmp_path / "empty"], "is no run folder"),
+    ):
+        command = [sys.executable, "-c", code, "chat", *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (result.returncode, words in result.stderr) == (2, True), result.stderr
