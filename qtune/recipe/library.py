@@ -10,6 +10,7 @@ from typing import Any
 from qtune.errors import RecipeError
 from qtune.recipe import conflicts, paths
 
+SCHEMA = "qtune.schema.json"  # beside the recipes, whose first line names it to editors
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -53,14 +54,16 @@ def rows() -> list[dict[str, str]]:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Write the shipped recipe `name` to `target`, and the files it names beside it under the same relative names.
+    """Write the shipped recipe `name` to `target`, and the files it names beside it under the same relative names: its
+    rows, and the schema that editors complete and check it with, in place of one of another version.
 
     A target that ends in .toml is the file, any other the folder for it. Returns the file. Raises RecipeError for an
     unknown name, and, before anything is written, where a file of other content is in the way.
     """
     source = named(name)
     target = target if target.suffix == ".toml" else target / source.name
-    files = {target: source} | {target.parent / file: source.parent / file for file in _files_named(source)}
+    names = [*_files_named(source), SCHEMA]
+    files = {target: source} | {target.parent / name: source.parent / name for name in names}
     try:
         contents = {copied: original.read_bytes() for copied, original in files.items()}
         contents[target] = _called(contents[target], source, target)
@@ -102,4 +105,8 @@ def _files_named(recipe: Path) -> list[str]:
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
+    """Whether `path` is this content, or a schema of ours, which follows the version of qtune."""
+    if not path.is_file():
+        return False
+    there = path.read_bytes()
+    return there == content or (path.name == SCHEMA and b'"title": "qtune recipe"' in there)

@@ -1,5 +1,6 @@
 """The shipped recipes are listed, found and copied so that they run where they land."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from qtune.errors import RecipeError
 from qtune.recipe import library
-from qtune.recipe.load import load
+from qtune.recipe.load import json_schema, load
 
 NAMES = ["code", "medical", "style", "support"]
 
@@ -23,7 +24,7 @@ def test_the_shipped_recipes_are_listed() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_says_what_its_settings_cost(name: str) -> None:
     text = library.find(name).read_text(encoding="utf-8")
-    assert text.startswith("# ")
+    assert text.startswith("#:schema ./qtune.schema.json\n# ")
     assert text.count("#") > 12
     assert "demo" in tomllib.loads(text)
 
@@ -89,6 +90,19 @@ def test_copying_again_changes_nothing_and_other_content_is_left_alone(tmp_path:
     with pytest.raises(RecipeError, match=r"support_train\.jsonl: exists already"):
         library.copy("support", tmp_path / "support.toml")
     assert not (tmp_path / "support.toml").exists()
+
+
+def test_the_schema_beside_the_recipes_is_that_of_this_version(tmp_path: Path) -> None:
+    """Written by `qtune schema > recipes/qtune.schema.json`; a copy takes it along, over one of another version."""
+    shipped = library.folder() / library.SCHEMA
+    assert json.loads(shipped.read_text(encoding="utf-8")) == json_schema()
+    beside = tmp_path / library.SCHEMA
+    beside.write_text('{"title": "qtune recipe", "properties": {}}')
+    library.copy("style", tmp_path / "mine.toml")
+    assert beside.read_bytes() == shipped.read_bytes()
+    beside.write_text('{"title": "mine"}')
+    with pytest.raises(RecipeError, match=r"qtune\.schema\.json: exists already"):
+        library.copy("style", tmp_path / "mine.toml")
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
