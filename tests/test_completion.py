@@ -1,20 +1,17 @@
 """Completion as a user has it: a real shell, a half-typed line and the tab key; a shell that is not here is skipped."""
 
 import os
-import pty
-import select
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyte
 import pytest
+from at_a_terminal import ROOT, AtTerminal
 
 from qtune.recipe.faults import settings
 
-ROOT = Path(__file__).resolve().parent.parent
 START = {
     "bash": ["bash", "--noprofile", "--norc", "-i"],
     "zsh": ["zsh", "-f", "-i"],
@@ -55,41 +52,27 @@ def workplace(tmp_path: Path) -> Path:
 def test_the_tab_key_completes(shell: str, workplace: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    master, slave = pty.openpty()
-    known = {name: value for name, value in os.environ.items() if not name.startswith("_ARG")}
-    paths = {"PATH": f"{workplace / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(workplace)}
-    process = subprocess.Popen(
-        START[shell],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        cwd=workplace,
-        start_new_session=True,
-        env={**known, **paths, "TERM": "xterm"},
-    )
-    os.close(slave)
+    path = f"{workplace / 'bin'}:{os.environ['PATH']}"
+    terminal = AtTerminal(START[shell], workplace, PATH=path, HOME=str(workplace))
     try:
-        os.write(master, SOURCE[shell].encode())
-        read_until(master, "ready")
+        terminal.type(SOURCE[shell])
+        read_until(terminal, "ready")
         for typed, wanted in LINES.items():
-            os.write(master, typed.encode() + b"\t")
-            read_until(master, wanted)
-            os.write(master, b"\x15\n")  # the line is taken back
+            terminal.type(f"{typed}\t")
+            read_until(terminal, wanted)
+            terminal.type("\x15\n")  # the line is taken back
     finally:
-        process.kill()
-        process.wait(timeout=10)
-        os.close(master)
+        terminal.close()
 
 
-def read_until(master: int, wanted: str, seconds: float = 90.0) -> None:
+def read_until(terminal: AtTerminal, wanted: str) -> None:
     """Play what the shell draws until a line of the screen holds `wanted`."""
     screen = pyte.Screen(200, 50)
-    stream, end = pyte.ByteStream(screen), time.monotonic() + seconds
+    stream = pyte.ByteStream(screen)
     while not any(wanted in line for line in screen.display):
-        shown = "\n".join(line.rstrip() for line in screen.display).strip()
-        assert time.monotonic() < end, f"no {wanted!r} in\n{shown}"
-        if select.select([master], [], [], 0.1)[0]:
-            stream.feed(os.read(master, 65_536))
+        printed = terminal.read()
+        assert printed, "\n".join(line.rstrip() for line in screen.display).strip()
+        stream.feed(printed)
 
 
 def test_every_setting_is_known_by_its_name() -> None:

@@ -2,18 +2,16 @@
 
 import json
 import os
-import pty
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from at_a_terminal import ROOT, AtTerminal
 from stopped_runs import copy, qtune
 
 from qtune.rundir import RunDir
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -135,18 +133,12 @@ def test_nothing_else_is_removed(runs: Path, capsys: pytest.CaptureFixture) -> N
 
 @pytest.mark.parametrize(("reply", "is_gone"), [("y", True), ("n", False), ("", False)])
 def test_it_asks_at_a_terminal(runs: Path, reply: str, is_gone: bool) -> None:
-    master, slave = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "qtune", "rm", "runs/never"],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    ) as process:
-        os.write(master, f"{reply}\n".encode())
-        assert process.wait(timeout=60) == 0
-    said = os.read(master, 4096).decode()
-    os.close(slave)
-    os.close(master)
+    terminal = AtTerminal([sys.executable, "-m", "qtune", "rm", "runs/never"], runs)
+    try:
+        terminal.type(f"{reply}\n")
+        said = b"".join(iter(terminal.read, b"")).decode()
+        assert terminal.process.wait(timeout=60) == 0
+    finally:
+        terminal.close()
     assert "runs/never  " in said
     assert (runs / "runs" / "never").exists() != is_gone

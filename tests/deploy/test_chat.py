@@ -1,19 +1,14 @@
 """A chat as a user has it: words as they are made, commands, Ctrl-C, and every kind of model it can be held with."""
 
-import contextlib
 import json
-import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from at_a_terminal import AtTerminal
 from bitsandbytes.nn import Linear4bit
 from conftest import byte_tokenizer
 from rich.console import Console
@@ -163,58 +158,28 @@ def test_what_a_model_says_cannot_drive_the_terminal(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "␛[2Jgone\ncut after 256 tokens; --max-new-tokens allows more\n"
 
 
-class Typed:
-    """`qtune chat` in a pseudo-terminal, with somebody at the keyboard."""
+class Typed(AtTerminal):
+    """`qtune chat` with somebody at the keyboard."""
 
-    def __init__(self, *arguments: str | Path, cwd: Path):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "qtune", "chat", *map(str, arguments)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=cwd,
-            start_new_session=True,
-            env={**os.environ, "TERM": "dumb", "PYTHONPATH": str(Path(talk.__file__).parents[2])},
-            preexec_fn=lambda: (
-                signal.signal(signal.SIGINT, signal.default_int_handler),  # jobs of a shell may inherit it ignored
-                __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-            ),
-        )
-        os.close(slave)
-        self.output = ""
+    output = ""
 
-    def until(self, wanted: str, seconds: float = 120.0) -> str:
+    def until(self, wanted: str) -> str:
         """What is printed up to and with `wanted`; it is taken away."""
-        end = time.monotonic() + seconds
         while wanted not in self.output:
-            assert time.monotonic() < end, self.output
             assert self.more(), f"ended without {wanted!r}: {self.output}"
         before, _, self.output = self.output.partition(wanted)
         return before + wanted
 
     def more(self) -> bool:
-        if select.select([self.master], [], [], 0.1)[0]:
-            try:
-                piece = os.read(self.master, 65_536)
-            except OSError:  # how Linux says that the last process has closed the terminal
-                return False
-            self.output += piece.decode(errors="replace").replace("\r\n", "\n")
-        return True
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=10)
-        os.close(self.master)
+        printed = self.read().decode(errors="replace")
+        self.output += printed.replace("\r\n", "\n")
+        return bool(printed)
 
 
 @pytest.fixture
 def typed(finished: Path, tmp_path: Path) -> Iterator[Typed]:
-    chat = Typed(finished, "--max-new-tokens", "100000", "--temperature", "5", "--seed", "1", cwd=tmp_path)
+    drawn = ("--max-new-tokens", "100000", "--temperature", "5", "--seed", "1")
+    chat = Typed([sys.executable, "-m", "qtune", "chat", finished, *drawn], tmp_path, TERM="dumb")
     yield chat
     chat.close()
 
