@@ -70,8 +70,12 @@ def answer(
 def _settings(
     tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], max_new_tokens: int, choosing: Choosing
 ) -> GenerationConfig:
+    """Without what a base's generation_config.json would add in silence: beams, or a penalty on repeated words."""
     return GenerationConfig(
         **choosing.for_transformers(),
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids),

@@ -23,6 +23,16 @@ def test_a_batch_answers_as_one_at_a_time(tiny_base) -> None:
     assert any(together)
 
 
+def test_what_a_base_likes_to_add_does_not_change_what_is_likeliest(tiny_base) -> None:
+    """Qwen2.5's generation_config.json brings a penalty on repeated words, which transformers mixed into ours."""
+    spec = Model(base=str(tiny_base))
+    model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
+    prompts = [[0, *range(6, 8 + i)] for i in range(3)]
+    expected = answer(model, tokenizer, prompts, [1], 24, "cpu", "float32")
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
+    assert answer(model, tokenizer, prompts, [1], 24, "cpu", "float32") == expected
+
+
 @pytest.mark.parametrize("most_rows", [1, 2, 5])
 def test_a_batch_that_runs_out_of_memory_is_answered_in_halves(tiny_base, most_rows) -> None:
     spec = Model(base=str(tiny_base))
