@@ -797,11 +797,13 @@ def list_runs(options: argparse.Namespace) -> int:
 
 def remove_runs(options: argparse.Namespace) -> int:
     from qtune import removal
+    from qtune.report import runs
 
     found = [removal.Removal.of(path, options.checkpoints) for path in dict.fromkeys(options.runs)]
     console, size = _console(options), format_bytes(sum(each.bytes for each in found))
     for each in found:
-        console.print(str(each), soft_wrap=True, markup=False)
+        told = runs.Listed.of(each.run).told
+        console.print(f"{each.path}  {format_bytes(each.bytes)}  {told}", soft_wrap=True, markup=False)
     if options.checkpoints:
         console.print("Adapter and report stay. A run that was stopped can only begin anew then.", style="dim")
     if not options.yes and not _agreed(f"Remove {size}?", "removed"):

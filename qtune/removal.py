@@ -7,7 +7,6 @@ from pathlib import Path
 from qtune import sealed
 from qtune.errors import RunFolderError
 from qtune.rundir import RunDir, bytes_below, is_run
-from qtune.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,6 @@ class Removal:
         if not goes.is_dir():
             raise RunFolderError(f"{path}: has no checkpoints.")
         return cls(run, goes, bytes_below(goes))
-
-    def __str__(self) -> str:
-        return f"{self.path}  {format_bytes(self.bytes)}"
 
 
 def remove(removals: list[Removal]) -> None:

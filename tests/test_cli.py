@@ -62,7 +62,22 @@ def test_help_is_quick_and_light() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["run", "check", "recipes", "chat", "eval", "merge", "report", "push", "doctor", "schema", "completion"]
+    "verb",
+    [
+        "run",
+        "check",
+        "recipes",
+        "chat",
+        "eval",
+        "merge",
+        "report",
+        "push",
+        "ls",
+        "rm",
+        "doctor",
+        "schema",
+        "completion",
+    ],
 )
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:

@@ -136,12 +136,11 @@ def _quoted(text: str | None) -> str:
 
 
 def _reply(chat: Chat, console: Console, compare: bool, question: str) -> None:
-    if not compare:
-        return _tell(chat, console, chat.ask, question)
-    console.print("base", style="dim")
-    _tell(chat, console, chat.ask_base, question)
-    console.print("tuned", style="dim")
-    return _tell(chat, console, chat.ask, question)
+    if compare:
+        console.print("base", style="dim")
+        _tell(chat, console, chat.ask_base, question)
+        console.print("tuned", style="dim")
+    _tell(chat, console, chat.ask, question)
 
 
 def _tell(chat: Chat, console: Console, ask: Callable[..., bool], question: str) -> None:
