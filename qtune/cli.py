@@ -780,8 +780,9 @@ def _shown(options: argparse.Namespace, value: Any, table: "RenderableType", pag
 
 def list_runs(options: argparse.Namespace) -> int:
     from qtune.report import runs
+    from qtune.rundir import RUNS
 
-    folder = options.folder or Path("runs")
+    folder = options.folder or RUNS
     if not folder.is_dir() and options.folder:
         raise UserError(f"{folder}: there is no such folder.")
     found = runs.runs_below(folder) if folder.is_dir() else []

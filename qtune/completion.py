@@ -6,7 +6,6 @@ Nothing that loads torch is imported here.
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import argcomplete
@@ -15,7 +14,7 @@ from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 from qtune.recipe import library
 from qtune.recipe.faults import settings
 from qtune.recipe.schema import Metric
-from qtune.rundir import runs_in
+from qtune.rundir import RUNS, runs_in
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 Offered = dict[str, str] | list[str]  # with a description each, which zsh and fish show
@@ -45,7 +44,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _runs(prefix: str, **_: Any) -> Offered:
-    runs = [str(run.path) for run in runs_in(Path("runs"))]
+    runs = [str(run.path) for run in runs_in(RUNS)]
     return [run for run in runs if run.startswith(prefix)] or _names(DirectoriesCompleter(), prefix)
 
 
