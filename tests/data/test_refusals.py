@@ -25,7 +25,11 @@ TOKENIZER = byte_tokenizer()
 
 def recipe_of(data: dict[str, Any], evaluate: dict[str, Any], seed: int = 0) -> Recipe:
     return Recipe(
-        name="t", model=Model(base="demo"), data=Data(**data), evaluate=Evaluate(**evaluate), train=Train(seed=seed)
+        name="t",
+        model=Model(base="demo"),
+        data=Data(**data),
+        evaluate=Evaluate(general="none", **evaluate),
+        train=Train(seed=seed),
     )
 
 
@@ -106,7 +110,7 @@ def made(folder: Path, dice: random.Random) -> Recipe:
 def test_neither_is_green_where_the_other_refuses(tmp_path: Path) -> None:
     """One row, and seven other shapes, were called good and refused a moment later, or trained on without a word."""
     dice, seen = random.Random(1), dict.fromkeys(itertools.product((True, False), ("fine", "warnings", "faults")), 0)
-    for number in range(400):
+    for number in range(200):
         folder = tmp_path / str(number)
         folder.mkdir()
         recipe = made(folder, dice)
@@ -115,8 +119,8 @@ def test_neither_is_green_where_the_other_refuses(tmp_path: Path) -> None:
         assert not refused or found.outcome == "faults", told
         assert refused or warned or found.outcome != "faults", told
         seen[bool(refused), found.outcome] += 1
-    assert seen[True, "faults"] > 50
-    assert seen[False, "fine"] > 20
+    assert seen[True, "faults"] > 25
+    assert seen[False, "fine"] > 10
 
 
 @pytest.mark.parametrize(
