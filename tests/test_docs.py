@@ -132,6 +132,13 @@ def test_scripts_that_are_named_are_there(path: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_the_verbs_that_answer_programs_are_all_named() -> None:
+    verbs = next(action.choices for action in build_parser()._actions if isinstance(action, _SubParsersAction))
+    answering = {name for name, verb in verbs.items() if "--json" in verb._option_string_actions}
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split("## For programs")[1].split("`--json`")[0]
+    assert {name.split()[0] for name in INLINE.findall(text)} == answering | {"data"}
+
+
 def test_the_readme_is_a_screen_and_a_half() -> None:
     assert len(README.splitlines()) <= 90
     assert max(map(len, README.splitlines())) <= 120
