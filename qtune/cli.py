@@ -522,7 +522,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
     if options.longest:
         sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
         found = story.longest_contexts(recipe, [device.imagined_card(size, host, here) for size in sizes])
-        rows = [{"device_bytes": card.total_bytes, "tokens": tokens} for card, tokens in found]
+        rows = [{"device_bytes": card.total_bytes, "tokens": most.tokens, "bound": most.bound} for card, most in found]
         _print_json(rows) if options.json else console.print(forecast.longest_table(recipe.model.base, rows))
         return 0
     target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)

@@ -31,6 +31,7 @@ from qtune.memory.techniques import Engine
 from qtune.model import adapter, base, identity, packing_probe
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
 from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
+from qtune.plan.longest import Longest
 from qtune.plan.skeleton import refuse_unknown_targets
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
@@ -86,14 +87,14 @@ def plan_without_downloads(recipe: Recipe, device: Device, console: Console | No
     sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
     is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if not is_here:
-        return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens))
+        return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens), weighs_all=True)
     with rows_shown(console) as tell:
         prepared = prepare(recipe, load_tokenizer(recipe.model), tell)
-    return decide(recipe, device, config, Work.of_prepared(prepared))
+    return decide(recipe, device, config, Work.of_prepared(prepared), weighs_all=True)
 
 
-def longest_contexts(recipe: Recipe, devices: Sequence[Device]) -> list[tuple[Device, int]]:
-    """The longest sequence in tokens that fits on each device, with every technique the recipe allows."""
+def longest_contexts(recipe: Recipe, devices: Sequence[Device]) -> list[tuple[Device, Longest]]:
+    """The longest sequence that fits on each device, by whichever plan takes it furthest, and what bounds it."""
     base.quiet_libraries()
     config = base.read_config_alone(recipe.model)
     return list(zip(devices, longest_on(recipe, devices, config), strict=True))

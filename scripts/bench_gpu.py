@@ -447,7 +447,7 @@ def card_rows(lab: Lab, card_bytes: int) -> Iterator[Figures]:
             small = forecaster.forecast(everything(forecaster, True), Batch.of_one_document(96))
             card_bytes = 2 * small.device_bytes
         budget = Budget(card_bytes, round(0.8 * lab.device.host_free_bytes))
-        furthest = longest(forecaster.recipe, forecaster, budget)
+        furthest = longest(forecaster.recipe, forecaster, budget).tokens
         row: Figures = {"card_bytes": card_bytes, "techniques": name, "forecast_longest": furthest}
         start = min(furthest, affordable_tokens(forecaster))
         if start < 64:

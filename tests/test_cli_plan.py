@@ -92,6 +92,7 @@ def test_the_longest_context(workplace: Path, capsys: pytest.CaptureFixture) -> 
     assert row["device_bytes"] == 520 * 1024**2
     assert row["tokens"] > 500
     assert row["tokens"] % 64 == 0
+    assert row["bound"] in ("card", "host", "both")
 
 
 @pytest.mark.parametrize(

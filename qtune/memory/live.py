@@ -57,7 +57,8 @@ class _Held:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts while it is entered. `peaks` holds one Peak a phase; `timeline` (device bytes by part) if asked for.
+    """Counts while it is entered. `peaks` holds one Peak a phase, `begun` what was held as each phase began last;
+    `timeline` (device bytes by part) if asked for.
 
     With `with_places` every storage remembers the line of code that made it, which is slow. `stands_for_card` says that
     the tensors are fake ones of the host, in place of a card's.
@@ -74,6 +75,7 @@ class LiveBytes(TorchDispatchMode):
         self.phase = "load"
         self.stands_for_card = stands_for_card
         self.peaks: dict[str, Peak] = {}
+        self.begun: dict[str, Peak] = {}
         self.timeline: list[tuple[str, dict[str, int]]] | None = [] if with_timeline else None
         self.largest: list[tuple[int, str, tuple[int, ...], str, str]] = []
         self._with_places = with_places
@@ -119,6 +121,7 @@ class LiveBytes(TorchDispatchMode):
     def enter_phase(self, phase: str) -> None:
         """What comes next belongs to `phase`; its peak starts from what is held now."""
         self.phase = phase
+        self.begun[phase] = self.now()
         self._note_peak()
 
     @contextlib.contextmanager
@@ -133,6 +136,10 @@ class LiveBytes(TorchDispatchMode):
     def held(self, side: Side = "device") -> dict[str, int]:
         """Bytes by part, now."""
         return {part: size for part, size in self._bytes[side].items() if size}
+
+    def now(self) -> Peak:
+        """What is held at this moment, on both sides."""
+        return Peak(self.held("device"), self.held("host"))
 
     def _see(self, tensor: torch.Tensor, part: str, side: Side) -> _Held | None:
         if tensor.layout != torch.strided or tensor.is_meta:

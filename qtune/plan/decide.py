@@ -13,9 +13,10 @@ from qtune.memory.techniques import Techniques
 from qtune.plan import ladder, speed
 from qtune.plan.forced import refuse_impossible
 from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import Budget, Reserve, Rung
-from qtune.plan.longest import STEP_TOKENS, longest
+from qtune.plan.ladder import Budget, Reserve
+from qtune.plan.longest import STEP_TOKENS, Longest, longest
 from qtune.plan.remedies import explain, remedies
+from qtune.plan.rungs import Rung, rungs
 from qtune.plan.speed import Speed
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
@@ -84,9 +85,17 @@ class Plan:
 
 
 def decide(
-    recipe: Recipe, device: Device, config: PreTrainedConfig, work: Work, settled: Settled | None = None
+    recipe: Recipe,
+    device: Device,
+    config: PreTrainedConfig,
+    work: Work,
+    settled: Settled | None = None,
+    weighs_all: bool = False,
 ) -> Plan:
     """The plan for training on `work` with `device`, here or imagined; a run that goes on has `settled` how.
+
+    `weighs_all`: the plan says of techniques that are off, too, what they would save, which takes seconds. It does so
+    of one that does not fit in any case.
 
     Raises ModelError where transformers cannot build the model that `config` describes, or a technique that the recipe
     asks for cannot be done with it, and MachineError where such a technique asks for more host memory than there is.
@@ -100,6 +109,7 @@ def decide(
         climb = ladder.climb(recipe, forecaster, work, budget)
     else:
         climb = ladder.stay(recipe, forecaster, work, budget, settled.techniques, settled.micro_batch)
+    told = tuple(rungs(recipe, forecaster, work, climb, weighs_all or not climb.fits))
     accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
     steps, why_steps = _steps(recipe, len(work.sequences))
     if work.is_assumed:
@@ -136,17 +146,17 @@ def decide(
         techniques=climb.techniques,
         budget=budget,
         forecast=climb.forecast,
-        rungs=climb.rungs,
+        rungs=told,
         reserve=ladder.reserve(recipe, forecaster, climb.techniques, work.heaviest(climb.micro_batch), budget),
-        speed=speed.estimate(recipe, forecaster, climb, work, device, steps),
+        speed=speed.estimate(recipe, forecaster, _overhead(told), work, device, steps),
         remedies=() if climb.fits else remedies(recipe, forecaster, work, budget, climb),
         disk_bytes=_disk_bytes(recipe, forecaster),
         choices=choices,
     )
 
 
-def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConfig) -> list[int]:
-    """The longest sequence in tokens that fits on each of `devices`, which differ in nothing but their memory."""
+def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConfig) -> list[Longest]:
+    """The longest sequence that fits on each of `devices`, which differ in nothing but their memory."""
     forecaster = _forecaster(recipe, devices[0], config, _compute_dtype(recipe, devices[0])[0])
     found = []
     for device in devices:
@@ -154,6 +164,11 @@ def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConf
         refuse_impossible(recipe, forecaster, Batch.of_one_document(STEP_TOKENS), budget.host_bytes)
         found.append(longest(recipe, forecaster, budget))
     return found
+
+
+def _overhead(told: Sequence[Rung]) -> float:
+    """What the techniques that are on add to a step, as a fraction of one with memory to spare."""
+    return sum(rung.cost_fraction for rung in told if rung.is_on)
 
 
 def _forecaster(recipe: Recipe, device: Device, config: PreTrainedConfig, compute_dtype: str) -> Forecaster:

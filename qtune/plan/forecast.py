@@ -1,10 +1,12 @@
-"""A few traces of a shallow model -> bytes by part for the whole one, any batch and any set of techniques.
+"""One trace of a shallow model -> bytes by part for the whole one, any batch and any set of techniques.
 
-Layers of one kind hold the same, so what a pass holds is a straight line in their number: traces of two depths give
-it, for layers that are recomputed and for layers that keep their activations. Tokens are not fitted: a trace is made of
-the very batch that is asked about.
+Layers of one kind hold the same, so what a pass holds is a straight line in their number. How steep it is is seen
+between the layers of the same trace: what one leaves behind of those that keep their activations, and the input that is
+kept of one that is recomputed. Tokens are not fitted: a trace is made of the very batch that is asked about.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,7 +17,7 @@ from qtune.memory.live import Peak
 from qtune.memory.techniques import Techniques
 from qtune.plan import skeleton
 from qtune.plan.standing import STANDING, Standing, count
-from qtune.plan.trace import Batch, trace
+from qtune.plan.trace import Batch, Traced, trace
 from qtune.recipe.schema import Recipe
 
 Parts = dict[str, int]
@@ -68,7 +70,7 @@ class Forecaster:
     compute_dtype: str
     is_card: bool
     context_bytes: int
-    _traces: dict[tuple[int, Techniques, Batch], dict[str, Peak]] = field(default_factory=dict)
+    _traces: dict[tuple[int, Techniques, Batch], Traced] = field(default_factory=dict)
 
     @cached_property
     def standing(self) -> Standing:
@@ -111,10 +113,8 @@ class Forecaster:
     def host_parts(self, techniques: Techniques, batch: Batch) -> Parts:
         """Bytes by part in host memory, found without a trace of the other techniques."""
         parts: Parts = dict(self.standing.on_host(techniques))
-        if techniques.host_checkpoints:
-            plain = Techniques(recomputed_layers=techniques.recomputed_layers, host_checkpoints=True)
-            peaks = self._passing(plain, batch).values()
-            parts["checkpoints"] = max((peak.host.get("checkpoints", 0) for peak in peaks), default=0)
+        if techniques.host_checkpoints and techniques.recomputed_layers:
+            parts["checkpoints"] = techniques.recomputed_layers * self._checkpoint_bytes(batch)
         parts["undo copy of the adapter"] = self.standing.adapter_bytes + self.standing.optimizer_bytes
         return _only_filled(parts)
 
@@ -137,43 +137,55 @@ class Forecaster:
 
     def _passing(self, techniques: Techniques, batch: Batch) -> dict[str, Peak]:
         """What comes and goes in a pass through the whole model, by phase."""
-        kept = max(0, self.layers - techniques.recomputed_layers)
-        few = max(2, skeleton.period(self.config))
-        if not self.layers or few + 2 >= self.layers:
-            return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch)
-        if kept == 0:
-            shallow = self._trace(few, replace(techniques, recomputed_layers=few), batch)
-            return _deeper(shallow, self._checkpoints_a_layer(techniques, batch), self.layers - few)
-        if kept == self.layers:
-            shallow, deep = (self._trace(n, replace(techniques, recomputed_layers=0), batch) for n in (few, few + 1))
-            return _deeper(shallow, _difference(deep, shallow), self.layers - few)
-        one, two = (self._trace(few + n, replace(techniques, recomputed_layers=few), batch) for n in (1, 2))
-        recomputed = _deeper(one, self._checkpoints_a_layer(techniques, batch), self.layers - kept - few)
-        return _deeper(recomputed, _difference(two, one), kept - 1)
-
-    def _checkpoints_a_layer(self, techniques: Techniques, batch: Batch) -> dict[str, Peak]:
-        """What one more recomputed layer adds: its input, on the device or the host, whatever else is on."""
-        few = max(2, skeleton.period(self.config))
-        plain = Techniques(host_checkpoints=techniques.host_checkpoints)
-        first, second = (self._trace(n, replace(plain, recomputed_layers=n), batch) for n in (few, few + 1))
+        if self._is_shallow:
+            return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch).peaks
+        recomputed = min(techniques.recomputed_layers, self.layers)
+        first = self._few if recomputed else 0
+        depth = first + (0 if recomputed == self.layers else self._period + (1 if first else 2))
+        traced = self._trace(depth, replace(techniques, recomputed_layers=first), batch)
+        others = Counter(self._kinds(recomputed, self.layers))
+        others.subtract(self._kinds(first, depth))
+        kept = [(traced.left_by(i), others[i % self._period]) for i in range(max(1, first), depth - 1)]
         return {
-            phase: Peak(
-                {"checkpoints": peak.device.get("checkpoints", 0)}, {"checkpoints": peak.host.get("checkpoints", 0)}
-            )
-            for phase, peak in _difference(second, first).items()
+            phase: _with_others(phase, peak, traced.checkpoint, recomputed - first, kept)
+            for phase, peak in traced.peaks.items()
         }
 
-    def _trace(self, layers: int, techniques: Techniques, batch: Batch) -> dict[str, Peak]:
-        """A trace of `layers` layers. Where weights stand makes no difference to what passes."""
-        key = (layers, replace(techniques, streamed_layers=0, host_embedding=False), batch)
+    @property
+    def _is_shallow(self) -> bool:
+        """Whether all layers are traced, as that takes no more of them than a pass of which some are kept."""
+        return self._few + self._period + 1 >= self.layers
+
+    @property
+    def _few(self) -> int:
+        """As many recomputed layers as show what the first holds in its backward pass, and the others at most."""
+        return max(2, self._period)
+
+    @cached_property
+    def _period(self) -> int:
+        return skeleton.period(self.config)
+
+    def _kinds(self, first: int, end: int) -> list[int]:
+        return [layer % self._period for layer in range(first, end)]
+
+    def _checkpoint_bytes(self, batch: Batch) -> int:
+        """The input of a layer, which is all that is kept of one that is recomputed, whatever else is on."""
+        depth = self.layers if self._is_shallow else self._few
+        traced = self._trace(depth, Techniques(recomputed_layers=depth), batch)
+        return traced.checkpoint.device["checkpoints"]
+
+    def _trace(self, layers: int, techniques: Techniques, batch: Batch) -> Traced:
+        """A trace of `layers` layers."""
+        traced = in_a_pass(techniques)
+        key = (layers, traced, batch)
         if key not in self._traces:
             config = skeleton.shallow(self.config, layers)
             try:
-                found = trace(config, self.recipe, self.compute_dtype, key[1], batch, self.is_card)
+                found = trace(config, self.recipe, self.compute_dtype, traced, batch, self.is_card)
             except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as fault:
                 reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
                 raise ModelError(f"model.base: the model its config.json describes cannot run ({reason}).") from fault
-            self._traces[key] = {phase: _without_standing(peak) for phase, peak in found.items()}
+            self._traces[key] = replace(found, peaks={p: _without_standing(peak) for p, peak in found.peaks.items()})
         return self._traces[key]
 
     def _step_workspace(self) -> int:
@@ -181,26 +193,29 @@ class Forecaster:
         return self.standing.adapter_bytes if self.is_card and self.recipe.train.optimizer == "adamw" else 0
 
 
+def in_a_pass(techniques: Techniques) -> Techniques:
+    """What of `techniques` makes a difference to what passes: not where weights stand, nor where checkpoints would if
+    there were any."""
+    has_checkpoints = techniques.host_checkpoints and techniques.recomputed_layers > 0
+    return replace(techniques, streamed_layers=0, host_embedding=False, host_checkpoints=has_checkpoints)
+
+
 def _without_standing(peak: Peak) -> Peak:
     return Peak({part: size for part, size in peak.device.items() if part != STANDING}, peak.host)
 
 
-def _difference(second: dict[str, Peak], first: dict[str, Peak]) -> dict[str, Peak]:
-    """second - first, part by part, of the phases that both have."""
-    return {
-        phase: Peak(_add(peak.device, first[phase].device, -1), _add(peak.host, first[phase].host, -1))
-        for phase, peak in second.items()
-        if phase in first
-    }
+def _with_others(phase: str, peak: Peak, checkpoint: Peak, recomputed: int, kept: Sequence[tuple[Peak, int]]) -> Peak:
+    """`peak` with what `recomputed` further layers hold in `phase`, and of each of the `kept` so many more.
 
-
-def _deeper(shallow: dict[str, Peak], a_layer: dict[str, Peak], layers: int) -> dict[str, Peak]:
-    """`shallow` and `layers` times what one layer adds."""
-    return {
-        phase: Peak(_add(peak.device, a_layer[phase].device, layers), _add(peak.host, a_layer[phase].host, layers))
-        for phase, peak in shallow.items()
-        if phase in a_layer
-    }
+    A layer's activations wait until the loss has gone back through it; its checkpoint until that reaches the layer,
+    but in host memory, where buffers are kept for the next pass, to the end.
+    """
+    device, host = peak.device, _add(peak.host, checkpoint.host, recomputed)
+    if phase != "backward first":
+        device = _add(device, checkpoint.device, recomputed)
+    for left, layers in kept if phase in ("forward", "loss") else ():
+        device, host = _add(device, left.device, layers), _add(host, left.host, layers)
+    return Peak(device, host)
 
 
 def _add(parts: Parts, others: Parts, times: int) -> Parts:

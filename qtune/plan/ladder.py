@@ -4,10 +4,14 @@ The one that changes the loss is the last, whatever it costs: a plan takes it on
 head.
 
 Every rung that the recipe leaves open is climbed only if what is below it does not fit; once it fits, rungs that turn
-out not to be needed are taken back, and those with a number are turned down as far as it goes.
+out not to be needed are taken back, and those with a number are turned down as far as it goes. Where the host has no
+room for all that is kept there, what a low rung keeps can be in the way of a higher one, so that the end of the climb
+may not fit where another top of the ladder does: those are tried then.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qtune.memory.techniques import Techniques
@@ -39,20 +43,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One technique in a plan. `saved_bytes` on the device and `host_bytes` are the difference it makes here;
-    `cost_fraction` is an estimate of the time it adds to a step."""
-
-    name: str
-    setting: str
-    is_on: bool
-    saved_bytes: int
-    host_bytes: int
-    cost_fraction: float
-    note: str
-
-
-@dataclass(frozen=True)
 class Reserve:
     """A rung above the plan's, for a run that is out of memory all the same: everything below it is on, too."""
 
@@ -62,7 +52,8 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Step:
-    """How a rung is climbed: `key` is its setting in the recipe, `value` what it sets where others set the same."""
+    """How a rung is climbed: `key` is its setting in the recipe, `value` what it sets where others set the same;
+    `is_for_host`: what it takes off the device stands in host memory."""
 
     name: str
     key: str
@@ -70,6 +61,7 @@ class Step:
     cost: Callable[[Techniques, Forecaster], float]
     note: str
     value: str | None = None
+    is_for_host: bool = False
 
     @property
     def field(self) -> str:
@@ -89,7 +81,6 @@ class Climb:
     techniques: Techniques
     micro_batch: int
     forecast: Forecast
-    rungs: tuple[Rung, ...]
 
 
 def _most_groups(forecaster: Forecaster) -> int:
@@ -122,6 +113,7 @@ STEPS = (
         lambda t, f: replace(t, host_checkpoints=True),
         lambda t, f: 0.03 * t.recomputed_layers / max(1, f.layers),
         "copied on a stream of their own",
+        is_for_host=True,
     ),
     Step(
         "MLP and norms in tiles",
@@ -136,6 +128,7 @@ STEPS = (
         lambda t, f: replace(t, host_embedding=True),
         lambda t, f: 0.005,
         "only the rows looked up are copied",
+        is_for_host=True,
     ),
     Step(
         "streamed layers",
@@ -143,6 +136,7 @@ STEPS = (
         lambda t, f: replace(t, streamed_layers=f.layers, recomputed_layers=f.layers),
         lambda t, f: 0.10 * t.streamed_layers / max(1, f.layers),
         "copied in ahead of their turn, forward and backward",
+        is_for_host=True,
     ),
     Step(
         "heads in groups",
@@ -165,6 +159,7 @@ STEPS = (
         lambda t, f: 0.05 + _head_cost(t, f),
         "slices of it are copied in for the loss, and the logits made twice",
         "host",
+        is_for_host=True,
     ),
     Step(
         "output head in NF4",
@@ -175,7 +170,6 @@ STEPS = (
         "nf4",
     ),
 )
-SHOWN = tuple(step for step in STEPS if step.name != "smaller tiles")
 
 
 def open_steps(recipe: Recipe, forecaster: Forecaster) -> list[Step]:
@@ -191,7 +185,7 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
     def fits(techniques: Techniques, micro_batch: int) -> bool:
         if not _stands(techniques, forecaster, budget):
             return False
-        return budget.has_room_for(_forecast(recipe, forecaster, work, techniques, micro_batch))
+        return budget.has_room_for(forecast(recipe, forecaster, work, techniques, micro_batch))
 
     def split(micro_batch: int) -> int:
         return next((m for m in _divisors(micro_batch) if fits(techniques, m)), 1)
@@ -214,6 +208,10 @@ def climb(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
         if not is_enough and step.field == "recomputed_layers":
             micro_batch = split(micro_batch)
             is_enough = fits(techniques, micro_batch)
+    if not is_enough:
+        others = tops(recipe, forecaster, work.heaviest(micro_batch), budget.host_bytes)
+        top = next((top for top in others if fits(top, micro_batch)), None)
+        techniques, climbed, is_enough = top or techniques, steps, top is not None
     if is_enough:
         techniques = _pruned(techniques, start, climbed, lambda t: fits(t, micro_batch))
     return stay(recipe, forecaster, work, budget, techniques, micro_batch)
@@ -223,26 +221,52 @@ def stay(
     recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget, techniques: Techniques, micro_batch: int
 ) -> Climb:
     """What `techniques` come to, whether they are enough or not."""
-
-    def forecast(other: Techniques) -> Forecast:
-        return _forecast(recipe, forecaster, work, other, micro_batch)
-
-    found = forecast(techniques)
-    rungs = tuple(_rungs(recipe, forecaster, techniques, forecast))
-    return Climb(budget.has_room_for(found), techniques, micro_batch, found, rungs)
+    found = forecast(recipe, forecaster, work, techniques, micro_batch)
+    return Climb(budget.has_room_for(found), techniques, micro_batch, found)
 
 
-def _forecast(recipe: Recipe, forecaster: Forecaster, work: Work, techniques: Techniques, micro_batch: int) -> Forecast:
+def forecast(recipe: Recipe, forecaster: Forecaster, work: Work, techniques: Techniques, micro_batch: int) -> Forecast:
+    """Of a step in which the heaviest batch of `work` is the largest."""
     is_accumulated = recipe.train.gradient_accumulation > 1 or micro_batch < recipe.train.micro_batch
     return forecaster.forecast(techniques, work.heaviest(micro_batch), is_accumulated)
 
 
-def leanest(recipe: Recipe, forecaster: Forecaster, batch: Batch, budget: Budget) -> Techniques:
-    """Every open rung climbed that the host has room for."""
-    techniques = forced(recipe, forecaster)
-    for step in open_steps(recipe, forecaster):
-        techniques = _up(step, techniques, forecaster, batch, budget) or techniques
-    return techniques
+def tops(recipe: Recipe, forecaster: Forecaster, batch: Batch, host_bytes: float = math.inf) -> list[Techniques]:
+    """The leanest sets of techniques: every open rung that costs the host nothing, and each way of spending
+    `host_bytes` on the others, as many layers streamed as there is room for beside them. No plan of the ladder takes
+    less of a device than the one of these that takes least. Those that round the head come last.
+    """
+    steps = open_steps(recipe, forecaster)
+    streaming = [step for step in steps if step.field == "streamed_layers"]
+    others = [step for step in steps if step not in streaming]
+    for_host = [step for step in others if step.is_for_host]
+    found = []
+    for count in range(len(for_host) + 1):
+        for left_out in itertools.combinations(for_host, count):
+            techniques = forced(recipe, forecaster)
+            for step in others:
+                techniques = techniques if step in left_out else step.up(techniques, forecaster)
+            if _host_bytes(techniques, forecaster, batch) <= host_bytes:
+                for step in streaming:
+                    techniques = _streamed(step.up(techniques, forecaster), techniques, forecaster, batch, host_bytes)
+                found.append(techniques)
+    return sorted(dict.fromkeys(found), key=lambda techniques: techniques.head == "nf4")
+
+
+def _streamed(
+    higher: Techniques, techniques: Techniques, forecaster: Forecaster, batch: Batch, host_bytes: float
+) -> Techniques:
+    """`higher` with as many of its layers streamed as `host_bytes` have room for; `techniques` if that is none."""
+
+    def has_room(layers: int) -> bool:
+        return _host_bytes(replace(higher, streamed_layers=layers), forecaster, batch) <= host_bytes
+
+    layers = most(has_room, higher.streamed_layers)
+    return replace(higher, streamed_layers=layers) if layers else techniques
+
+
+def _host_bytes(techniques: Techniques, forecaster: Forecaster, batch: Batch) -> int:
+    return sum(forecaster.host_parts(techniques, batch).values())
 
 
 def has_no_room(recipe: Recipe, forecaster: Forecaster, budget: Budget) -> bool:
@@ -277,20 +301,12 @@ def _up(step: Step, techniques: Techniques, forecaster: Forecaster, batch: Batch
 
     As many layers are streamed as the host has room for.
     """
-
-    def has_room(tried: Techniques) -> bool:
-        return sum(forecaster.host_parts(tried, batch).values()) <= budget.host_bytes
-
     higher = step.up(techniques, forecaster)
     if step.field == "tile_tokens" and 0 < techniques.tile_tokens <= higher.tile_tokens:
         return None
     if step.field == "streamed_layers":
-        layers = higher.streamed_layers
-        too_many = _least(lambda n: n > layers or not has_room(replace(higher, streamed_layers=n)), 1, layers + 1)
-        if too_many == 1:
-            return None
-        higher = replace(higher, streamed_layers=too_many - 1)
-    return higher if higher != techniques and has_room(higher) else None
+        higher = _streamed(higher, techniques, forecaster, batch, budget.host_bytes)
+    return higher if higher != techniques and _host_bytes(higher, forecaster, batch) <= budget.host_bytes else None
 
 
 def _pruned(
@@ -299,7 +315,7 @@ def _pruned(
     """`techniques` with amounts turned down as far as they go, less the rungs that are then not needed."""
     fields = {step.field for step in climbed}
     if "streamed_layers" in fields and techniques.streamed_layers:
-        fewest = _least(lambda n: fits(replace(techniques, streamed_layers=n)), 1, techniques.streamed_layers)
+        fewest = least(lambda n: fits(replace(techniques, streamed_layers=n)), 1, techniques.streamed_layers)
         techniques = replace(techniques, streamed_layers=fewest)
     if "head_groups" in fields and techniques.head_groups > 1:
         counts = [n for n in range(2, techniques.head_groups) if techniques.head_groups % n == 0]
@@ -310,12 +326,12 @@ def _pruned(
         if step.field != "recomputed_layers" and fits(without):
             techniques = without
     if "recomputed_layers" in fields and not techniques.streamed_layers:
-        fewest = _least(lambda n: fits(replace(techniques, recomputed_layers=n)), 0, techniques.recomputed_layers)
+        fewest = least(lambda n: fits(replace(techniques, recomputed_layers=n)), 0, techniques.recomputed_layers)
         techniques = replace(techniques, recomputed_layers=fewest)
     return techniques
 
 
-def _least(holds: Callable[[int], bool], low: int, high: int) -> int:
+def least(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The smallest n in low..high for which `holds`, which it does at `high` and from some n on."""
     while low < high:
         middle = (low + high) // 2
@@ -323,47 +339,10 @@ def _least(holds: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
+def most(holds: Callable[[int], bool], high: int) -> int:
+    """The largest n in 1..high for which `holds`, which it does up to some n; 0 for none."""
+    return least(lambda n: n > high or not holds(n), 1, high + 1) - 1
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(number - 1, 0, -1) if number % n == 0]
-
-
-def _rungs(
-    recipe: Recipe, forecaster: Forecaster, techniques: Techniques, forecast: Callable[[Techniques], Forecast]
-) -> Iterator[Rung]:
-    """Every rung with what it does here: one that is on, against the same without it; one that is off, if added."""
-    off, refused = Techniques(), refusals(recipe, forecaster)
-    found = forecast(techniques)
-    for step in SHOWN:
-        is_on, note = step.is_on(techniques), step.note
-        if step.field in refused and not is_on:
-            yield Rung(step.name, step.key, False, 0, 0, 0.0, f"refused: {refused[step.field]}")
-            continue
-        if getattr(recipe.memory, step.key) != "auto":
-            note = f"memory.{step.key} says so; {note}"
-        if is_on:
-            low, high = replace(techniques, **{step.field: getattr(off, step.field)}), techniques
-            if step.field == "recomputed_layers":
-                low = replace(low, host_checkpoints=False, streamed_layers=0)
-                high = replace(high, host_checkpoints=False, streamed_layers=0)
-        else:
-            low, high = techniques, step.up(techniques, forecaster)
-        before, after = (found if t == techniques else forecast(t) for t in (low, high))
-        yield Rung(
-            step.name + _amount(step.field, high, forecaster),
-            step.key,
-            is_on,
-            before.device_bytes - after.device_bytes,
-            after.host_bytes - before.host_bytes,
-            step.cost(high, forecaster),
-            note,
-        )
-
-
-def _amount(field: str, techniques: Techniques, forecaster: Forecaster) -> str:
-    """` 12 of 32`, ` of 1,024 tokens`: how much of a technique that has an amount."""
-    value = getattr(techniques, field)
-    if field in ("recomputed_layers", "streamed_layers"):
-        return f", {value} of {forecaster.layers}"
-    if field == "tile_tokens":
-        return f" of {value:,} tokens"
-    return f", {value}" if field == "head_groups" else ""

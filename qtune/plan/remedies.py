@@ -8,7 +8,7 @@ from qtune.plan import ladder
 from qtune.plan.forced import FIELDS, written
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import MARGIN_FRACTION, Budget, Climb
-from qtune.plan.longest import fullness, longest
+from qtune.plan.longest import longest
 from qtune.plan.work import Work
 from qtune.recipe.schema import Memory, Recipe
 from qtune.units import GIB, KIB, MIB, format_bytes
@@ -31,7 +31,8 @@ def _fits(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) ->
     changed = replace(forecaster, recipe=recipe, _traces={})
     if ladder.has_no_room(recipe, changed, budget):
         return False
-    return fullness(recipe, changed, work.heaviest(1), budget) <= 1
+    tops = ladder.tops(recipe, changed, work.heaviest(1), budget.host_bytes)
+    return any(budget.has_room_for(ladder.forecast(recipe, changed, work, top, 1)) for top in tops)
 
 
 def _left_open(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
@@ -53,7 +54,7 @@ def _quantised(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budge
 
 
 def _shorter(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    tokens = longest(recipe, forecaster, budget)
+    tokens = longest(recipe, forecaster, budget).tokens
     if not tokens or tokens >= work.heaviest(1).tokens:
         return None
     return f"data.max_tokens = {tokens} (the longest that fits; rows over it go by data.on_long)"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from qtune.memory.device import Device
 from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import Climb
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
 
@@ -26,11 +25,10 @@ class Speed:
     overhead_fraction: float
 
 
-def estimate(recipe: Recipe, forecaster: Forecaster, climb: Climb, work: Work, device: Device, steps: int) -> Speed:
-    """`overhead_fraction` is what the techniques add to a step that had memory to spare."""
+def estimate(recipe: Recipe, forecaster: Forecaster, overhead: float, work: Work, device: Device, steps: int) -> Speed:
+    """`overhead`, of one, is what the techniques add to a step that had memory to spare."""
     sequences = recipe.train.micro_batch * recipe.train.gradient_accumulation
     step_tokens = work.mean_tokens * sequences
-    overhead = sum(rung.cost_fraction for rung in climb.rungs if rung.is_on)
     if device.operations_per_second is None:
         return Speed(None, None, None, overhead)
     plain = sum(_operations(forecaster, sequence.document_lengths) for sequence in work.sequences)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from qtune.memory import live, tiled_loss
+from qtune.memory.layers import find_layers
 from qtune.memory.live import LiveBytes, Peak
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
@@ -41,10 +42,26 @@ class Batch:
         return cls((tokens,), tokens - 1)
 
 
+@dataclass(frozen=True)
+class Traced:
+    """Peaks of `forward`, `loss`, `backward first` and `backward last` (layer); what is kept of a layer that is
+    recomputed, its input; and what is held as each layer begins its forward pass, where layers can be told apart."""
+
+    peaks: dict[str, Peak]
+    checkpoint: Peak
+    held: tuple[Peak, ...]
+
+    def left_by(self, layer: int) -> Peak:
+        """What that layer's forward pass leaves behind; not to be asked of the last layer, nor of the first, whose
+        input needs no gradient."""
+        before, after = self.held[layer], self.held[layer + 1]
+        return Peak(_grown(before.device, after.device), _grown(before.host, after.host))
+
+
 def trace(
     config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, techniques: Techniques, batch: Batch, is_card: bool
-) -> dict[str, Peak]:
-    """Peaks of `forward`, `loss`, `backward first` and `backward last` (layer), of a model as deep as `config` says.
+) -> Traced:
+    """One pass through a model as deep as `config` says.
 
     Streaming holds the same in a pass as not streaming, and is left out.
     """
@@ -58,6 +75,7 @@ def trace(
                 parameter.grad = torch.zeros_like(parameter)
             counter.count(standing_tensors(model), STANDING)
             model.train()
+            held = _held_before_layers(model, counter)
             counter.peaks.clear()
             counter.enter_phase("forward")
             with counter.part_of_new("batch"):
@@ -67,7 +85,31 @@ def trace(
             with base.autocast("cpu", compute_dtype):
                 loss = _loss(model, inputs, batch.document_lengths, labelled)
             loss.backward()
-    return _first_and_last(counter.peaks)
+    checkpoint = _a_checkpoint(counter.begun["loss"], techniques.recomputed_layers)
+    return Traced(_first_and_last(counter.peaks), checkpoint, tuple(held))
+
+
+def _a_checkpoint(held: Peak, layers: int) -> Peak:
+    """Of what is `held` with every one of `layers` checkpoints there, one."""
+    return Peak(*({"checkpoints": side.get("checkpoints", 0) // max(1, layers)} for side in (held.device, held.host)))
+
+
+def _held_before_layers(model: PeftModel, counter: LiveBytes) -> list[Peak]:
+    """A list that gets what is held as each layer begins, one entry a layer, in the forward pass alone."""
+    held: list[Peak] = []
+
+    def note(layer: torch.nn.Module, arguments: Any) -> None:
+        if counter.phase == "forward":
+            held.append(counter.now())
+
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(note)
+    return held
+
+
+def _grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """By how many bytes each part has grown, where it has."""
+    return {part: size - before.get(part, 0) for part, size in after.items() if size > before.get(part, 0)}
 
 
 def standing_tensors(model: torch.nn.Module) -> list[torch.Tensor]:

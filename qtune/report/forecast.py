@@ -27,6 +27,7 @@ ORDER = (
     "slack",
     "context",
 )
+BOUNDS = {"card": "the card", "host": "host memory", "both": "the card or host memory", None: "nothing here"}
 
 
 def forecast_table(plan: dict[str, Any]) -> RenderableType:
@@ -102,10 +103,11 @@ def _rungs(plan: dict[str, Any]) -> RenderableType:
 
 
 def _figures(rung: dict[str, Any]) -> tuple[str, str, str]:
+    """Empty where nobody asked what it would do."""
     freed, host, cost = rung["saved_bytes"], rung["host_bytes"], rung["cost_fraction"]
     return (
-        format_bytes(freed) if freed > 0 else "nothing",
-        f"+{format_bytes(host)}" if host > 0 else "",
+        "" if freed is None else format_bytes(freed) if freed > 0 else "nothing",
+        f"+{format_bytes(host)}" if host and host > 0 else "",
         f"+{format_percent(cost)}" if cost else "",
     )
 
@@ -130,13 +132,15 @@ def _costs(plan: dict[str, Any]) -> RenderableType:
     return table
 
 
-def longest_table(base: str, rows: Sequence[dict[str, int]]) -> RenderableType:
-    """The longest context by card size."""
+def longest_table(base: str, rows: Sequence[dict[str, Any]]) -> RenderableType:
+    """The longest context by card size, and what it would be longer with more of."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("card", justify="right")
     table.add_column("tokens", justify="right")
+    table.add_column("bound by")
     for row in rows:
-        table.add_row(format_bytes(row["device_bytes"]), f"{row['tokens']:,}" if row["tokens"] else "does not fit")
+        tokens = f"{row['tokens']:,}" if row["tokens"] else "does not fit"
+        table.add_row(format_bytes(row["device_bytes"]), tokens, Text(BOUNDS[row["bound"]], "dim"))
     return Group(Text(f"longest context of {one_line(base)}, forecast"), Text(), table)
 
 

@@ -7,9 +7,7 @@ from conftest import tiny_config
 
 from qtune.errors import DoesNotFit, MachineError, ModelError
 from qtune.memory.device import Device
-from qtune.plan.decide import Plan, budget_of, decide, longest_on, refuse_unless_it_fits
-from qtune.plan.forecast import Forecaster
-from qtune.plan.longest import fullness
+from qtune.plan.decide import Plan, budget_of, decide, refuse_unless_it_fits
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
@@ -152,14 +150,3 @@ def test_less_host_memory_than_was_asked_to_pin_is_refused(memory: dict, words: 
 def test_groups_that_are_no_whole_heads_are_refused(groups: int, words: str) -> None:
     with pytest.raises(ModelError, match=f"memory.head_groups = {groups} {words}"):
         plan_within(GIB, {"head_groups": groups})
-
-
-def test_the_longest_context_really_is_the_longest() -> None:
-    def card(mib: int) -> Device:
-        return Device("cuda:0", "a card", mib << 20, mib << 20, "bfloat16", "a test", GIB, 500 << 20)
-
-    none, tokens = longest_on(recipe(), [card(400), card(520)], SHALLOW)
-    assert none == 0
-    assert decide(recipe(), card(520), SHALLOW, Work.of_full_sequences(tokens)).fits
-    found, more = Forecaster(SHALLOW, recipe(), "bfloat16", True, 500 << 20), round(1.02 * tokens) + 64
-    assert fullness(recipe(), found, Batch.of_one_document(more), budget_of(recipe(), card(520))) > 1

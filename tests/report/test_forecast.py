@@ -11,7 +11,8 @@ from qtune.memory.device import Device
 from qtune.memory.techniques import Techniques
 from qtune.plan.decide import Plan
 from qtune.plan.forecast import Forecast
-from qtune.plan.ladder import Budget, Rung
+from qtune.plan.ladder import Budget
+from qtune.plan.rungs import Rung
 from qtune.plan.speed import Speed
 from qtune.report import forecast
 
@@ -106,6 +107,14 @@ def test_nothing_is_cut_off(width: int) -> None:
         assert word in text
 
 
+def test_what_nobody_asked_about_is_left_empty() -> None:
+    """It would read as a technique that frees nothing."""
+    unasked = Rung("heads in groups, 8", "head_groups", False, None, None, 0.1, "attention runs once more")
+    text = shown(forecast.forecast_table(plan_json(rungs=(unasked,))), 100)
+    assert "nothing" not in text
+    assert "+10.0 %" in text
+
+
 def test_what_does_not_fit_is_not_said_to_have_room() -> None:
     """Within the budget, but not within what is kept free of it."""
     text = shown(forecast.forecast_table(plan_json(fits=False, budget=Budget(round(5.8 * GIB), 20 * GIB))), 100)
@@ -127,13 +136,18 @@ def test_a_part_of_another_name_is_shown_all_the_same() -> None:
 
 def test_the_longest_contexts_and_the_base_on_one_line() -> None:
     """The name was once a title as narrow as the table, a letter or two a line."""
-    rows = [{"device_bytes": 6 * GIB, "tokens": 0}, {"device_bytes": 24 * GIB, "tokens": 123_456}]
+    rows = [
+        {"device_bytes": 6 * GIB, "tokens": 0, "bound": "card"},
+        {"device_bytes": 12 * GIB, "tokens": 67_840, "bound": "host"},
+        {"device_bytes": 24 * GIB, "tokens": 123_456, "bound": "both"},
+    ]
     assert (
         shown(forecast.longest_table("/a/rather/long/folder/of/a/base", rows), 80)
         == """\
 longest context of /a/rather/long/folder/of/a/base, forecast
 
-   card        tokens
-6.0 GiB  does not fit
- 24 GiB       123,456"""
+   card        tokens  bound by
+6.0 GiB  does not fit  the card
+ 12 GiB        67,840  host memory
+ 24 GiB       123,456  the card or host memory"""
     )
