@@ -5,6 +5,9 @@ be finished, 130 and 143 after Ctrl-C and SIGTERM.
 """
 
 import argparse
+import functools
+import gc
+import inspect
 import json
 import os
 import random
@@ -13,7 +16,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -456,6 +460,40 @@ def _console(options: argparse.Namespace) -> "Console":
     return Console(stderr=getattr(options, "json", False), highlight=False)
 
 
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Inside, libraries are imported without what only delays it: the garbage collector, which goes over all that has
+    been made so far again and again, and torch's compiler, which bitsandbytes asks for kernel by kernel.
+
+    A function that is to be compiled is compiled when it is first called.
+    """
+    gc.disable()
+    import torch
+
+    compile_now = torch.compile
+    torch.compile = _compiled_when_called(compile_now)
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+        gc.freeze()  # nothing of what was imported is ever garbage
+        gc.enable()
+
+
+def _compiled_when_called(compile_now: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for plain functions, put off; for all else as it is."""
+
+    def put_off(model: Any = None, **settings: Any) -> Any:
+        if model is None:
+            return functools.partial(put_off, **settings)
+        if not inspect.isfunction(model):
+            return compile_now(model, **settings)
+        compiled = functools.cache(lambda: compile_now(model, **settings))
+        return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    return put_off
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -464,7 +502,8 @@ def run_recipe(options: argparse.Namespace) -> int:
     recipe, path = _load_recipe(options)
     _make_tracker_ready(recipe)
     console = _console(options)
-    from qtune import run as story
+    with _quick_imports():
+        from qtune import run as story
     from qtune.recipe.load import given_anywhere
     from qtune.resume import Invocation
 
@@ -493,7 +532,8 @@ def _resume_held(folder: "RunDir", options: argparse.Namespace) -> int:
     _make_tracker_ready(recipe)
     _stay_offline_when_local(recipe)
     console = _console(options)
-    from qtune import run as story
+    with _quick_imports():
+        from qtune import run as story
 
     ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, console)
     resume.remember(folder, options.set)
@@ -513,7 +553,8 @@ def _told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool)
 def plan_recipe(options: argparse.Namespace) -> int:
     recipe, _ = _load_recipe(options, needs_weights=False)
     console = _console(options)
-    from qtune import run as story
+    with _quick_imports():
+        from qtune import run as story
     from qtune.memory import device
     from qtune.report import forecast
 
@@ -543,7 +584,8 @@ def check_recipe(options: argparse.Namespace) -> int:
         return _check_without_plan(options, recipe, console)
     import dataclasses
 
-    from qtune import run as story
+    with _quick_imports():
+        from qtune import run as story
 
     ready = story.get_ready(recipe, console=console)
     if options.json:
