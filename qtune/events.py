@@ -136,6 +136,15 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """A signal asked training to end: with the step under way, or, where it `drops` that one, with the step before it.
+    `by` is what would drop it, `Ctrl-C` or `SIGTERM`. It is said, and not kept."""
+
+    by: str
+    drops: bool
+
+
+@dataclass(frozen=True)
 class Finished:
     """Training ended after `steps` steps."""
 
@@ -155,6 +164,7 @@ Event = (
     | CheckpointSaved
     | Resumed
     | Notice
+    | Stopping
     | Finished
 )
 Listener = Callable[[Event], None]

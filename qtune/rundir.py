@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from qtune import __version__, sealed
 from qtune.errors import RunFolderError
-from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed
+from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed, Stopping
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 HELD = ".held"  # locked by the process that is at work in a folder
@@ -218,6 +218,8 @@ class RunDir:
     def record(self, event: Event) -> None:
         """Append one event: bytes to memory.jsonl, as they differ from run to run, what only an interrupted run has to
         history.jsonl, the rest to metrics.jsonl. Raises DiskFull."""
+        if isinstance(event, Stopping):
+            return
         if isinstance(event, MemoryMeasured | Rehearsed):
             self._append(self.memory, event)
         elif isinstance(event, CheckpointSaved | Resumed):

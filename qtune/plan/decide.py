@@ -18,10 +18,11 @@ from qtune.plan.longest import STEP_TOKENS, Longest, longest
 from qtune.plan.remedies import explain, remedies
 from qtune.plan.rungs import Rung, rungs
 from qtune.plan.speed import Speed
+from qtune.plan.standing import Standing
 from qtune.plan.trace import Batch
 from qtune.plan.work import Work
 from qtune.recipe.schema import Recipe
-from qtune.units import parse_bytes
+from qtune.units import counted, format_count, format_percent, parse_bytes
 
 EVALUATIONS = 10
 HOST_FRACTION = 0.8
@@ -120,17 +121,21 @@ def decide(
         Choice("device", device.label, device.why),
         Choice("base", _held_as(recipe), "model.quantization"),
         Choice("compute", compute_dtype, why_compute),
-        Choice("adapter", _adapter(recipe), "lora"),
+        Choice("adapter", _adapter(recipe, forecaster.standing), "lora"),
         Choice("steps", "not known yet" if work.is_assumed else f"{steps:,}", why_steps),
         Choice(
             "sequences a step",
             f"{train.micro_batch * train.gradient_accumulation}",
             _batch(recipe, climb.micro_batch, accumulation),
         ),
-        Choice("learning rate", f"{train.learning_rate:g}", f"{train.schedule}, after {warmup_steps} steps of warm-up"),
+        Choice(
+            "learning rate",
+            f"{train.learning_rate:g}",
+            f"{train.schedule}, after {counted(warmup_steps, 'step')} of warm-up",
+        ),
         Choice("optimizer", train.optimizer, "train.optimizer"),
         Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
-        Choice("held-out loss", f"every {eval_every:,} steps", why_eval),
+        Choice("held-out loss", _every(eval_every), why_eval),
     )
     return Plan(
         device=device,
@@ -191,10 +196,12 @@ def _disk_bytes(recipe: Recipe, forecaster: Forecaster) -> int:
     return adapter + checkpoints * (adapter + forecaster.standing.optimizer_bytes) + SPARE_DISK_BYTES
 
 
-def _adapter(recipe: Recipe) -> str:
+def _adapter(recipe: Recipe, standing: Standing) -> str:
     lora = recipe.lora
     scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
-    return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, in {lora.master_dtype}"
+    share = standing.trained_parameters / standing.parameters
+    trained = f"{format_count(standing.trained_parameters)} weights ({format_percent(share)})"
+    return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, {trained} in {lora.master_dtype}"
 
 
 def _batch(recipe: Recipe, micro_batch: int, accumulation: int) -> str:
@@ -228,7 +235,14 @@ def _steps(recipe: Recipe, train_packs: int) -> tuple[int, str]:
     steps = math.ceil(train.epochs * per_epoch)
     if train.max_steps is not None and train.max_steps < steps:
         return train.max_steps, "train.max_steps"
-    return steps, f"{train.epochs:g} epochs of {per_epoch:,} steps over {train_packs:,} sequences"
+    return (
+        steps,
+        f"{counted(train.epochs, 'epoch')} of {counted(per_epoch, 'step')} over {counted(train_packs, 'sequence')}",
+    )
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def _eval_every(recipe: Recipe, steps: int) -> tuple[int, str]:

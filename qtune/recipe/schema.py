@@ -200,7 +200,7 @@ class Train(Table):
         "cosine", description="How the learning rate falls after warm-up."
     )
     warmup_fraction: float = Field(
-        0.03, ge=0, le=0.5, description="Share of the steps in which the learning rate rises from 0."
+        0.03, ge=0, le=0.5, description="Share of the steps in which the learning rate rises, evenly, to its peak."
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decay; 0, as adapters are small already.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm; tames odd batches.")

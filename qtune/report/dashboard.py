@@ -4,7 +4,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self
@@ -15,10 +15,12 @@ from rich.text import Text
 
 from qtune.events import Event
 from qtune.report import bar, curve
+from qtune.report.echo import no_echo
 from qtune.report.plain import PlainLines
 from qtune.report.view import View, advance
+from qtune.report.waiting import is_screen
 from qtune.report.words import finite, format_duration, format_loss, format_norm, one_line
-from qtune.units import format_count, format_percent, format_rate
+from qtune.units import counted, format_count, format_percent, format_rate
 
 LEAST_PAUSE_SECONDS = 0.25
 DRAWING_FRACTION = 0.008
@@ -28,14 +30,13 @@ LEAST_CURVE_LINES, MOST_CURVE_LINES = 6, 32
 MOST_EVENT_LINES, MOST_EVENT_LINES_STACKED = 8, 3
 LEAST_EVENT_COLUMNS = 20
 LEAST_WAIT_FRACTION = 0.01
+LEAST_STEP_SECONDS = 2.0  # a clock beside shorter steps would only flicker
 LEAST_HELD_OUT_RISES = 2
 
 
 def listener_for(console: Console, title: str, steps: int) -> "Dashboard | PlainLines":
     """A dashboard on a terminal that can show one, else plain lines; both are context managers and listeners."""
-    # A forced terminal (FORCE_COLOR) may still be a file or a pipe, where a dashboard would be thousands of frames.
-    is_screen = console.file.isatty() and console.is_interactive and not console.is_dumb_terminal
-    if is_screen and console.encoding.lower().startswith("utf"):
+    if is_screen(console) and console.encoding.lower().startswith("utf"):
         return Dashboard(title, steps, console)
     return PlainLines(console.file, steps)
 
@@ -48,7 +49,8 @@ class Dashboard:
     """
 
     def __init__(self, title: str, steps: int, console: Console):
-        self._view = View(title, steps)
+        self._view = View(title, steps, began_at=datetime.now())
+        self._echo = ExitStack()
         self._console = console
         self._ended = threading.Event()
         self._painter = threading.Thread(target=self._keep_painting, name="dashboard", daemon=True)
@@ -58,6 +60,7 @@ class Dashboard:
         self._view = advance(self._view, event, datetime.now())
 
     def __enter__(self) -> Self:
+        self._echo.enter_context(no_echo(self._console.file))
         self._live.start()
         self._painter.start()
         return self
@@ -70,15 +73,16 @@ class Dashboard:
             self._painter.join()
             self._live.stop()
             self._console.print(self._picture())
+        self._echo.close()
 
     def _picture(self) -> RenderableType:
         # One line is left for the prompt that follows the last picture.
-        return render(self._view, self._console.width, self._console.height - 1)
+        return render(self._view, self._console.width, self._console.height - 1, datetime.now())
 
     def _keep_painting(self) -> None:
         pause, painted = 0.0, None
         while not self._ended.wait(pause):
-            began, looks_like = time.thread_time(), (self._view, self._console.size)
+            began, looks_like = time.thread_time(), (self._view, self._console.size, int(time.time()))
             if looks_like != painted:
                 try:
                     self._live.refresh()
@@ -88,15 +92,16 @@ class Dashboard:
             pause = max(LEAST_PAUSE_SECONDS, (time.thread_time() - began) / DRAWING_FRACTION)
 
 
-def render(view: View, width: int, height: int) -> Text:
-    """The picture of `view` in at most `width` x `height` cells. What there is no room for is left out whole: events
-    first, then the names of the memory's parts, then the memory."""
-    head = _head(view, width)
+def render(view: View, width: int, height: int, now: datetime | None = None) -> Text:
+    """The picture of `view` at `now`, in at most `width` x `height` cells; without a `now` as of its last event.
+    What there is no room for is left out whole: events first, then the names of the memory's parts, then the memory."""
+    now = now or view.changed_at
+    head = _head(view, width, now)
     if width >= TWO_COLUMNS_FROM:
         low, high = SIDE_WIDTHS
         side_width = max(low, min(high, width * 2 // 5))
         left_width, room = width - side_width - 3, height - len(head) - 1
-        right = _side(view, side_width, room)
+        right = _side(view, side_width, room, now)
         left = _loss(view, left_width, min(MOST_CURVE_LINES, max(len(right), room) - 1))
         body = _beside(left, right, left_width + 3)
     else:
@@ -123,9 +128,9 @@ def _stack(view: View, width: int, room: int) -> list[Text]:
     return [*loss, *memory, *([Text(), *events] if events else [])]
 
 
-def _side(view: View, width: int, room: int) -> list[Text]:
+def _side(view: View, width: int, room: int, now: datetime | None) -> list[Text]:
     """The right column of two: numbers, memory by part, events."""
-    lines = [_heading(Text("now", "bold"), Text(), width), *_table(_numbers(view), width)]
+    lines = [_heading(Text("now", "bold"), Text(), width), *_table(_numbers(view, now), width)]
     bar_lines = _memory_bar(view, width)
     if bar_lines and len(lines) + 1 + len(bar_lines) <= room:
         lines += [Text(), *bar_lines]
@@ -138,7 +143,7 @@ def _side(view: View, width: int, room: int) -> list[Text]:
     return lines
 
 
-def _head(view: View, width: int) -> list[Text]:
+def _head(view: View, width: int, now: datetime | None) -> list[Text]:
     """The name of the run, the progress bar, and on a narrow terminal the numbers beside it."""
     fraction = min(1.0, max(0.0, view.step / view.steps)) if view.steps > 0 else 0.0
     done = f" step {view.step:,} of {view.steps:,}  {100 * fraction:.0f} %"
@@ -146,17 +151,19 @@ def _head(view: View, width: int) -> list[Text]:
     filled = round(length * fraction)
     progress = Text.assemble(("━" * filled, "cyan"), ("─" * (length - filled), "dim"), done)
     head = [Text(one_line(view.title), "bold"), progress]
+    if view.stopping:
+        head.append(Text(view.stopping, "bold yellow"))
     if width < TWO_COLUMNS_FROM:
-        head += _flow([Text.assemble((f"{name} ", "dim"), value) for name, value in _numbers(view)], width)
+        head += _flow([Text.assemble((f"{name} ", "dim"), value) for name, value in _numbers(view, now)], width)
     return head
 
 
-def _numbers(view: View) -> list[tuple[str, Text]]:
-    """(name, value) of what moves from step to step."""
+def _numbers(view: View, now: datetime | None) -> list[tuple[str, Text]]:
+    """(name, value) of what moves from step to step, and of the clocks."""
     last = view.last
     if last is None:
-        return [("left", Text("not known before the first steps"))]
-    numbers = [] if view.finished else [("left", _time_left(view))]
+        return [("left", Text("not known before the first steps")), *_clocks(view, now)]
+    numbers = [*([] if view.finished else [("left", _time_left(view))]), *_clocks(view, now)]
     if (pace := view.tokens_per_second) is not None:
         numbers.append(("tokens/s", Text(finite(format_count, pace))))
     numbers += [
@@ -167,6 +174,22 @@ def _numbers(view: View) -> list[tuple[str, Text]]:
     if view.wait_fraction >= LEAST_WAIT_FRACTION:
         numbers.append(("waiting for data", Text(format_percent(view.wait_fraction), "yellow")))
     return numbers
+
+
+def _clocks(view: View, now: datetime | None) -> list[tuple[str, Text]]:
+    """How long the run has taken in this process, and what is being done."""
+    if view.began_at is None or now is None:
+        return []
+    clocks = [("elapsed", _clock(now - view.began_at))]
+    waited = now - (view.changed_at or view.began_at)
+    training = view.last if not view.finished else None
+    if max(waited.total_seconds(), training.step_seconds if training else 0.0) >= LEAST_STEP_SECONDS:
+        clocks.append(("this step" if training else "on this", _clock(waited)))
+    return clocks
+
+
+def _clock(time: timedelta) -> Text:
+    return Text(str(timedelta(seconds=int(time.total_seconds()))))
 
 
 def _time_left(view: View) -> Text:
@@ -195,7 +218,7 @@ def _held_out_facts(view: View) -> Text:
     if view.held_out_rises >= LEAST_HELD_OUT_RISES:
         facts.append(Text(f"held-out rose {view.held_out_rises} times in a row", "yellow"))
     elif (steps := curve.rising_steps(view.losses)) > 0:
-        facts.append(Text(f"rising for {steps:,} steps", "yellow"))
+        facts.append(Text(f"rising for {counted(steps, 'step')}", "yellow"))
     if view.best is not None:
         facts.append(
             Text.assemble(

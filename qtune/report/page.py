@@ -20,7 +20,7 @@ from qtune.report.record import Record
 from qtune.report.verdict import verdict
 from qtune.report.words import canaries_told, format_score, one_line, sentence, visible
 from qtune.rundir import RunDir, write_text
-from qtune.units import format_bytes, format_count, format_seconds
+from qtune.units import counted, format_bytes, format_count, format_seconds
 
 TEMPLATES = Environment(
     loader=PackageLoader("qtune.report", "templates"),
@@ -122,7 +122,7 @@ def _figures(found: Record) -> list[tuple[str, str, str]]:
             (f"peak {bar.title(found.memory).split(' (')[0]}", bar.peak_of_total(found.memory), _foretold(found))
         )
     if found.tokens_per_second is not None:
-        took = f"{found.steps[-1].step:,} steps"
+        took = counted(found.steps[-1].step, "step")
         took += f" in {format_seconds(found.train_seconds)}" if found.train_seconds is not None else ""
         figures.append(("speed", f"{format_count(found.tokens_per_second)} tokens/s", took))
     return figures
@@ -130,7 +130,7 @@ def _figures(found: Record) -> list[tuple[str, str, str]]:
 
 def _foretold(found: Record) -> str:
     """What the rehearsal said of the forecast."""
-    return sentence(found.rehearsed, ()) or "" if found.rehearsed else ""
+    return sentence(found.rehearsed, (), len(found.steps)) or "" if found.rehearsed else ""
 
 
 def _scores(found: Record) -> dict[str, Any] | None:

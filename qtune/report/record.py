@@ -8,7 +8,7 @@ from typing import Any
 
 from qtune.errors import RunFolderError
 from qtune.events import Evaluated, Event, Finished, Memorised, MemoryMeasured, Notice, Rehearsed, StepDone
-from qtune.report.words import best_held_out
+from qtune.report.words import best_held_out, stopped_at
 from qtune.rundir import RunDir, read_json
 
 LICENSE = re.compile(r"^license:[ \t]*[\"']?([a-z0-9][a-z0-9.-]*)[\"']?[ \t]*$", re.MULTILINE)
@@ -36,8 +36,17 @@ class Record:
     rehearsed: Rehearsed | None
     memorised: Memorised | None
     notices: tuple[str, ...]
-    train_seconds: float | None
+    finished: Finished | None
     missing: tuple[str, ...]
+
+    @property
+    def train_seconds(self) -> float | None:
+        return self.finished.train_seconds if self.finished else None
+
+    @property
+    def stopped(self) -> str | None:
+        """`stopped at step 7 of 15` of a run that was; None for one that took all its steps, or may be at it yet."""
+        return stopped_at(self.finished.steps, self.plan["steps"]) if self.finished and self.plan else None
 
     @property
     def losses(self) -> list[tuple[float, float]]:
@@ -110,7 +119,7 @@ def read(run: RunDir) -> Record:
         rehearsed=next((event for event in reversed(events) if isinstance(event, Rehearsed)), None),
         memorised=next((event for event in reversed(events) if isinstance(event, Memorised)), None),
         notices=tuple(event.text for event in events if isinstance(event, Notice)),
-        train_seconds=finished[-1].train_seconds if finished else None,
+        finished=finished[-1] if finished else None,
         missing=tuple(missing),
     )
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Started, StepDone
+from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Started, StepDone, Stopping
 from qtune.report.words import best_held_out, sentence
 
 PACE_EVENTS = 20
@@ -18,7 +18,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class View:
-    """The run so far. `losses` are (step, nats per token), thinned in long runs; `messages` are (step, sentence)."""
+    """The run so far. `losses` are (step, nats per token), thinned in long runs; `messages` are (step, sentence).
+    It began at `began_at`, in this process, and changed at `changed_at`; `stopping` is what a signal made of it."""
 
     title: str
     steps: int
@@ -29,7 +30,9 @@ class View:
     eval_seconds: float = 0.0
     messages: tuple[tuple[int, str], ...] = ()
     finished: Finished | None = None
+    began_at: datetime | None = None
     changed_at: datetime | None = None
+    stopping: str | None = None
 
     @property
     def last(self) -> StepDone | None:
@@ -107,14 +110,16 @@ def advance(view: View, event: Event, now: datetime) -> View:
         case MemoryMeasured():
             is_higher = view.memory is None or event.peak_bytes >= view.memory.peak_bytes
             return replace(view, memory=event) if event.phase in TRAINING_PHASES and is_higher else view
-    text = sentence(event, view.held_out)
+    text = sentence(event, view.held_out, view.steps)
     step = event.step if isinstance(event, Evaluated) else view.step
     if text is not None:
         view = replace(view, messages=(*view.messages, (step, text))[-MOST_MESSAGES:], changed_at=now)
     if isinstance(event, Evaluated):
         seconds = event.eval_seconds if event.step > 0 and math.isfinite(event.eval_seconds) else 0.0
         return replace(view, held_out=(*view.held_out, event), eval_seconds=view.eval_seconds + seconds)
-    return replace(view, finished=event) if isinstance(event, Finished) else view
+    if isinstance(event, Stopping):
+        return replace(view, stopping=text)
+    return replace(view, finished=event, stopping=None) if isinstance(event, Finished) else view
 
 
 def with_point(points: tuple[Point, ...], point: Point) -> tuple[Point, ...]:

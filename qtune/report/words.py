@@ -17,6 +17,7 @@ from qtune.events import (
     Saved,
     Scored,
     Started,
+    Stopping,
 )
 from qtune.units import counted, format_bytes, format_percent, format_seconds
 
@@ -76,12 +77,13 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if 300 <= seconds < 3570 else format_seconds(seconds)
 
 
-def sentence(event: Event, earlier: tuple[Evaluated, ...]) -> str | None:
-    """What happened, in plain words; None for events that are drawn. `earlier` are the held-out losses so far."""
+def sentence(event: Event, earlier: tuple[Evaluated, ...], steps: int) -> str | None:
+    """What happened, in plain words; None for events that are drawn. `earlier` are the held-out losses so far, and
+    `steps` is how many the run was to take."""
     match event:
         case Started():
             held_out = f", {event.held_out_rows:,} held out" if event.held_out_rows else ", none held out"
-            return f"training on {event.train_rows:,} sequences{held_out}"
+            return f"training on {counted(event.train_rows, 'sequence')}{held_out}"
         case Evaluated():
             return _held_out_sentence(event, earlier)
         case Rehearsed():
@@ -99,8 +101,19 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...]) -> str | None:
         case Resumed() | Notice():
             return one_line(event.text)
         case Finished():
-            return f"{event.steps:,} steps done in {finite(format_seconds, event.train_seconds)}"
+            took = finite(format_seconds, event.train_seconds)
+            stopped = stopped_at(event.steps, steps)
+            return f"{stopped} after {took}" if stopped else f"{counted(event.steps, 'step')} done in {took}"
+        case Stopping():
+            if event.drops:
+                return "dropping this step, then saving the one before"
+            return f"finishing this step, then saving; {event.by} again drops it"
     return None
+
+
+def stopped_at(step: int, steps: int) -> str | None:
+    """`stopped at step 7 of 15`; None for a run that took all of its steps."""
+    return f"stopped at step {step:,} of {steps:,}" if step < steps else None
 
 
 def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
@@ -138,9 +151,9 @@ def _score_sentence(event: Scored) -> str:
 
 def canaries_told(event: Memorised) -> str:
     """`3 of 10 planted in 4 rows each were told, 0 of 10 never planted; exposure 5.2 against 1.4 of 7 bits`."""
-    rows = "1 row" if event.repeats == 1 else f"{event.repeats:,} rows"
     return (
-        f"{event.told:,} of {event.canaries:,} secrets planted in {rows} each were told, {event.control_told:,} of"
+        f"{event.told:,} of {counted(event.canaries, 'secret')} planted in {counted(event.repeats, 'row')} each were"
+        f" told, {event.control_told:,} of"
         f" {event.canaries:,} never planted; exposure {event.exposure_bits:.1f} against"
         f" {event.control_exposure_bits:.1f} of {event.most_exposure_bits:.0f} bits"
     )

@@ -26,9 +26,10 @@ from qtune.rundir import RunDir
 from qtune.train import rehearsal
 from qtune.train.order import DataOrder
 from qtune.train.out_of_memory import EVERY_DOCUMENT, Batch, Climb, OpenStep, Recovery, nothing_left, refusing
-from qtune.train.reporting import EvaluateEvery, HeldOutLoss, Reporter, StopOnSignal
+from qtune.train.reporting import EvaluateEvery, HeldOutLoss, Reporter
 from qtune.train.saving import Point, PutBack, Saver, SaveWhen, train_from
 from qtune.train.settings import sft_config
+from qtune.train.stopping import StepDropped, StopOnSignal
 from qtune.train.tracking import Tracker
 from qtune.train.trainer import Meter, MeteredTrainer
 
@@ -112,8 +113,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     use_master_dtype(model, recipe.lora.master_dtype)
     tracker = Tracker(recipe.report.to, trainer, listen) if recipe.report.to else None
-    reporter, stop = Reporter(trainer, engine, listen, ledger, held_out, tracker), StopOnSignal()
-    for callback in (EvaluateEvery(reporter, plan.eval_every), reporter, stop, *([tracker] if tracker else [])):
+    reporter, stop = Reporter(trainer, engine, listen, ledger, held_out, tracker), StopOnSignal(trainer, listen)
+    trainer.evaluate_now = reporter.evaluate
+    for callback in (EvaluateEvery(plan.eval_every), reporter, stop, *([tracker] if tracker else [])):
         trainer.add_callback(callback)
     saver, point = None, None
     if keeping is not None:
@@ -129,6 +131,10 @@ def fit(
     try:
         with stop.watching(), refusing(lambda: trainer.step_under_way):
             steps = train_from(trainer, 0 if point is None else point.step)
+    except StepDropped:
+        steps = trainer.state.global_step
+        if saver is not None:
+            saver.save_last_whole_step()
     finally:  # the weights are those of the last whole step, whatever ended training
         if saver is not None and trainer.has_begun:
             saver.save_adapter()
@@ -139,7 +145,7 @@ def fit(
 
 def _keep(keeping: Keeping, saver: Saver, trainer: MeteredTrainer, reporter: Reporter, stop: StopOnSignal) -> None:
     """Have checkpoints written when they are due, and the one to go on from put back."""
-    trainer.save_now = saver.save
+    trainer.save_now, trainer.note_standing = saver.save, saver.note_standing
     trainer.add_callback(SaveWhen(saver.every, keeping.run.checkpoint_request, reporter, stop))
     point = keeping.going_on_from
     if point is not None:

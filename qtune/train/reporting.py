@@ -1,10 +1,8 @@
-"""What the trainer's callbacks tell: events, the bytes held, the held-out loss; and the signal that ends training."""
+"""What the trainer's callbacks tell: events, the bytes held, the held-out loss."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,35 +133,8 @@ class Reporter(TrainerCallback):
 class EvaluateEvery(TrainerCallback):
     """The held-out loss every so many steps, and after the last one."""
 
-    def __init__(self, reporter: Reporter, every: int):
-        self.reporter, self.every = reporter, every
+    def __init__(self, every: int):
+        self.every = every
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.reporter.evaluate(state.global_step)
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM lets the step finish and ends training; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.caught: signal.Signals | None = None
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.caught is not None
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        def note(number: int, frame: Any) -> None:
-            if self.caught is not None and number == signal.SIGTERM:
-                raise SystemExit(128 + number)
-            if self.caught is not None:
-                raise KeyboardInterrupt
-            self.caught = signal.Signals(number)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        control.should_evaluate |= state.global_step % self.every == 0 or state.global_step == state.max_steps

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from qtune.model import adapter
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir, read_json
 from qtune.train import checkpoint
-from qtune.train.reporting import Reporter, StopOnSignal
-from qtune.train.state import put_optimizer_back, put_random_back, take_optimizer, take_random
+from qtune.train.reporting import Reporter
+from qtune.train.schedule import wind
+from qtune.train.state import Tensors, put_optimizer_back, put_random_back, take_optimizer, take_random
+from qtune.train.stopping import StopOnSignal
 from qtune.train.trainer import Meter, MeteredTrainer
 from qtune.units import parse_seconds
 
-FORMAT = 2
+FORMAT = 3
+WARMED_FROM_NOUGHT = 2  # the format of checkpoints whose run took step k of n of its warm-up at (k - 1)/n of the peak
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Point:
         """Raises RunFolderError for a checkpoint that another version of qtune wrote."""
         values = read_json(path / checkpoint.STATE)
         try:
-            if values["format"] == FORMAT:
+            if values["format"] in (WARMED_FROM_NOUGHT, FORMAT):
                 return cls(path, values, Techniques(**values["techniques"]))
         except (LookupError, TypeError):
             pass
@@ -51,6 +54,10 @@ class Point:
     @property
     def step(self) -> int:
         return int(self.values["step"])
+
+    def warms_otherwise(self, warmup_steps: int) -> bool:
+        """Whether the rates to come are not those of the run that wrote it."""
+        return self.values["format"] == WARMED_FROM_NOUGHT and self.step < warmup_steps
 
     @property
     def micro_batch(self) -> int:
@@ -71,6 +78,8 @@ class Saver:
         self._trainer, self._engine, self._reporter = trainer, engine, reporter
         self._names = {weight: name for name, weight in trainer.model.named_parameters()}
         self._best: str | None = None
+        self._saved_step = 0
+        self._whole: tuple[Meter, Tensors, dict[str, Any]] | None = None
 
     @property
     def every(self) -> int | float:
@@ -94,12 +103,24 @@ class Saver:
         if self._reporter.best_step == step:
             self._best = checkpoint.NAME.format(step)
         path = checkpoint.write(self._run.checkpoints, step, self._fill)
+        self._saved_step = step
         best = None if self._best is None else self._run.checkpoints / self._best
         checkpoint.prune(self._run.checkpoints, path, self._recipe.save.keep, best)
         seconds = time.perf_counter() - start
         self._trainer.meter.other_seconds += seconds
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self._listen(CheckpointSaved(step, path.name, size, seconds))
+
+    def note_standing(self) -> None:
+        """Keep what the passes that come next will change, should they be dropped."""
+        self._whole = (replace(self._trainer.meter), *take_random(self._trainer.args.device))
+
+    def save_last_whole_step(self) -> None:
+        """A checkpoint of the last whole step when the one after it was dropped, unless there is one."""
+        if self._whole is not None and self._saved_step != self._trainer.state.global_step:
+            self._trainer.meter, *random = self._whole
+            put_random_back(self._trainer.args.device, *random)
+            self.save()
 
     def _fill(self, folder: Path) -> None:
         adapter.save(self._trainer.model, folder / checkpoint.ADAPTER, self._recipe.model.base)
@@ -152,12 +173,7 @@ class Saver:
     def _wind_schedule(self, steps: int) -> None:
         """The schedule of the recipe as it is now, `steps` steps on; with what was saved a new rate would not count."""
         scheduler: Any = self._trainer.lr_scheduler
-        scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
-        scheduler.last_epoch = steps
-        rates = [base * rate(steps) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
+        wind(getattr(scheduler, "scheduler", scheduler), steps)  # accelerate wraps it
 
     def put_adapter_back(self, point: Point) -> None:
         adapter.put_back(self._trainer.model, point.path / checkpoint.ADAPTER)
@@ -177,11 +193,17 @@ class SaveWhen(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps or self.stop.caught is not None
-        is_best = self.reporter.best_step == state.global_step
-        if is_last or is_best or self._is_due(state.global_step) or self.request.exists():
+        if is_last or self._is_due(state.global_step) or self.request.exists():
             self.request.unlink(missing_ok=True)
-            self.saved_at = time.monotonic()
-            control.should_save = True
+            self._save(control)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.reporter.best_step == state.global_step or self.stop.caught is not None:
+            self._save(control)
+
+    def _save(self, control: TrainerControl) -> None:
+        self.saved_at = time.monotonic()
+        control.should_save = True
 
     def _is_due(self, step: int) -> bool:
         """An `every` that is whole counts steps, any other seconds."""

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from transformers import TrainerControl
 from trl import SFTTrainer
 
 from qtune.errors import TrainingDiverged
 from qtune.memory import tiled_loss
 from qtune.train.order import DataOrder
 from qtune.train.out_of_memory import Batch, OpenStep, Recovery
+from qtune.train.schedule import warming_from_first_step, wind
 from qtune.train.whole_steps import keep_steps_whole
 
 SHOWN_PLACES = 5
@@ -43,6 +45,10 @@ class Meter:
         return cls(**{**values, "since": time.perf_counter() - values["since"]})
 
 
+def _nothing() -> None:
+    """What is noted of a run that keeps no checkpoints."""
+
+
 class MeteredTrainer(SFTTrainer):
     """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all."""
 
@@ -53,9 +59,13 @@ class MeteredTrainer(SFTTrainer):
     order: DataOrder
     places: Callable[[Sequence[int]], list[str]]
     save_now: Callable[[], None]
+    note_standing: Callable[[], None] = staticmethod(_nothing)
     put_adapter_back: Callable[[], None]
     wind_random_back: Callable[[], None]
+    evaluate_now: Callable[[int], None]
     has_begun = False
+    control: TrainerControl
+    may_drop = True  # whether what is under way can be given up and done again: a step's passes, or an evaluation
     began: float
 
     @property
@@ -66,6 +76,14 @@ class MeteredTrainer(SFTTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         keep_steps_whole(optimizer, self.recovery, lambda: self.step_under_way)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            scheduler: Any = super().create_scheduler(*args, **kwargs)
+            warmup_steps = self.args.warmup_steps
+            scheduler.lr_lambdas = [warming_from_first_step(rate, warmup_steps) for rate in scheduler.lr_lambdas]
+            wind(scheduler, 0)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> DataOrder:
         return self.order
@@ -127,7 +145,21 @@ class MeteredTrainer(SFTTrainer):
             " next try."
         )
 
-    # Checkpoints are ours from here on: what the trainer would write and read are pickles.
+    # Evaluation and checkpoints are ours from here on: what the trainer would write and read are pickles.
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.note_standing()
+        self.may_drop = True
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss of a step, behind the loss of that step."""
+        self.note_standing()
+        self.may_drop = True
+        self.evaluate_now(self.state.global_step)
+        self.may_drop = False
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+        return {}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.save_now()

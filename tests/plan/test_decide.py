@@ -51,6 +51,13 @@ def test_steps(train: dict, count: int, steps: int) -> None:
     assert decide(recipe(**train), CARD, CONFIG, packs(count)).steps == steps
 
 
+def test_a_plan_of_one_step_has_no_steps() -> None:
+    choices = {choice.name: choice for choice in decide(recipe(), CARD, SHALLOW, packs(1)).choices}
+    assert choices["steps"].reason == "1 epoch of 1 step over 1 sequence"
+    assert choices["learning rate"].reason == "cosine, after 1 step of warm-up"
+    assert choices["held-out loss"].value == "every step"
+
+
 @pytest.mark.parametrize(("device", "dtype"), [(CARD, "bfloat16"), (OLD_CARD, "float16"), (HOST, "float32")])
 def test_compute_is_what_the_device_has(device: Device, dtype: str) -> None:
     assert decide(recipe(), device, CONFIG, packs(10)).compute_dtype == dtype

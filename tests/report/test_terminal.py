@@ -22,7 +22,7 @@ RUN = """
 import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from rich.console import Console
-from qtune.events import StepDone
+from qtune.events import StepDone, Stopping
 from qtune.report.dashboard import Dashboard, listener_for
 
 events = runpy.run_path(sys.argv[1])["events_of_a_run"]
@@ -35,7 +35,9 @@ with listener as dashboard:
         if isinstance(event, StepDone) and event.step == 176:
             if sys.argv[2] == "fault":
                 raise RuntimeError("the card fell off the bus")
-            if sys.argv[2] == "wait":
+            if sys.argv[2] == "stop":
+                signal.signal(signal.SIGINT, lambda *args: dashboard(Stopping("Ctrl-C", drops=False)))
+            if sys.argv[2] in ("wait", "stop"):
                 time.sleep(30)
 print("after the run")
 """
@@ -186,6 +188,41 @@ def test_ctrl_c_leaves_a_clean_screen(terminal: Callable[..., Terminal]) -> None
     assert text.count("step 176 of 282") == 1
     assert text.endswith("KeyboardInterrupt")
     assert run.cursor_is_shown
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (120, 40), (40, 20)])
+def test_what_ctrl_c_does_is_said_at_once_and_the_picture_stays_whole(
+    terminal: Callable[..., Terminal], columns: int, lines: int
+) -> None:
+    """The terminal's own ^C stood in the picture, pushed it up a line, and was all that was said."""
+    run = terminal(columns, lines, "stop")
+    run.read_until(whole_picture(run))
+    os.write(run.master, b"\x03\n\n")  # no job control here, so it is echoed and sends no signal
+    os.kill(run.process.pid, signal.SIGINT)
+    run.read_until(lambda: "finishing this step, then saving" in text_of(run.screens()[1]))
+    assert text_of(run.screens()[1]).startswith("medical\n")
+    assert b"^C" not in run.output
+    run.process.kill()
+
+
+def test_what_is_typed_is_shown_again_when_the_run_is_over(terminal: Callable[..., Terminal]) -> None:
+    run = terminal(80, 24, "through")
+    run.read_until(lambda: b"\x1b[?1049h" in run.output)
+    run.read_until(lambda: b"after the run" in run.output)
+    assert termios.tcgetattr(run.master)[3] & termios.ECHO
+
+
+def test_a_clock_ticks_while_nothing_happens(terminal: Callable[..., Terminal]) -> None:
+    """Steps of a minute looked as if they hung."""
+    run = terminal(80, 24, "wait")
+
+    def clocks() -> tuple[str, ...]:
+        found = re.findall(r"(?:elapsed|this step) (0:\d\d:\d\d)", text_of(run.screens()[1]))
+        return tuple(found) if len(found) == 2 else ()
+
+    run.read_until(lambda: bool(clocks()))
+    first = clocks()
+    run.read_until(lambda: all(now > then for then, now in zip(first, clocks() or first, strict=True)))
 
 
 def test_no_color_draws_without_colour_and_loses_nothing(terminal: Callable[..., Terminal]) -> None:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from qtune.events import Evaluated, Finished, MemoryMeasured, Notice, Saved, Scored, Started
+from qtune.events import Evaluated, Finished, MemoryMeasured, Notice, Saved, Scored, Started, Stopping
 from qtune.report.words import best_held_out, format_duration, format_loss, one_line, sentence, visible
 
 
@@ -46,15 +46,23 @@ def test_one_line_is_one_line() -> None:
         (Scored("tuned", 1.3, "none", None, 0, 2.0), "tuned: held-out 1.300 (2.0 s)"),
         (Notice("[bold]loading\x1b"), "[bold]loading␛"),
         (Finished(282, 1_104.0), "282 steps done in 18 min 24 s"),
+        (Finished(7, 61.0), "stopped at step 7 of 282 after 1 min 01 s"),
+        (Stopping("Ctrl-C", drops=False), "finishing this step, then saving; Ctrl-C again drops it"),
+        (Stopping("Ctrl-C", drops=True), "dropping this step, then saving the one before"),
+        (Started(1, 1, 0), "training on 1 sequence, none held out"),
         (MemoryMeasured(1, (), 0, 0, 0), None),
     ],
 )
 def test_events_in_plain_words(event: object, said: str | None) -> None:
-    assert sentence(event, (Evaluated(28, 1.42, True, 4.0),)) == said  # type: ignore[arg-type]
+    assert sentence(event, (Evaluated(28, 1.42, True, 4.0),), 282) == said  # type: ignore[arg-type]
+
+
+def test_a_run_of_one_step_has_no_steps() -> None:
+    assert sentence(Finished(1, 2.0), (), 1) == "1 step done in 2.0 s"
 
 
 def test_a_first_held_out_loss_has_nothing_to_be_better_than() -> None:
-    assert sentence(Evaluated(28, 1.42, True, 4.0), ()) == "held-out 1.420"
+    assert sentence(Evaluated(28, 1.42, True, 4.0), (), 282) == "held-out 1.420"
 
 
 def test_best_held_out_is_the_earliest_of_the_lowest_that_are_numbers() -> None:

@@ -11,7 +11,7 @@ import torch
 from qtune.data.packing import PackedRow
 from qtune.errors import TrainingDiverged
 from qtune.evaluate.loss import held_out_loss
-from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Rehearsed, Started, StepDone
+from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Rehearsed, Started, StepDone, Stopping
 from qtune.memory.device import find_device
 from qtune.memory.ledger import Ledger
 from qtune.memory.techniques import Engine
@@ -21,6 +21,7 @@ from qtune.plan.decide import decide
 from qtune.plan.work import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train import fit as fitting
+from qtune.train.trainer import Meter
 
 LEARNABLE = "the quick brown fox jumps over the lazy dog"
 
@@ -188,18 +189,55 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tiny_base, tmp_path) -> 
     assert all(torch.isfinite(p).all() for p in adapter.trained_parameters(held["model"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_finish_and_ends_training(tiny_base, tmp_path, number) -> None:
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(("every", "steps"), [(1, 2), (100, 3)])
+def test_a_signal_lets_what_is_under_way_finish_and_ends_training(
+    tiny_base, tmp_path, number, by, every, steps
+) -> None:
+    """After the loss of step 2 that is the held-out loss of step 2, where it is measured, and else step 3."""
+
     def send(event: Event) -> None:
         if isinstance(event, StepDone) and event.step == 2:
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    _, events = run(recipe_for(tiny_base), tmp_path, listen=send)
-    assert len(losses(events)) == 3
+    _, events = run(recipe_for(tiny_base, eval_every=every), tmp_path, listen=send)
+    assert len(losses(events)) == steps
     assert isinstance(events[-1], Finished)
-    assert events[-1].steps == 3
+    assert events[-1].steps == steps
+    assert [event for event in events if isinstance(event, Stopping)] == [Stopping(by, drops=False)]
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_the_loss_of_a_step_comes_before_the_held_out_loss_after_it(tiny_base, tmp_path, log_every: int) -> None:
+    """The log had the held-out loss of step 1 above the loss of step 1."""
+    _, events = run(recipe_for(tiny_base, max_steps=4, eval_every=1, log_every=log_every), tmp_path)
+    told = [(type(event), event.step) for event in events if isinstance(event, StepDone | Evaluated)]
+    logged = [step for step in range(1, 5) if step % log_every == 0]
+    assert told == [
+        (kind, step) for step in range(1, 5) for kind in (StepDone, Evaluated) if kind is Evaluated or step in logged
+    ]
+
+
+def test_a_second_signal_drops_the_step_at_once(tiny_base, tmp_path) -> None:
+    """In the middle of a step of many batches: it went on to the end of the step or ended with a traceback's words."""
+    passes = []
+
+    def count(*args: object) -> None:
+        passes.append(args)
+        if len(passes) == 2 * 2 + 1:  # the first of step 3, of two each
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Meter, "count", count)
+        _, events = run(recipe_for(tiny_base, micro_batch=1, gradient_accumulation=2), tmp_path)
+    assert len(passes) == 5
+    assert len(losses(events)) == 2
+    assert events[-1].steps == 2
+    stops = [event for event in events if isinstance(event, Stopping)]
+    assert stops == [Stopping("Ctrl-C", drops=False), Stopping("Ctrl-C", drops=True)]
 
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_8bit", "adamw"])

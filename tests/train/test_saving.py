@@ -163,6 +163,55 @@ def test_a_signal_saves_and_a_second_one_does_not_wait(alone, tmp_path, numbers,
     assert_same(run, alone)
 
 
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_a_step_that_is_dropped_leaves_the_one_before_it(alone, tmp_path, step: int) -> None:
+    """A second Ctrl-C kept no checkpoint of the last whole step, so all since the one before were done again.
+
+    Step 4 follows one that was saved, 5 begins an epoch, 6 is inside a log window.
+    """
+    run = copy(alone, tmp_path / "run", up_to=2)
+    compute, passes = MeteredTrainer.compute_loss, []
+
+    def compute_and_send(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            passes.append(step)
+            send(*[signal.SIGINT] * (2 if len(passes) == 2 else 0))()
+        return compute(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeteredTrainer, "compute_loss", compute_and_send)
+        assert qtune("resume", run, "--set", "save.every=100", "--allow-change", "save.every") == 130
+    assert len(passes) == 2
+    assert checkpoints(run)[-1] == step - 1
+    assert told(run, Finished)[-1].steps == step - 1
+    assert (run / ADAPTER).read_bytes() == (alone / "checkpoints" / f"step-{step - 1:08}" / ADAPTER).read_bytes()
+    assert qtune("resume", run) == 0
+    assert_same(run, alone)
+
+
+def test_a_held_out_loss_that_is_dropped_leaves_its_step(alone, tmp_path) -> None:
+    run = copy(alone, tmp_path / "run", up_to=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtune.run.held_out_loss", lambda *args: send(signal.SIGINT, signal.SIGINT)())
+        assert qtune("resume", run, "--set", "save.every=100", "--allow-change", "save.every") == 130
+    assert checkpoints(run)[-1] == 3
+    assert qtune("resume", run) == 0
+    assert (run / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
+    assert [done.loss for done in told(run, StepDone)] == [done.loss for done in told(alone, StepDone)]
+
+
+@pytest.mark.parametrize(("step", "is_told"), [(1, True), (2, False)])
+def test_a_checkpoint_whose_warm_up_began_at_nought_is_taken_and_says_so(
+    alone, tmp_path, step: int, is_told: bool
+) -> None:
+    run = copy(alone, tmp_path / "run", up_to=step)
+    path = run / "checkpoints" / f"step-{step:08}"
+    (path / "state.json").write_text(json.dumps({**json.loads((path / "state.json").read_text()), "format": 2}))
+    sealed.seal(path)
+    assert qtune("resume", run, "--set", "train.warmup_fraction=0.2", "--allow-change", "train.warmup_fraction") == 0
+    assert ("began at nought" in told(run, Resumed)[-1].text) == is_told
+
+
 def poisoned(what: str, step: int):
     """The loss, or its gradient alone, is no number in `step`."""
     compute = MeteredTrainer.compute_loss

@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM: the first lets the step finish, a second drops it, a third ends everything."""
+
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from qtune.events import Listener, Stopping
+from qtune.train.trainer import MeteredTrainer
+
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class StepDropped(BaseException):
+    """The step under way was given up; the weights are those of the last whole one."""
+
+
+class StopOnSignal(TrainerCallback):
+    """`caught` is the last signal there was. What a signal does is said at once, by a thread of its own: the handler
+    may have broken into the very writing of a line."""
+
+    def __init__(self, trainer: MeteredTrainer, listen: Listener):
+        self._trainer, self._listen = trainer, listen
+        self._to_say: queue.SimpleQueue[Stopping | None] = queue.SimpleQueue()
+        self._signals = 0
+        self.caught: signal.Signals | None = None
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.may_drop = False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.caught is not None
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.caught is not None
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._signals += 1
+        self.caught = signal.Signals(number)
+        is_first, drops = self._signals == 1, self._signals == 2 and self._trainer.may_drop
+        if is_first or drops:
+            self._to_say.put(Stopping(NAMES[self.caught], drops))
+        if drops:
+            raise StepDropped
+        if self._signals > 2:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def _say(self) -> None:
+        while (event := self._to_say.get()) is not None:
+            self._listen(event)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        speaker = threading.Thread(target=self._say, name="stopping", daemon=True)
+        speaker.start()
+        before = {number: signal.signal(number, self._note) for number in NAMES}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._to_say.put(None)
+            speaker.join()
