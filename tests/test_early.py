@@ -24,7 +24,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """A folder with a finished run whose base was moved to `moved`; beside it another base, a recipe and odd things."""
     place = tmp_path_factory.mktemp("early")
     shutil.copytree(tiny_base, place / "base")
-    make_run(place / "run", place / "base")
+    run = make_run(place / "run", place / "base")
+    write_json(run.lock, {**run.read_lock(), "name": "clinic"})
     (place / "base").rename(place / "moved")
     shutil.copytree(tiny_base, place / "other")
     weights = bytearray((place / "other" / "model.safetensors").read_bytes())
@@ -64,7 +65,7 @@ def test_it_is_refused_before_torch(name: str, place: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=place)
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(words)
+    assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
 
@@ -125,7 +126,7 @@ def test_the_disk_is_looked_at_before_the_base_is_loaded(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     row = json.dumps({"question": "Which class of drug is captopril?", "answer": "ACE inhibitor"}) + "\n"
     (tmp_path / "rows.jsonl").write_text(row * 10)
-    (tmp_path / "my.toml").write_text(RECIPE)
+    (tmp_path / "my.toml").write_text(f"{RECIPE}held_out_fraction = 0.2\n")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(base, "load_base", lambda *_: pytest.fail("the base was loaded first"))
     assert cli.main(["run", "my.toml", "--output", "out"]) == 2
