@@ -11,7 +11,7 @@ from pathlib import Path
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
 from qtune.model import identity
 from qtune.recipe import base_kind
-from qtune.rundir import RUNS, RunDir, is_run, refuse_used
+from qtune.rundir import RUNS, RunDir, is_run, refuse_unmakeable, refuse_used
 
 GGUF_SUFFIX = ".gguf"
 
@@ -40,7 +40,7 @@ def refuse_unusable(run: RunDir) -> None:
 
 
 def _output(options: argparse.Namespace) -> None:
-    refuse_used(options.output or RUNS / options.verb)
+    refuse_unmakeable(RUNS / "new") if options.output is None else refuse_used(options.output)
 
 
 def _given_output(options: argparse.Namespace) -> None:
@@ -109,6 +109,11 @@ def _picture(options: argparse.Namespace) -> None:
         histogram.picture_path(options.plot)
 
 
+def _moved_base(options: argparse.Namespace) -> None:
+    if options.base is not None and options.run is None:
+        raise UserError("--base: has no effect without --run. Give both.")
+
+
 CHECKS: dict[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
     "run": (_output,),
     "merge": (_given_output,),
@@ -116,4 +121,5 @@ CHECKS: dict[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
     "chat": (_chat,),
     "eval": (_own_rows, _benchmarks, _merged),
     "data": (_picture,),
+    "doctor": (_moved_base,),
 }

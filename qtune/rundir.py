@@ -326,6 +326,11 @@ def refuse_used(path: Path) -> None:
     """Raises RunFolderError for a new folder where something is already, or where none can be made."""
     if is_used(path):
         raise RunFolderError(f"{path}: exists already and is not empty. Name another --output, or remove it.")
+    refuse_unmakeable(path)
+
+
+def refuse_unmakeable(path: Path) -> None:
+    """Raises RunFolderError where no folder can be made."""
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "nothing may be written there" if above.is_dir() else "that is a file"

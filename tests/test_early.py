@@ -1,6 +1,7 @@
 """What the command line and a run's JSON tell is refused before anything heavy is imported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from qtune import cli
 from qtune.deploy.merge import merge
 from qtune.deploy.opened import model_of
 from qtune.deploy.servers import servers
-from qtune.errors import ModelError
+from qtune.errors import ModelError, RunFolderError
 from qtune.rundir import RunDir, refuse_used, write_json
 
 RECIPE = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
@@ -49,6 +50,7 @@ REFUSED = {
     "eval of no model": (["eval", "run", "--merged", "used"], "--merged used: used holds no model"),
     "eval of a gguf": (["eval", "run", "--merged", "x.gguf"], "x.gguf: needs llama-cpp-python, which is not installed"),
     "a picture of nowhere": (["data", "check", "my.toml", "--plot", "no/x.png"], "--plot: there is no folder no."),
+    "a base of no run": (["doctor", "--base", "moved"], "--base: has no effect without --run."),
     "a moved base": (["chat", "run"], "run: its base is not in "),
     "a base that is none": (["merge", "run", "--output", "new", "--base", "used"], "--base: "),
     "a base that is another": (["export", "run", "--base", "other"], "other: is not the base of run"),
@@ -108,6 +110,13 @@ def test_a_folder_that_is_empty_or_new_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new", "a/b/c"):
         refuse_used(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(RunFolderError, match="nothing may be written there"):
+        refuse_used(tmp_path / "locked" / "run")
 
 
 def test_targets_are_looked_for_before_the_rows_are_read(tmp_path: Path, monkeypatch, capsys) -> None:
