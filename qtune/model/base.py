@@ -30,9 +30,6 @@ from qtune.model import files, weights
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
 
-SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
-SAYS_ALL_SIZES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "phimoe", "granite", "olmo2")
-
 
 def quiet_libraries() -> None:
     """Send what the libraries print by themselves to the log; every verb that loads a model calls this first."""
@@ -89,17 +86,6 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
     causal = None if trust_remote_code else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if fault := base_kind.fault_of_config(described, causal):
         raise ModelError(f"model.base: {folder} {fault}")
-    absent = [name for name in SIZES if name not in described]
-    if absent and described.get("model_type") in SAYS_ALL_SIZES:
-        raise ModelError(
-            f"model.base: {folder / 'config.json'} lacks {' and '.join(absent)}, and a default would describe another"
-            " model. Take the config.json that came with the weights."
-        )
-    if described.get("attn_logit_softcapping") or described.get("model_type") == "gpt_oss":
-        raise ModelError(
-            f"model.base: {folder} caps its attention or gives it sinks, which packed attention cannot do. Bases such"
-            " as Llama, Qwen and Mistral work."
-        )
 
 
 def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:

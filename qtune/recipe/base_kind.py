@@ -29,6 +29,8 @@ OTHER_FORMS = {  # weights that neither transformers nor qtune reads, by the fil
     "params.json": "weights as Meta and Mistral publish them beside those for transformers",
     "consolidated*": "weights as Meta and Mistral publish them beside those for transformers",
 }
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+SAYS_ALL_SIZES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "phi3", "phimoe", "granite", "olmo2")
 HUB_PAGE = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 LFS_POINTER = b"version https://git-lfs"
 LEAST_WEIGHTS = 1024  # bytes; a Git LFS pointer has about 130, and a header of safetensors alone is longer
@@ -166,6 +168,17 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
         return f"is quantised already ({found.get('quant_method', 'unknown')}). {UNQUANTISED}"
     if isinstance(found := described.get("quantization"), dict) and "bits" in found:
         return f"is quantised already (for MLX). {UNQUANTISED}"
+    if described.get("attn_logit_softcapping") or described.get("model_type") == "gpt_oss":
+        return (
+            "caps its attention or gives it sinks, which packed attention cannot do. Bases such as Llama, Qwen and"
+            " Mistral work."
+        )
+    absent = [name for name in SIZES if name not in described]
+    if absent and described.get("model_type") in SAYS_ALL_SIZES:
+        return (
+            f"has a {CONFIG} that lacks {' and '.join(absent)}, and a default would describe another model. Take the"
+            " one that came with the weights."
+        )
     return None
 
 

@@ -14,7 +14,8 @@ from qtune.recipe import gguf_header
 from qtune.recipe.base_kind import causal_classes, fault_of
 from qtune.recipe.load import load
 
-CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 262, "intermediate_size": 172}
+CAUSAL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES}
 LLAVA = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": {}}
 SOURCE = "general.source.url"
 
@@ -103,6 +104,14 @@ KINDS = {
     "quantised": (
         folder_with(config__json={**CAUSAL, "quantization_config": {"quant_method": "awq"}}),
         "is quantised already (awq). Name the original model",
+    ),
+    "caps": (
+        folder_with(config__json={**CAUSAL, "attn_logit_softcapping": 50.0}),
+        "caps its attention or gives it sinks",
+    ),
+    "without a size": (
+        folder_with(config__json={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1}),
+        "lacks hidden_size and num_hidden_layers and intermediate_size, and a default would describe another model.",
     ),
     "no json": (folder_with(config__json=b"{"), "config.json cannot be used ("),
     "no object": (folder_with(config__json=[1]), "config.json cannot be used (it holds no JSON object)"),
