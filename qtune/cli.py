@@ -720,7 +720,6 @@ def hold_chat(options: argparse.Namespace) -> int:
 
 
 def evaluate_run(options: argparse.Namespace) -> int:
-    _refuse_idle_of_eval(options)
     run = _open_to_use(options.run, options.base, *(options.tasks or ()))
     console = _console(options)
     from qtune import evaluation
@@ -739,23 +738,6 @@ def evaluate_run(options: argparse.Namespace) -> int:
         table = evaluated.rows_table(found)
     _print_json(found) if options.json else console.print(table)
     return 0
-
-
-def _refuse_idle_of_eval(options: argparse.Namespace) -> None:
-    """Raises UserError for an option that has no effect, or cannot be, beside or without --tasks."""
-    idle = ("rows", "samples", "metric", "data") if options.tasks else ("task_folder", "limit")
-    for name in idle:
-        if getattr(options, name) is not None:
-            beside = "beside" if options.tasks else "without"
-            raise UserError(f"--{name.replace('_', '-')}: has no effect {beside} --tasks. Leave it out.")
-    gguf = [path for path in options.merged if options.tasks and path.suffix == ".gguf"]
-    if gguf:
-        raise UserError(
-            f"--merged {gguf[0]}: lm-eval is run on models that transformers loads, not on GGUF files. Leave it out, or"
-            " leave out --tasks to score it on the held-out rows."
-        )
-    if options.tasks == []:
-        raise UserError("--tasks: names no task. Give one, such as arc_easy.")
 
 
 def merge_run(options: argparse.Namespace) -> int:

@@ -92,6 +92,23 @@ def _chat(options: argparse.Namespace) -> None:
         _refuse_without_llama_cpp(model)
 
 
+def _idle_of_eval(options: argparse.Namespace) -> None:
+    """Raises UserError for an option that has no effect, or cannot be, beside or without --tasks."""
+    idle = ("rows", "samples", "metric", "data") if options.tasks else ("task_folder", "limit")
+    for name in idle:
+        if getattr(options, name) is not None:
+            beside = "beside" if options.tasks else "without"
+            raise UserError(f"--{name.replace('_', '-')}: has no effect {beside} --tasks. Leave it out.")
+    gguf = [path for path in options.merged if options.tasks and path.suffix == GGUF_SUFFIX]
+    if gguf:
+        raise UserError(
+            f"--merged {gguf[0]}: lm-eval is run on models that transformers loads, not on GGUF files. Leave it out, or"
+            " leave out --tasks to score it on the held-out rows."
+        )
+    if options.tasks == []:
+        raise UserError("--tasks: names no task. Give one, such as arc_easy.")
+
+
 def _own_rows(options: argparse.Namespace) -> None:
     if options.data is not None and not options.data.is_file():
         raise UserError(f"--data {options.data}: there is no such file.")
@@ -119,7 +136,7 @@ CHECKS: dict[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
     "merge": (_given_output,),
     "export": (_given_output,),
     "chat": (_chat,),
-    "eval": (_own_rows, _benchmarks, _merged),
+    "eval": (_idle_of_eval, _own_rows, _benchmarks, _merged),
     "data": (_picture,),
     "doctor": (_moved_base,),
 }

@@ -31,7 +31,7 @@ def test_the_scores_are_those_of_the_run_on_as_many_rows_as_wanted(finished: Pat
     assert len(again["samples"]) == 1
     assert read_json(run / "eval-rows.json") == again
     assert qtune("eval", run) == 0
-    assert "token_f1 on 5 rows" in capsys.readouterr().out
+    assert "shared words on 5 rows" in capsys.readouterr().out
 
 
 def test_merged_models_are_asked_the_same_beside_the_run_they_came_from(finished: Path, tmp_path: Path, capsys) -> None:
@@ -78,7 +78,7 @@ def test_rows_that_changed_since_are_refused(finished: Path, tmp_path: Path, cap
 
 
 def test_rows_of_ones_own_are_scored_and_those_trained_on_are_named(finished: Path, tmp_path: Path, capsys) -> None:
-    """The file has other columns than the recipe's rows, a row that was trained on, and one with no answer."""
+    """The file has other columns than the recipe's rows, and all of those beside new ones."""
     run, mine = copy(finished, tmp_path / "run"), tmp_path / "mine.jsonl"
     known = [json.loads(line) for line in (finished.parent / "rows.jsonl").read_text().splitlines()]
     rows = [{"prompt": f"what is {'y' * i}?", "completion": f"it is {i}"} for i in range(1, 5)]
