@@ -20,7 +20,7 @@ print("torch._inductor.compile_fx" in sys.modules)
 
 
 def test_a_run_is_imported_without_torchs_compiler() -> None:
-    """bitsandbytes decorates kernels with torch.compile, which once loaded all of it: a second of every verb's start."""
+    """bitsandbytes decorates kernels with torch.compile, which loaded all of it: a second of every verb's start."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
