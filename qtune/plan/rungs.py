@@ -52,8 +52,8 @@ def _without(step: Step, techniques: Techniques) -> tuple[Techniques, Techniques
     low = replace(techniques, **{step.field: getattr(Techniques(), step.field)})
     if step.field != "recomputed_layers":
         return low, techniques
-    alone = {"host_checkpoints": False, "streamed_layers": 0}
-    return replace(low, **alone), replace(techniques, **alone)
+    with_it = replace(techniques, host_checkpoints=False, streamed_layers=0)
+    return replace(with_it, recomputed_layers=low.recomputed_layers), with_it
 
 
 def _difference(
