@@ -1,7 +1,7 @@
 """The ladder of memory techniques, cheapest first, and how far up it a run has to climb to fit.
 
 The one that changes the loss is the last, whatever it costs: a plan takes it only where the host has no room for the
-head.
+head beside what else has to be there.
 
 Every rung that the recipe leaves open is climbed only if what is below it does not fit; once it fits, rungs that turn
 out not to be needed are taken back, and those with a number are turned down as far as it goes. Where the host has no
