@@ -32,7 +32,7 @@ def merge_and_verify(
         verdict = report.verdict or verify(run, output, rows)
     console.print(tables.merge_table(report.as_json(), verdict.as_json()))
     if not verdict.passed:
-        raise VerificationFailed(f"{output}: {verdict.sentence()}")
+        raise VerificationFailed(f"{output}: {'; '.join(verdict.faults)}.")
     return verdict
 
 

@@ -34,7 +34,7 @@ def asked(
         if draft.vocabulary is None:
             return _asked_on_base(run, draft, path, output, rows, progress)
         _tell_of_asking(progress, draft)
-        return gguf_verdict.judge(Live.open(run), path, rows, draft.references, draft.quant, draft.onto), ()
+        return gguf_verdict.judge(Live.open(run), path, rows, draft), ()
     except MachineError as fault:
         return None, (_not_verified(fault),)
 
@@ -66,4 +66,4 @@ def _asked_on_base(
         except OSError as fault:
             return None, (_not_verified(f"its base could not be written ({fault.strerror or fault})."),)
         _tell_of_asking(progress, base)
-        return gguf_verdict.judge(Live.open(run), base_path, rows, (), base.quant, draft.onto, path), ()
+        return gguf_verdict.judge(Live.open(run), base_path, rows, draft, path), ()

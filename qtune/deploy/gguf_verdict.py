@@ -10,24 +10,23 @@ from pathlib import Path
 
 import torch
 
-from qtune.deploy.fold import Onto
-from qtune.deploy.gguf_model import GgufModel
-from qtune.deploy.gguf_storage import Quant
-from qtune.deploy.gguf_tokens import Reference, differing
-from qtune.deploy.verify import (
-    ANSWER_TOKENS,
-    EXACT_KL_BFLOAT16,
-    GREEDY_PROMPTS,
+from qtune.deploy import gguf_weights, greedy
+from qtune.deploy.closeness import (
     MAX_ROW_TOKENS,
-    ORIGINAL_LOSS_RISE,
     Closeness,
-    Greedy,
-    Live,
+    Row,
     RowCloseness,
-    continued,
-    prompt_of,
+    is_at_most,
+    is_loss_rise_at_most,
     usable_rows,
 )
+from qtune.deploy.gguf_draft import Draft
+from qtune.deploy.gguf_model import GgufModel
+from qtune.deploy.gguf_storage import Quant
+from qtune.deploy.gguf_tokens import differing
+from qtune.deploy.greedy import ANSWER_TOKENS, Greedy
+from qtune.deploy.verify import ORIGINAL_LOSS_RISE, Live, measure
+from qtune.deploy.weights_proof import WeightsProof
 from qtune.units import format_percent
 
 # Another token than the live model's counts as the same where the live model finds it as likely but for this much:
@@ -39,25 +38,26 @@ AGREEMENT_BOUND_FRACTION: dict[Quant, float] = {"f32": 0.99, "f16": 0.99, "bf16"
 # An adapter that changes few next tokens would pass without being there, so it is held to what it changes: of the KL
 # that the base alone has, 0.007 was left at 0.9 of an adapter's scale, 0.1 at 1.4 and 0.2 at a half.
 UNEXPLAINED_FRACTION = 0.05
-BASE_ROWS = 8
+SHOWN_ROWS = 16  # where nothing is bounded
 
 
 @dataclass(frozen=True)
 class GgufVerdict:
     """The file in llama.cpp beside the live model, over every position of `rows` token rows.
 
-    KL is of the file from live, in nats per position; agreement is how often both find the same next token most likely,
+    `weights` are those in the file. KL is of the file from live, in nats per position; agreement is how often both find the same next token most likely,
     near ties how often the file's choice is another that live finds as likely; losses are nats per token. `base_kl` is
-    the mean KL of the base without its adapter file, None where there is none. `ends` counts positions where live ends
+    that of the base, which is what tuning changed. `ends` counts positions where live ends
     its answer, `ends_found` those of them where llama.cpp stops too. `differing_texts` became other tokens, and
     llama.cpp is `deaf_to` some stop tokens. A bound that does not apply is None.
     """
 
+    weights: WeightsProof
     rows: int
     positions: int
     mean_kl: float
     max_kl: float
-    base_kl: float | None
+    base_kl: float
     agreement_fraction: float
     near_tie_fraction: float
     agreement_bound_fraction: float | None
@@ -75,7 +75,7 @@ class GgufVerdict:
     def faults(self) -> tuple[str, ...]:
         """What does not hold, a clause each."""
         agreement, rise = self.agreement_bound_fraction, self.loss_rise_bound
-        found = []
+        found = list(self.weights.faults)
         if self.differing_texts:
             found.append(f"{self.differing_texts[0]!r} becomes other tokens than in training")
         if self.deaf_to:
@@ -83,57 +83,53 @@ class GgufVerdict:
         same = self.agreement_fraction + self.near_tie_fraction
         if agreement is not None and same < agreement:
             found.append(f"same next token {format_percent(same)} (at least {format_percent(agreement)})")
-        if self.base_kl is not None and self.mean_kl > max(EXACT_KL_BFLOAT16, UNEXPLAINED_FRACTION * self.base_kl):
-            found.append(f"mean KL {self.mean_kl:.1e} nats with the adapter, {self.base_kl:.1e} without it")
         if rise is not None and self.file_loss - self.live_loss > rise:
             found.append(f"held-out loss {self.file_loss:.4f} after {self.live_loss:.4f} (at most {rise} more)")
         return tuple(found)
 
 
-def judge(
-    live: Live,
-    path: Path,
-    rows: Sequence[Sequence[int]],
-    references: Sequence[Reference],
-    quant: Quant,
-    onto: Onto,
-    lora: Path | None = None,
-) -> GgufVerdict:
-    """Load `path`, with the adapter file `lora` if there is one, and hold it against `live`.
+def judge(live: Live, path: Path, rows: Sequence[Sequence[int]], draft: Draft, lora: Path | None = None) -> GgufVerdict:
+    """Load `path` and hold it against `live`: a whole model made from `draft`, or the base that `lora`, made from it, is
+    put on.
 
-    At most 64 rows of 512 tokens are used. Raises ModelError for a file that llama.cpp does not
-    load or survive, MachineError where it does not run on this processor.
+    As many of 64 rows of 512 tokens are used as it takes to be sure. Raises ModelError for a file that llama.cpp does
+    not load or survive, MachineError where it does not run on this processor.
     """
-    usable = usable_rows(rows, path)
-    is_another_base = onto == "original" and live.quantized
+    usable, bounds = usable_rows(rows, path), _Bounds.of(live, draft)
     with torch.inference_mode(), GgufModel.loaded(path, MAX_ROW_TOKENS, lora) as model:
-        measured = [_measure(live, model, row) for row in usable]
-        closeness = Closeness.over([row.closeness for row in measured])
+        weights = gguf_weights.prove(live.trained(draft.onto), draft, lora or path)
+
+        def compared(expected: torch.Tensor, found: torch.Tensor, row: Row, base_kl_sum: float) -> _Row:
+            return _Row.seen(live, model, expected, found, row, base_kl_sum)
+
+        measured = measure(
+            live,
+            lambda batch: [model.logits(row).to(live.device) for row in batch],
+            usable,
+            compared,
+            bounds.are_decided,
+        )
+        closeness = Closeness.over(measured)
         return GgufVerdict(
+            weights=weights,
             rows=closeness.rows,
             positions=closeness.positions,
             mean_kl=closeness.mean_kl,
             max_kl=closeness.max_kl,
-            base_kl=None if lora is None else _base_kl(live, path, usable[:BASE_ROWS]),
+            base_kl=closeness.base_kl,
             agreement_fraction=closeness.agreement_fraction,
             near_tie_fraction=sum(row.near_ties for row in measured) / closeness.positions,
-            agreement_bound_fraction=None if is_another_base else AGREEMENT_BOUND_FRACTION.get(quant),
+            agreement_bound_fraction=bounds.agreement_fraction,
             live_loss=closeness.live_loss,
             file_loss=closeness.other_loss,
-            loss_rise_bound=ORIGINAL_LOSS_RISE if is_another_base else None,
-            texts=len(references),
-            differing_texts=tuple(differing(references, model.tokenize)),
+            loss_rise_bound=bounds.loss_rise,
+            texts=len(draft.references),
+            differing_texts=tuple(differing(draft.references, model.tokenize)),
             ends=sum(row.ends for row in measured),
             ends_found=sum(row.ends_found for row in measured),
             deaf_to=tuple(_spelled(model, token) for token in live.stop_token_ids if not model.ends(token)),
-            greedy=tuple(_continue_both(live, model, row) for row in usable[:GREEDY_PROMPTS]),
+            greedy=_continue_both(live, model, usable),
         )
-
-
-def _base_kl(live: Live, path: Path, rows: Sequence[list[int]]) -> float:
-    """Mean KL of the file at `path` without its adapter."""
-    with GgufModel.loaded(path, MAX_ROW_TOKENS) as model:
-        return Closeness.over([_measure(live, model, row).closeness for row in rows]).mean_kl
 
 
 def _spelled(model: GgufModel, token: int) -> str:
@@ -141,30 +137,56 @@ def _spelled(model: GgufModel, token: int) -> str:
 
 
 @dataclass(frozen=True)
-class _RowFigures:
-    closeness: RowCloseness
+class _Row(RowCloseness):
     near_ties: int
     ends: int
     ends_found: int
 
+    @classmethod
+    def seen(
+        cls, live: Live, model: GgufModel, expected: torch.Tensor, found: torch.Tensor, row: Row, base_kl_sum: float
+    ) -> "_Row":
+        """From both logits (T, V) of `row`."""
+        best, guess = expected.argmax(-1), found.argmax(-1)
+        ends = torch.isin(best, torch.tensor(live.stop_token_ids, device=best.device))
+        likely = expected.softmax(-1)
+        behind = (likely.gather(-1, best[:, None]) - likely.gather(-1, guess[:, None])).squeeze(-1)
+        return cls(
+            **vars(RowCloseness.of(expected, found, row, base_kl_sum)),
+            near_ties=int(((best != guess) & (behind <= NEAR_TIE_PROBABILITY)).sum()),
+            ends=int(ends.sum()),
+            ends_found=sum(model.ends(token) for token in guess[ends].tolist()),
+        )
 
-def _measure(live: Live, model: GgufModel, row: list[int]) -> _RowFigures:
-    expected = live.model(input_ids=torch.tensor([row], device=live.device), use_cache=False).logits[0].float().cpu()
-    found = model.logits(row)
-    best, guess = expected.argmax(-1), found.argmax(-1)
-    ends = torch.isin(best, torch.tensor(live.stop_token_ids))
-    likely = expected.softmax(-1)
-    behind = (likely.gather(-1, best[:, None]) - likely.gather(-1, guess[:, None])).squeeze(-1)
-    return _RowFigures(
-        RowCloseness.of(expected, found, row),
-        int(((best != guess) & (behind <= NEAR_TIE_PROBABILITY)).sum()),
-        int(ends.sum()),
-        sum(model.ends(token) for token in guess[ends].tolist()),
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What must hold; None where it need not."""
+
+    agreement_fraction: float | None
+    loss_rise: float | None
+
+    @classmethod
+    def of(cls, live: Live, draft: Draft) -> "_Bounds":
+        if live.is_another_base(draft.onto):
+            return cls(None, ORIGINAL_LOSS_RISE)
+        return cls(AGREEMENT_BOUND_FRACTION.get(draft.quant), None)
+
+    def are_decided(self, measured: Sequence[_Row]) -> bool:
+        """Whether rows enough were measured to say on which side of each bound the file is."""
+        answers: list[bool | None] = [len(measured) >= SHOWN_ROWS or None]
+        if self.loss_rise is not None:
+            answers = [is_loss_rise_at_most(self.loss_rise, measured)]
+        if self.agreement_fraction is not None:
+            missed = [row.positions - row.agreeing - row.near_ties for row in measured]
+            answers = [is_at_most(1 - self.agreement_fraction, missed, [row.positions for row in measured])]
+        return None not in answers
+
+
+def _continue_both(live: Live, model: GgufModel, rows: Sequence[Row]) -> tuple[Greedy, ...]:
+    prompts = greedy.prompts_of(rows)
+    answers = (
+        (ids, live_ids, model.continued(ids, ANSWER_TOKENS))
+        for ids, live_ids in zip(prompts, live.continued(prompts), strict=True)
     )
-
-
-def _continue_both(live: Live, model: GgufModel, row: list[int]) -> Greedy:
-    prompt = prompt_of(row)
-    from_live, from_file = continued(live.model, prompt, live), model.continued(prompt, ANSWER_TOKENS)
-    asked, live_text, file_text = (model.text(ids) for ids in (prompt, from_live, from_file))
-    return Greedy(asked, live_text, file_text, from_live == from_file)
+    return tuple(Greedy(*map(model.text, each), each[1] == each[2]) for each in answers)

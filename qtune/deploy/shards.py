@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,12 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+    @property
     def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return self.numbers * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,14 @@ class Checkpoint:
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor by name."""
         return {spec.name: spec for shard in self.shards for spec in shard.tensors}
+
+    def called(self, name: str) -> torch.Tensor:
+        """The tensor `name`, whichever file it is in."""
+        return self.tensor(self.shard_by_name[name], name)
+
+    @cached_property
+    def shard_by_name(self) -> dict[str, Shard]:
+        return {spec.name: shard for shard in self.shards for spec in shard.tensors}
 
     def tensor(self, shard: Shard, name: str) -> torch.Tensor:
         """One tensor, mapped from the file; its pages are given back with it."""

@@ -1,0 +1,90 @@
+"""Every number of a GGUF file, read from the file and held against what the live model computes with.
+
+A row of the file is what storing the live model's row gives, to the last step of the type it is stored in. Names and
+the order of rows are taken as they were written: another order or another place is what llama.cpp's answers show.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, Keys, ReaderTensor
+from numpy.typing import NDArray
+
+from qtune.deploy.gguf_draft import Draft
+from qtune.deploy.gguf_layout import ROPE_FACTORS, Layout
+from qtune.deploy.gguf_storage import BLOCK, ROUNDING, Entry, packed, restored
+from qtune.deploy.tuned_weights import layer_called, noise, tuned
+from qtune.deploy.weights_proof import Trained, Wanted, WeightsProof
+
+SCALE_SLACK = 2.0**-10  # of a block's largest weight: its scale, on a border, may be the next float16
+
+
+def prove(trained: Trained, draft: Draft, path: Path) -> WeightsProof:
+    """Of the file at `path`, made from `draft`: a whole model, or a LoRA alone."""
+    reader = GGUFReader(path)
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    layout = Layout.of(trained.model.config)
+    if draft.vocabulary is None:
+        return _prove_lora(trained, draft, layout, reader, there)
+    counted = {}
+    for entry in draft.entries:
+        wanted = _wanted(trained, layout, entry)
+        found = there.get(entry.place)
+        count = wanted.weight.numel()
+        counted[entry.source] = count, count if found is None else _strays(entry, wanted, found)
+    return WeightsProof.of(counted)
+
+
+def _wanted(trained: Trained, layout: Layout, entry: Entry) -> Wanted:
+    """Row by row as llama.cpp has them."""
+    if entry.source == ROPE_FACTORS:
+        factors = layout.rope_factors()
+        assert factors is not None, "a draft has the factors that its layout has"
+        return Wanted(factors)
+    wanted = trained.wanted(entry.source)
+    weight, noise = (
+        None if part is None else layout.arranged(entry.source, part.cpu()) for part in (wanted.weight, wanted.noise)
+    )
+    assert weight is not None
+    return Wanted(weight, noise)
+
+
+def _strays(entry: Entry, wanted: Wanted, found: ReaderTensor) -> int:
+    if (tuple(found.shape[::-1]), found.tensor_type) != (entry.shape, entry.kind):
+        return wanted.weight.numel()
+    width = entry.shape[-1] if entry.kind.name in ROUNDING else BLOCK
+    rows = Wanted(*(None if part is None else part.reshape(-1, width) for part in (wanted.weight, wanted.noise)))
+    slack = 0.0 if entry.kind.name in ROUNDING else SCALE_SLACK
+    return rows.strays(_restored(entry, found.data).view(-1, width), partial(_stored_and_restored, entry), slack)
+
+
+def _stored_and_restored(entry: Entry, rows: torch.Tensor) -> torch.Tensor:
+    return restored(packed(entry, rows).reshape(len(rows), -1), entry.kind).view(rows.shape)
+
+
+def _restored(entry: Entry, data: NDArray[Any]) -> torch.Tensor:
+    """The numbers of a tensor in their order; copied, as the file is mapped and must not be written to."""
+    return restored(np.array(data).reshape(-1).view(np.uint8), entry.kind)
+
+
+def _prove_lora(
+    trained: Trained, draft: Draft, layout: Layout, reader: GGUFReader, there: Mapping[str, ReaderTensor]
+) -> WeightsProof:
+    """What llama.cpp adds to each weight of the base: alpha / R of B @ A, as peft adds."""
+    alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
+    places = {entry.source: entry.place.removesuffix(".lora_b") for entry in draft.entries}
+    counted = {}
+    for source, place in places.items():
+        layer = layer_called(trained.model, source.removesuffix(".weight"))
+        a, b = (torch.from_numpy(there[f"{place}.lora_{part}"].data.copy()) for part in "ab")
+        nothing = torch.zeros(len(b), a.shape[1])
+        wanted, unsure = (layout.arranged(source, part(layer, nothing).cpu()) for part in (tuned, noise))
+        counted[source] = (
+            nothing.numel(),
+            Wanted(wanted, 2 * unsure).strays(alpha / len(a) * (b @ a), torch.Tensor.float),
+        )
+    return WeightsProof.of(counted)
