@@ -17,6 +17,7 @@ from qtune.deploy.closeness import (
     Row,
     RowCloseness,
     is_at_most,
+    is_kl_at_most,
     is_loss_rise_at_most,
     usable_rows,
 )
@@ -37,7 +38,7 @@ NEAR_TIE_PROBABILITY = 0.02
 AGREEMENT_BOUND_FRACTION: dict[Quant, float] = {"f32": 0.99, "f16": 0.99, "bf16": 0.98, "q8_0": 0.98}
 # An adapter that changes few next tokens would pass without being there, so it is held to what it changes: of the KL
 # that the base alone has, 0.007 was left at 0.9 of an adapter's scale, 0.1 at 1.4 and 0.2 at a half.
-UNEXPLAINED_FRACTION = 0.05
+UNEXPLAINED_FRACTION, NEGLIGIBLE_KL = 0.05, 1e-4
 SHOWN_ROWS = 16  # where nothing is bounded
 
 
@@ -45,10 +46,10 @@ SHOWN_ROWS = 16  # where nothing is bounded
 class GgufVerdict:
     """The file in llama.cpp beside the live model, over every position of `rows` token rows.
 
-    `weights` are those in the file. KL is of the file from live, in nats per position; agreement is how often both find the same next token most likely,
-    near ties how often the file's choice is another that live finds as likely; losses are nats per token. `base_kl` is
-    that of the base, which is what tuning changed. `ends` counts positions where live ends
-    its answer, `ends_found` those of them where llama.cpp stops too. `differing_texts` became other tokens, and
+    `weights` are those in the file. KL is of the file from live, in nats per position; agreement is how often both find
+    the same next token most likely, near ties how often the file's choice is another that live finds as likely; losses
+    are nats per token. `base_kl` is that of the base, which is what tuning changed. `ends` counts positions where live
+    ends its answer, `ends_found` those of them where llama.cpp stops too. `differing_texts` became other tokens, and
     llama.cpp is `deaf_to` some stop tokens. A bound that does not apply is None.
     """
 
@@ -60,6 +61,7 @@ class GgufVerdict:
     base_kl: float
     agreement_fraction: float
     near_tie_fraction: float
+    mean_kl_bound: float | None
     agreement_bound_fraction: float | None
     live_loss: float
     file_loss: float
@@ -83,19 +85,20 @@ class GgufVerdict:
         same = self.agreement_fraction + self.near_tie_fraction
         if agreement is not None and same < agreement:
             found.append(f"same next token {format_percent(same)} (at least {format_percent(agreement)})")
+        if self.mean_kl_bound is not None and not self.mean_kl <= self.mean_kl_bound:
+            found.append(f"mean KL {self.mean_kl:.1e} nats with the adapter, {self.base_kl:.1e} without it")
         if rise is not None and self.file_loss - self.live_loss > rise:
             found.append(f"held-out loss {self.file_loss:.4f} after {self.live_loss:.4f} (at most {rise} more)")
         return tuple(found)
 
 
 def judge(live: Live, path: Path, rows: Sequence[Sequence[int]], draft: Draft, lora: Path | None = None) -> GgufVerdict:
-    """Load `path` and hold it against `live`: a whole model made from `draft`, or the base that `lora`, made from it, is
-    put on.
+    """Load `path`, a model made from `draft` or the base that `lora`, made from it, is put on; hold it against `live`.
 
     As many of 64 rows of 512 tokens are used as it takes to be sure. Raises ModelError for a file that llama.cpp does
     not load or survive, MachineError where it does not run on this processor.
     """
-    usable, bounds = usable_rows(rows, path), _Bounds.of(live, draft)
+    usable, bounds = usable_rows(rows, path), _Bounds.of(live, draft, lora)
     with torch.inference_mode(), GgufModel.loaded(path, MAX_ROW_TOKENS, lora) as model:
         weights = gguf_weights.prove(live.trained(draft.onto), draft, lora or path)
 
@@ -119,6 +122,7 @@ def judge(live: Live, path: Path, rows: Sequence[Sequence[int]], draft: Draft, l
             base_kl=closeness.base_kl,
             agreement_fraction=closeness.agreement_fraction,
             near_tie_fraction=sum(row.near_ties for row in measured) / closeness.positions,
+            mean_kl_bound=max(NEGLIGIBLE_KL, bounds.kl_fraction * closeness.base_kl) if bounds.kl_fraction else None,
             agreement_bound_fraction=bounds.agreement_fraction,
             live_loss=closeness.live_loss,
             file_loss=closeness.other_loss,
@@ -163,30 +167,34 @@ class _Row(RowCloseness):
 class _Bounds:
     """What must hold; None where it need not."""
 
-    agreement_fraction: float | None
-    loss_rise: float | None
+    agreement_fraction: float | None = None
+    kl_fraction: float | None = None
+    loss_rise: float | None = None
 
     @classmethod
-    def of(cls, live: Live, draft: Draft) -> "_Bounds":
+    def of(cls, live: Live, draft: Draft, lora: Path | None) -> "_Bounds":
         if live.is_another_base(draft.onto):
-            return cls(None, ORIGINAL_LOSS_RISE)
-        return cls(AGREEMENT_BOUND_FRACTION.get(draft.quant), None)
+            return cls(loss_rise=ORIGINAL_LOSS_RISE)
+        return cls(AGREEMENT_BOUND_FRACTION.get(draft.quant), UNEXPLAINED_FRACTION if lora else None)
 
     def are_decided(self, measured: Sequence[_Row]) -> bool:
         """Whether rows enough were measured to say on which side of each bound the file is."""
-        answers: list[bool | None] = [len(measured) >= SHOWN_ROWS or None]
-        if self.loss_rise is not None:
-            answers = [is_loss_rise_at_most(self.loss_rise, measured)]
+        answers = []
         if self.agreement_fraction is not None:
             missed = [row.positions - row.agreeing - row.near_ties for row in measured]
-            answers = [is_at_most(1 - self.agreement_fraction, missed, [row.positions for row in measured])]
-        return None not in answers
+            answers += [is_at_most(1 - self.agreement_fraction, missed, [row.positions for row in measured])]
+        if self.kl_fraction is not None:
+            answers += [is_kl_at_most(NEGLIGIBLE_KL, self.kl_fraction, measured)]
+        if self.loss_rise is not None:
+            answers += [is_loss_rise_at_most(self.loss_rise, measured)]
+        return None not in answers if answers else len(measured) >= SHOWN_ROWS
 
 
 def _continue_both(live: Live, model: GgufModel, rows: Sequence[Row]) -> tuple[Greedy, ...]:
     prompts = greedy.prompts_of(rows)
-    answers = (
-        (ids, live_ids, model.continued(ids, ANSWER_TOKENS))
-        for ids, live_ids in zip(prompts, live.continued(prompts), strict=True)
-    )
-    return tuple(Greedy(*map(model.text, each), each[1] == each[2]) for each in answers)
+    found = []
+    for prompt, from_live in zip(prompts, live.continued(prompts), strict=True):
+        from_file = model.continued(prompt, ANSWER_TOKENS)
+        asked, live_text, file_text = (model.text(ids) for ids in (prompt, from_live, from_file))
+        found.append(Greedy(asked, live_text, file_text, from_live == from_file))
+    return tuple(found)

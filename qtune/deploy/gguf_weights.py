@@ -4,7 +4,7 @@ A row of the file is what storing the live model's row gives, to the last step o
 the order of rows are taken as they were written: another order or another place is what llama.cpp's answers show.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,20 +46,33 @@ def _wanted(trained: Trained, layout: Layout, entry: Entry) -> Wanted:
         assert factors is not None, "a draft has the factors that its layout has"
         return Wanted(factors)
     wanted = trained.wanted(entry.source)
-    weight, noise = (
-        None if part is None else layout.arranged(entry.source, part.cpu()) for part in (wanted.weight, wanted.noise)
-    )
-    assert weight is not None
-    return Wanted(weight, noise)
+    noise = None if wanted.noise is None else layout.arranged(entry.source, wanted.noise.cpu())
+    return Wanted(layout.arranged(entry.source, wanted.weight.cpu()), noise)
 
 
 def _strays(entry: Entry, wanted: Wanted, found: ReaderTensor) -> int:
     if (tuple(found.shape[::-1]), found.tensor_type) != (entry.shape, entry.kind):
         return wanted.weight.numel()
     width = entry.shape[-1] if entry.kind.name in ROUNDING else BLOCK
-    rows = Wanted(*(None if part is None else part.reshape(-1, width) for part in (wanted.weight, wanted.noise)))
-    slack = 0.0 if entry.kind.name in ROUNDING else SCALE_SLACK
-    return rows.strays(_restored(entry, found.data).view(-1, width), partial(_stored_and_restored, entry), slack)
+    noise = None if wanted.noise is None else wanted.noise.reshape(-1, width)
+    rows = Wanted(wanted.weight.reshape(-1, width), noise)
+    restored_rows = _restored(entry, found.data).view(-1, width)
+    if entry.kind.name in ROUNDING:
+        return rows.strays(restored_rows, partial(_stored_and_restored, entry))
+    return rows.strays(restored_rows, partial(_stored_and_restored, entry), _ends_of_blocks, SCALE_SLACK)
+
+
+def _ends_of_blocks(wanted: torch.Tensor, noise: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Where the numbers of a block (B, 32) may end for its noise.
+
+    They are counted in steps from its extremes. So these stay, and what they may differ by is added to what the others
+    may, which is four times at the most: theirs and that of a step, and once more from the lower end. Then they go
+    along, as two of one size and different signs may change places.
+    """
+    noise = noise.amax(1, keepdim=True)
+    is_extreme = (wanted == wanted.amax(1, keepdim=True)) | (wanted == wanted.amin(1, keepdim=True))
+    inner = (4 * noise).expand_as(wanted).masked_fill(is_extreme, 0.0)
+    return [wanted + shift for shift in (-inner, inner, -noise, noise)]
 
 
 def _stored_and_restored(entry: Entry, rows: torch.Tensor) -> torch.Tensor:
@@ -81,10 +94,15 @@ def _prove_lora(
     for source, place in places.items():
         layer = layer_called(trained.model, source.removesuffix(".weight"))
         a, b = (torch.from_numpy(there[f"{place}.lora_{part}"].data.copy()) for part in "ab")
-        nothing = torch.zeros(len(b), a.shape[1])
-        wanted, unsure = (layout.arranged(source, part(layer, nothing).cpu()) for part in (tuned, noise))
-        counted[source] = (
-            nothing.numel(),
-            Wanted(wanted, 2 * unsure).strays(alpha / len(a) * (b @ a), torch.Tensor.float),
-        )
+        added = alpha / len(a) * (b @ a)
+        counted[source] = added.numel(), _of_layer(layer, layout, source, added).strays(added, torch.Tensor.float)
     return WeightsProof.of(counted)
+
+
+def _of_layer(layer: torch.nn.Module | None, layout: Layout, source: str, like: torch.Tensor) -> Wanted:
+    """What peft adds to the weight of `layer`, in the shape of `like`; the file's alpha and B are rounded too."""
+    nothing = torch.zeros_like(like)
+    unsure = None if layer is None else noise(layer, nothing)
+    if layer is None or unsure is None:
+        return Wanted(nothing)
+    return Wanted(layout.arranged(source, tuned(layer, nothing).cpu()), 2 * layout.arranged(source, unsure.cpu()))

@@ -49,8 +49,8 @@ def with_weights_of(
         for name, module in merged.named_modules():
             twin = layer_called(live, name)
             if isinstance(module, torch.nn.Linear) and twin is not None and is_folded(twin):
-                after.callback(setattr, module, "forward", module.forward)
-                module.forward = partial(_folded, module, twin, rounded)
+                after.callback(module.__dict__.__setitem__, "forward", module.forward)
+                module.__dict__["forward"] = partial(_folded, module, twin, rounded)
             elif twin is not None:
                 for own, parameter in module.named_parameters(recurse=False):
                     other = getattr(twin, own, parameter)
@@ -73,7 +73,7 @@ def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _widened(stored: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """In float32 beside `x`; it goes there as it is stored, which is half the way, and is widened where that is fast."""
+    """In float32 beside `x`: taken there as it is stored, which is half the bytes, and widened there."""
     return stored.to(x.device).float()
 
 

@@ -4,6 +4,8 @@ Nothing of what a merge is made with has a part in them, so that they can witnes
 adapter, nor its scale, nor its way through 4 bits.
 """
 
+from typing import Any
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
@@ -33,7 +35,7 @@ def is_folded(layer: torch.nn.Module | None) -> bool:
 def held(layer: torch.nn.Module) -> torch.Tensor:
     """The weight (O, I) of a linear without its adapter, in float32, a quantised one as training saw it."""
     base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = base.weight
+    weight: Any = base.weight
     return (dequantize_4bit(weight.data, weight.quant_state) if isinstance(base, Linear4bit) else weight.data).float()
 
 

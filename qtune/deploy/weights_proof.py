@@ -5,7 +5,7 @@ the base's. So a wrong scale, a layer in another's place or a tensor that was le
 answers, and how deep a model is makes no difference.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from qtune.deploy.tuned_weights import held, is_folded, layer_called, noise, tun
 
 @dataclass(frozen=True)
 class WeightsProof:
-    """`strays` of all `weights` are not what they must be, most of them in `worst_tensor`; empty where there are none."""
+    """`strays` of all `weights` are not what they must be, most of them in `worst_tensor` (empty for none)."""
 
     tensors: int
     weights: int
@@ -44,19 +44,25 @@ class WeightsProof:
 
 
 Rounded = Callable[[torch.Tensor], torch.Tensor]
+Ends = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
+
+
+def both_sides(wanted: torch.Tensor, noise: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What each number may be at the least and at the most."""
+    return wanted - noise, wanted + noise
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one tensor must be, and by how much each of its numbers may differ before it is rounded; None for nothing."""
+    """What one tensor must be, and by how much its numbers may differ before they are rounded; None for not at all."""
 
     weight: torch.Tensor
     noise: torch.Tensor | None = None
 
-    def strays(self, found: torch.Tensor, rounded: Rounded, slack: float = 0.0) -> int:
+    def strays(self, found: torch.Tensor, rounded: Rounded, ends: Ends = both_sides, slack: float = 0.0) -> int:
         """How many numbers of `found` are no rounding of this one; `rounded` takes and gives rows (O, I) in float32.
 
-        Rounding keeps order, so that what lies within the noise is rounded to something between what its two ends are
+        Rounding keeps order, so that what lies within the noise is rounded to something between what its `ends` are
         rounded to. Without noise that is one number, and neither the next one nor NaN is it. `slack` is what a row may
         be off by besides, over the largest of it: rounded in blocks, a row has a scale, which is rounded too.
         """
@@ -65,18 +71,21 @@ class Wanted:
         at_once = rows_at_once(_as_matrix(found))
         parts, wanted = (_as_matrix(each).split(at_once) for each in (found, self.weight))
         noise = [None] * len(parts) if self.noise is None else _as_matrix(self.noise).split(at_once)
-        return sum(_strays(*rows, rounded, slack) for rows in zip(parts, wanted, noise, strict=True))
+        return sum(_strays(*rows, rounded, ends, slack) for rows in zip(parts, wanted, noise, strict=True))
 
 
 def _strays(
-    found: torch.Tensor, wanted: torch.Tensor, noise: torch.Tensor | None, rounded: Rounded, slack: float
+    found: torch.Tensor, wanted: torch.Tensor, noise: torch.Tensor | None, rounded: Rounded, ends: Ends, slack: float
 ) -> int:
-    wanted = wanted.float()
-    ends = [rounded(wanted)] if noise is None else [rounded(wanted - noise), rounded(wanted + noise)]
+    wanted, found = wanted.float(), found.to(wanted.device).float()
+    others = found != rounded(wanted)
+    if noise is None or not others.any():
+        return int(others.sum())
+    rows = others.any(1)
+    found, wanted, noise = found[rows], wanted[rows], noise[rows]
+    rounded_ends = torch.stack([rounded(end) for end in ends(wanted, noise)])
     off = wanted.abs().amax(1, keepdim=True) * slack
-    low, high = torch.minimum(ends[0], ends[-1]) - off, torch.maximum(ends[0], ends[-1]) + off
-    found = found.to(wanted.device).float()
-    return found.numel() - int(((low <= found) & (found <= high)).sum())
+    return found.numel() - int(((rounded_ends.amin(0) - off <= found) & (found <= rounded_ends.amax(0) + off)).sum())
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class Trained:
         return Wanted(self._as_held(name, base) if self.onto == "dequantised" and base.is_floating_point() else base)
 
     def _as_held(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """A tensor that was not quantised as the live model has it; by its dtype alone where it goes by another name."""
+        """A tensor that was not quantised as the live model has it; cast where that calls it otherwise."""
         module, _, leaf = name.rpartition(".")
         own = getattr(layer_called(self.model, module), leaf, None)
         return own.data if own is not None and own.shape == base.shape else base.to(self.compute_dtype)

@@ -234,12 +234,25 @@ def merge_rows(report: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[st
 
 
 def _beside_rounding(verdict: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the fold costs before its weights are rounded, what tuning changed, and what does not hold; a merge of
-    another version was not asked."""
-    fold_kl, base_kl = verdict.get("fold_kl"), verdict.get("base_kl")
-    beside = [] if base_kl is None else [("", f"tuning itself moved it by a mean KL of {base_kl:.1e} nats")]
-    folded = [] if fold_kl is None else [("", f"before its weights were rounded: mean KL {fold_kl:.1e} nats")]
-    return [*folded, *beside, *(("fault", fault) for fault in verdict.get("faults", ()))]
+    """What was proven of the weights, what the fold costs before they are rounded, what tuning changed, and what does
+    not hold; a merge of another version was not asked."""
+    fold_kl, base_kl, finer = (verdict.get(name) for name in ("fold_kl", "base_kl", "float16_kl"))
+    told = [] if fold_kl is None else [f"before its weights were rounded: mean KL {fold_kl:.1e} nats"]
+    told += [] if base_kl is None else [f"tuning itself moved it by a mean KL of {base_kl:.1e} nats"]
+    if finer:
+        told.append(f"in float16 mean KL {finer:.1e} nats, for a server that computes in it: --dtype float16")
+    rows = [("", line) for line in told]
+    faults = [("fault", fault) for fault in verdict.get("faults", ())]
+    return [*_weights_rows(verdict), *rows, *faults]
+
+
+def _weights_rows(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    """How many weights were held against the live model's, and found to be them."""
+    found = verdict.get("weights")
+    if not found:
+        return []
+    right = "all" if not found["strays"] else f"{found['weights'] - found['strays']:,}"
+    return [("weights", f"{right} of {found['weights']:,} are the live model's, rounded once")]
 
 
 def closeness(verdict: dict[str, Any]) -> str:
@@ -266,7 +279,7 @@ def export_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("exported", f"{file}, {format_bytes(report['bytes'])}: {stored} tensors, {_origin(report)}"),
         ("read back", _read_back(report["read_back"]) + _texts(report["texts"], report["verdict"])),
-        *(_verdict_rows(report["verdict"]) if report["verdict"] else ()),
+        *(_verdict_rows(report["to"], report["verdict"]) if report["verdict"] else ()),
         *(("fault", fault) for fault in report.get("faults", ())),
     ]
 
@@ -298,11 +311,11 @@ def _origin(report: dict[str, Any]) -> str:
     return "the LoRA alone" if report["to"] == "adapter-gguf" else f"folded onto the {report['onto']} base"
 
 
-def _verdict_rows(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+def _verdict_rows(to: str, verdict: dict[str, Any]) -> list[tuple[str, str]]:
     same = sum(answer["same"] for answer in verdict["greedy"])
-    alone = verdict["base_kl"]
-    beside = "" if alone is None else f"on the run's base in f16, which alone has KL {alone:.2g}: "
+    beside = f"on the run's base in f16, which alone has KL {verdict['base_kl']:.2g}: " if to == "adapter-gguf" else ""
     return [
+        *_weights_rows(verdict),
         (
             "llama.cpp",
             f"{beside}{closeness(verdict)} and another as likely {format_percent(verdict['near_tie_fraction'])} of"

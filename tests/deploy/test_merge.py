@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.deploy.fold import Fold
 from qtune.deploy.merge import merge
-from qtune.deploy.verify import EXACT_AGREEMENT_FRACTION, EXACT_KL, EXACT_KL_BFLOAT16, verify
+from qtune.deploy.verify import FOLD_KL, verify
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError
 from qtune.rundir import read_json
 
@@ -51,12 +51,10 @@ def test_whole_modules_that_were_trained_are_reproduced(tiny_base, tmp_path, com
     merge(run, output, "dequantised", "float32")
     verdict = verify(run, output, token_rows())
     assert verdict.passed
-    assert verdict.mean_kl <= (EXACT_KL if compute_dtype == "bfloat16" else 1e-8)
+    assert verdict.mean_kl <= (1e-5 if compute_dtype == "bfloat16" else 1e-8)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [("float32", EXACT_KL), ("float16", EXACT_KL), ("bfloat16", EXACT_KL_BFLOAT16)]
-)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 1e-5), ("bfloat16", 1e-4)])
 @pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
 def test_a_tied_base_is_reproduced_in_every_dtype(tmp_path, compute_dtype, dtype, bound) -> None:
     folder = make_base(tmp_path / "base", "llama tied", initializer_range=0.05)
@@ -65,7 +63,7 @@ def test_a_tied_base_is_reproduced_in_every_dtype(tmp_path, compute_dtype, dtype
     verdict = verify(run, output, token_rows())
     assert verdict.passed
     assert verdict.mean_kl <= bound
-    assert verdict.agreement_fraction >= EXACT_AGREEMENT_FRACTION
+    assert verdict.fold_kl <= FOLD_KL / 100
 
 
 @pytest.mark.parametrize("base_settings", [{"double_quantization": False}, {"quantization": "none"}], ids=str)
