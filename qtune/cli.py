@@ -17,10 +17,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from qtune import __version__
 from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from qtune.recipe.schema import Recipe
+    from qtune.report.waiting import Doing
     from qtune.rundir import RunDir
     from qtune.train.fit import Fitted
 
 PLACED_VERBS = ("run", "resume", "plan", "check", "data")  # those that read a recipe
+IMPORTING = "importing libraries"
 CARDS_GIB = (6, 8, 12, 16, 24, 48, 80)
 EXAMPLES = """\
 start here:
@@ -71,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QtuneError as fault:
         print(_placed(fault, options), file=sys.stderr)
         return fault.exit_code
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "Stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -236,7 +238,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="how weights are stored (q8_0); the LoRA alone is always f32",
     )
     export.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="new folder for the files; default exports/RUN-QUANT"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="new folder for the files; default exports/RUN-QUANT, RUN-ollama-QUANT or RUN-adapter",
     )
     export.add_argument(
         "--onto",
@@ -494,24 +499,39 @@ def _compiled_when_called(compile_now: Callable[..., Any]) -> Callable[..., Any]
     return put_off
 
 
+def _doing(options: argparse.Namespace) -> "Doing":
+    """Says on the terminal what is being done, and elsewhere in lines."""
+    from qtune.report.waiting import Doing
+
+    console = _console(options)
+    return Doing(console, _log_of(options, console))
+
+
+def _log_of(options: argparse.Namespace, console: "Console") -> IO[str] | None:
+    """Where lines go that say what is being done: into the log that a run prints, beside the answer of other verbs."""
+    return console.file if options.verb in ("run", "resume") else sys.stderr
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def run_recipe(options: argparse.Namespace) -> int:
-    recipe, path = _load_recipe(options)
-    _make_tracker_ready(recipe)
-    console = _console(options)
-    with _quick_imports():
-        from qtune import run as story
-    from qtune.recipe.load import given_anywhere
-    from qtune.resume import Invocation
+    with _doing(options) as doing:
+        recipe, path = _load_recipe(options)
+        _make_tracker_ready(recipe)
+        doing(IMPORTING)
+        with _quick_imports():
+            from qtune import run as story
+        from qtune.recipe.load import given_anywhere
+        from qtune.resume import Invocation
 
-    ready = story.get_ready(recipe, console=console)
+        ready = story.get_ready(recipe, doing=doing)
+    console = doing.console
     story.show(ready, console)
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
     folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
-    with folder.held():
+    with folder.held(), _going_on_told(folder):
         return _told(folder, story.run(ready, folder, console), console, options.json)
 
 
@@ -521,91 +541,117 @@ def resume_run(options: argparse.Namespace) -> int:
 
     folder = RunDir.open_to_resume(options.run)
     logs.hold()
-    with folder.held():
+    with folder.held(), _going_on_told(folder):
         return _resume_held(folder, options)
 
 
 def _resume_held(folder: "RunDir", options: argparse.Namespace) -> int:
     from qtune import resume
 
-    recipe = resume.recipe_of(folder, options.set)
-    _make_tracker_ready(recipe)
-    _stay_offline_when_local(recipe)
-    console = _console(options)
-    with _quick_imports():
-        from qtune import run as story
+    with _doing(options) as doing:
+        recipe = resume.recipe_of(folder, options.set)
+        _make_tracker_ready(recipe)
+        _stay_offline_when_local(recipe)
+        doing(IMPORTING)
+        with _quick_imports():
+            from qtune import run as story
 
-    ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, console)
+        ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, doing)
+    console = doing.console
     resume.remember(folder, options.set)
     return _told(folder, story.run(ready, folder, console, point, resumed), console, options.json)
+
+
+@contextmanager
+def _going_on_told(folder: "RunDir") -> Iterator[None]:
+    """A run that is broken off outside of its steps says how to go on with it."""
+    from qtune.report.tables import NextCommands
+
+    told = f"Stopped. Go on with it:\n  {NextCommands.of(folder).resume}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(told) from None
+    except SystemExit:
+        print(told, file=sys.stderr)
+        raise
 
 
 def _told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool) -> int:
     """The end of a run, shown; returns the exit code."""
     from qtune.report import summary, tables
 
-    console.print(tables.end_of_run(folder))
+    console.print(tables.end_of_run(folder), crop=False)
     if as_json:
         _print_json(summary.as_json(folder))
     return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by
 
 
 def plan_recipe(options: argparse.Namespace) -> int:
-    recipe, _ = _load_recipe(options, needs_weights=False)
-    console = _console(options)
-    with _quick_imports():
-        from qtune import run as story
-    from qtune.memory import device
-    from qtune.report import forecast
+    with _doing(options) as doing:
+        recipe, _ = _load_recipe(options, needs_weights=False)
+        doing(IMPORTING)
+        with _quick_imports():
+            from qtune import run as story
+        from qtune.memory import device
+        from qtune.report import forecast
 
-    here = device.find_device()
-    asked, host = options.device_memory, options.host_memory
+        here = device.find_device()
+        asked, host = options.device_memory, options.host_memory
+        if options.longest:
+            sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
+            found = story.longest_contexts(recipe, [device.imagined_card(size, host, here) for size in sizes], doing)
+            rows = [
+                {"device_bytes": card.total_bytes, "tokens": most.tokens, "bound": most.bound} for card, most in found
+            ]
+        else:
+            target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)
+            plan = story.plan_without_downloads(recipe, target, doing)
     if options.longest:
-        sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
-        found = story.longest_contexts(recipe, [device.imagined_card(size, host, here) for size in sizes])
-        rows = [{"device_bytes": card.total_bytes, "tokens": most.tokens, "bound": most.bound} for card, most in found]
-        _print_json(rows) if options.json else console.print(forecast.longest_table(recipe.model.base, rows))
+        _print_json(rows) if options.json else doing.console.print(forecast.longest_table(recipe.model.base, rows))
         return 0
-    target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)
-    plan = story.plan_without_downloads(recipe, target, console)
     if options.json:
         _print_json(plan.as_json())
     else:
-        console.print(forecast.forecast_table(plan.as_json()))
+        doing.console.print(forecast.whole_plan(plan.as_json()))
     story.refuse_unless_it_fits(recipe, plan)
     return 0
 
 
 def check_recipe(options: argparse.Namespace) -> int:
-    recipe, _ = _load_recipe(options)
-    _make_tracker_ready(recipe)
-    console = _console(options)
     if options.no_plan:
-        return _check_without_plan(options, recipe, console)
-    import dataclasses
+        return _check_without_plan(options)
+    with _doing(options) as doing:
+        recipe, _ = _load_recipe(options)
+        _make_tracker_ready(recipe)
+        doing(IMPORTING)
+        import dataclasses
 
-    with _quick_imports():
-        from qtune import run as story
+        with _quick_imports():
+            from qtune import run as story
 
-    ready = story.get_ready(recipe, console=console)
+        ready = story.get_ready(recipe, doing=doing)
     if options.json:
         _print_json({"data": dataclasses.asdict(ready.prepared.report), "plan": ready.plan.as_json()})
     else:
-        story.show(ready, console)
+        story.show(ready, doing.console, with_row=True)
     return 0
 
 
-def _check_without_plan(options: argparse.Namespace, recipe: "Recipe", console: "Console") -> int:
-    import dataclasses
+def _check_without_plan(options: argparse.Namespace) -> int:
+    with _doing(options) as doing:
+        recipe, _ = _load_recipe(options)
+        _make_tracker_ready(recipe)
+        doing(IMPORTING)
+        import dataclasses
 
-    from qtune import logs, reading
-    from qtune.report import tables
-    from qtune.report.waiting import rows_shown
+        from qtune import logs, reading
+        from qtune.report import tables
 
-    logs.quiet_libraries()
-    with rows_shown(console) as tell:
-        data = dataclasses.asdict(reading.read(recipe, tell).prepared.report)
-    _print_json({"data": data, "plan": None}) if options.json else console.print(tables.data_table(data))
+        logs.quiet_libraries()
+        doing(f"reading {recipe.data.train}")
+        data = dataclasses.asdict(reading.read(recipe, doing.rows).prepared.report)
+    _print_json({"data": data, "plan": None}) if options.json else doing.console.print(tables.data_table(data))
     return 0
 
 
@@ -615,53 +661,57 @@ def print_help(options: argparse.Namespace) -> int:
 
 
 def check_data(options: argparse.Namespace) -> int:
-    recipe, _ = _load_recipe(options)
-    console = _console(options)
-    from qtune import logs
-    from qtune.data.audit import audit
-    from qtune.data.refusals import refusals
-    from qtune.data.verdict import judge
-    from qtune.evaluate.metrics import fault_asked
-    from qtune.model.tokenizer import load_tokenizer
-    from qtune.recipe.paths import GENERAL_WORDS
-    from qtune.report import histogram
-    from qtune.report.audit_table import audit_json, audit_table
-    from qtune.report.waiting import rows_shown
+    with _doing(options) as doing:
+        recipe, _ = _load_recipe(options)
+        doing(IMPORTING)
+        from qtune import logs
+        from qtune.data.audit import audit
+        from qtune.data.refusals import refusals
+        from qtune.data.verdict import judge
+        from qtune.evaluate.metrics import fault_asked
+        from qtune.model.tokenizer import load_tokenizer
+        from qtune.recipe.paths import GENERAL_WORDS
+        from qtune.report import histogram
+        from qtune.report.audit_table import audit_json, audit_table
 
-    picture = histogram.picture_path(options.plot) if options.plot else None
-    logs.quiet_libraries()
-    tokenizer = load_tokenizer(recipe.model)
-    with rows_shown(console) as tell:
+        picture = histogram.picture_path(options.plot) if options.plot else None
+        logs.quiet_libraries()
+        doing(f"reading {recipe.model.base}")
+        tokenizer = load_tokenizer(recipe.model)
         if recipe.evaluate.general not in GENERAL_WORDS:
             from qtune.evaluate.general import general_packs
 
             general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)  # a run refuses one without text
-        found = audit(recipe.data, tokenizer, tell, fault_asked(recipe.evaluate))
+        doing(f"reading {recipe.data.train}")
+        found = audit(recipe.data, tokenizer, doing.rows, fault_asked(recipe.evaluate))
         checked = judge(found, recipe.data, refusals(found, recipe, tokenizer))
     if picture is not None and checked.tokens is not None:
         histogram.draw(checked.tokens, picture)
     if options.json:
         _print_json(audit_json(checked))
     else:
-        console.print(audit_table(checked, options.all))
+        doing.console.print(audit_table(checked, options.all))
     return UserError.exit_code if checked.outcome == "faults" else 0
 
 
 def show_data(options: argparse.Namespace) -> int:
-    recipe, _ = _load_recipe(options)
-    import dataclasses
+    with _doing(options) as doing:
+        recipe, _ = _load_recipe(options)
+        doing(IMPORTING)
+        import dataclasses
 
-    from qtune import logs
-    from qtune.data.shown import show_row
-    from qtune.model.tokenizer import load_tokenizer
-    from qtune.report.row import row_table
+        from qtune import logs
+        from qtune.data.shown import show_row
+        from qtune.model.tokenizer import load_tokenizer
+        from qtune.report.row import row_table
 
-    logs.quiet_libraries()
-    row = show_row(recipe.data, options.row, options.held_out, load_tokenizer(recipe.model))
+        logs.quiet_libraries()
+        doing(f"reading {recipe.data.train}")
+        row = show_row(recipe.data, options.row, options.held_out, load_tokenizer(recipe.model))
     if options.json:
         _print_json(dataclasses.asdict(row))
     else:
-        _console(options).print(row_table(row))
+        doing.console.print(row_table(row))
     return 0
 
 
@@ -697,66 +747,69 @@ def copy_recipe(options: argparse.Namespace) -> int:
 
 
 def hold_chat(options: argparse.Namespace) -> int:
-    from qtune import early, logs
+    with ExitStack() as opened:
+        with _doing(options) as doing:
+            from qtune import early, logs
 
-    what = early.model_at(options.run) or _open_to_use(options.run, options.base)
-    if isinstance(what, Path):
-        logs.hold()
-        _stay_offline_with(str(what.absolute()))
-    console = _console(options)
-    with console.status("loading the model") as waiting:
-        from qtune.deploy import chat, speakers
-        from qtune.evaluate.answer import Choosing
+            what = early.model_at(options.run) or _open_to_use(options.run, options.base)
+            if isinstance(what, Path):
+                logs.hold()
+                _stay_offline_with(str(what.absolute()))
+            doing(IMPORTING)
+            from qtune.deploy import chat, speakers
+            from qtune.evaluate.answer import Choosing
 
-        seed = random.randrange(2**31) if options.seed is None else options.seed
-        choosing = Choosing(options.temperature, options.top_p or 1.0, seed)
-        with speakers.opened(what) as speaker:
-            waiting.stop()
-            system = speaker.system if options.system is None else options.system
-            chat.converse(
-                chat.Chat(speaker, choosing, system, options.max_new_tokens), console, options.compare, options.prompt
-            )
+            seed = random.randrange(2**31) if options.seed is None else options.seed
+            choosing = Choosing(options.temperature, options.top_p or 1.0, seed)
+            doing("loading the model")
+            speaker = opened.enter_context(speakers.opened(what))
+        system = speaker.system if options.system is None else options.system
+        talk = chat.Chat(speaker, choosing, system, options.max_new_tokens)
+        chat.converse(talk, doing.console, options.compare, options.prompt)
     return 0
 
 
 def evaluate_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run, options.base, *(options.tasks or ()))
-    console = _console(options)
-    from qtune import evaluation
-    from qtune.model import base
-    from qtune.report import evaluated
+    with _doing(options) as doing:
+        run = _open_to_use(options.run, options.base, *(options.tasks or ()))
+        doing(IMPORTING)
+        from qtune import evaluation
+        from qtune.model import base
+        from qtune.report import evaluated
 
-    base.quiet_libraries()
-    if options.tasks:
-        found = evaluation.on_benchmarks(
-            run, options.tasks, options.task_folder, options.limit, options.merged, console
-        )
-        table = evaluated.benchmark_table(found)
-    else:
-        asked = evaluation.Asked(options.rows, options.samples, options.metric, options.data)
-        found = evaluation.on_rows(run, asked, options.merged, console)
-        table = evaluated.rows_table(found)
-    _print_json(found) if options.json else console.print(table)
+        base.quiet_libraries()
+        if options.tasks:
+            found = evaluation.on_benchmarks(
+                run, options.tasks, options.task_folder, options.limit, options.merged, doing
+            )
+            table = evaluated.benchmark_table(found)
+        else:
+            asked = evaluation.Asked(options.rows, options.samples, options.metric, options.data)
+            found = evaluation.on_rows(run, asked, options.merged, doing)
+            table = evaluated.rows_table(found)
+    _print_json(found) if options.json else doing.console.print(table)
     return 0
 
 
 def merge_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run, options.base)
-    console = _console(options)
-    from qtune import delivery
+    with _doing(options) as doing:
+        run = _open_to_use(options.run, options.base)
+        doing(IMPORTING)
+        from qtune import delivery
 
-    verdict = delivery.merge_and_verify(run, options.output, options.onto, options.dtype, console)
+        verdict = delivery.merge_and_verify(run, options.output, options.onto, options.dtype, doing)
     if options.json:
         _print_json(verdict.as_json())
     return 0
 
 
 def export_run(options: argparse.Namespace) -> int:
-    run = _open_to_use(options.run, options.base)
-    console = _console(options)
-    from qtune import delivery
+    with _doing(options) as doing:
+        run = _open_to_use(options.run, options.base)
+        doing(IMPORTING)
+        from qtune import delivery
 
-    report = delivery.export_and_verify(run, options.output, options.to, options.quant, options.onto, console)
+        report = delivery.export_and_verify(run, options.output, options.to, options.quant, options.onto, doing)
     if options.json:
         _print_json(report.as_json())
     return 0
@@ -798,7 +851,7 @@ def _shown(options: argparse.Namespace, value: Any, table: "RenderableType", pag
     elif options.html:
         print(options.output or page)
     else:
-        _console(options).print(table)
+        _console(options).print(table, crop=False)
     return 0
 
 
@@ -881,13 +934,16 @@ def examine(options: argparse.Namespace) -> int:
     from qtune import logs
 
     logs.hold()
-    from qtune import doctor
+    with _doing(options) as doing:
+        doing(IMPORTING)
+        from qtune import doctor
 
-    findings = doctor.examine()
+        doing("examining this machine")
+        findings = doctor.examine()
     if options.json:
         _print_json([finding.as_json() for finding in findings])
     else:
-        _console(options).print(doctor.table(findings))
+        doing.console.print(doctor.table(findings))
     return 0 if all(finding.is_fine for finding in findings) else UserError.exit_code
 
 
@@ -895,18 +951,21 @@ def _examine_run(options: argparse.Namespace) -> int:
     from qtune import logs
     from qtune.rundir import RunDir
 
-    run = RunDir.open(options.run, options.base)
-    logs.hold()
-    _stay_offline_with(run.read_lock()["model"]["base"])
-    from qtune.deploy import servers
-    from qtune.model import base
+    with _doing(options) as doing:
+        run = RunDir.open(options.run, options.base)
+        logs.hold()
+        _stay_offline_with(run.read_lock()["model"]["base"])
+        doing(IMPORTING)
+        from qtune.deploy import servers
+        from qtune.model import base
 
-    base.quiet_libraries()
-    found = servers.servers(run)
+        base.quiet_libraries()
+        doing("trying what each server reads")
+        found = servers.servers(run)
     if options.json:
         _print_json([server.as_json() for server in found])
     else:
-        _console(options).print(servers.table(found))
+        doing.console.print(servers.table(found), crop=False)
     return 0
 
 

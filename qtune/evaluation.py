@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.own_rows import OwnRows
@@ -23,7 +22,7 @@ from qtune.evaluate.held_out import HeldOut
 from qtune.evaluate.metrics import refuse_unscorable
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
-from qtune.report.waiting import rows_shown
+from qtune.report.waiting import Doing
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
 from qtune.train.out_of_memory import EVERY_DOCUMENT, Recovery
@@ -53,7 +52,7 @@ class Asked:
         return "-".join(filter(None, parts))
 
 
-def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], console: Console) -> dict[str, Any]:
+def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> dict[str, Any]:
     """Base, tuned and the `merged` models (folders, or GGUF files) on the rows `asked` for; kept in the run folder.
 
     Raises UserError for a run without held-out rows, DataError for rows that cannot be used or scored, and where the
@@ -63,39 +62,41 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], console: Console)
     tokenizer, wanted = load_tokenizer(recipe.model), asked.settled(recipe)
     about: dict[str, Any] = {}
     if asked.data is None:
-        held_out = _held_out(run, recipe, tokenizer, lock, console)
+        held_out = _held_out(run, recipe, tokenizer, lock, doing)
     else:
-        held_out, about = _own_rows(asked.data, recipe, tokenizer, lock, console)
+        held_out, about = _own_rows(asked.data, recipe, tokenizer, lock, doing)
     refuse_unscorable(wanted.metric, scored_examples(held_out, wanted))
     pieces = EVERY_DOCUMENT if lock.get("packing_probe", {}).get("leaks") else 1
-    with console.status("scoring base and tuned"):
-        before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces))
+    before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces), doing)
     others = []
     for path in merged:
-        with console.status(f"scoring {path}"):
-            others.append(
-                score_file(path, tokenizer, held_out, wanted)
-                if path.suffix == GGUF_SUFFIX
-                else _score(str(path), Merged.of(path, lock), held_out, wanted, pieces)
-            )
+        doing(f"scoring {path}")
+        others.append(
+            score_file(path, tokenizer, held_out, wanted)
+            if path.suffix == GGUF_SUFFIX
+            else _score(str(path), Merged.of(path, lock), held_out, wanted, pieces)
+        )
     found = about | compare(before, after, held_out, wanted, recipe.train.seed, others)
     write_json(run.evaluation(asked.name), found)
     return found
 
 
-def _both(run: RunDir, ask: Callable[[str, Opened], T]) -> tuple[T, T]:
+def _both(run: RunDir, ask: Callable[[str, Opened], T], doing: Doing) -> tuple[T, T]:
     """What base and tuned say; their model is let go of on return, as the next one needs its room."""
+    doing("loading the model")
     opened = Opened.of(run)
+    doing("scoring the base model")
     with opened.model.disable_adapter():
         before = ask("base", opened)
+    doing("scoring the tuned model")
     return before, ask("tuned", opened)
 
 
 def on_benchmarks(
-    run: RunDir, names: Sequence[str], folder: Path | None, limit: int | None, merged: Sequence[Path], console: Console
+    run: RunDir, names: Sequence[str], folder: Path | None, limit: int | None, merged: Sequence[Path], doing: Doing
 ) -> dict[str, Any]:
     """Base, tuned and the `merged` folders on tasks of lm-eval; kept in the run folder."""
-    console.print(f"getting the data of {', '.join(names)}", style="dim", markup=False)
+    doing(f"getting the data of {', '.join(names)}")
     benchmarks = Benchmarks.open(names, folder)
 
     def run_on(opened: Opened | Merged) -> list[dict[str, Any]]:
@@ -103,19 +104,20 @@ def on_benchmarks(
         results = benchmarks.run(model, opened.tokenizer, limit, opened.device, opened.compute_dtype)
         return [dataclasses.asdict(result) for result in results]
 
-    before, after = _both(run, lambda _, opened: run_on(opened))
-    results = {"base": before, "tuned": after}
-    results |= {str(path): run_on(Merged.of(path, run.read_lock())) for path in merged}
+    with doing.aside(f"running {', '.join(names)}"):  # lm-eval draws bars of its own
+        before, after = _both(run, lambda _, opened: run_on(opened), doing)
+        results = {"base": before, "tuned": after}
+        results |= {str(path): run_on(Merged.of(path, run.read_lock())) for path in merged}
     found = {"tasks": list(names), "limit": limit, "results": results}
     write_json(run.evaluation("tasks"), found)
     return found
 
 
 def _held_out(
-    run: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], console: Console
+    run: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], doing: Doing
 ) -> HeldOut:
-    with rows_shown(console) as tell:
-        prepared = prepare(recipe, tokenizer, tell)
+    doing(f"reading {recipe.data.train}")
+    prepared = prepare(recipe, tokenizer, doing.rows)
     if prepared.fingerprint != lock["data_sha256"]:
         raise DataError(
             f"{recipe.data.train}: does not give the rows of {run.path} any more, so what is held out now may have been"
@@ -129,12 +131,12 @@ def _held_out(
 
 
 def _own_rows(
-    path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], console: Console
+    path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], doing: Doing
 ) -> tuple[HeldOut, dict[str, Any]]:
     """The rows of `path`, and what is to be known of them."""
-    with rows_shown(console) as tell:
-        own = OwnRows.read(path, recipe.data, tokenizer, tell)
-        trained_on = _trained_on(own, recipe, tokenizer, lock, tell)
+    doing(f"reading {path}")
+    own = OwnRows.read(path, recipe.data, tokenizer, doing.rows)
+    trained_on = _trained_on(own, recipe, tokenizer, lock, doing.rows)
     about = {
         "data": str(path),
         "format": own.format,

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +22,7 @@ from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokens import tokenizer_sha256
 from qtune.errors import MachineError, UserError
 from qtune.evaluate.compare import Score, compare, score
-from qtune.evaluate.held_out import HeldOut
+from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.loss import held_out_loss
 from qtune.evaluate.memorised import memorised
 from qtune.events import Event, Listener, Memorised, Notice, Resumed
@@ -34,10 +35,10 @@ from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_i
 from qtune.plan.longest import Longest
 from qtune.plan.skeleton import refuse_unknown_targets
 from qtune.plan.work import Work
-from qtune.recipe.schema import Recipe
-from qtune.report import card, forecast, summary, tables
+from qtune.recipe.schema import Evaluate, Recipe
+from qtune.report import brief, card, forecast, summary, tables
 from qtune.report.dashboard import listener_for
-from qtune.report.waiting import rows_shown
+from qtune.report.waiting import Doing
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, write_json
 from qtune.train import checkpoint
@@ -45,7 +46,7 @@ from qtune.train.fit import Fitted, Keeping, fit
 from qtune.train.out_of_memory import EVERY_DOCUMENT, Climb, Recovery
 from qtune.train.reporting import HeldOutLoss
 from qtune.train.saving import Point
-from qtune.units import format_bytes, format_percent
+from qtune.units import counted, format_bytes, format_percent
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
 PROBE_ROWS = 64
@@ -63,48 +64,73 @@ class Ready:
     held_out: HeldOut
 
 
-def get_ready(recipe: Recipe, settled: Settled | None = None, console: Console | None = None) -> Ready:
-    """Read the data, settle the plan; `console` shows how far that is.
+def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | None = None) -> Ready:
+    """Read the data, settle the plan; `doing` hears how far that is.
 
     Raises a UserError for anything that could not be trained on, or not be scored afterwards.
     """
     base.quiet_libraries()
-    config = base.read_config_alone(recipe.model)
+    doing = doing or Doing()
+    with _finding(recipe, doing):
+        config = base.read_config_alone(recipe.model)
     refuse_unknown_targets(config, recipe)
-    with rows_shown(console) as tell:
-        read = reading.read(recipe, tell)
+    doing(f"reading {recipe.data.train}")
+    read = reading.read(recipe, doing.rows)
+    doing("planning")
     plan = decide(recipe, find_device(), config, Work.of_prepared(read.prepared), settled)
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
 
 
-def plan_without_downloads(recipe: Recipe, device: Device, console: Console | None = None) -> Plan:
+def _finding(recipe: Recipe, doing: Doing) -> contextlib.AbstractContextManager[None]:
+    """While the base's files are looked for, which the hub draws bars of if it is asked."""
+    name = recipe.model.base
+    if _is_on_hub(recipe):
+        return doing.aside(f"asking the hub for {name}")
+    doing(f"reading {name}")
+    return contextlib.nullcontext()
+
+
+def _is_on_hub(recipe: Recipe) -> bool:
+    return recipe.model.base != "demo" and not Path(recipe.model.base).is_absolute()
+
+
+def plan_without_downloads(recipe: Recipe, device: Device, doing: Doing) -> Plan:
     """The plan from config.json alone; rows are read where data and tokenizer are on this machine already.
 
     Raises a UserError for anything that could not be trained on.
     """
     base.quiet_libraries()
-    config = base.read_config_alone(recipe.model)
+    with _finding(recipe, doing):
+        config = base.read_config_alone(recipe.model)
     sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
     is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if not is_here:
+        doing("planning")
         return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens), weighs_all=True)
-    with rows_shown(console) as tell:
-        prepared = prepare(recipe, load_tokenizer(recipe.model), tell)
+    doing(f"reading {recipe.data.train}")
+    prepared = prepare(recipe, load_tokenizer(recipe.model), doing.rows)
+    doing("planning")
     return decide(recipe, device, config, Work.of_prepared(prepared), weighs_all=True)
 
 
-def longest_contexts(recipe: Recipe, devices: Sequence[Device]) -> list[tuple[Device, Longest]]:
+def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) -> list[tuple[Device, Longest]]:
     """The longest sequence that fits on each device, by whichever plan takes it furthest, and what bounds it."""
     base.quiet_libraries()
-    config = base.read_config_alone(recipe.model)
+    with _finding(recipe, doing):
+        config = base.read_config_alone(recipe.model)
+    doing(f"planning for {counted(len(devices), 'card')}")
     return list(zip(devices, longest_on(recipe, devices, config), strict=True))
 
 
-def show(ready: Ready, console: Console) -> None:
-    """What will be trained on, and how, before it starts."""
-    console.print(tables.data_table(dataclasses.asdict(ready.prepared.report)))
-    console.print(tables.plan_table(ready.plan.as_json()))
-    console.print(forecast.forecast_table(ready.plan.as_json()))
+def show(ready: Ready, console: Console, with_row: bool = False) -> None:
+    """What will be trained on, and how, before it starts: in brief, or whole where the plan does not fit."""
+    data, plan = dataclasses.asdict(ready.prepared.report), ready.plan.as_json()
+    if not ready.plan.fits:
+        console.print(tables.data_table(data), forecast.whole_plan(plan), sep="\n")
+        return
+    console.print(brief.brief(ready.recipe.name, ready.recipe.model.base, data, plan))
+    if with_row and data["sample"]:
+        console.print(tables.sample_panel(data["sample"]))
 
 
 def start_folder(ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None) -> RunDir:
@@ -124,26 +150,30 @@ def _describe(ready: Ready, run: RunDir) -> None:
 
 
 def get_ready_again(
-    run: RunDir, recipe: Recipe, allowed: Sequence[str], console: Console | None = None
+    run: RunDir, recipe: Recipe, allowed: Sequence[str], doing: Doing
 ) -> tuple[Ready, Point | None, Resumed]:
     """What a run that was stopped needs to go on, the checkpoint it goes on from, and a sentence on that one.
 
     Raises RunFolderError where it no longer is what it was and that was not `allowed`, field by field, and where all
     its checkpoints are broken.
     """
+    doing("looking for the newest whole checkpoint")
     path, why = checkpoint.choose(run.checkpoints)
     point = None if path is None else Point.read(path)
     is_replanned = any(field.startswith("memory.") for field in allowed)
     settled = None if point is None or is_replanned else Settled(point.techniques, point.micro_batch)
-    ready = get_ready(recipe, settled, console)
+    ready = get_ready(recipe, settled, doing)
     refuse_unless_it_fits(recipe, ready.plan)
     if run.lock.is_file():
+        doing(f"hashing {recipe.model.base}")
         before = {**run.read_lock(), "recipe": recipe_then(run).model_dump(mode="json")}
         now = lock(ready, before["quantized_modules"])
         refuse_changes(run, changes(before, now), allowed)
         write_json(run.lock, now)
     logs.write_to(run.log)
     _describe(ready, run)
+    if point is not None and point.warms_otherwise(ready.plan.warmup_steps):
+        why += " Its warm-up began at nought; the rest of it is a step ahead of that."
     return ready, point, Resumed(point.step if point else 0, why)
 
 
@@ -156,11 +186,17 @@ def run(
     """
     recipe, plan = ready.recipe, ready.plan
     record = folder.record if point is None else folder.record_again
+    one_at_a_time = threading.Lock()
+    with _leaving_no_folder(folder, point):
+        if _is_on_hub(recipe):  # the hub's own bars would be drawn into the dashboard
+            console.print(f"getting the weights of {recipe.model.base}", style="dim", markup=False)
+            base.base_folder(recipe.model)
     with listener_for(console, _title(recipe), plan.steps) as dashboard:
 
         def listen(event: Event) -> None:
-            record(event)
-            dashboard(event)
+            with one_at_a_time:  # what a signal does is said by a thread
+                record(event)
+                dashboard(event)
 
         folder.wind_back({} if point is None else point.journal_bytes)
         for event in folder.events():
@@ -317,11 +353,18 @@ def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen:
     held_out, recipe, plan = ready.held_out, ready.recipe, ready.plan
     if not held_out.packs:
         return None
-    listen(Notice(f"scoring the {who} model on {len(held_out.examples)} held-out rows"))
+    listen(Notice(f"scoring the {who} model: {_scored_on(held_out, recipe.evaluate)}"))
     device, dtype = plan.device.name, plan.compute_dtype
     result = score(who, model, ready.tokenizer, held_out, recipe.evaluate, device, dtype, recovery)
     listen(result.event(recipe.evaluate.metric))
     return result
+
+
+def _scored_on(held_out: HeldOut, wanted: Evaluate) -> str:
+    """What is asked of each model: `loss of 20 held-out rows, 4 of them answered`."""
+    rows, asked = len(held_out.examples), len(scored_examples(held_out, wanted))
+    answered = f", {asked:,} of them answered" if asked < rows else ", all of them answered"
+    return f"loss of {counted(rows, 'held-out row')}{answered if asked else ''}"
 
 
 def _memorised(ready: Ready, model: PeftModel, listen: Listener) -> Memorised | None:
@@ -329,7 +372,7 @@ def _memorised(ready: Ready, model: PeftModel, listen: Listener) -> Memorised | 
     recipe, plan = ready.recipe, ready.plan
     if not recipe.evaluate.canaries:
         return None
-    listen(Notice(f"asking for the secrets of {recipe.evaluate.canaries} canaries"))
+    listen(Notice(f"asking for the secrets of {counted(recipe.evaluate.canaries, 'canary')}"))
     phrasing = canaries.Phrasing.of(recipe, ready.prepared.report.format, ready.tokenizer)
     result = memorised(
         model,

@@ -54,6 +54,12 @@ def tiny_config(**changes: object) -> LlamaConfig:
     return LlamaConfig(**{**settings, **changes})
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal stands alone in most tests; test_first_line asks for what is said before it, of real processes."""
+    monkeypatch.setattr("qtune.cli._log_of", lambda options, console: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama in float32."""

@@ -19,7 +19,7 @@ from qtune.report import card, record
 from qtune.report.card import What
 from qtune.report.words import one_line
 from qtune.rundir import MERGE_REPORT, RunDir, write_text
-from qtune.units import format_bytes
+from qtune.units import counted, format_bytes
 
 ADAPTER_CONFIG = "adapter_config.json"
 LEFT_OUT = {MERGE_REPORT}  # it quotes held-out rows and names folders of this machine
@@ -114,7 +114,7 @@ def table(upload: Upload, public: bool) -> RenderableType:
     for name, size in upload.files:
         files.add_row(Text(one_line(name)), format_bytes(size))
     kind = "public" if public else "private"
-    head = f"{len(upload.files):,} files of {upload.folder}, {format_bytes(upload.bytes)}, to {upload.address}"
+    head = f"{counted(len(upload.files), 'file')} of {upload.folder}, {format_bytes(upload.bytes)}, to {upload.address}"
     return Group(Text(head, "bold"), Text(f"a repository that is new will be {kind}", "dim"), Text(), files, Text())
 
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from qtune.deploy.delta import read_config, weights_path
-from qtune.deploy.export import chosen_onto, modelfile_of
+from qtune.deploy.export import Target, chosen_onto, default_output, modelfile_of
 from qtune.deploy.fold import Fold
 from qtune.deploy.gguf_draft import adapter_draft, model_draft
 from qtune.errors import ModelError, QtuneError
@@ -28,13 +28,14 @@ from qtune.rundir import RunDir
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a server takes one form of a run; `how` is the command, or what stands in the way.
+    """Whether a server takes one form of a run: `lines` to type, and `why` not, or where else than in a shell.
 
     `is_taken` is None where that cannot be said without the base's files.
     """
 
     is_taken: bool | None
-    how: str
+    lines: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class _Asked:
             Server(
                 "transformers + peft",
                 self._peft(),
-                self._merged("; then AutoModelForCausalLM.from_pretrained({folder!r})"),
+                self._merged("AutoModelForCausalLM.from_pretrained({folder!r})", "the last line in Python"),
             ),
-            Server("vLLM", self._vllm(), self._merged(" && vllm serve {folder}")),
-            Server("SGLang", self._sglang(), self._merged(" && python -m sglang.launch_server --model-path {folder}")),
+            Server("vLLM", self._vllm(), self._merged("vllm serve {folder}")),
+            Server("SGLang", self._sglang(), self._merged("python -m sglang.launch_server --model-path {folder}")),
             Server("llama.cpp", self._llama_cpp(), self._gguf("gguf", "llama-server -m {folder}/model.gguf")),
             Server("Ollama", self._ollama(), self._gguf("ollama", "ollama create {name} -f {folder}/Modelfile")),
         ]
@@ -95,14 +96,14 @@ class _Asked:
 
     def _unknown(self) -> Answer:
         where = "; if it was moved, give --base FOLDER" if self._is_lost else ""
-        return Answer(None, f"cannot be said here: the base {self.base} is not on this machine{where}")
+        return Answer(None, why=f"cannot be said here: the base {self.base} is not on this machine{where}")
 
     @property
     def adapter(self) -> str:
         return str(self.run.adapter)
 
     def _peft(self) -> Answer:
-        return Answer(True, f"PeftModel.from_pretrained(base, {self.adapter!r})")
+        return Answer(True, (f"PeftModel.from_pretrained(base, {self.adapter!r})",), "in Python")
 
     def _vllm(self) -> Answer:
         faults = serving.vllm_faults(self.config)
@@ -110,7 +111,8 @@ class _Asked:
             return _refused(faults)
         if self._is_lost:
             return self._unknown()
-        return Answer(True, serving.vllm_with_adapter(self.base, self.found.name, self.adapter, self.config["r"]))
+        command = serving.vllm_with_adapter(self.base, self.found.name, self.adapter, self.config["r"])
+        return Answer(True, (command,))
 
     def _sglang(self) -> Answer:
         faults = serving.faults_of_plain_loaders(self.config, "SGLang")
@@ -123,39 +125,41 @@ class _Asked:
         if self._is_lost:
             return self._unknown()
         served, module = shlex.quote(self.base), shlex.quote(f"{self.found.name}={self.adapter}")
-        return Answer(True, f"python -m sglang.launch_server --model-path {served} --enable-lora --lora-paths {module}")
+        return Answer(
+            True, (f"python -m sglang.launch_server --model-path {served} --enable-lora --lora-paths {module}",)
+        )
 
-    def _merged(self, command: str) -> Answer:
+    def _merged(self, command: str, why: str = "") -> Answer:
         """For a server that reads a Hugging Face folder."""
         merge = tables.NextCommands.of(self.run).merge
-        folder = shlex.split(merge)[-1]
-        return self._drafted(lambda fold: None, merge + command.format(folder=folder))
+        folder = merge.split(" --output ")[-1]
+        return self._drafted(lambda fold: None, (merge, command.format(folder=folder)), why)
 
     def _llama_cpp(self) -> Answer:
-        export, folder = self._export("adapter-gguf", "adapter")
-        command = f"{export} && llama-server -m BASE.gguf --lora {folder}/adapter.gguf"
-        return self._drafted(lambda fold: adapter_draft(self.run, fold), command)
+        export, folder = self._export("adapter-gguf")
+        lines = (export, f"llama-server -m BASE.gguf --lora {folder}/adapter.gguf")
+        return self._drafted(lambda fold: adapter_draft(self.run, fold), lines)
 
     def _ollama(self) -> Answer:
-        export, folder = self._export("adapter-gguf", "adapter")
-        command = f"{export}; then a Modelfile: FROM BASE.gguf, ADAPTER {folder}/adapter.gguf"
-        return self._drafted(lambda fold: adapter_draft(self.run, fold), command)
+        export, folder = self._export("adapter-gguf")
+        lines = (export, "FROM BASE.gguf", f"ADAPTER {folder}/adapter.gguf")
+        return self._drafted(lambda fold: adapter_draft(self.run, fold), lines, "the last two lines as its Modelfile")
 
-    def _gguf(self, target: str, command: str) -> Answer:
+    def _gguf(self, target: Target, command: str) -> Answer:
         def draft(fold: Fold) -> None:
             drafted = model_draft(self.run, fold, "q8_0", chosen_onto(self.run, None))
             if target == "ollama":
                 modelfile_of(drafted)
 
-        export, folder = self._export(target, "q8_0")
-        return self._drafted(draft, f"{export} && {command.format(folder=folder, name=shlex.quote(self.found.name))}")
+        export, folder = self._export(target)
+        return self._drafted(draft, (export, command.format(folder=folder, name=shlex.quote(self.found.name))))
 
-    def _export(self, target: str, suffix: str) -> tuple[str, str]:
+    def _export(self, target: Target) -> tuple[str, str]:
         """The command that exports, and where it writes."""
-        folder = shlex.quote(f"exports/{self.run.path.resolve().name}-{suffix}")
+        folder = shlex.quote(str(default_output(self.run, target, "q8_0")))
         return f"qtune export {shlex.quote(str(self.run.path))} --to {target}", folder
 
-    def _drafted(self, draft: Callable[[Fold], object], command: str) -> Answer:
+    def _drafted(self, draft: Callable[[Fold], object], lines: tuple[str, ...], why: str = "") -> Answer:
         """Whether qtune itself would write what `draft` drafts."""
         if self.fold is None:
             return self._unknown()
@@ -164,8 +168,8 @@ class _Asked:
                 raise self.fold
             draft(self.fold)
         except QtuneError as fault:
-            return Answer(False, str(fault))
-        return Answer(True, command)
+            return Answer(False, why=str(fault))
+        return Answer(True, lines, why)
 
 
 def _fold(run: RunDir) -> Fold | ModelError | None:
@@ -181,15 +185,18 @@ def _fold(run: RunDir) -> Fold | ModelError | None:
 
 
 def _refused(faults: list[str]) -> Answer:
-    return Answer(False, "; ".join(faults))
+    return Answer(False, why="; ".join(faults))
 
 
-def table(found: list[Server]) -> Table:
-    """One server a line, the adapter above the merged model; what does not work says why."""
-    result = Table("server", "", "takes it", "how, or what stands in the way", box=None, padding=(0, 2, 1, 0))
-    words = {True: ("yes", "green"), False: ("no", "red"), None: ("?", "yellow")}
+def table(found: list[Server]) -> Group:
+    """Each server with its answers below it, and the commands on lines of their own. Print with crop=False."""
+    words = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("not known", "yellow")}
+    lines: list[Text] = []
     for server in found:
-        for form, answer, name in (("adapter", server.adapter, server.name), ("merged", server.merged, "")):
-            word, style = words[answer.is_taken]
-            result.add_row(name, form, Text(word, style), Text(answer.how, overflow="fold"))
-    return result
+        lines.append(Text(server.name, "bold"))
+        for form, answer in (("adapter", server.adapter), ("merged", server.merged)):
+            why = f", {answer.why}" if answer.why else ""
+            lines.append(Text.assemble(f"  {form:<8}", words[answer.is_taken], why))
+            lines += tables.command_lines([f"  {line}" for line in answer.lines])
+        lines.append(Text())
+    return Group(*lines[:-1])

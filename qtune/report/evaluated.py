@@ -64,7 +64,9 @@ def benchmark_table(found: dict[str, Any]) -> RenderableType:
     for row in zip(*results.values(), strict=True):
         table.add_row(row[0]["task"], row[0]["metric"], *map(_figure, row))
     limit = found["limit"]
-    note = [Text(f"{limit:,} rows of each task at the most, so no score to publish", "yellow")] if limit else []
+    note = (
+        [Text(f"{counted(limit, 'row')} of each task at the most, so no score to publish", "yellow")] if limit else []
+    )
     return Group(table, *note)
 
 

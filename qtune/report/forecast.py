@@ -7,8 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtune.report.tables import plan_table
 from qtune.report.words import format_duration, one_line
-from qtune.units import format_bytes, format_count, format_percent
+from qtune.units import counted, format_bytes, format_count, format_percent
 
 BAR_CELLS = 24
 ORDER = (
@@ -33,6 +34,21 @@ BOUNDS = {"card": "the card", "host": "host memory", "both": "the card or host m
 def forecast_table(plan: dict[str, Any]) -> RenderableType:
     """The forecast of plan.json: parts on the device and the host, rungs, time and disk."""
     return Group(Text(), _verdict(plan), Text(), _parts(plan), Text(), _rungs(plan), Text(), _costs(plan))
+
+
+def whole_plan(plan: dict[str, Any]) -> RenderableType:
+    """All of plan.json: every choice with its reason, and the forecast."""
+    return Group(plan_table(plan), forecast_table(plan))
+
+
+def in_a_line(plan: dict[str, Any]) -> Text:
+    """`fits   4.9 GiB of 11.1 GiB on RTX 3060 · recompute 22 of 36 layers · 282 steps, about 41 min · ...`."""
+    techniques = [one_line(rung["name"]) for rung in plan["rungs"] if rung["is_on"]]
+    steps = "steps not known yet" if plan["is_assumed"] else counted(plan["steps"], "step")
+    seconds = plan["speed"]["total_seconds"]
+    time = "" if seconds is None or plan["is_assumed"] else f", about {format_duration(seconds)}"
+    facts = [*techniques, steps + time, f"{format_bytes(plan['disk_bytes'])} of disk"]
+    return _verdict(plan).append("".join(f" · {fact}" for fact in facts), "default")
 
 
 def _verdict(plan: dict[str, Any]) -> Text:
@@ -122,9 +138,9 @@ def _costs(plan: dict[str, Any]) -> RenderableType:
         step = format_duration(speed["step_seconds"])
         time = f"about {format_count(speed['tokens_per_second'])} tokens/s, {step} a step"
         if not plan["is_assumed"]:
-            time += f", {format_duration(speed['total_seconds'])} for {plan['steps']:,} steps"
+            time += f", {format_duration(speed['total_seconds'])} for {counted(plan['steps'], 'step')}"
     table = Table.grid(padding=(0, 3, 0, 0))
-    table.add_row("batch", f"{plan['micro_batch']} x {plan['gradient_accumulation']} sequences a step")
+    table.add_row("batch", f"{plan['micro_batch']} x {counted(plan['gradient_accumulation'], 'sequence')} a step")
     table.add_row("time", time + added)
     table.add_row("disk", f"{format_bytes(plan['disk_bytes'])} for adapter and checkpoints")
     if plan["is_assumed"]:

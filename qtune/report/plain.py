@@ -1,6 +1,5 @@
 """Plain lines for a log file, a pipe or a dumb terminal: one line an event, made to be searched with grep."""
 
-import os
 from datetime import datetime
 from types import TracebackType
 from typing import IO, Self
@@ -8,15 +7,13 @@ from typing import IO, Self
 from qtune.events import Event, StepDone
 from qtune.report.bar import peak_of_total
 from qtune.report.view import View, advance
+from qtune.report.waiting import say
 from qtune.report.words import finite, format_duration, format_loss, format_norm
 from qtune.units import format_count, format_rate
 
 
 class PlainLines:
-    """A listener that writes to `file`, flushed line by line.
-
-    A reader that goes away (`qtune run ... | head`) ends the lines, not the run.
-    """
+    """A listener that writes to `file`, flushed line by line."""
 
     def __init__(self, file: IO[str], steps: int):
         self._file = file
@@ -26,10 +23,10 @@ class PlainLines:
         said = self._view.messages
         self._view = advance(self._view, event, datetime.now())
         if isinstance(event, StepDone):
-            self._write(step_line(self._view))
+            say(self._file, step_line(self._view))
         elif self._view.messages is not said:
             step, text = self._view.messages[-1]
-            self._write(f"step {step}/{self._view.steps}  {text}" if step else text)
+            say(self._file, f"step {step}/{self._view.steps}  {text}" if step else text)
 
     def __enter__(self) -> Self:
         return self
@@ -38,17 +35,6 @@ class PlainLines:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing is held back, so there is nothing to finish."""
-
-    def _write(self, line: str) -> None:
-        encoding = getattr(self._file, "encoding", None) or "utf-8"
-        try:
-            self._file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-            self._file.flush()
-        except BrokenPipeError:
-            # What is still in the buffer must go somewhere, or Python complains of the pipe again at exit.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._file.fileno())
-            os.close(nowhere)
 
 
 def step_line(view: View) -> str:

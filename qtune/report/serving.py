@@ -21,13 +21,15 @@ class Use(NamedTuple):
 
 
 def uses(found: Record) -> list[Use]:
-    """Talk to it, fold it into its base, serve it, load it; none without an adapter."""
-    if not found.has_adapter or not found.lock:
-        return []
+    """Go on with it where it was stopped; talk to it, fold it, serve it, load it, of which none without an adapter."""
     then = tables.NextCommands.of(found.run)
+    to_go_on = [Use(f"Go on with it: it was {found.stopped}", then.resume)] if found.stopped else []
+    if not found.has_adapter or not found.lock:
+        return to_go_on
     base, adapter = base_place(found), str(found.run.adapter)
     command = vllm_command(found, base, adapter)
     return [
+        *to_go_on,
         Use("Talk to it, base and tuned side by side", f"{then.chat} --compare"),
         Use("Fold it into its base: a plain model folder", then.merge),
         *([Use("Serve it with vLLM, beside its base", command)] if command else []),

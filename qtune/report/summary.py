@@ -61,6 +61,8 @@ def report(run: RunDir) -> Group:
     elif found.merge:
         parts += [Text(), Text(f"merged: {found.merge['output']}, not verified", tables.WARNING_STYLE)]
     parts += [Text(), *(Text(sentence, tables.WARNING_STYLE) for sentence in found.missing)] if found.missing else []
+    if found.stopped:
+        parts += [Text(), Text(found.stopped, "bold yellow"), *tables.command_lines(tables.next_commands(found))]
     return Group(*parts)
 
 
@@ -102,6 +104,9 @@ def _head(found: Record) -> list[str]:
         about = lock["recipe"].get("about")
         lines += [markdown.inline(about), ""] if about else []
         lines += [f"Base `{lock['base']['name']}`, weights SHA-256 `{lock['base']['sha256'][:16]}`.", ""]
+    if found.stopped:
+        commands = "\n".join(tables.next_commands(found))
+        lines += [f"{found.stopped.capitalize()}. Next:", "", *markdown.fenced(commands, "sh"), ""]
     told = verdict.text(found)
     lines += [markdown.inline(told), ""] if told else []
     for sentence in found.missing:

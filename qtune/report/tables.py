@@ -40,16 +40,21 @@ class ToWidth:
 
 def data_table(report: dict[str, Any]) -> RenderableType:
     """data.json in a few lines: what was read, what is trained, what was left out and why, and one real row."""
-    table = _grid(2)
+    table = grid(2)
     for name, line in (("data", _rows_line(report)), ("", _tokens_line(report)), ("", _packs_line(report))):
         table.add_row(Text(name, "bold"), line)
+    add_notes(table, report)
+    return Group(table, sample_panel(report["sample"])) if report["sample"] else table
+
+
+def add_notes(table: Table, report: dict[str, Any]) -> None:
+    """A row of `table` for each thing to know of the rows."""
     for name, told in canary_rows(report):
         table.add_row(Text(), Text(f"{name}: {told}"))
     for warning in data_warnings(report):
         table.add_row(Text(), Text(warning, WARNING_STYLE))
     for notice in (*data_notices(report), *report["notices"]):
         table.add_row(Text(), Text(one_line(notice)))
-    return Group(table, sample_panel(report["sample"])) if report["sample"] else table
 
 
 def _rows_line(report: dict[str, Any]) -> Text:
@@ -74,7 +79,11 @@ def _packs_line(report: dict[str, Any]) -> Text:
 def canary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What was planted among the rows to train on, by name and value; nothing where nothing was."""
     canaries = report.get("canaries")
-    return [("canaries", f"{canaries:,} planted, in {report['canary_rows']:,} rows beside these")] if canaries else []
+    return (
+        [("canaries", f"{canaries:,} planted, in {counted(report['canary_rows'], 'row')} beside these")]
+        if canaries
+        else []
+    )
 
 
 def data_warnings(report: dict[str, Any]) -> list[str]:
@@ -131,7 +140,7 @@ def shortened(text: str) -> str:
 
 def plan_table(plan: dict[str, Any]) -> RenderableType:
     """Every settled choice, with its reason."""
-    table = _grid(4)
+    table = grid(4)
     for number, choice in enumerate(plan["choices"]):
         name, value, reason = (one_line(choice[key]) for key in ("name", "value", "reason"))
         table.add_row(Text("plan" if number == 0 else "", "bold"), Text(name), Text(value), Text(reason, "dim"))
@@ -140,7 +149,7 @@ def plan_table(plan: dict[str, Any]) -> RenderableType:
 
 def score_table(scores: dict[str, Any]) -> RenderableType:
     """Before and after, then answers side by side: samples, and where the tuned model did worst."""
-    table = _grid(2)
+    table = grid(2)
     for name, value in score_rows(scores):
         table.add_row(Text(name), Text(value, "bold"))
     return Group(table, *answers.drawn(scores, answers.side_by_side))
@@ -206,7 +215,7 @@ def with_interval(figures: dict[str, Any]) -> str:
 
 def merge_table(report: dict[str, Any], verdict: dict[str, Any]) -> RenderableType:
     """What was written, and how close it is to the adapter it came from."""
-    table = _grid(2)
+    table = grid(2)
     for name, value in merge_rows(report, verdict):
         if name == "verdict":
             outcome = Text("passed", "green") if verdict["passed"] else Text("FAILED", "bold red")
@@ -218,7 +227,8 @@ def merge_table(report: dict[str, Any], verdict: dict[str, Any]) -> RenderableTy
 
 def merge_rows(report: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[str, str]]:
     """merge.json by name and value; whether it passed is for the reader of `verdict` to colour."""
-    written = f"{report['tensors']:,} tensors in {report['shards']} files, {format_bytes(report['bytes'])}"
+    pieces = f"{counted(report['tensors'], 'tensor')} in {counted(report['shards'], 'file')}"
+    written = f"{pieces}, {format_bytes(report['bytes'])}"
     same = sum(answer["same"] for answer in verdict["greedy"])
     return [
         ("merged", f"onto the {report['onto']} base, {report['dtype']}, {written}: {report['output']}"),
@@ -262,14 +272,14 @@ def closeness(verdict: dict[str, Any]) -> str:
 
 def export_table(report: dict[str, Any]) -> RenderableType:
     """What was written, how it was proven, and how to serve it."""
-    table = _grid(2)
+    table = grid(2)
     for name, told in export_rows(report):
         table.add_row(name, Text(told))
     outcome, passed = export_outcome(report)
     table.add_row("verdict", Text(outcome, {True: "green", False: "bold red", None: WARNING_STYLE}[passed]))
     for note in report["notes"]:
         table.add_row("", Text(note, WARNING_STYLE))
-    return Group(table, Text(f"\n  {serve_command(report)}", "bold", overflow="fold"))
+    return Group(table, Text(), *command_lines([serve_command(report)]))
 
 
 def export_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -292,7 +302,7 @@ def export_outcome(report: dict[str, Any]) -> tuple[str, bool | None]:
 
 
 def _read_back(read: dict[str, Any]) -> str:
-    told, worst = f"{read['tensors']:,} tensors", read["worst_fraction"]
+    told, worst = counted(read["tensors"], "tensor"), read["worst_fraction"]
     if not worst <= 1:
         return f"{told}, and {read['worst_tensor']} is not what was to be written"
     return f"{told}, the worst {format_percent(worst)} of what its type may cost"
@@ -304,7 +314,8 @@ def _texts(count: int, verdict: dict[str, Any] | None) -> str:
         return ""
     if verdict and verdict.get("differing_texts"):
         return f"; {len(verdict['differing_texts']):,} of {count:,} texts become other tokens in llama.cpp"
-    return f"; {count:,} texts become the same tokens{' in llama.cpp' if verdict else ' as qtune reads the file'}"
+    read_by = "in llama.cpp" if verdict else "as qtune reads the file"
+    return f"; {counted(count, 'text')} {'becomes' if count == 1 else 'become'} the same tokens {read_by}"
 
 
 def _origin(report: dict[str, Any]) -> str:
@@ -352,7 +363,9 @@ def memory_table(memory: MemoryMeasured) -> RenderableType:
 def end_of_run(run: RunDir) -> RenderableType:
     """What came out, where it is, and the commands one would type next."""
     found = record.read(run)
-    table = _grid(2)
+    table = grid(2)
+    if found.stopped:
+        table.add_row(Text(found.stopped, "bold yellow"))
     for name, value in result_rows(found):
         table.add_row(Text(name), Text(value, "bold"))
     if found.memory:
@@ -360,14 +373,27 @@ def end_of_run(run: RunDir) -> RenderableType:
     if found.train_seconds is not None:
         table.add_row("training took", format_seconds(found.train_seconds))
     table.add_row("adapter", Text(str(run.adapter) if found.has_adapter else "none was saved", overflow="fold"))
-    commands = NextCommands.of(run) if found.has_adapter else [NextCommands.of(run).report]
     told = [Text(), *verdict_lines(found)] if found.scores else []
-    return Group(*told, Text(), table, Text(), *(Text(f"  {command}", "bold", overflow="fold") for command in commands))
+    return Group(*told, Text(), table, Text(), *command_lines(next_commands(found)))
+
+
+def command_lines(commands: Sequence[str]) -> list[Text]:
+    """Each on one line, whatever the width: a command that is folded is two when it is pasted. Print with crop=False,
+    and outside of tables."""
+    return [Text(f"  {command}", "bold", no_wrap=True, overflow="ignore") for command in commands]
+
+
+def next_commands(found: Record) -> list[str]:
+    """What one would type next; to go on with it comes first where it was stopped."""
+    then = NextCommands.of(found.run)
+    to_go_on = [then.resume] if found.stopped or not found.finished else []
+    return [*to_go_on, *([then.chat, then.merge, then.export] if found.has_adapter else []), then.report]
 
 
 class NextCommands(NamedTuple):
-    """Ready to paste: talk to it, fold it into its base, make a GGUF file of it, look at it again."""
+    """Ready to paste: go on with it, talk to it, fold it into its base, make a GGUF file of it, look at it again."""
 
+    resume: str
     chat: str
     merge: str
     export: str
@@ -377,10 +403,11 @@ class NextCommands(NamedTuple):
     def of(cls, run: RunDir) -> "NextCommands":
         folder, merged = shlex.quote(str(run.path)), shlex.quote(f"merged/{run.path.resolve().name}")
         merge = f"qtune merge {folder} --output {merged}"
-        return cls(f"qtune chat {folder}", merge, f"qtune export {folder} --to gguf", f"qtune report {folder}")
+        export = f"qtune export {folder} --to gguf"
+        return cls(f"qtune resume {folder}", f"qtune chat {folder}", merge, export, f"qtune report {folder}")
 
 
-def _grid(columns: int) -> Table:
+def grid(columns: int) -> Table:
     """A table without lines; the last column takes what is left and folds."""
     table = Table.grid(padding=(0, 3, 0, 0))
     for column in range(columns):

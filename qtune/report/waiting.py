@@ -1,51 +1,109 @@
-"""A bar for what takes longer than a moment and trains nothing, such as tokenising a large file."""
+"""What is being done while nothing else is on the screen: a line that moves on a terminal, one line each elsewhere."""
 
-import time
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import IO, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-SECONDS_BEFORE_BAR = 2.0
+from qtune.units import counted
+
+FRAMES_A_SECOND = 4
 
 
-@contextmanager
-def rows_shown(console: Console | None) -> Iterator[Callable[[str, int, int | None], None]]:
-    """What is done to rows, on a terminal: a callable for the word, rows done, and rows in all where that is known.
+class Doing:
+    """Says what is being done, until it is left: `doing("planning")`, and of what is counted how far it is.
 
-    The bar comes only after SECONDS_BEFORE_BAR, and leaves no trace.
+    On a terminal that is one line with a clock, drawn by a thread, and it leaves no trace. Elsewhere each thing is a
+    line in `lines`, when it begins.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rows]}"), TimeRemainingColumn())
-    is_shown = console is not None and console.is_terminal
-    progress = Progress(*columns, console=console, transient=True, disable=not is_shown)
-    task = progress.add_task("", rows="")
-    start = time.monotonic()
 
-    def tell(what: str, done: int, total: int | None) -> None:
-        rows = f"{done:,} rows" if total is None else f"{done:,} of {total:,} rows"
-        progress.update(task, description=what, completed=done, total=total, rows=rows)
-        if time.monotonic() - start >= SECONDS_BEFORE_BAR:
-            progress.start()
+    def __init__(self, console: Console | None = None, lines: IO[str] | None = None):
+        self.console = console or Console(quiet=True)
+        self._is_shown = is_screen(self.console)
+        self._lines = None if self._is_shown else lines
+        self._what = "starting"
+        self._progress = Progress(
+            SpinnerColumn("dots" if self.console.encoding.startswith("utf") else "line"),
+            TextColumn("{task.description}", markup=False),
+            _BarOfKnown(),
+            TextColumn("{task.fields[count]}", markup=False),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            refresh_per_second=FRAMES_A_SECOND,
+            redirect_stdout=False,  # standard output may carry an answer
+            redirect_stderr=False,
+            disable=not self._is_shown,
+        )
+        self._task = self._progress.add_task(self._what, total=None, count="")
 
+    def __call__(self, what: str) -> None:
+        if what == self._what:
+            return
+        self._what = what
+        self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(what, total=None, count="")
+        if self._lines is not None:
+            say(self._lines, f"{what} ...")
+
+    def rows(self, what: str, done: int, total: int | None) -> None:
+        """So many rows are done, of `total` where that is known."""
+        self(what)
+        self._update(done, total, counted(done, "row") if total is None else f"{done:,} of {counted(total, 'row')}")
+
+    def tensors(self, done: int, total: int, name: str) -> None:
+        self._update(done, total, name)
+
+    def _update(self, done: int, total: int | None, count: str) -> None:
+        self._progress.update(self._task, completed=done, total=total, count=count)
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """While someone else draws on the terminal, such as the hub its downloads, after a line that stays."""
+        self(what)
+        self._progress.stop()
+        if self._is_shown:
+            self.console.print(what, style="dim", markup=False)
+        try:
+            yield
+        finally:
+            self._progress.start()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class _BarOfKnown(BarColumn):
+    """A bar where it is known how much there is to do."""
+
+    def render(self, task: Task) -> Text:  # type: ignore[override]
+        return Text() if task.total is None else super().render(task)  # type: ignore[return-value]
+
+
+def is_screen(console: Console) -> bool:
+    """Whether pictures may be drawn on `console`: a forced terminal (FORCE_COLOR) may still be a file or a pipe."""
+    return not console.quiet and console.file.isatty() and console.is_interactive and not console.is_dumb_terminal
+
+
+def say(file: IO[str], line: str) -> None:
+    """Write `line` at once; a reader that goes away (`qtune run ... | head`) ends the lines, not the run."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
     try:
-        yield tell
-    finally:
-        progress.stop()
-
-
-@contextmanager
-def tensors_shown(
-    console: Console, what: str
-) -> Iterator[tuple[Callable[[int, int, str], None], Callable[[str], None]]]:
-    """A bar for `what` is done to tensors: a callable for tensors done, tensors in all and a name; one for a word."""
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(what)
-
-        def tell(done: int, total: int, name: str) -> None:
-            progress.update(task, completed=done, total=total, description=f"{what} {name}")
-
-        def say(word: str) -> None:
-            progress.update(task, description=word)
-
-        yield tell, say
+        file.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+        file.flush()
+    except BrokenPipeError:
+        # What is still in the buffer must go somewhere, or Python complains of the pipe again at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)

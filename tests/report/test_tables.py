@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_events import SCORES, start_run, whole_run_in
+from made_events import DATA, LOCK, PLAN, SCORES, start_run, whole_run_in
 from rich.console import Console, RenderableType
 
-from qtune.events import Memorised
-from qtune.report import card, page, record, summary, tables, verdict
+from qtune.events import Finished, Memorised
+from qtune.report import card, page, record, serving, summary, tables, verdict
 from qtune.rundir import RunDir, read_json, write_json
 
 
@@ -155,7 +155,55 @@ def test_the_end_of_a_run_says_what_came_out_and_what_to_type_next(whole_run: Ru
 
 def test_a_run_that_ended_early_promises_nothing(started_run: RunDir) -> None:
     lines = [" ".join(line.split()) for line in shown(tables.end_of_run(started_run), 240).splitlines()]
-    assert [line for line in lines if line] == ["adapter none was saved", f"qtune report {started_run.path}"]
+    assert [line for line in lines if line] == [
+        "adapter none was saved",
+        f"qtune resume {started_run.path}",
+        f"qtune report {started_run.path}",
+    ]
+
+
+def stopped_in(folder: Path, name: str) -> RunDir:
+    """A run that was stopped at step 7, with an adapter."""
+    run = RunDir.create(folder / name, 'name = "medical"\n', {})
+    for path, value in ((run.data, DATA), (run.plan, PLAN), (run.lock, LOCK)):
+        write_json(path, value)
+    run.record(Finished(7, 61.0))
+    run.adapter.mkdir()
+    return run
+
+
+def test_a_run_that_was_stopped_says_so_and_how_to_go_on(tmp_path: Path) -> None:
+    """It said `7 steps done`, and named chat, merge, export and report."""
+    run = stopped_in(tmp_path, "medical-1")
+    lines = [line.strip() for line in shown(tables.end_of_run(run), 240).splitlines() if line.strip()]
+    assert lines[0] == "stopped at step 7 of 282"
+    verbs = [line.split()[1] for line in lines if line.startswith("qtune ")]
+    assert verbs == ["resume", "chat", "merge", "export", "report"]
+    told = shown(summary.report(run), 240)
+    assert "stopped at step 7 of 282" in told
+    assert f"  qtune resume {run.path}\n" in told
+    summary.write_summary(run)
+    assert f"Stopped at step 7 of 282. Next:\n\n```sh\nqtune resume {run.path}\nqtune chat" in run.summary.read_text()
+    assert serving.uses(record.read(run))[0].text == f"qtune resume {run.path}"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_command_is_one_line_at_any_width(tmp_path: Path, width: int, is_terminal: bool) -> None:
+    """Folded at the edge it was two commands when it was pasted, out of a pipe too."""
+    run = stopped_in(tmp_path, "a name that is quoted and as long as those of runs that are named by date and time")
+    export = {"to": "ollama", "output": f"exports/{run.path.name}", "file": "model.gguf", "onto": "original"}
+    export |= {"stored": {}, "bytes": 9, "texts": 0, "verdict": None, "passed": True, "notes": []}
+    export |= {"read_back": {"tensors": 9, "worst_fraction": 0.1}}
+    for renderable, commands in (
+        (tables.end_of_run(run), tables.next_commands(record.read(run))),
+        (summary.report(run), tables.next_commands(record.read(run))),
+        (tables.export_table(export), [tables.serve_command(export)]),
+    ):
+        console = Console(file=io.StringIO(), width=width, force_terminal=is_terminal, color_system=None)
+        console.print(renderable, crop=False)
+        lines = [line.strip() for line in console.file.getvalue().splitlines()]
+        assert all(command in lines for command in commands)
 
 
 def test_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
