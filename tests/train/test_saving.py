@@ -24,6 +24,7 @@ from stopped_runs import (
 from qtune import sealed
 from qtune.errors import RunFolderError
 from qtune.events import CheckpointSaved, Evaluated, Finished, Notice, Resumed, StepDone
+from qtune.train.reporting import Reporter
 from qtune.train.saving import Point
 from qtune.train.trainer import MeteredTrainer
 
@@ -192,7 +193,7 @@ def test_a_step_that_is_dropped_leaves_the_one_before_it(alone, tmp_path, step: 
 def test_a_held_out_loss_that_is_dropped_leaves_its_step(alone, tmp_path) -> None:
     run = copy(alone, tmp_path / "run", up_to=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qtune.run.held_out_loss", lambda *args: send(signal.SIGINT, signal.SIGINT)())
+        patch.setattr(Reporter, "evaluate", lambda *args: send(signal.SIGINT, signal.SIGINT)())
         assert qtune("resume", run, "--set", "save.every=100", "--allow-change", "save.every") == 130
     assert checkpoints(run)[-1] == 3
     assert qtune("resume", run) == 0
