@@ -54,6 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     lock |= {"model": {"base": "demo"}, "compute_dtype": "float32", "data_sha256": "", "stop_token_ids": []}
     write_json(made.lock, lock)
     made.adapter.mkdir()
+    write_json(made.adapter / "adapter_config.json", {})
     return made
 
 
