@@ -93,7 +93,7 @@ def test_a_merged_model_goes_without_the_report_that_quotes_held_out_rows(run: R
     with pytest.raises(RunFolderError, match=r"was not merged yet. First: qtune merge"):
         push.prepare(run, "me/r", "merged")
     merged = tmp_path / "merged"
-    write_json(run.merge, {"output": str(merged)})
+    write_json(run.merge, {"output": str(merged), "onto": "original", "dtype": "bfloat16"})
     with pytest.raises(RunFolderError, match="is not there any more"):
         push.prepare(run, "me/r", "merged")
     merged.mkdir()
