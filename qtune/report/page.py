@@ -20,7 +20,7 @@ from qtune.report.record import Record
 from qtune.report.verdict import verdict
 from qtune.report.words import canaries_told, format_score, one_line, sentence, visible
 from qtune.rundir import RunDir, write_text
-from qtune.units import counted, format_bytes, format_count, format_seconds
+from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
 
 TEMPLATES = Environment(
     loader=PackageLoader("qtune.report", "templates"),
@@ -207,7 +207,20 @@ def _ran_rows(found: Record) -> list[tuple[str, str]]:
         ("base", serving.base_title(found)),
         ("base weights", f"SHA-256 {lock['base']['sha256']}"),
         *((name, f"SHA-256 {lock[key]}") for name, key in hashes if lock.get(key)),
+        *_probe_rows(lock),
         ("seed", str(lock["seed"])),
         ("versions", summary.versions(lock)),
         ("run folder", found.run.path.resolve().name),
     ]
+
+
+def _probe_rows(lock: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the probe before the first step found of documents in a pack; nothing where none was made."""
+    found = lock.get("packing_probe")
+    if not found:
+        return []
+    moved = max(found["by_neighbour"], found["by_company"])
+    by = f"its logits move by {format_percent(moved)} of their spread"
+    if moved <= found["rounding"]:
+        return [("packs", f"a document is the same alone and behind others: {by}")]
+    return [("packs", f"a document would be another behind others ({by}), so each had a pass of its own")]

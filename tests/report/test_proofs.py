@@ -195,6 +195,20 @@ def test_a_card_says_what_was_measured_and_no_more(run: RunDir) -> None:
     assert "figures" not in limits()
 
 
+def test_packs_are_told_as_the_probe_before_the_first_step_found_them(run: RunDir) -> None:
+    same, another = "a document is the same alone and behind others", "so each had a pass of its own"
+    shown = page.run_page(run)
+    assert same not in shown
+    assert another not in shown
+    probe = {"by_neighbour": 0.0, "by_company": 1e-6, "by_attention": 0.0, "by_loss": 0.0, "rounding": 0.001}
+    write_json(run.lock, {**LOCK, "packing_probe": probe})
+    assert same in page.run_page(run)
+    write_json(run.lock, {**LOCK, "packing_probe": {**probe, "by_company": 0.2}})
+    shown = page.run_page(run)
+    assert same not in shown
+    assert f"its logits move by 20.0 % of their spread), {another}" in shown
+
+
 def test_quantisation_is_named_only_where_the_lock_has_it(run: RunDir) -> None:
     write_json(run.lock, {**LOCK, "recipe": RECIPE, "quantization": None})
     assert "trained with qtune (LoRA)." in card.card(record.read(run))
