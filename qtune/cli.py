@@ -5,9 +5,6 @@ be finished, 130 and 143 after Ctrl-C and SIGTERM.
 """
 
 import argparse
-import functools
-import gc
-import inspect
 import json
 import os
 import random
@@ -16,7 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from qtune import __version__
 from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
+from qtune.imports import quick_imports
 from qtune.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -465,40 +463,6 @@ def _console(options: argparse.Namespace) -> "Console":
     return Console(stderr=getattr(options, "json", False), highlight=False)
 
 
-@contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Inside, libraries are imported without what only delays it: the garbage collector, which goes over all that has
-    been made so far again and again, and torch's compiler, which bitsandbytes asks for kernel by kernel.
-
-    A function that is to be compiled is compiled when it is first called.
-    """
-    gc.disable()
-    import torch
-
-    compile_now = torch.compile
-    torch.compile = _compiled_when_called(compile_now)
-    try:
-        yield
-    finally:
-        torch.compile = compile_now
-        gc.freeze()  # nothing of what was imported is ever garbage
-        gc.enable()
-
-
-def _compiled_when_called(compile_now: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` for plain functions, put off; for all else as it is."""
-
-    def put_off(model: Any = None, **settings: Any) -> Any:
-        if model is None:
-            return functools.partial(put_off, **settings)
-        if not inspect.isfunction(model):
-            return compile_now(model, **settings)
-        compiled = functools.cache(lambda: compile_now(model, **settings))
-        return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-    return put_off
-
-
 def _doing(options: argparse.Namespace) -> "Doing":
     """Says on the terminal what is being done, and elsewhere in lines."""
     from qtune.report.waiting import Doing
@@ -521,7 +485,7 @@ def run_recipe(options: argparse.Namespace) -> int:
         recipe, path = _load_recipe(options)
         _make_tracker_ready(recipe)
         doing(IMPORTING)
-        with _quick_imports():
+        with quick_imports():
             from qtune import run as story
         from qtune.recipe.load import given_anywhere
         from qtune.resume import Invocation
@@ -553,7 +517,7 @@ def _resume_held(folder: "RunDir", options: argparse.Namespace) -> int:
         _make_tracker_ready(recipe)
         _stay_offline_when_local(recipe)
         doing(IMPORTING)
-        with _quick_imports():
+        with quick_imports():
             from qtune import run as story
 
         ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, doing)
@@ -591,7 +555,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
     with _doing(options) as doing:
         recipe, _ = _load_recipe(options, needs_weights=False)
         doing(IMPORTING)
-        with _quick_imports():
+        with quick_imports():
             from qtune import run as story
         from qtune.memory import device
         from qtune.report import forecast
@@ -627,7 +591,7 @@ def check_recipe(options: argparse.Namespace) -> int:
         doing(IMPORTING)
         import dataclasses
 
-        with _quick_imports():
+        with quick_imports():
             from qtune import run as story
 
         ready = story.get_ready(recipe, doing=doing)

@@ -22,6 +22,7 @@ ROOMS = [
     "recipe",
     "rundir",
     "removal",
+    "imports",
     "data",
     "memory",
     "model",

@@ -5,12 +5,12 @@ import sys
 
 import torch
 
-from qtune import cli
+from qtune.imports import compiled_when_called
 
 PROGRAM = """
 import gc, sys
-from qtune import cli
-with cli._quick_imports():
+from qtune.imports import quick_imports
+with quick_imports():
     from qtune import run
 import torch
 assert gc.isenabled()
@@ -32,7 +32,7 @@ def test_a_function_is_compiled_when_it_is_first_called() -> None:
         graphs.append(graph)
         return graph.forward
 
-    put_off = cli._compiled_when_called(torch.compile)
+    put_off = compiled_when_called(torch.compile)
     decorate = put_off(backend=backend, dynamic=False)
 
     @decorate
