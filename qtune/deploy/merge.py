@@ -6,8 +6,8 @@ from what was trained by the quantisation error (on 64 texts mean KL 3.9e-3 agai
 both against the live adapter, and keeps the closer.
 
 Arithmetic is float32 with one rounding at the end, a few rows in memory at a time. The `auto` dtype is the checkpoint's
-own, tensor by tensor: float16 would round eight times finer than bfloat16 (mean KL 5.6e-6 against 4.3e-5), but the
-activations of models made in bfloat16 can overflow it in the server that loads the result.
+own, tensor by tensor: float16 would round eight times finer than bfloat16 (mean KL 8e-6 against 1.3e-2 after 12 steps
+of a small model), but the activations of models made in bfloat16 can overflow it in the server that loads the result.
 """
 
 import dataclasses
