@@ -70,11 +70,10 @@ def _excerpt(path: Path, bad: int) -> str:
             try:
                 text = line.decode(WESTERN)
             except UnicodeDecodeError:
-                raise _not_utf8(
-                    path, number, f"in another encoding than the rest, which seems to be {WESTERN.upper()}"
-                ) from None
-            word = word or next(word for word in text.split() if not word.isascii())
-    return word[:EXCERPT_CHARACTERS]
+                seems = f"in another encoding than the rest, which seems to be {WESTERN.upper()}"
+                raise _not_utf8(path, number, seems) from None
+            word = word or next((word for word in text.split() if not word.isascii()), "")
+    return word[:EXCERPT_CHARACTERS] or "a hard space"
 
 
 def _not_utf8(path: Path, line: int, seems: str) -> DataError:

@@ -67,6 +67,7 @@ def test_the_usual_is_not_worth_a_word(tmp_path: Path) -> None:
         "El señor comió",
         "Kjøkken, å være",
         "it’s “fine” for 5 €",
+        "Käse\xa01",
     ],
 )
 def test_languages_of_the_west_are_read(tmp_path: Path, text: str) -> None:
@@ -96,11 +97,11 @@ def test_another_code_page_is_refused_and_never_read_wrong(tmp_path: Path, encod
 
 @pytest.mark.parametrize(
     ("last", "words"),
-    [("für".encode(), "and line 300 is UTF-8"), (b"a \x81 b", "a.csv:300: is not UTF-8 but in another encoding")],
+    [("für".encode(), "and line 4,000 is UTF-8"), (b"a \x81 b", "a.csv:4,000: is not UTF-8 but in another encoding")],
 )
 def test_a_file_that_is_not_cp1252_throughout_is_refused(tmp_path: Path, last: bytes, words: str) -> None:
     """Lines in UTF-8 would be read as mojibake, and a byte that cp1252 lacks would end in a traceback."""
-    lines = ["question,answer", *("q,für Käse und Brötchen" for _ in range(298))]
+    lines = ["question,answer", *("q,für Käse und Brötchen" for _ in range(3998))]
     path = written(tmp_path, "\n".join(lines).encode("cp1252") + b"\nq," + last + b"\n")
     with pytest.raises(DataError, match=words):
         read_rows(str(path))
