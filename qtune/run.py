@@ -23,7 +23,7 @@ from qtune.data.tokens import tokenizer_sha256
 from qtune.errors import MachineError, UserError
 from qtune.evaluate.compare import Score, compare, score
 from qtune.evaluate.held_out import HeldOut, scored_examples
-from qtune.evaluate.loss import held_out_loss
+from qtune.evaluate.loss import document_loss, held_out_loss
 from qtune.evaluate.memorised import memorised
 from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.memory.device import Device, find_device
@@ -261,12 +261,9 @@ def _probed(ready: Ready, folder: RunDir, model: PeftModel, listen: Listener) ->
     recipe, plan, train = ready.recipe, ready.plan, ready.prepared.train
     vocabulary = sorted({int(token) for i in range(min(VOCABULARY_ROWS, len(train))) for token in train.arrays(i)[0]})
     device, dtype = plan.device.name, plan.compute_dtype
-
-    def loss_of(document: Sequence[int]) -> float:
-        row = PackedRow(input_ids=document, labels=document, seq_lengths=[len(document)])
-        return held_out_loss(model, [row], device, dtype)
-
-    found = packing_probe.probe(model, vocabulary, device, dtype, loss_of)
+    found = packing_probe.probe(
+        model, vocabulary, device, dtype, lambda document: document_loss(model, document, device, dtype)
+    )
     write_json(folder.lock, {**folder.read_lock(), "packing_probe": found.as_json()})
     packing_probe.refuse_another(found, recipe.model.base)
     if not found.leaks:

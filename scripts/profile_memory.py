@@ -595,7 +595,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="new folder; default runs/profile-NAME")
     options = parser.parse_args(arguments)
     try:
-        recipe = load.load(library.find(options.recipe), options.set, options.demo)
+        recipe = load.load(
+            library.find(options.recipe), options.set, options.demo, needs_weights=not options.random_weights
+        )
         if importlib.util.find_spec("matplotlib") is None:
             raise MachineError(f"The picture needs matplotlib, which is not installed: {how_to_install('plots')}")
         logs.hold()

@@ -45,7 +45,7 @@ REFUSED = {
     "merge --output used": (["merge", "run", "--output", "used"], "used: exists already and is not empty."),
     "export --output used": (["export", "run", "--output", "used"], "used: exists already and is not empty."),
     "eval without lm-eval": (["eval", "run", "--tasks", "arc_easy"], "--tasks: needs lm-eval, which is not installed"),
-    "eval of no task folder": (["eval", "run", "--task-folder", "no"], "--task-folder: there is no folder no."),
+    "eval of no tasks": (["eval", "run", "--task-folder", "no"], "--task-folder: has no effect without --tasks."),
     "eval of nothing": (["eval", "run", "--merged", "nothing"], "--merged nothing: there is no such folder or file."),
     "eval of no model": (["eval", "run", "--merged", "used"], "--merged used: used holds no model"),
     "eval of a gguf": (["eval", "run", "--merged", "x.gguf"], "x.gguf: needs llama-cpp-python, which is not installed"),

@@ -97,10 +97,10 @@ def test_rows_of_ones_own_are_scored_and_those_trained_on_are_named(finished: Pa
     assert read_json(run / "eval-data-mine-exact_match.json") == found
     assert (run / "eval-rows.json").read_bytes() == of_held_out
     assert qtune("eval", run, "--data", mine, "--rows", "2") == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"mine.jsonl: {len(rows)} rows, read as prompt-completion" in said
-    assert f"{len(known) - held_out} rows of these had been trained on (mine.jsonl:" in said
-    assert "held-out loss" not in said
+    said = "".join(capsys.readouterr().out.split())  # long paths are folded, and in the middle of a word
+    assert f"mine.jsonl:{len(rows)}rows,readasprompt-completion" in said
+    assert f"{len(known) - held_out}rowsofthesehadbeentrainedon(mine.jsonl:" in said
+    assert "held-outloss" not in said
 
 
 def test_rows_of_ones_own_that_cannot_be_scored_are_named_by_line(finished: Path, tmp_path: Path, capsys) -> None:

@@ -343,7 +343,7 @@ def test_a_folder_that_was_used_is_not_mixed_with(alone, capsys) -> None:
     recipe = alone.parent / "t.toml"
     before = sorted(alone.rglob("*"))
     assert qtune("run", recipe, "--output", alone) == 2
-    assert "is not empty, and runs are never mixed" in capsys.readouterr().err
+    assert "exists already and is not empty" in capsys.readouterr().err
     assert sorted(alone.rglob("*")) == before
 
 

@@ -38,6 +38,12 @@ def held_out_loss(
     return nats / tokens
 
 
+def document_loss(model: torch.nn.Module, document: Sequence[int], device: str, compute_dtype: str) -> float:
+    """The same of one document of token ids, of which every token but the first is a label."""
+    row = PackedRow(input_ids=document, labels=document, seq_lengths=[len(document)])
+    return held_out_loss(model, [row], device, compute_dtype)
+
+
 def _summed_pack(
     model: torch.nn.Module, batch: Batch, device: str, compute_dtype: str, recovery: Recovery
 ) -> tuple[float, float]:

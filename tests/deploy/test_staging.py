@@ -221,5 +221,5 @@ def test_two_at_a_time_are_refused(run, tmp_path) -> None:
 
 def test_without_a_right_to_write_it_is_said(run, tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MachineError, match=r"out: cannot be made"):
+    with pytest.raises(RunFolderError, match=r"out: cannot be made"):
         merge(run, tmp_path / "file" / "out", "dequantised")

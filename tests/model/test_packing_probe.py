@@ -11,8 +11,7 @@ from conftest import byte_tokenizer
 from stopped_runs import qtune, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qtune.data.packing import PackedRow
-from qtune.evaluate.loss import held_out_loss
+from qtune.evaluate.loss import document_loss
 from qtune.memory import document_attention, tiled_loss
 from qtune.model import packing_probe
 from qtune.model.base import load_base
@@ -37,11 +36,9 @@ CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 
 
 def probe(model: PreTrainedModel) -> packing_probe.Probe:
-    def loss_of(document: list[int]) -> float:
-        row = PackedRow(input_ids=document, labels=document, seq_lengths=[len(document)])
-        return held_out_loss(model, [row], "cpu", "float32")
-
-    return packing_probe.probe(model, TOKENS, "cpu", "float32", loss_of)
+    return packing_probe.probe(
+        model, TOKENS, "cpu", "float32", lambda document: document_loss(model, document, "cpu", "float32")
+    )
 
 
 def config_of(kind: str, **changes: Any) -> Any:

@@ -218,7 +218,8 @@ def test_it_is_said_before_torch_loads(tmp_path: Path, verb: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr == 'report.to = "wandb" needs the package wandb, which is not installed: pip install wandb\n'
+    why = 'report.to = "wandb" needs the package wandb, which is not installed: pip install wandb'
+    assert result.stderr.splitlines()[-1] == f"--set report.to=wandb: {why}"
 
 
 def test_an_unknown_tracker_is_a_fault_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
