@@ -253,3 +253,15 @@ def test_a_base_with_an_attention_of_its_own_is_refused_from_its_config(workplac
     status, _, err = plan(capsys, *CARD)
     assert status == 2
     assert f"model.base: models of type {kind} run an attention of their own" in err
+
+
+# Bamba works the kinds of its layers out from their number, and to set them was "our fault".
+def test_kinds_of_layers_that_cannot_be_set_are_left_as_they_are(workplace: Path, capsys) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    config = AutoConfig.for_model(
+        "bamba", vocab_size=262, num_hidden_layers=6, attn_layer_indices=[1, 3, 5], **sizes, **mamba
+    )
+    write_config(config, architectures=["BambaForCausalLM"])
+    status, _, err = plan(capsys, *CARD)
+    assert status == 0, err

@@ -142,7 +142,8 @@ def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     text = cut.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        with contextlib.suppress(AttributeError):  # some work it out from num_hidden_layers themselves
+            text.layer_types = text.layer_types[:layers]
     return cut
 
 
