@@ -11,7 +11,7 @@ from pathlib import Path
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
 from qtune.model import identity
 from qtune.recipe import base_kind
-from qtune.rundir import RUNS, RunDir, is_run, refuse_unmakeable, refuse_used
+from qtune.rundir import RUNS, RunDir, default_export, is_run, refuse_unmakeable, refuse_used
 
 GGUF_SUFFIX = ".gguf"
 
@@ -126,6 +126,18 @@ def _picture(options: argparse.Namespace) -> None:
         histogram.picture_path(options.plot)
 
 
+def _going_on(options: argparse.Namespace) -> None:
+    """Without its checkpoints a run would begin again, over the adapter that it has."""
+    if RunDir(options.run).checkpoints_removed.is_file():
+        raise RunFolderError(
+            f"{options.run}: its checkpoints were removed, so it cannot go on. `qtune run` begins a new run."
+        )
+
+
+def _exported(options: argparse.Namespace) -> None:
+    refuse_used(options.output or default_export(options.run, options.to, options.quant))
+
+
 def _moved_base(options: argparse.Namespace) -> None:
     if options.base is not None and options.run is None:
         raise UserError("--base: has no effect without --run. Give both.")
@@ -134,7 +146,8 @@ def _moved_base(options: argparse.Namespace) -> None:
 CHECKS: dict[str, tuple[Callable[[argparse.Namespace], None], ...]] = {
     "run": (_output,),
     "merge": (_given_output,),
-    "export": (_given_output,),
+    "resume": (_going_on,),
+    "export": (_exported,),
     "chat": (_chat,),
     "eval": (_idle_of_eval, _own_rows, _benchmarks, _merged),
     "data": (_picture,),

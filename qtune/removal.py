@@ -37,4 +37,6 @@ def remove(removals: list[Removal]) -> None:
         for each in removals:
             held.enter_context(each.run.held())
         for each in removals:
+            if each.path == each.run.checkpoints:
+                each.run.checkpoints_removed.touch()
             sealed.remove(each.path)

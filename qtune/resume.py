@@ -89,11 +89,21 @@ def recipe_of(run: RunDir, overrides: Sequence[str]) -> Recipe:
     Raises RecipeError for one that does not hold any more.
     """
     began = Invocation.of_run(run)
+    _refuse_moved_base(run, overrides)
     try:
         return load.load(run.recipe, [*began.overrides, *overrides], began.demo, Path(began.recipe_folder))
     except RecipeError as fault:
         is_moved = any("model.base: there is no folder" in sentence for sentence in fault.faults)
         raise RecipeError([*fault.faults, *([_where_it_is_now(run)] if is_moved else [])]) from None
+
+
+def _refuse_moved_base(run: RunDir, overrides: Sequence[str]) -> None:
+    """Raises RunFolderError where the base's folder is gone; its name in the recipe could be one on the hub, too."""
+    if not run.lock.is_file() or any(each.startswith("model.base=") for each in overrides):
+        return
+    base = Path(run.read_lock()["model"]["base"])
+    if base.is_absolute() and not base.exists():
+        raise RunFolderError(f"{run.path}: its base is not in {base} any more. {_where_it_is_now(run)}")
 
 
 def _where_it_is_now(run: RunDir) -> str:

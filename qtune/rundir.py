@@ -64,7 +64,7 @@ class RunDir:
         """Make a new folder with the recipe, and how it was given, in it; one that holds anything is refused."""
         refuse_used(path)
         try:
-            with sealed.filled_in_place(path) as stage:
+            with sealed.filled_in_place(path, replaces=False) as stage:
                 cls(stage).recipe.write_text(recipe_text, encoding="utf-8")
                 write_json(cls(stage).invocation, invocation)
         except OSError as fault:
@@ -243,6 +243,11 @@ class RunDir:
             sealed.flush(path)
         return {path.name: path.stat().st_size for path in journals}
 
+    @property
+    def checkpoints_removed(self) -> Path:
+        """There where the run had checkpoints and the user took them off the disk."""
+        return self.path / "checkpoints.removed"
+
     def held(self) -> AbstractContextManager[None]:
         """Raises RunFolderError, on entering, where another process is at work in this folder."""
         return alone_in(self.path, f"{self.path}: another qtune is at work on this run. Wait for it.")
@@ -386,6 +391,12 @@ def reading(*runs: RunDir) -> Iterator[None]:
             if run.qtune_version != __version__:
                 raise run.not_as_written(run.path) from None
         raise
+
+
+def default_export(run: Path, to: str, quant: str | None) -> Path:
+    """exports/RUN-q8_0, exports/RUN-ollama-q8_0 or exports/RUN-adapter."""
+    kind = {"gguf": "", "ollama": "ollama-"}
+    return Path("exports") / f"{run.resolve().name}-{kind[to] + (quant or 'q8_0') if to in kind else 'adapter'}"
 
 
 def default_path(name: str, now: datetime) -> Path:

@@ -23,10 +23,11 @@ RUST_OS_ERROR = re.compile(r"(?:\(os error |code: )(\d+)[,)]")  # safetensors, w
 
 
 @contextmanager
-def filled_in_place(path: Path) -> Iterator[Path]:
+def filled_in_place(path: Path, replaces: bool = True) -> Iterator[Path]:
     """A new folder to fill; when the block ends it is flushed to disk and takes the place of `path`.
 
-    What goes wrong leaves `path` as it was. Raises DiskFull where the disk has no room for it.
+    What goes wrong leaves `path` as it was. Raises DiskFull where the disk has no room for it, and, unless it
+    `replaces` what is there, OSError where `path` holds anything by then.
     """
     with refusing_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def filled_in_place(path: Path) -> Iterator[Path]:
             yield stage
             stage.chmod(0o755)
             _flush_all(stage)
-            _take_place(stage, path)
+            _take_place(stage, path) if replaces else os.rename(stage, path)
             flush(path.parent)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)

@@ -15,7 +15,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -244,8 +243,8 @@ def swept(kind: str) -> dict[str, Any]:
         except EOFError:
             pass
         process.join()
-        if process.exitcode == -signal.SIGSEGV:
-            found["failed"] = "crashed"
+        if process.exitcode and "failed" not in found:
+            found["failed"] = f"ended with {process.exitcode}"
     return found
 
 

@@ -15,7 +15,7 @@ from qtune.deploy.merge import merge
 from qtune.deploy.opened import model_of
 from qtune.deploy.servers import servers
 from qtune.errors import ModelError, RunFolderError
-from qtune.rundir import RunDir, refuse_used, write_json
+from qtune.rundir import LOCKED, RunDir, refuse_used, write_json
 
 RECIPE = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
 
@@ -99,11 +99,17 @@ def test_resuming_with_a_moved_base_says_what_mends_it(tmp_path: Path, capsys: p
     text = RECIPE.replace('"demo"', '"./base"')
     began = {"recipe_folder": str(tmp_path), "overrides": [], "demo": False}
     run = RunDir.create(tmp_path / "run", text, began)
-    write_json(run.lock, {})
+    mends_it = f"qtune resume {run.path} --set model.base=FOLDER --allow-change model.base"
     assert cli.main(["resume", str(run.path)]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"{run.recipe}:3: model.base: there is no folder base in {tmp_path}."
-    assert second.endswith(f"qtune resume {run.path} --set model.base=FOLDER --allow-change model.base")
+    assert second.endswith(mends_it)
+    # A base that the recipe calls models/base was looked for on the hub once the folder was gone.
+    write_json(run.lock, {**dict.fromkeys(LOCKED, {}), "model": {"base": str(tmp_path / "models" / "base")}})
+    assert cli.main(["resume", str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{run.path}: its base is not in {tmp_path / 'models' / 'base'} any more.")
+    assert said.rstrip().endswith(mends_it)
 
 
 def test_a_folder_that_is_empty_or_new_may_be_used(tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def test_checkpoints_alone_are_removed(runs: Path, capsys: pytest.CaptureFixture
     assert RunDir.open(Path("runs/whole")).adapter.is_dir()
     assert qtune("rm", "--checkpoints", "runs/whole", "--yes") == 2
     assert "has no checkpoints" in capsys.readouterr().err
+    # Without them it began again, and wrote over the adapter that was to stay.
+    assert qtune("resume", "runs/whole") == 2
+    assert "its checkpoints were removed, so it cannot go on" in capsys.readouterr().err
 
 
 def test_nothing_else_is_removed(runs: Path, capsys: pytest.CaptureFixture) -> None:

@@ -131,3 +131,15 @@ def test_a_full_disk_is_known_when_safetensors_tells_of_it(tmp_path: Path, file_
     file_size_limit(1000)
     with pytest.raises(DiskFull), sealed.refusing_full_disk(tmp_path / "x"):
         save_file({"x": torch.zeros(1000)}, tmp_path / "x")
+
+
+# Two runs that were started into one folder at once both found it empty, and one took the other's place.
+def test_a_folder_that_holds_something_by_then_is_not_replaced(tmp_path: Path) -> None:
+    filling = sealed.filled_in_place(tmp_path / "run", replaces=False)
+    (filling.__enter__() / "mine").write_text("late")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "theirs").write_text("first")
+    with pytest.raises(OSError, match="not empty"):
+        filling.__exit__(None, None, None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -51,11 +52,14 @@ class Chat:
             said.append(piece)
             say(piece)
 
+        came_to_its_end = False
         try:
-            return self._speak(question, hear)
+            came_to_its_end = self._speak(question, hear)
         finally:
             if said:
-                self.turns += [Message("user", question), Message("assistant", "".join(said))]
+                answer = Message("assistant", "".join(said), is_trained=came_to_its_end)
+                self.turns += [Message("user", question), answer]
+        return came_to_its_end
 
     def ask_base(self, question: str, say: Callable[[str], None]) -> bool:
         """What the base answers to `question` at this point; nothing joins the conversation."""
@@ -73,10 +77,13 @@ class Chat:
         return [*([Message("system", self.system)] if self.system else []), *self.turns]
 
     def save(self, path: Path) -> str:
-        """Add the conversation to `path` as a row of chat messages; returns what was done, or why nothing was."""
+        """Add the conversation to `path` as a row of chat messages; returns what was done, or why nothing was.
+
+        An answer that was cut short has the weight 0: it is to be read and not learned.
+        """
         if path.suffix != ".jsonl":
             return f"{path}: is no .jsonl file. Name one, such as /save talk.jsonl."
-        row = {"messages": [{"role": message.role, "content": message.content} for message in self.messages]}
+        row = {"messages": [_as_row(message) for message in self.messages]}
         read = formats.read(Row(row, "it"), "messages", Columns(), None)
         if isinstance(read, Dropped):
             return f"Not saved: {read.reason}."
@@ -86,6 +93,10 @@ class Chat:
         except OSError as fault:
             return f"{path}: cannot be written ({fault.strerror})."
         return f"Added to {path}, which `qtune data check` reads."
+
+
+def _as_row(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content, **({} if message.is_trained else {"weight": 0})}
 
 
 def converse(chat: Chat, console: Console, compare: bool, prompt: str | None) -> None:

@@ -28,7 +28,7 @@ from qtune.deploy.gguf_vocabulary import Vocabulary
 from qtune.deploy.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone
 from qtune.deploy.shards import write_synced
 from qtune.errors import MachineError, UserError
-from qtune.rundir import RunDir, refuse_used, write_json
+from qtune.rundir import RunDir, default_export, refuse_used, write_json
 
 Target = Literal["gguf", "ollama", "adapter-gguf"]
 REPORT_NAME, MODEL_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "model.gguf", "adapter.gguf", "Modelfile"
@@ -76,7 +76,7 @@ def export(
 ) -> ExportReport:
     """Write the run to the new folder `output`, whole or not at all, and prove it.
 
-    Without an `output` it goes to `default_output`, without a `quant` it is 8 bits, and without `onto` what the last
+    Without an `output` it goes to `default_export`, without a `quant` it is 8 bits, and without `onto` what the last
     merge kept. `rows` are held-out token ids for llama.cpp, if it is installed. The report is kept in the folder as
     export_report.json, and in the run under the folder's name. Raises UserError (RunFolderError, ModelError,
     MachineError) for an output that exists, a base or adapter that does not fit the run, what GGUF cannot say, and a
@@ -86,7 +86,7 @@ def export(
     if to == "adapter-gguf" and (quant or onto):
         raise UserError("--to adapter-gguf: holds A and B in f32 and no base; leave out --quant and --onto.")
     quant = quant or "q8_0"
-    output = output or default_output(run, to, quant)
+    output = output or default_export(run.path, to, quant)
     refuse_used(output)
     onto = None if to == "adapter-gguf" else chosen_onto(run, onto)
     fold = Fold.open(run, "float32")
@@ -123,12 +123,6 @@ def export(
         publish(folder, output)
     write_json(run.export_report(output.name), report.as_json())
     return report
-
-
-def default_output(run: RunDir, to: Target, quant: Quant) -> Path:
-    """exports/RUN-q8_0, exports/RUN-ollama-q8_0 or exports/RUN-adapter."""
-    kind = {"gguf": quant, "ollama": f"ollama-{quant}", "adapter-gguf": "adapter"}[to]
-    return Path("exports") / f"{run.path.resolve().name}-{kind}"
 
 
 def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:

@@ -17,13 +17,13 @@ from rich.console import Group
 from rich.text import Text
 
 from qtune.deploy.delta import read_config, weights_path
-from qtune.deploy.export import Target, chosen_onto, default_output, modelfile_of
+from qtune.deploy.export import Target, chosen_onto, modelfile_of
 from qtune.deploy.fold import Fold
 from qtune.deploy.gguf_draft import adapter_draft, model_draft
 from qtune.errors import ModelError, QtuneError
 from qtune.model import files
 from qtune.report import record, serving, tables
-from qtune.rundir import RunDir
+from qtune.rundir import RunDir, default_export
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Asked:
 
     def _export(self, target: Target) -> tuple[str, str]:
         """The command that exports, and where it writes."""
-        folder = shlex.quote(str(default_output(self.run, target, "q8_0")))
+        folder = shlex.quote(str(default_export(self.run.path, target, "q8_0")))
         return f"qtune export {shlex.quote(str(self.run.path))} --to {target}", folder
 
     def _drafted(self, draft: Callable[[Fold], object], lines: tuple[str, ...], why: str = "") -> Answer:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from qtune.errors import RunFolderError
+from qtune.evaluate.labels import label
 from qtune.report.tables import ARROW
 from qtune.report.words import format_loss, format_score, one_line
 from qtune.rundir import RunDir, bytes_below, read_json, runs_in
@@ -88,7 +89,8 @@ def _lines(run: Listed) -> tuple[Text, Text]:
     facts = [] if run.name is None else [f"{one_line(run.name)} on {one_line(str(run.base))}"]
     if run.before is not None and run.after is not None:
         form = format_loss if run.score == "held-out loss" else format_score
-        facts.append(f"{run.score} {form(run.before)} {ARROW} {form(run.after)}")
+        told = label(run.score or "").name
+        facts.append(f"{told} {form(run.before)} {ARROW} {form(run.after)}")
     sizes = [("adapter", run.adapter_bytes), ("checkpoints", run.checkpoint_bytes), ("in all", run.bytes)]
     facts.append(", ".join(f"{name} {format_bytes(size)}" for name, size in sizes if size))
     return head, Text(f"  {'   '.join(facts)}")

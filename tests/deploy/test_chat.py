@@ -117,16 +117,23 @@ def test_a_row_that_was_saved_is_one_to_train_on(
     chat = Chat(speaker, Choosing(), "Be brief.", max_new_tokens=8)
     assert "no answer to learn" in talk._obey(chat, "/save", str(tmp_path / "t.jsonl"))
     assert "is no .jsonl file" in talk._obey(chat, "/save", str(tmp_path / "t.txt"))
+    chat.turns = [Message("user", "größer?"), Message("assistant", "ja, und", is_trained=False)]
+    assert "no answer to learn" in talk._obey(chat, "/save", str(tmp_path / "t.jsonl"))  # the only one was cut short
     assert "cannot be written" in talk._obey(
         Chat(speaker, Choosing(), turns=[Message("user", "a"), Message("assistant", "ü")]), "/save", "/nowhere/t.jsonl"
     )
     for reply in ("ja", "nein"):
-        chat.turns = [Message("user", "größer?"), Message("assistant", reply)]
+        chat.turns = [
+            *(Message("user", "erst?"), Message("assistant", "wohl", is_trained=False)),
+            *(Message("user", "größer?"), Message("assistant", reply)),
+        ]
         assert "Added to" in talk._obey(chat, "/save", str(tmp_path / "t.jsonl"))
     lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2
     assert "größer?" in lines[0]
-    assert [turn["role"] for turn in json.loads(lines[0])["messages"]] == ["system", "user", "assistant"]
+    turns = json.loads(lines[0])["messages"]
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn.get("weight", 1) for turn in turns] == [1, 1, 0, 1, 1]
     recipe = write_recipe(tmp_path, tiny_base, data={"train": "t.jsonl", "held_out_fraction": 0})
     assert qtune("data", "check", recipe) == 0
     assert "messages" in capsys.readouterr().out
@@ -200,10 +207,8 @@ def test_a_chat_at_a_terminal(typed: Typed, tmp_path: Path) -> None:
     typed.type("\x03")
     assert "stopped; the conversation goes on" in typed.until("you ")
     typed.type("/save talk.jsonl\n")
-    assert "Added to talk.jsonl" in typed.until("you ")
-    (row,) = map(json.loads, (tmp_path / "talk.jsonl").read_text(encoding="utf-8").splitlines())
-    assert row["messages"][0] == {"role": "user", "content": QUESTION}
-    assert row["messages"][1]["content"]
+    assert "Not saved: every answer has the weight 0" in typed.until("you ")  # half an answer is none to learn
+    assert not (tmp_path / "talk.jsonl").exists()
     typed.type("quit\n")
     while typed.more():
         pass
