@@ -105,7 +105,9 @@ def test_resuming_with_a_moved_base_says_what_mends_it(tmp_path: Path, capsys: p
     assert first == f"{run.recipe}:3: model.base: there is no folder base in {tmp_path}."
     assert second.endswith(mends_it)
     # A base that the recipe calls models/base was looked for on the hub once the folder was gone.
-    write_json(run.lock, {**dict.fromkeys(LOCKED, {}), "model": {"base": str(tmp_path / "models" / "base")}})
+    write_json(
+        run.lock, {**{key: kind() for key, kind in LOCKED.items()}, "model": {"base": str(tmp_path / "models/base")}}
+    )
     assert cli.main(["resume", str(run.path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"{run.path}: its base is not in {tmp_path / 'models' / 'base'} any more.")
