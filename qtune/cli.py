@@ -558,6 +558,7 @@ def plan_recipe(options: argparse.Namespace) -> int:
         with quick_imports():
             from qtune import run as story
         from qtune.memory import device
+        from qtune.plan.decide import budget_of
         from qtune.report import forecast
 
         here = device.find_device()
@@ -566,7 +567,13 @@ def plan_recipe(options: argparse.Namespace) -> int:
             sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
             found = story.longest_contexts(recipe, [device.imagined_card(size, host, here) for size in sizes], doing)
             rows = [
-                {"device_bytes": card.total_bytes, "tokens": most.tokens, "bound": most.bound} for card, most in found
+                {
+                    "device_bytes": card.total_bytes,
+                    "host_bytes": budget_of(recipe, card).host_bytes,
+                    "tokens": most.tokens,
+                    "bound": most.bound,
+                }
+                for card, most in found
             ]
         else:
             target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)

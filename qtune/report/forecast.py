@@ -157,7 +157,8 @@ def longest_table(base: str, rows: Sequence[dict[str, Any]]) -> RenderableType:
     for row in rows:
         tokens = f"{row['tokens']:,}" if row["tokens"] else "does not fit"
         table.add_row(format_bytes(row["device_bytes"]), tokens, Text(BOUNDS[row["bound"]], "dim"))
-    return Group(Text(f"longest context of {one_line(base)}, forecast"), Text(), table)
+    host = f"with {format_bytes(rows[0]['host_bytes'])} of host memory to take"
+    return Group(Text(f"longest context of {one_line(base)}, forecast {host}"), Text(), table)
 
 
 def _sum(parts: dict[str, int]) -> int:

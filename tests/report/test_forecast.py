@@ -137,14 +137,15 @@ def test_a_part_of_another_name_is_shown_all_the_same() -> None:
 def test_the_longest_contexts_and_the_base_on_one_line() -> None:
     """The name was once a title as narrow as the table, a letter or two a line."""
     rows = [
-        {"device_bytes": 6 * GIB, "tokens": 0, "bound": "card"},
-        {"device_bytes": 12 * GIB, "tokens": 67_840, "bound": "host"},
-        {"device_bytes": 24 * GIB, "tokens": 123_456, "bound": "both"},
+        {"device_bytes": 6 * GIB, "host_bytes": 51 * GIB, "tokens": 0, "bound": "card"},
+        {"device_bytes": 12 * GIB, "host_bytes": 51 * GIB, "tokens": 67_840, "bound": "host"},
+        {"device_bytes": 24 * GIB, "host_bytes": 51 * GIB, "tokens": 123_456, "bound": "both"},
     ]
     assert (
         shown(forecast.longest_table("/a/rather/long/folder/of/a/base", rows), 80)
         == """\
-longest context of /a/rather/long/folder/of/a/base, forecast
+longest context of /a/rather/long/folder/of/a/base, forecast with 51 GiB of host
+memory to take
 
    card        tokens  bound by
 6.0 GiB  does not fit  the card
