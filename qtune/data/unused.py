@@ -9,12 +9,14 @@ from qtune.units import counted
 # columns (an id, a source) are there to be ignored.
 THOUGHTS = "The answer is learned without it; what is to be learned belongs into the content."
 TOOLS = "The model is shown no tools."
-MASKS = "Of a message only `weight` is known, 0 or 1, on an answer; every other answer is trained."
+MASKS = "It leaves nothing out: every answer is learned. What leaves one out is its `weight`, 0."
 PREFERENCES = "qtune does not train on preferences: every answer is learned as a good one."
 MATTERS = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think"), THOUGHTS),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), TOOLS),
-    **dict.fromkeys(("weight", "weight of a question", "train", "training", "loss", "mask"), MASKS),
+    **dict.fromkeys(
+        ("weight", "weight of a question", "train", "trainable", "training", "loss", "loss_weight", "mask"), MASKS
+    ),
     **dict.fromkeys(("chosen", "rejected"), PREFERENCES),
 }
 
