@@ -64,7 +64,7 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
     if asked.data is None:
         held_out = _held_out(run, recipe, tokenizer, lock, doing)
     else:
-        held_out, about = _own_rows(asked.data, recipe, tokenizer, lock, doing)
+        held_out, about = _own_rows(asked.data, asked.rows, recipe, tokenizer, lock, doing)
     refuse_unscorable(wanted.metric, scored_examples(held_out, wanted))
     pieces = EVERY_DOCUMENT if lock.get("packing_probe", {}).get("leaks") else 1
     before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces), doing)
@@ -131,9 +131,9 @@ def _held_out(
 
 
 def _own_rows(
-    path: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], doing: Doing
+    path: Path, rows: int | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], doing: Doing
 ) -> tuple[HeldOut, dict[str, Any]]:
-    """The rows of `path`, and what is to be known of them."""
+    """The rows of `path`, of which the first `rows` give the loss, and what is to be known of them."""
     doing(f"reading {path}")
     own = OwnRows.read(path, recipe.data, tokenizer, doing.rows)
     trained_on = _trained_on(own, recipe, tokenizer, lock, doing.rows)
@@ -144,8 +144,9 @@ def _own_rows(
         "dropped": [f"{row.place}: {row.reason}" for row in own.dropped],
         "trained_on": trained_on,
     }
-    packs = packed_rows(own.examples, own.packs)
-    return HeldOut(packs, own.examples, lock["stop_token_ids"]), about
+    first = rows or len(own.examples)
+    packs = [measured for pack in own.packs if (measured := [row for row in pack if row < first])]
+    return HeldOut(packed_rows(own.examples, packs), own.examples, lock["stop_token_ids"]), about
 
 
 def _trained_on(

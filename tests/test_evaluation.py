@@ -101,6 +101,9 @@ def test_rows_of_ones_own_are_scored_and_those_trained_on_are_named(finished: Pa
     assert f"mine.jsonl:{len(rows)}rows,readasprompt-completion" in said
     assert f"{len(known) - held_out}rowsofthesehadbeentrainedon(mine.jsonl:" in said
     assert "held-outloss" not in said
+    first = asked(capsys, run, "--data", mine, "--rows", "2")  # the loss was over all rows, however many there were
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert first["base"]["held_out_loss"] == asked(capsys, run, "--data", mine)["base"]["held_out_loss"]
 
 
 def test_rows_of_ones_own_that_cannot_be_scored_are_named_by_line(finished: Path, tmp_path: Path, capsys) -> None:
