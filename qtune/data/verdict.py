@@ -70,13 +70,30 @@ def _exceeded(found: Audit, data: Data) -> Iterator[tuple[str, str]]:
                 yield code, of_no_use + _over("max_dropped_fraction", limits.max_dropped_fraction)
     if data.on_long == "error":
         yield "too-long", ', and `qtune run` refuses them (data.on_long = "error")'
-    for code, total, field, limit in (
-        ("too-long", found.rows, "max_long_fraction", limits.max_long_fraction),
-        ("duplicate", found.rows, "max_duplicate_fraction", limits.max_duplicate_fraction),
-        ("overlap", found.held_out_rows, "max_overlap_fraction", limits.max_overlap_fraction),
+    for code, share, field, limit in (
+        ("too-long", _share_of_long(found, data), "max_long_fraction", limits.max_long_fraction),
+        (
+            "duplicate",
+            _share(groups.rows("duplicate"), found.rows),
+            "max_duplicate_fraction",
+            limits.max_duplicate_fraction,
+        ),
+        (
+            "overlap",
+            _share(groups.rows("overlap"), found.held_out_rows),
+            "max_overlap_fraction",
+            limits.max_overlap_fraction,
+        ),
     ):
-        if _share(groups.rows(code), total) > limit:
+        if share > limit:
             yield code, _over(field, limit)
+
+
+def _share_of_long(found: Audit, data: Data) -> float:
+    """Of the rows; where long ones are cut and stay, of what is trained, so much as goes with what is cut."""
+    if data.on_long == "truncate" and found.tokens is not None:
+        return _share(found.tokens.lost_trained_tokens, found.tokens.trained_tokens)
+    return _share(found.groups.rows("too-long"), found.rows)
 
 
 def _share(rows: int, total: int) -> float:

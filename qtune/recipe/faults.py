@@ -2,9 +2,9 @@
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -312,9 +312,9 @@ def _same_value(value: Any, error_type: str) -> str:
     if error_type == "bool_type" and written in YES + NO:
         return f" Write {'true' if written in YES else 'false'}."
     if error_type == "string_type" and isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        return (
-            f" It takes one; join several first, such as with cat {' '.join(value[:2])} > all{Path(value[0]).suffix}."
-        )
+        if not all(name.endswith(".jsonl") for name in value):  # tables have heads, texts have ends
+            return " It takes one; make one file of them first."
+        return f" It takes one; join several first, such as with cat {shlex.join(value[:2])} > all.jsonl."
     if error_type == "string_type" and not isinstance(value, dict | list):
         return f' Put it in quotes: "{written}".'
     if error_type == "string_pattern_mismatch":

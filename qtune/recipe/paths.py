@@ -100,7 +100,8 @@ def _file_of(folder: Path) -> str:
         if name.lower().endswith((*DATA_SUFFIXES, ".md")) and name not in ("README.md", "dataset_infos.json")
     )
     if len(found) > 1 and all(name.lower().endswith((".txt", ".md")) for name in found):
-        return f" It holds {len(found):,} texts; cat {folder}/* > all.txt makes one file of them."
+        row = '{"text": "..."}'
+        return f" It holds {len(found):,} texts; to train on all, make each a row of one .jsonl file, {row}."
     more = ", …" if len(found) > SHOWN_FILES else ""
     return f" It holds {', '.join(found[:SHOWN_FILES])}{more}: name one file." if found else ""
 

@@ -82,6 +82,16 @@ def test_long_rows_are_a_fault_where_the_recipe_says_so(faulty: Path) -> None:
     assert "trained tokens" in found.sentence
 
 
+def test_long_rows_that_are_cut_are_judged_by_what_goes_with_the_rest(faulty: Path) -> None:
+    """Of rows whose answers stood at the front it said "0 of 430 trained tokens, more than 0.05": a fault to no run."""
+    checked = judged(faulty, on_long="truncate", check={"max_long_fraction": 0.04})
+    share = checked.tokens.lost_trained_tokens / checked.tokens.trained_tokens
+    assert 0 < share < 1
+    for limit, level in ((share * 0.99, "fault"), (share * 1.01, "warning")):
+        found = judged(faulty, on_long="truncate", check={"max_long_fraction": limit})
+        assert by_code(found)["too-long"].level == level
+
+
 def test_an_empty_source_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "faulty.jsonl").write_text("\n\n")
     checked = judged(tmp_path)

@@ -107,7 +107,7 @@ def test_odd_names_are_faults_or_paths_and_nothing_worse(value: str, folder: Pat
             "It was written by save_to_disk of datasets",
         ),
         (("dataset_dict.json",), ')["train"].to_parquet("rows.parquet")'),
-        (("a.txt", "b.md", "c.txt"), "It holds 3 texts; cat "),
+        (("a.txt", "b.md", "c.txt"), "It holds 3 texts; to train on all, make each a row of one .jsonl file"),
         (("README.md", "data/a.parquet", "data/b.parquet"), "It holds data/a.parquet, data/b.parquet: name one file."),
         (("a.jsonl",), "It holds a.jsonl: name one file."),
         (("x.bin",), "and a file is needed."),
