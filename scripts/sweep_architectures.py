@@ -212,7 +212,7 @@ def examine(kind: str, folder: Path) -> Iterator[tuple[str, Any]]:
     if code:
         yield "said", said
     if opened.merge.is_file():
-        yield "merge KL", read_json(opened.merge).get("verdict", {}).get("mean_kl")
+        yield "merge KL", (read_json(opened.merge).get("verdict") or {}).get("mean_kl")
 
 
 def child(kind: str, folder: str, pipe: Any) -> None:
