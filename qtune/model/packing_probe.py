@@ -28,8 +28,8 @@ DOCUMENT_TOKENS, NEIGHBOUR_TOKENS = (
     17,
 )  # enough for convolutions of 4 and a state; of unlike length, so no two align
 SEED = 0  # which tokens are drawn; a run that goes on draws the same
-# Rows of other lengths may be summed in another order: ten times the unit of bfloat16, and a hundred that of TF32. On a
-# CPU it is 0 to 1e-6, and the mildest leak is 0.1 (benchmarks/architectures.md).
+# Rows of other lengths may be summed in another order: ten times the unit of bfloat16, and that of TF32. On a
+# CPU it was 0 to 1e-5, and the mildest leak seen 0.1 (tests/model/test_packing_probe.py).
 ROUNDING_16_BIT, ROUNDING_32_BIT = 10 * 2**-8, 2**-10
 
 
@@ -135,7 +135,7 @@ def refuse_another(found: Probe, base: str) -> None:
         )
     if found.is_another_loss:
         raise ModelError(
-            f"model.base: the loss that training makes of {base} is {format_percent(found.by_loss)} off the"
+            f"model.base: the loss that training makes of {base} is {100 * found.by_loss:.2g} % off the"
             " cross-entropy of its logits. Its output head does something that qtune does not know, such as a scale or"
             " a cap. Take another base."
         )
