@@ -25,7 +25,7 @@ from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
 from qtune.report.waiting import Doing
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
-from qtune.train.out_of_memory import EVERY_DOCUMENT, Recovery
+from qtune.train.out_of_memory import Recovery, pieces_to_begin_with
 
 GGUF_SUFFIX = ".gguf"
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
     else:
         held_out, about = _own_rows(asked.data, asked.rows, recipe, tokenizer, lock, doing)
     refuse_unscorable(wanted.metric, scored_examples(held_out, wanted))
-    pieces = EVERY_DOCUMENT if lock.get("packing_probe", {}).get("leaks") else 1
+    pieces = pieces_to_begin_with(lock.get("packing_probe", {}).get("leaks", False))
     before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces), doing)
     others = []
     for path in merged:

@@ -43,7 +43,7 @@ from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, write_json
 from qtune.train import checkpoint
 from qtune.train.fit import Fitted, Keeping, fit
-from qtune.train.out_of_memory import EVERY_DOCUMENT, Climb, Recovery
+from qtune.train.out_of_memory import Climb, Recovery, pieces_to_begin_with
 from qtune.train.reporting import HeldOutLoss
 from qtune.train.saving import Point
 from qtune.units import counted, format_bytes, format_percent
@@ -208,7 +208,7 @@ def run(
             model, engine = _load(ready, folder, ledger, listen, point)
             ready = _probed(ready, folder, model, listen)
         plan = ready.plan
-        pieces = EVERY_DOCUMENT if plan.documents_apart else 1
+        pieces = pieces_to_begin_with(plan.documents_apart)
         recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass, pieces)
         before = _base_score(ready, folder, model, recovery, listen, point)
         listen(ledger.measure("eval", 0, model, engine))

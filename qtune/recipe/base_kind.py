@@ -186,7 +186,7 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
 def causal_classes() -> tuple[str, ...]:
     """The classes that AutoModelForCausalLM makes, read from the source of transformers, whose import takes seconds.
 
-    None where that is not as it was; `model.base` asks transformers itself, later.
+    Empty where that is not as it was; `model.base` asks transformers itself, later.
     """
     package = find_spec("transformers")
     if package is None or package.origin is None:

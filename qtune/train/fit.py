@@ -25,7 +25,15 @@ from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
 from qtune.train import rehearsal
 from qtune.train.order import DataOrder
-from qtune.train.out_of_memory import EVERY_DOCUMENT, Batch, Climb, OpenStep, Recovery, nothing_left, refusing
+from qtune.train.out_of_memory import (
+    Batch,
+    Climb,
+    OpenStep,
+    Recovery,
+    nothing_left,
+    pieces_to_begin_with,
+    refusing,
+)
 from qtune.train.reporting import EvaluateEvery, HeldOutLoss, Reporter
 from qtune.train.saving import Point, PutBack, Saver, SaveWhen, train_from
 from qtune.train.settings import sft_config
@@ -108,7 +116,7 @@ def fit(
         processing_class=tokenizer,
     )
     trainer.train_dataset = train
-    trainer.recovery = Recovery(listen, climb, engine.forget_pass, EVERY_DOCUMENT if plan.documents_apart else 1)
+    trainer.recovery = Recovery(listen, climb, engine.forget_pass, pieces_to_begin_with(plan.documents_apart))
     trainer.order, trainer.places = DataOrder(len(train), recipe.train.seed), places
     trainer.remove_callback(PrinterCallback)
     use_master_dtype(model, recipe.lora.master_dtype)

@@ -29,7 +29,6 @@ from qtune.memory.split_batch import split_batch
 
 Batch = dict[str, Any]
 Climb = Callable[[], str | None]
-EVERY_DOCUMENT = sys.maxsize  # pieces: more than any batch has documents
 
 SPELLINGS = re.compile(
     r"\bout of memory\b"  # CUDA, HIP, XPU, MPS, the driver, bitsandbytes
@@ -39,6 +38,11 @@ SPELLINGS = re.compile(
     r"|NVML_SUCCESS == \w+ INTERNAL ASSERT",  # torch's allocator, asking the driver why it got nothing
     re.IGNORECASE,
 )
+
+
+def pieces_to_begin_with(documents_apart: bool) -> int:
+    """Into how many pieces batches are cut before memory has run out: none, or one for every document."""
+    return sys.maxsize if documents_apart else 1  # more than any batch has documents
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
