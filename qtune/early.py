@@ -11,9 +11,8 @@ from pathlib import Path
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
 from qtune.model import identity
 from qtune.recipe import base_kind
+from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.rundir import RUNS, RunDir, default_export, is_run, refuse_unmakeable, refuse_used
-
-GGUF_SUFFIX = ".gguf"
 
 
 def refuse(options: argparse.Namespace) -> None:

@@ -21,13 +21,13 @@ from qtune.evaluate.compare import Score, compare, score, scored_examples
 from qtune.evaluate.held_out import HeldOut
 from qtune.evaluate.metrics import refuse_unscorable
 from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
 from qtune.report.waiting import Doing
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
 from qtune.train.out_of_memory import Recovery, pieces_to_begin_with
 
-GGUF_SUFFIX = ".gguf"
 T = TypeVar("T")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from qtune.errors import ModelError
 from qtune.recipe import gguf_header
 
+GGUF_SUFFIX = ".gguf"
 INDEX_NAME, SINGLE_NAME, ADAPTER_CONFIG = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 CONFIG, LOCK, INVOCATION = "config.json", "lock.json", "invocation.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -58,7 +59,7 @@ def fault_of(path: Path, needs_weights: bool = True, trust_remote_code: bool = F
 
 
 def _file(path: Path) -> str:
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == GGUF_SUFFIX:
         return _says_gguf(path, f"{path} is a GGUF file")
     if path.suffix.lower() in (".safetensors", ".json"):
         return f"{path} is one file of a model. Name the folder that it is in: {path.parent}."
