@@ -21,16 +21,16 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from qtune import __version__
 from qtune.errors import QtuneError, RecipeError, RunFolderError, UserError
-from qtune.imports import quick_imports
+from qtune.fast_imports import quick_imports
 from qtune.units import GIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from qtune.recipe.schema import Recipe
-    from qtune.report.waiting import Doing
+    from qtune.report.progress_line import Doing
     from qtune.rundir import RunDir
-    from qtune.train.fit import Fitted
+    from qtune.train.loop import Fitted
 
 PLACED_VERBS = ("run", "resume", "plan", "check", "data")  # those that read a recipe
 IMPORTING = "importing libraries"
@@ -89,11 +89,11 @@ def _placed(fault: QtuneError, options: argparse.Namespace) -> str:
     """The message, behind the line of the recipe that it blames, where it blames one."""
     if isinstance(fault, RecipeError) or not isinstance(fault, UserError) or options.verb not in PLACED_VERBS:
         return str(fault)
-    from qtune.recipe import library, load
+    from qtune.recipe import load, shipped_recipes
 
     if options.verb == "resume":
         return _placed_in_run(fault, options)
-    return load.blamed(str(fault), library.find(options.recipe), options.set, options.demo)
+    return load.blamed(str(fault), shipped_recipes.find(options.recipe), options.set, options.demo)
 
 
 def _placed_in_run(fault: UserError, options: argparse.Namespace) -> str:
@@ -354,10 +354,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _card(text: str) -> int:
     """Bytes of a size, or of a card by its name."""
-    from qtune.memory import cards
+    from qtune import gpu_models
 
     try:
-        return cards.memory_of(text)
+        return gpu_models.memory_of(text)
     except ValueError as fault:
         raise argparse.ArgumentTypeError(str(fault)) from None
 
@@ -418,9 +418,9 @@ def _names(text: str) -> list[str]:
 def _load_recipe(options: argparse.Namespace, needs_weights: bool = True) -> tuple["Recipe", Path]:
     """The recipe of the command line, with its faults reported before any heavy import."""
     from qtune import logs
-    from qtune.recipe import library, load
+    from qtune.recipe import load, shipped_recipes
 
-    path = library.find(options.recipe)
+    path = shipped_recipes.find(options.recipe)
     recipe = load.load(path, options.set, options.demo, needs_weights=needs_weights)
     logs.hold()
     _stay_offline_when_local(recipe)
@@ -465,7 +465,7 @@ def _console(options: argparse.Namespace) -> "Console":
 
 def _doing(options: argparse.Namespace) -> "Doing":
     """Says on the terminal what is being done, and elsewhere in lines."""
-    from qtune.report.waiting import Doing
+    from qtune.report.progress_line import Doing
 
     console = _console(options)
     return Doing(console, _log_of(options, console))
@@ -557,15 +557,15 @@ def plan_recipe(options: argparse.Namespace) -> int:
         doing(IMPORTING)
         with quick_imports():
             from qtune import run as story
-        from qtune.memory import device
-        from qtune.plan.decide import budget_of
-        from qtune.report import forecast
+        from qtune import hardware
+        from qtune.plan.planner import budget_of
+        from qtune.report import plan_table
 
-        here = device.find_device()
+        here = hardware.find_device()
         asked, host = options.device_memory, options.host_memory
         if options.longest:
             sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
-            found = story.longest_contexts(recipe, [device.imagined_card(size, host, here) for size in sizes], doing)
+            found = story.longest_contexts(recipe, [hardware.imagined_card(size, host, here) for size in sizes], doing)
             rows = [
                 {
                     "device_bytes": card.total_bytes,
@@ -576,15 +576,15 @@ def plan_recipe(options: argparse.Namespace) -> int:
                 for card, most in found
             ]
         else:
-            target = device.imagined_card(asked, host, here) if asked else device.with_host(here, host)
+            target = hardware.imagined_card(asked, host, here) if asked else hardware.with_host(here, host)
             plan = story.plan_without_downloads(recipe, target, doing)
     if options.longest:
-        _print_json(rows) if options.json else doing.console.print(forecast.longest_table(recipe.model.base, rows))
+        _print_json(rows) if options.json else doing.console.print(plan_table.longest_table(recipe.model.base, rows))
         return 0
     if options.json:
         _print_json(plan.as_json())
     else:
-        doing.console.print(forecast.whole_plan(plan.as_json()))
+        doing.console.print(plan_table.whole_plan(plan.as_json()))
     story.refuse_unless_it_fits(recipe, plan)
     return 0
 
@@ -636,28 +636,28 @@ def check_data(options: argparse.Namespace) -> int:
         recipe, _ = _load_recipe(options)
         doing(IMPORTING)
         from qtune import logs
-        from qtune.data.audit import audit
-        from qtune.data.refusals import refusals
-        from qtune.data.verdict import judge
+        from qtune.audit.audit import audit
+        from qtune.audit.run_refusals import refusals
+        from qtune.audit.thresholds import judge
         from qtune.evaluate.metrics import fault_asked
         from qtune.model.tokenizer import load_tokenizer
         from qtune.recipe.paths import GENERAL_WORDS
-        from qtune.report import histogram
+        from qtune.report import length_histogram
         from qtune.report.audit_table import audit_json, audit_table
 
-        picture = histogram.picture_path(options.plot) if options.plot else None
+        picture = length_histogram.picture_path(options.plot) if options.plot else None
         logs.quiet_libraries()
         doing(f"reading {recipe.model.base}")
         tokenizer = load_tokenizer(recipe.model)
         if recipe.evaluate.general not in GENERAL_WORDS:
-            from qtune.evaluate.general import general_packs
+            from qtune.evaluate.forgetting import general_packs
 
             general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)  # a run refuses one without text
         doing(f"reading {recipe.data.train}")
         found = audit(recipe.data, tokenizer, doing.rows, fault_asked(recipe.evaluate))
         checked = judge(found, recipe.data, refusals(found, recipe, tokenizer))
     if picture is not None and checked.tokens is not None:
-        histogram.draw(checked.tokens, picture)
+        length_histogram.draw(checked.tokens, picture)
     if options.json:
         _print_json(audit_json(checked))
     else:
@@ -672,9 +672,9 @@ def show_data(options: argparse.Namespace) -> int:
         import dataclasses
 
         from qtune import logs
-        from qtune.data.shown import show_row
+        from qtune.audit.row_preview import show_row
         from qtune.model.tokenizer import load_tokenizer
-        from qtune.report.row import row_table
+        from qtune.report.row_table import row_table
 
         logs.quiet_libraries()
         doing(f"reading {recipe.data.train}")
@@ -687,9 +687,9 @@ def show_data(options: argparse.Namespace) -> int:
 
 
 def list_recipes(options: argparse.Namespace) -> int:
-    from qtune.recipe import library
+    from qtune.recipe import shipped_recipes
 
-    rows = library.rows()
+    rows = shipped_recipes.rows()
     if getattr(options, "json", False):
         _print_json(rows)
         return 0
@@ -703,16 +703,16 @@ def list_recipes(options: argparse.Namespace) -> int:
 
 
 def show_recipe(options: argparse.Namespace) -> int:
-    from qtune.recipe import library
+    from qtune.recipe import shipped_recipes
 
-    print(library.named(options.name).read_text(encoding="utf-8"), end="")
+    print(shipped_recipes.named(options.name).read_text(encoding="utf-8"), end="")
     return 0
 
 
 def copy_recipe(options: argparse.Namespace) -> int:
-    from qtune.recipe import library
+    from qtune.recipe import shipped_recipes
 
-    target = library.copy(options.name, options.target)
+    target = shipped_recipes.copy(options.name, options.target)
     print(f"{target} is yours to change. Next: qtune check {target}")
     return 0
 
@@ -727,13 +727,13 @@ def hold_chat(options: argparse.Namespace) -> int:
                 logs.hold()
                 _stay_offline_with(str(what.absolute()))
             doing(IMPORTING)
-            from qtune.deploy import chat, speakers
-            from qtune.evaluate.answer import Choosing
+            from qtune.evaluate.generate import Choosing
+            from qtune.share import chat, chat_models
 
             seed = random.randrange(2**31) if options.seed is None else options.seed
             choosing = Choosing(options.temperature, options.top_p or 1.0, seed)
             doing("loading the model")
-            speaker = opened.enter_context(speakers.opened(what))
+            speaker = opened.enter_context(chat_models.opened(what))
         system = speaker.system if options.system is None else options.system
         talk = chat.Chat(speaker, choosing, system, options.max_new_tokens)
         chat.converse(talk, doing.console, options.compare, options.prompt)
@@ -746,18 +746,18 @@ def evaluate_run(options: argparse.Namespace) -> int:
         doing(IMPORTING)
         from qtune import evaluation
         from qtune.model import base
-        from qtune.report import evaluated
+        from qtune.report import eval_table
 
         base.quiet_libraries()
         if options.tasks:
             found = evaluation.on_benchmarks(
                 run, options.tasks, options.task_folder, options.limit, options.merged, doing
             )
-            table = evaluated.benchmark_table(found)
+            table = eval_table.benchmark_table(found)
         else:
             asked = evaluation.Asked(options.rows, options.samples, options.metric, options.data)
             found = evaluation.on_rows(run, asked, options.merged, doing)
-            table = evaluated.rows_table(found)
+            table = eval_table.rows_table(found)
     _print_json(found) if options.json else doing.console.print(table)
     return 0
 
@@ -799,19 +799,19 @@ def report_run(options: argparse.Namespace) -> int:
 
 
 def _compared(runs: "list[RunDir]", options: argparse.Namespace) -> int:
-    from qtune.report import compare, page
+    from qtune.report import compare_runs, html_page
 
-    found = compare.compare(runs)
+    found = compare_runs.compare(runs)
     if options.html:
-        page.write(options.output or Path("comparison.html"), page.comparison_page(found))
-    return _shown(options, compare.as_json(found), compare.table(found), Path("comparison.html"))
+        html_page.write(options.output or Path("comparison.html"), html_page.comparison_page(found))
+    return _shown(options, compare_runs.as_json(found), compare_runs.table(found), Path("comparison.html"))
 
 
 def _reported(run: "RunDir", options: argparse.Namespace) -> int:
-    from qtune.report import page, summary
+    from qtune.report import html_page, summary
 
     if options.html:
-        page.write(options.output or run.page, page.run_page(run))
+        html_page.write(options.output or run.page, html_page.run_page(run))
     return _shown(options, summary.as_json(run), summary.report(run), run.page)
 
 
@@ -827,31 +827,31 @@ def _shown(options: argparse.Namespace, value: Any, table: "RenderableType", pag
 
 
 def list_runs(options: argparse.Namespace) -> int:
-    from qtune.report import runs
+    from qtune.report import run_list
     from qtune.rundir import RUNS
 
     folder = options.folder or RUNS
     if not folder.is_dir() and options.folder:
         raise UserError(f"{folder}: there is no such folder.")
-    found = runs.runs_below(folder) if folder.is_dir() else []
+    found = run_list.runs_below(folder) if folder.is_dir() else []
     if options.json:
         _print_json([run.as_json() for run in found])
     elif not found:
         print(f"There is no run below {folder}. `qtune run medical --demo` makes one.")
     else:
-        for line in runs.listing(found):
+        for line in run_list.listing(found):
             _console(options).print(line, soft_wrap=True)
     return 0
 
 
 def remove_runs(options: argparse.Namespace) -> int:
     from qtune import removal
-    from qtune.report import runs
+    from qtune.report import run_list
 
     found = [removal.Removal.of(path, options.checkpoints) for path in dict.fromkeys(options.runs)]
     console, size = _console(options), format_bytes(sum(each.bytes for each in found))
     for each in found:
-        told = runs.Listed.of(each.run).told
+        told = run_list.Listed.of(each.run).told
         console.print(f"{each.path}  {format_bytes(each.bytes)}  {told}", soft_wrap=True, markup=False)
     if options.checkpoints:
         console.print("Adapter and report stay. A run that was stopped can only begin anew then.", style="dim")
@@ -872,7 +872,7 @@ def push_run(options: argparse.Namespace) -> int:
     console = _console(options)
     from huggingface_hub import HfApi
 
-    from qtune.deploy import push
+    from qtune.share import push
 
     api = HfApi()
     push.refuse_without_token(api)
@@ -927,8 +927,8 @@ def _examine_run(options: argparse.Namespace) -> int:
         logs.hold()
         _stay_offline_with(run.read_lock()["model"]["base"])
         doing(IMPORTING)
-        from qtune.deploy import servers
         from qtune.model import base
+        from qtune.share import servers
 
         base.quiet_libraries()
         doing("trying what each server reads")

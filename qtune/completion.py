@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 import argcomplete
 from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
-from qtune.recipe import library
-from qtune.recipe.faults import settings
+from qtune.recipe import shipped_recipes
+from qtune.recipe.error_messages import settings
 from qtune.recipe.schema import Metric
 from qtune.rundir import RUNS, runs_in
 
@@ -57,7 +57,7 @@ def _recipes(prefix: str, **_: Any) -> Offered:
 
 
 def _shipped(**_: Any) -> dict[str, str]:
-    return {row["name"]: row["about"] for row in library.rows()}
+    return {row["name"]: row["about"] for row in shipped_recipes.rows()}
 
 
 def _settings(prefix: str, **_: Any) -> Offered:

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Literal
 
-from qtune.deploy.export import ExportReport, Target, export
-from qtune.deploy.fold import DType, Onto
-from qtune.deploy.gguf_storage import Quant
-from qtune.deploy.merge import merge
-from qtune.deploy.verify import Verdict, verify
 from qtune.errors import VerificationFailed
+from qtune.gguf.export import ExportReport, Target, export
+from qtune.gguf.writer import Quant
+from qtune.merge.merge import merge
+from qtune.merge.merged_weights import DType, Onto
+from qtune.merge.verify import Verdict, verify
 from qtune.model import base
 from qtune.report import tables
-from qtune.report.waiting import Doing
+from qtune.report.progress_line import Doing
 from qtune.rundir import RunDir, read_json
 
 

@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from qtune.memory.device import find_device
+from qtune.hardware import find_device
 from qtune.units import GIB, format_bytes
 
 COMFORTABLE_DISK_BYTES = 20 * GIB

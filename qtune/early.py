@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qtune.errors import MachineError, ModelError, RunFolderError, UserError, how_to_install
-from qtune.model import identity
+from qtune.model import fingerprint
 from qtune.recipe import base_kind
 from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.rundir import RUNS, RunDir, default_export, is_run, refuse_unmakeable, refuse_used
@@ -35,7 +35,7 @@ def refuse_unusable(run: RunDir) -> None:
         )
     if fault := base_kind.fault_of(folder, trust_remote_code=bool(lock["model"].get("trust_remote_code"))):
         raise ModelError(f"{'--base' if run.base else f'{run.path}: its base'}: {fault}")
-    identity.refuse_other_base(run, folder)
+    fingerprint.refuse_other_base(run, folder)
 
 
 def _output(options: argparse.Namespace) -> None:
@@ -120,9 +120,9 @@ def _refuse_without_llama_cpp(path: Path) -> None:
 
 def _picture(options: argparse.Namespace) -> None:
     if options.action == "check" and options.plot is not None:
-        from qtune.report import histogram
+        from qtune.report import length_histogram
 
-        histogram.picture_path(options.plot)
+        length_histogram.picture_path(options.plot)
 
 
 def _going_on(options: argparse.Namespace) -> None:

@@ -9,24 +9,24 @@ from typing import Any, TypeVar
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.own_rows import OwnRows
+from qtune.data.eval_rows import OwnRows
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
-from qtune.data.survey import Tell
-from qtune.deploy.gguf_score import score_file
-from qtune.deploy.opened import Merged, Opened
+from qtune.data.scan import Tell
 from qtune.errors import DataError, QtuneError, UserError
+from qtune.evaluate.before_after import Score, compare, score, scored_examples
 from qtune.evaluate.benchmarks import Benchmarks
-from qtune.evaluate.compare import Score, compare, score, scored_examples
 from qtune.evaluate.held_out import HeldOut
 from qtune.evaluate.metrics import refuse_unscorable
+from qtune.gguf.score import score_file
+from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
+from qtune.model.open_model import Merged, Opened
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
-from qtune.report.waiting import Doing
+from qtune.report.progress_line import Doing
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
-from qtune.train.out_of_memory import Recovery, pieces_to_begin_with
 
 T = TypeVar("T")
 

@@ -44,7 +44,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class MemoryMeasured:
-    """Bytes held on the device after `step` steps: `parts` by name, in the order of `memory.ledger.PARTS`.
+    """Bytes held on the device after `step` steps: `parts` by name, in the order of `memory.memory_report.PARTS`.
 
     `phase` is what was being done since the last measurement (load, attach, forward, backward, step, eval, save),
     `peak_bytes` the most that was held then, and `total_bytes` what the device has. On the CPU the device is the

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.prepare import Prepared, prepare
-from qtune.data.survey import Tell
+from qtune.data.scan import Tell
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.metrics import refuse_unscorable
 from qtune.model.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtune import sealed
+from qtune import atomic_files
 from qtune.errors import RunFolderError
 from qtune.rundir import RunDir, bytes_below, is_run
 
@@ -39,4 +39,4 @@ def remove(removals: list[Removal]) -> None:
         for each in removals:
             if each.path == each.run.checkpoints:
                 each.run.checkpoints_removed.touch()
-            sealed.remove(each.path)
+            atomic_files.remove(each.path)

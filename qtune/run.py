@@ -19,33 +19,33 @@ from qtune import __version__, logs, reading
 from qtune.data import canaries
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepare import Prepared, prepare
-from qtune.data.tokens import tokenizer_sha256
+from qtune.data.tokenize import tokenizer_sha256
 from qtune.errors import MachineError, UserError
-from qtune.evaluate.compare import Score, compare, score
+from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.held_out import HeldOut, scored_examples
-from qtune.evaluate.loss import document_loss, held_out_loss
-from qtune.evaluate.memorised import memorised
+from qtune.evaluate.held_out_loss import document_loss, held_out_loss
+from qtune.evaluate.memorization import memorised
 from qtune.events import Event, Listener, Memorised, Notice, Resumed
-from qtune.memory.device import Device, find_device
-from qtune.memory.ledger import Ledger
+from qtune.hardware import Device, find_device
+from qtune.memory.memory_report import Ledger
+from qtune.memory.oom_recovery import Climb, Recovery, pieces_to_begin_with
 from qtune.memory.techniques import Engine
-from qtune.model import adapter, base, identity, packing_probe
+from qtune.model import adapter, base, fingerprint, packing_probe
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
-from qtune.plan.decide import Plan, Settled, decide, longest_on, refuse_unless_it_fits
-from qtune.plan.longest import Longest
-from qtune.plan.skeleton import refuse_unknown_targets
-from qtune.plan.work import Work
+from qtune.plan.fake_model import refuse_unknown_targets
+from qtune.plan.max_context import Longest
+from qtune.plan.planner import Plan, Settled, decide, longest_on, refuse_unless_it_fits
+from qtune.plan.workload import Work
 from qtune.recipe.schema import Evaluate, Recipe
-from qtune.report import brief, card, forecast, summary, tables
+from qtune.report import model_card, plan_table, run_header, summary, tables
 from qtune.report.dashboard import listener_for
-from qtune.report.waiting import Doing
+from qtune.report.progress_line import Doing
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, write_json
-from qtune.train import checkpoint
-from qtune.train.fit import Fitted, Keeping, fit
-from qtune.train.out_of_memory import Climb, Recovery, pieces_to_begin_with
-from qtune.train.reporting import HeldOutLoss
-from qtune.train.saving import Point
+from qtune.train import checkpoint_files
+from qtune.train.callbacks import HeldOutLoss
+from qtune.train.checkpointer import Point
+from qtune.train.loop import Fitted, Keeping, fit
 from qtune.units import counted, format_bytes, format_percent
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
@@ -126,9 +126,9 @@ def show(ready: Ready, console: Console, with_row: bool = False) -> None:
     """What will be trained on, and how, before it starts: in brief, or whole where the plan does not fit."""
     data, plan = dataclasses.asdict(ready.prepared.report), ready.plan.as_json()
     if not ready.plan.fits:
-        console.print(tables.data_table(data), forecast.whole_plan(plan), sep="\n")
+        console.print(tables.data_table(data), plan_table.whole_plan(plan), sep="\n")
         return
-    console.print(brief.brief(ready.recipe.name, ready.recipe.model.base, data, plan))
+    console.print(run_header.brief(ready.recipe.name, ready.recipe.model.base, data, plan))
     if with_row and data["sample"]:
         console.print(tables.sample_panel(data["sample"]))
 
@@ -158,7 +158,7 @@ def get_ready_again(
     its checkpoints are broken.
     """
     doing("looking for the newest whole checkpoint")
-    path, why = checkpoint.choose(run.checkpoints)
+    path, why = checkpoint_files.choose(run.checkpoints)
     point = None if path is None else Point.read(path)
     is_replanned = any(field.startswith("memory.") for field in allowed)
     settled = None if point is None or is_replanned else Settled(point.techniques, point.micro_batch)
@@ -220,7 +220,7 @@ def run(
             told = _memorised(ready, model, listen)
             _keep_scores(folder, ready, before, after, told)
     summary.write_summary(folder)
-    card.write_card(folder)
+    model_card.write_card(folder)
     return fitted
 
 
@@ -410,8 +410,8 @@ def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
         "base": {
             "name": model.base,
             "folder": str(folder),
-            "sha256": identity.fingerprint(folder),
-            "glance_sha256": identity.glance(folder),
+            "sha256": fingerprint.fingerprint(folder),
+            "glance_sha256": fingerprint.glance(folder),
         },
         "model": model.model_dump(mode="json"),
         "recipe": recipe.model_dump(mode="json"),

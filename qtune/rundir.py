@@ -28,7 +28,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qtune import __version__, sealed
+from qtune import __version__, atomic_files
 from qtune.errors import RunFolderError
 from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed, Stopping
 
@@ -64,7 +64,7 @@ class RunDir:
         """Make a new folder with the recipe, and how it was given, in it; one that holds anything is refused."""
         refuse_used(path)
         try:
-            with sealed.filled_in_place(path, replaces=False) as stage:
+            with atomic_files.filled_in_place(path, replaces=False) as stage:
                 cls(stage).recipe.write_text(recipe_text, encoding="utf-8")
                 write_json(cls(stage).invocation, invocation)
         except OSError as fault:
@@ -233,14 +233,14 @@ class RunDir:
 
     def _append(self, path: Path, event: Event) -> None:
         line = json.dumps({"event": _NAME_BY_EVENT[type(event)], **dataclasses.asdict(event)}, ensure_ascii=False)
-        with sealed.refusing_full_disk(path), path.open("a", encoding="utf-8") as file:
+        with atomic_files.refusing_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def journal_bytes(self) -> dict[str, int]:
         """How long the journals are that a checkpoint winds back, flushed to disk first."""
         journals = [path for path in (self.metrics, self.memory) if path.is_file()]
         for path in journals:
-            sealed.flush(path)
+            atomic_files.flush(path)
         return {path.name: path.stat().st_size for path in journals}
 
     @property
@@ -411,7 +411,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write beside `path`, flush to disk, then rename over it. Raises DiskFull, and leaves `path` as it was then."""
-    with sealed.refusing_full_disk(path):
+    with atomic_files.refusing_full_disk(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

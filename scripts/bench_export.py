@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qtune import __version__, caches
-from qtune.deploy.shards import TensorSpec, write_shard
-from qtune.model import files, identity
+from qtune import __version__, cache_dir
+from qtune.merge.safetensors_shards import TensorSpec, write_shard
+from qtune.model import base_files, fingerprint
 from qtune.rundir import RunDir, read_json, write_json
 
 HIDDEN, INNER, VOCABULARY, HEADS, GROUPS, RANK = 2048, 8192, 32000, 32, 8, 16
@@ -41,8 +41,8 @@ CHILD = """\
 import json, sys, time
 from pathlib import Path
 from qtune import delivery
-from qtune.deploy.export import chosen_onto, export
-from qtune.deploy.merge import merge
+from qtune.gguf.export import chosen_onto, export
+from qtune.merge.merge import merge
 from qtune.rundir import RunDir
 
 def high_water():
@@ -119,7 +119,7 @@ def time_synthetic(folder: Path, gigabytes: float) -> None:
         for what, is_known in (("merge", False), ("merge", True), ("f16", True), ("q8_0", True)):
             copied = time_copy(folder / "base", folder / "copy")
             command = [sys.executable, "-c", CHILD, what, str(run.path), str(folder / "out")]
-            cache = {caches.VARIABLE: str(folder / "cache") if is_known else caches.OFF}
+            cache = {cache_dir.VARIABLE: str(folder / "cache") if is_known else cache_dir.OFF}
             done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **cache})
             if done.returncode:
                 sys.exit(done.stderr)
@@ -133,8 +133,8 @@ def time_synthetic(folder: Path, gigabytes: float) -> None:
 def remember_base(folder: Path) -> None:
     """As a run leaves it that was trained on this machine; what was written just now is not remembered yet."""
     time.sleep(3)
-    os.environ[caches.VARIABLE] = str(folder / "cache")
-    identity.fingerprint(folder / "base")
+    os.environ[cache_dir.VARIABLE] = str(folder / "cache")
+    fingerprint.fingerprint(folder / "base")
 
 
 def time_copy(source: Path, target: Path) -> float:
@@ -158,7 +158,7 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
         shapes |= {f"model.layers.{layer}.{norm}.weight": (HIDDEN,) for norm in NORMS}
     base_folder = folder / "base"
     base_folder.mkdir()
-    for path in files.DEMO_BASE.glob("*token*"):
+    for path in base_files.DEMO_BASE.glob("*token*"):
         shutil.copy(path, base_folder)
     (base_folder / "config.json").write_text(json.dumps(config(layers)))
     specs = [TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()]
@@ -169,7 +169,7 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
     write_json(
         run.lock,
         {
-            "base": {"name": "synthetic", "sha256": identity.fingerprint(base_folder)},
+            "base": {"name": "synthetic", "sha256": fingerprint.fingerprint(base_folder)},
             "model": {"base": str(base_folder)},
             "quantized_modules": [],
             "quantization": {"type": "nf4", "double": True, "blocksize": 64, "quant_storage": "uint8"},

@@ -55,21 +55,21 @@ from trl import SFTConfig, SFTTrainer
 
 from qtune.data.packing import PackedRow, pack
 from qtune.events import Event, StepDone
-from qtune.memory.device import Device, find_device
-from qtune.memory.ledger import Ledger
-from qtune.memory.live import LiveBytes
+from qtune.hardware import Device, find_device
+from qtune.memory.memory_report import Ledger
+from qtune.memory.memory_tracker import LiveBytes
+from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
-from qtune.plan.decide import Plan, decide
+from qtune.plan.fake_step import Batch
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import STEPS, Budget
-from qtune.plan.longest import longest
-from qtune.plan.trace import Batch
-from qtune.plan.work import Work
+from qtune.plan.max_context import longest
+from qtune.plan.planner import Plan, decide
+from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
-from qtune.train.fit import fit
-from qtune.train.out_of_memory import free_memory, is_out_of_memory, let_go
-from qtune.train.rehearsal import finish_step
+from qtune.train.dry_run import finish_step
+from qtune.train.loop import fit
 from qtune.units import GIB
 
 Figures = dict[str, Any]

@@ -49,13 +49,13 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from qtune import logs
 from qtune.errors import ModelError, QtuneError
-from qtune.memory import tiled_loss
-from qtune.memory.device import find_device
-from qtune.memory.live import LiveBytes, storage_sizes
-from qtune.memory.parts import standing_parts
+from qtune.hardware import find_device
+from qtune.memory import fused_cross_entropy
+from qtune.memory.memory_parts import standing_parts
+from qtune.memory.memory_tracker import LiveBytes, storage_sizes
 from qtune.memory.techniques import Techniques
 from qtune.model import base
-from qtune.plan import trace
+from qtune.plan import fake_step
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import STEPS
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
@@ -132,7 +132,7 @@ def copied(model: PreTrainedModel) -> PreTrainedModel:
     for module in result.modules():
         if isinstance(module, Linear4bit):  # bitsandbytes names the state twice and copies it once for each
             module.quant_state = module.weight.quant_state
-    tiled_loss.install(result)
+    fused_cross_entropy.install(result)
     return result
 
 
@@ -177,12 +177,12 @@ def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     config, make = base_maker(options.base, options.shape, settings, device.name, device.compute_dtype)
     forecaster = Forecaster(config, recipe, device.compute_dtype, device.is_cuda, 0)
     trials, refused = trials_of(forecaster)
-    shape = trace.Batch.of_one_document(options.tokens)
+    shape = fake_step.Batch.of_one_document(options.tokens)
     batch = batch_of(random_rows(1, options.tokens, config.get_text_config().vocab_size), device.name)
     stages, peaks = [], []
     for trial in trials:
         stage = set_up(make(), recipe, trial.techniques, device.compute_dtype, device.name)
-        if not tiled_loss.suits(stage.model):
+        if not fused_cross_entropy.suits(stage.model):
             raise ModelError("--base: its head scales, caps or biases the logits; such a loss is not benched here.")
         stages.append(stage)
         peaks.append(count(stage, batch, device.is_cuda))

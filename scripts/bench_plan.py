@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import QtuneError
-from qtune.memory.device import ASSUMED_CONTEXT_BYTES
+from qtune.hardware import ASSUMED_CONTEXT_BYTES
 from qtune.memory.techniques import Techniques
 from qtune.model import base
 from qtune.plan import ladder
-from qtune.plan.decide import HOST_FRACTION
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import Budget, Climb
-from qtune.plan.work import Work
+from qtune.plan.planner import HOST_FRACTION
+from qtune.plan.workload import Work
 from qtune.recipe.load import load
 from qtune.units import GIB, format_bytes, parse_bytes
 

@@ -21,7 +21,7 @@ from rich.terminal_theme import DIMMED_MONOKAI as THEME
 
 from qtune.events import MemoryMeasured, StepDone
 from qtune.report.dashboard import render
-from qtune.report.view import View, advance
+from qtune.report.dashboard_state import View, advance
 from qtune.rundir import RunDir, read_json
 
 

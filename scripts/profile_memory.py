@@ -46,26 +46,26 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from qtune import logs
 from qtune.data.packing import PackedRow, collate, packed_rows
 from qtune.data.prepare import prepare
-from qtune.data.tokens import NOT_TRAINED
+from qtune.data.tokenize import NOT_TRAINED
 from qtune.errors import MachineError, QtuneError, RunFolderError, how_to_install
-from qtune.memory import document_attention, experts, live, packed_experts, tiled_loss
-from qtune.memory.device import find_device
-from qtune.memory.layers import find_layers
-from qtune.memory.live import LiveBytes, Peak
-from qtune.memory.parts import PASSING_PARTS, STANDING_PARTS
-from qtune.memory.streaming import frozen_tensors, spread
+from qtune.hardware import find_device
+from qtune.memory import fused_cross_entropy, memory_tracker, mixture_of_experts, packed_attention, packed_experts
+from qtune.memory.gradient_checkpointing import find_layers
+from qtune.memory.memory_parts import PASSING_PARTS, STANDING_PARTS
+from qtune.memory.memory_tracker import LiveBytes, Peak
+from qtune.memory.oom_recovery import OpenStep, Recovery
 from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.weight_streaming import frozen_tensors, spread
 from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
-from qtune.plan.decide import Plan, decide, refuse_unless_it_fits
-from qtune.plan.work import Work, largest_rows
-from qtune.recipe import library, load
+from qtune.plan.planner import Plan, decide, refuse_unless_it_fits
+from qtune.plan.workload import Work, largest_rows
+from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Model, Recipe
 from qtune.rundir import is_used
-from qtune.train.fit import MeteredTrainer
-from qtune.train.out_of_memory import OpenStep, Recovery
-from qtune.train.rehearsal import as_after_a_step, count_what_is_there, finish_step
-from qtune.train.settings import sft_config
+from qtune.train.dry_run import as_after_a_step, count_what_is_there, finish_step
+from qtune.train.loop import MeteredTrainer
+from qtune.train.sft_config import sft_config
 from qtune.units import format_bytes
 
 Batch = dict[str, Any]
@@ -159,14 +159,14 @@ def random_weights(
     device: str,
     compute_dtype: str,
     techniques: Techniques = PLAIN,
-    attention: str = document_attention.NAME,
+    attention: str = packed_attention.NAME,
 ) -> PreTrainedModel:
     """A frozen model of this shape with random weights, its linears and experts in NF4 if `settings` say so.
 
     One weight at a time is made in 16 bits, on `device`. Layers that `techniques` stream leave it as soon as they are
     made. The same call gives the same weights.
     """
-    document_attention.register()
+    packed_attention.register()
     dtype = getattr(torch, compute_dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
@@ -192,10 +192,10 @@ def random_weights(
     model.requires_grad_(False)
     model.config.use_cache = False
     base.keep_weights_as_quantised(model)
-    experts.install(model)
-    if attention == document_attention.NAME:
-        document_attention.install(model)
-        tiled_loss.install(model)
+    mixture_of_experts.install(model)
+    if attention == packed_attention.NAME:
+        packed_attention.install(model)
+        fused_cross_entropy.install(model)
     return model
 
 
@@ -318,7 +318,7 @@ def count_step(stage: Stage, batch: Batch, accumulates: bool, counter: LiveBytes
     the gradients if they outlive a pass. Gradients are dropped afterwards."""
     as_after_a_step(stage.model, stage.optimizer, accumulates)
     hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda p: live.mark([p.grad], "gradients"))
+        parameter.register_post_accumulate_grad_hook(lambda p: memory_tracker.mark([p.grad], "gradients"))
         for parameter in adapter.trained_parameters(stage.model)
     ]
     with counter:
@@ -538,7 +538,7 @@ def profile_recipe(recipe: Recipe, is_random: bool, folder: Path, console: Conso
     else:
         loaded = base.load_base(recipe.model, device, plan.compute_dtype, plan.techniques)
     stage = set_up(loaded, recipe, plan.techniques, plan.compute_dtype, device)
-    if not tiled_loss.suits(stage.model):
+    if not fused_cross_entropy.suits(stage.model):
         stage = with_trl_loss(stage, recipe, plan, rows, folder)
     batch = batch_of(largest_rows(rows, plan.micro_batch), device)
     snapshot = folder / "snapshot.pickle" if plan.device.is_cuda else None
@@ -596,7 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         recipe = load.load(
-            library.find(options.recipe), options.set, options.demo, needs_weights=not options.random_weights
+            shipped_recipes.find(options.recipe), options.set, options.demo, needs_weights=not options.random_weights
         )
         if importlib.util.find_spec("matplotlib") is None:
             raise MachineError(f"The picture needs matplotlib, which is not installed: {how_to_install('plots')}")

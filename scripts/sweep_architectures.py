@@ -32,8 +32,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qtune import cli
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
-from qtune.deploy.opened import Opened
 from qtune.model import base
+from qtune.model.open_model import Opened
 from qtune.model.packing_probe import own_attention
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, read_json

@@ -221,14 +221,14 @@ def test_our_own_fault_is_exit_1_with_the_details_in_a_file(workplace: Path, mon
 
 
 def test_a_run_that_diverges_keeps_the_weights_of_its_last_good_step(workplace: Path, monkeypatch, capsys) -> None:
-    from qtune.train import fit
+    from qtune.train import loop
 
-    original = fit.MeteredTrainer.compute_loss
+    original = loop.MeteredTrainer.compute_loss
 
     def not_a_number(self, *args, **kwargs):
         return original(self, *args, **kwargs) * (float("nan") if self.state.global_step == 1 else 1.0)
 
-    monkeypatch.setattr(fit.MeteredTrainer, "compute_loss", not_a_number)
+    monkeypatch.setattr(loop.MeteredTrainer, "compute_loss", not_a_number)
     assert cli.main(["run", "t.toml", "--output", "out", "--set", "train.warmup_fraction=0"]) == 1
     assert "Step 2: the loss is not a finite number" in capsys.readouterr().err
     from safetensors.torch import load_file

@@ -219,9 +219,9 @@ def test_layers_that_cannot_be_found_leave_the_other_rungs(
 ) -> None:
     """No architecture of transformers is so strange, so the layers are hidden."""
     from qtune.memory import techniques
-    from qtune.plan import standing
+    from qtune.plan import static_memory
 
-    for module in (techniques, standing):
+    for module in (techniques, static_memory):
         monkeypatch.setattr(module, "find_layers", lambda model: [])
     status, out, _ = plan(capsys, *CARD, "--json")
     notes = {rung["setting"]: rung["note"] for rung in json.loads(out)["rungs"]}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qtune.data.formats import Conversation, read, recognise
-from qtune.data.rows import Row
-from qtune.data.tokens import Example
+from qtune.data.sources import Row
+from qtune.data.tokenize import Example
 from qtune.evaluate import sandbox
 from qtune.evaluate.code_tests import fault_of
 from qtune.recipe.load import load

@@ -10,7 +10,7 @@ import pyte
 import pytest
 from at_a_terminal import ROOT, AtTerminal
 
-from qtune.recipe.faults import settings
+from qtune.recipe.error_messages import settings
 
 START = {
     "bash": ["bash", "--noprofile", "--norc", "-i"],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qtune.cli import build_parser
-from qtune.evaluate.labels import LABELS
+from qtune.evaluate.metric_labels import LABELS
 from qtune.recipe import load
 
 ROOT = Path(__file__).resolve().parent.parent

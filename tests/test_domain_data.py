@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.evaluate.metrics import FAULTS, METRICS
 from qtune.recipe.load import load
 

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from deploy.made_runs import make_run
+from made_runs import make_run
 
 from qtune import cli
-from qtune.deploy.merge import merge
-from qtune.deploy.opened import model_of
-from qtune.deploy.servers import servers
 from qtune.errors import ModelError, RunFolderError
+from qtune.merge.merge import merge
+from qtune.model.open_model import model_of
 from qtune.rundir import LOCKED, RunDir, refuse_used, write_json
+from qtune.share.servers import servers
 
 RECIPE = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
 

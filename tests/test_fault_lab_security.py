@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from fault_lab import leaked_secrets, paths, pickles, sockets, templates
 
-from qtune.data.renderer import Untraceable
+from qtune.data.template_process import Untraceable
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -16,8 +16,8 @@ import bench_gpu  # noqa: E402
 import bench_memory  # noqa: E402
 import profile_memory  # noqa: E402
 
-from qtune.memory.live import LiveBytes, storage_sizes  # noqa: E402
-from qtune.memory.parts import standing_parts  # noqa: E402
+from qtune.memory.memory_parts import standing_parts  # noqa: E402
+from qtune.memory.memory_tracker import LiveBytes, storage_sizes  # noqa: E402
 from qtune.memory.techniques import Techniques  # noqa: E402
 from qtune.model import base  # noqa: E402
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from stopped_runs import copy, plans_made_once, qtune, write_recipe
 
-from qtune import __version__, sealed
+from qtune import __version__, atomic_files
 from qtune.errors import RunFolderError
 from qtune.rundir import RunDir, read_json, reading, write_json
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_version_is_named(run: RunDir, capsys) -> None:
     state = json.loads((newest / "state.json").read_text())
     state["techniques"]["from_the_future"] = True
     (newest / "state.json").write_text(json.dumps(state))
-    sealed.seal(newest)
+    atomic_files.seal(newest)
     assert qtune("resume", run.path) == 2
     assert f"{newest}: was written by another version of qtune" in capsys.readouterr().err
 

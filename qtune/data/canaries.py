@@ -11,10 +11,10 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.chat_template import ChatTemplate
 from qtune.data.formats import Conversation, Document, Message
-from qtune.data.rows import Dropped
-from qtune.data.template import ChatTemplate
-from qtune.data.tokens import Encoder, Example, tokenize
+from qtune.data.sources import Dropped
+from qtune.data.tokenize import Encoder, Example, tokenize
 from qtune.errors import DataError
 from qtune.recipe.schema import Recipe
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from qtune.data.files import Dropped, Row, seem_a_row
+from qtune.data.file_readers import Dropped, Row, seem_a_row
 from qtune.errors import DataError
 from qtune.recipe.schema import Columns, DataFormat
 

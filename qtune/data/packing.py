@@ -9,8 +9,8 @@ from typing import Any, TypedDict, overload
 import numpy
 import torch
 
-from qtune.data.examples import Examples, Ints
-from qtune.data.tokens import NOT_TRAINED
+from qtune.data.dataset import Examples, Ints
+from qtune.data.tokenize import NOT_TRAINED
 
 
 class PackedRow(TypedDict):

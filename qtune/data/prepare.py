@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data import cache
-from qtune.data.cache_key import key_of
+from qtune.data import token_cache
 from qtune.data.canaries import Phrasing, planted_rows
-from qtune.data.check import DataReport, count_duplicates, count_overlap, group_dropped, template_notices
-from qtune.data.examples import Examples, ExampleWriter
+from qtune.data.chat_template import ChatTemplate
+from qtune.data.data_report import DataReport, count_duplicates, count_overlap, group_dropped, template_notices
+from qtune.data.dataset import Examples, ExampleWriter
+from qtune.data.held_out_split import held_out_of
 from qtune.data.packing import pack
 from qtune.data.prepared import Prepared
-from qtune.data.rows import Source
-from qtune.data.split import held_out_of
-from qtune.data.stops import stop_token_ids
-from qtune.data.survey import Survey, Tell, survey
-from qtune.data.template import ChatTemplate
-from qtune.data.tokenise import Tokenised, tokenise
-from qtune.data.tokens import Encoder, stretches
-from qtune.data.unused import unused_of
+from qtune.data.scan import Survey, Tell, survey
+from qtune.data.sources import Source
+from qtune.data.stop_tokens import stop_token_ids
+from qtune.data.token_cache_key import key_of
+from qtune.data.tokenize import Encoder, stretches
+from qtune.data.tokenize_dataset import Tokenised, tokenise
+from qtune.data.unused_columns import unused_of
 from qtune.recipe.schema import Data, Recipe
 
 
@@ -38,15 +38,15 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     data = recipe.data
     encoder = Encoder.of(tokenizer)
     sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
-    key = key_of(recipe, sources, tokenizer) if cache.folder() else None
-    entry = cache.load(key) if key else None
+    key = key_of(recipe, sources, tokenizer) if token_cache.folder() else None
+    entry = token_cache.load(key) if key else None
     if entry is not None:
         return Prepared.of_entry(entry, data.train)
-    with cache.staged() as folder:
+    with token_cache.staged() as folder:
         writer = ExampleWriter(folder)
         prepared = _prepare(recipe, sources, encoder, writer, tell)
         if key and writer.folder and key == key_of(recipe, sources, tokenizer):  # no file changed meanwhile
-            cache.keep(key, writer.folder, *prepared.as_entry())
+            token_cache.keep(key, writer.folder, *prepared.as_entry())
     return prepared
 
 

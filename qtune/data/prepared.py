@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy
 
-from qtune.caches import OFF, VARIABLE
-from qtune.data.cache import Entry
-from qtune.data.check import DataReport, Reason
-from qtune.data.examples import Examples, Ints
-from qtune.data.unused import Unused
+from qtune.cache_dir import OFF, VARIABLE
+from qtune.data.data_report import DataReport, Reason
+from qtune.data.dataset import Examples, Ints
+from qtune.data.token_cache import Entry
+from qtune.data.unused_columns import Unused
 
 Packs = tuple[tuple[int, ...], ...]
 

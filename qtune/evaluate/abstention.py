@@ -1,7 +1,7 @@
 """Exact answers, and saying so where there is none."""
 
-from qtune.data.tokens import Example
-from qtune.evaluate.marks import Marks, normalise, says_the_same
+from qtune.data.tokenize import Example
+from qtune.evaluate.metric import Marks, normalise, says_the_same
 
 NOT_KNOWN = ("not known", "unknown")  # whole answers only: an unknown primary tumour is a diagnosis
 I_DO_NOT_KNOW = ("i do not know", "i dont know")  # a reason may follow

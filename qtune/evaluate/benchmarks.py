@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import MachineError, OutOfMemory, UserError, how_to_install
-from qtune.train.out_of_memory import free_memory, is_out_of_memory, let_go
+from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 BATCH_SIZES = (8, 1)  # the second where the first does not fit

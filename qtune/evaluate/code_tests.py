@@ -3,9 +3,9 @@
 import ast
 import re
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.evaluate import sandbox
-from qtune.evaluate.marks import Marks
+from qtune.evaluate.metric import Marks
 
 FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 

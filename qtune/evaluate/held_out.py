@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepared import Prepared
-from qtune.data.tokens import Example
-from qtune.evaluate.general import general_packs
+from qtune.data.tokenize import Example
+from qtune.evaluate.forgetting import general_packs
 from qtune.recipe.schema import Evaluate, Recipe
 
 

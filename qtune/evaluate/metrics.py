@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from qtune.data.row_checks import FaultOf
-from qtune.data.tokens import Example
+from qtune.audit.row_checks import FaultOf
+from qtune.data.tokenize import Example
 from qtune.errors import DataError
 from qtune.evaluate import code_tests, policy, style
 from qtune.evaluate.abstention import abstention
-from qtune.evaluate.marks import Marks, Metric, normalise, says_the_same
+from qtune.evaluate.metric import Marks, Metric, normalise, says_the_same
 from qtune.recipe.schema import Evaluate
 
 SHOWN_ROWS = 3

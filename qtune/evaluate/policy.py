@@ -14,8 +14,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qtune.data.tokens import Example
-from qtune.evaluate.marks import Marks
+from qtune.data.tokenize import Example
+from qtune.evaluate.metric import Marks
 
 KEYS = ("policy", "must", "must_not")
 EXAMPLE = '{"policy": "refund", "must": ["Next step:"], "must_not": ["voucher"]}'

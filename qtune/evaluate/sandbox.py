@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtune.errors import MachineError
-from qtune.evaluate import sandbox_child
-from qtune.limits import OUR_FOLDER, environment, python
+from qtune.evaluate import sandbox_worker
+from qtune.subprocess_limits import OUR_FOLDER, environment, python
 from qtune.units import MIB
 
 CPU_SECONDS, MEMORY_BYTES, PROCESSES = 4, 512 * MIB, 64
@@ -63,11 +63,11 @@ def run(code: str, tests: str) -> Verdict:
     nonce = secrets.token_bytes(NONCE_BYTES)
     with tempfile.TemporaryDirectory(prefix="qtune-code-") as folder:
         said = _said([*(text.encode(errors="surrogatepass") for text in (code, tests)), nonce], folder)
-    if not said.startswith(sandbox_child.READY):
+    if not said.startswith(sandbox_worker.READY):
         raise MachineError(
-            f"The process that runs answers does not start. It is {sys.executable} with {sandbox_child.__file__}."
+            f"The process that runs answers does not start. It is {sys.executable} with {sandbox_worker.__file__}."
         )
-    parses = said[1:2] == sandbox_child.PARSES
+    parses = said[1:2] == sandbox_worker.PARSES
     return Verdict(parses, parses and secrets.compare_digest(said[2:], nonce))
 
 
@@ -78,7 +78,7 @@ def _said(messages: Sequence[bytes], folder: str) -> bytes:
         requests.writelines(len(message).to_bytes(8, "big") + message for message in messages)
         requests.seek(0)
         process = subprocess.Popen(
-            [*_alone(), *python(sandbox_child.__file__, OUR_FOLDER, *limits, *_libraries())],
+            [*_alone(), *python(sandbox_worker.__file__, OUR_FOLDER, *limits, *_libraries())],
             stdin=requests,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

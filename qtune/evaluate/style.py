@@ -8,8 +8,8 @@ the words that carry the meaning, so an answer that says something else is far f
 import math
 from collections import Counter
 
-from qtune.data.tokens import Example
-from qtune.evaluate.marks import Marks
+from qtune.data.tokenize import Example
+from qtune.evaluate.metric import Marks
 
 RUN = 3  # characters
 

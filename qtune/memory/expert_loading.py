@@ -21,7 +21,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from qtune.memory.experts import install
+from qtune.memory.mixture_of_experts import install
 from qtune.memory.packed_experts import is_packed, pack, refusal, stacked_names
 
 TABLE_KEY = "bitsandbytes_4bit"

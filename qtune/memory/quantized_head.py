@@ -13,9 +13,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from qtune.memory import live
+from qtune.memory import memory_tracker
+from qtune.memory.chunked_cross_entropy import SlicedHead
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, weight_rows
-from qtune.memory.sliced_loss import SlicedHead
 
 SLICE_BYTES = 16 * 1024**2
 
@@ -42,7 +42,7 @@ def quantize_head(model: PreTrainedModel) -> None:
 def slices(head: Linear4bit, hidden: torch.Tensor) -> list[slice]:
     """Rows of the vocabulary whose weights start and end on a quantisation block, each within `SLICE_BYTES`."""
     rows, columns = head.weight.quant_state.shape
-    return live.tiles(rows, max(BLOCK, SLICE_BYTES // (columns * 4) // BLOCK * BLOCK), hidden)
+    return memory_tracker.tiles(rows, max(BLOCK, SLICE_BYTES // (columns * 4) // BLOCK * BLOCK), hidden)
 
 
 def sliced(head: Linear4bit, hidden: torch.Tensor) -> SlicedHead:

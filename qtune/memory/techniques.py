@@ -10,16 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 
-from qtune.memory import tiled_loss
-from qtune.memory.head_groups import group_heads, why_not_grouped
-from qtune.memory.host import HostBuffers
-from qtune.memory.host_embedding import move_embedding_out
-from qtune.memory.host_head import move_head_out
-from qtune.memory.layers import LayerRunner, find_layers
-from qtune.memory.lora_linear import fuse
+from qtune.memory import fused_cross_entropy
+from qtune.memory.activation_offload import HostBuffers
+from qtune.memory.attention_head_chunks import group_heads, why_not_grouped
+from qtune.memory.embedding_offload import move_embedding_out
+from qtune.memory.fused_lora import fuse
+from qtune.memory.gradient_checkpointing import LayerRunner, find_layers
+from qtune.memory.head_offload import move_head_out
 from qtune.memory.quantized_head import quantize_head
-from qtune.memory.streaming import LayerStream, spread
-from qtune.memory.tiling import NORM_TILE_TOKENS, run_in_tiles, token_wise
+from qtune.memory.tiled_mlp import NORM_TILE_TOKENS, run_in_tiles, token_wise
+from qtune.memory.weight_streaming import LayerStream, spread
 
 Head = Literal["device", "host", "nf4"]  # where the output head is, each for less memory on the device or the host
 HEADS = get_args(Head)
@@ -69,7 +69,7 @@ def refusals(model: PeftModel) -> dict[str, str]:
         found["tile_tokens"] = "its layers have no norm that is known by its name"
     if why_not := next(filter(None, map(why_not_grouped, layers)), None):
         found["head_groups"] = why_not
-    if not tiled_loss.suits(model):
+    if not fused_cross_entropy.suits(model):
         found["head"] = "its head scales, caps or biases the logits, or is trained"
     return found
 

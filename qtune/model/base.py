@@ -22,11 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune import logs
 from qtune.errors import ModelError
-from qtune.memory import document_attention, tiled_loss
+from qtune.memory import fused_cross_entropy, packed_attention
 from qtune.memory.expert_loading import quantized_experts
-from qtune.memory.streaming import spread
 from qtune.memory.techniques import Techniques
-from qtune.model import files, weights
+from qtune.memory.weight_streaming import spread
+from qtune.model import base_files, untrusted_folder
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
 
@@ -43,8 +43,8 @@ def base_folder(model: Model) -> Path:
     Raises ModelError for a folder that holds no model, MachineError where the hub cannot be reached.
     """
     if model.base == "demo":
-        return files.DEMO_BASE
-    return _checked(files.local_folder(model) or files.whole(model), model)
+        return base_files.DEMO_BASE
+    return _checked(base_files.local_folder(model) or base_files.whole(model), model)
 
 
 def _checked(folder: Path, model: Model, needs_weights: bool = True) -> Path:
@@ -63,13 +63,13 @@ def read_config(model: Model) -> PreTrainedConfig:
 
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
-    folder = files.local_folder(model) or files.config_alone(model)
+    folder = base_files.local_folder(model) or base_files.config_alone(model)
     return _config_in(_checked(folder, model, needs_weights=False), model)
 
 
 def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
     if model.trust_remote_code:
-        weights.refuse_code_elsewhere(folder)
+        untrusted_folder.refuse_code_elsewhere(folder)
     try:
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
@@ -92,10 +92,10 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
     What `techniques` keep in host memory is left there, for `memory.techniques.Engine` to take up. Attention keeps
-    packed documents apart without a mask (`memory.document_attention`).
+    packed documents apart without a mask (`memory.packed_attention`).
     """
     config = read_config(model)
-    document_attention.register()
+    packed_attention.register()
     dtype = getattr(torch, compute_dtype)
     quantization = None
     if model.quantization == "nf4":
@@ -109,7 +109,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=quantization,
-                attn_implementation=document_attention.NAME,
+                attn_implementation=packed_attention.NAME,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
             )
@@ -119,8 +119,8 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
             ) from None
     loaded.requires_grad_(False)
     keep_weights_as_quantised(loaded)
-    document_attention.install(loaded)
-    tiled_loss.install(loaded)
+    packed_attention.install(loaded)
+    fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
     return loaded
 

@@ -1,11 +1,11 @@
 """Is a document in a pack what it is alone? Asked of the model that is about to be trained, in four short passes.
 
 A pack is right where nothing but attention carries one token's state to another, attention asks ours
-(`memory.document_attention`), and ours knows all that it does. No list of architectures can promise that: recurrences
+(`memory.packed_attention`), and ours knows all that it does. No list of architectures can promise that: recurrences
 and convolutions run on from document to document, some code hands no keyword on to its attention, remote code does
 what it likes. So the logits of one document are made alone, behind one neighbour and behind another as long, and alone
 with the attention that transformers would have taken. Of the last the loss is made too, to be held against the one
-that training makes without logits (`memory.tiled_loss`, or trl's): a head may scale or cap them.
+that training makes without logits (`memory.fused_cross_entropy`, or trl's): a head may scale or cap them.
 """
 
 import contextlib

@@ -8,13 +8,13 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qtune.errors import ModelError
-from qtune.model import files, weights
+from qtune.model import base_files, untrusted_folder
 from qtune.recipe.schema import Model
 
 
 def has_tokenizer_here(model: Model) -> bool:
     """Whether the base is a folder that holds a tokenizer, which needs no network then."""
-    folder = files.local_folder(model)
+    folder = base_files.local_folder(model)
     return folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
@@ -23,9 +23,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     Raises ModelError for a tokenizer or template that cannot be read, and what `files` raises.
     """
-    folder = files.local_folder(model) or files.without_weights(model)
+    folder = base_files.local_folder(model) or base_files.without_weights(model)
     if model.trust_remote_code:
-        weights.refuse_code_elsewhere(folder)
+        untrusted_folder.refuse_code_elsewhere(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=_plain_config(folder), trust_remote_code=model.trust_remote_code

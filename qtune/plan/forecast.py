@@ -13,11 +13,11 @@ from functools import cached_property
 from transformers import PreTrainedConfig
 
 from qtune.errors import ModelError
-from qtune.memory.live import Peak
+from qtune.memory.memory_tracker import Peak
 from qtune.memory.techniques import Techniques
-from qtune.plan import skeleton
-from qtune.plan.standing import STANDING, Standing, count
-from qtune.plan.trace import Batch, Traced, trace
+from qtune.plan import fake_model
+from qtune.plan.fake_step import Batch, Traced, trace
+from qtune.plan.static_memory import STANDING, Standing, count
 from qtune.recipe.schema import Recipe
 
 Parts = dict[str, int]
@@ -163,7 +163,7 @@ class Forecaster:
 
     @cached_property
     def _period(self) -> int:
-        return skeleton.period(self.config)
+        return fake_model.period(self.config)
 
     def _kinds(self, first: int, end: int) -> list[int]:
         return [layer % self._period for layer in range(first, end)]
@@ -179,7 +179,7 @@ class Forecaster:
         traced = in_a_pass(techniques)
         key = (layers, traced, batch)
         if key not in self._traces:
-            config = skeleton.shallow(self.config, layers)
+            config = fake_model.shallow(self.config, layers)
             try:
                 found = trace(config, self.recipe, self.compute_dtype, traced, batch, self.is_card)
             except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as fault:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qtune.memory.techniques import Techniques
-from qtune.plan.forced import FIELDS, forced, key_value_heads, refusals
+from qtune.plan.fake_step import Batch
 from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.trace import Batch
-from qtune.plan.work import Work
+from qtune.plan.overrides import FIELDS, forced, key_value_heads, refusals
+from qtune.plan.workload import Work
 from qtune.recipe.schema import Recipe
 
 MARGIN_FRACTION = 0.03

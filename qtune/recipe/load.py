@@ -14,11 +14,11 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from qtune.errors import RecipeError
-from qtune.recipe import base_kind, conflicts, document, paths
-from qtune.recipe.document import Broken, placed
-from qtune.recipe.faults import Fault, dotted, explain, field_of, unknown
-from qtune.recipe.lines import Key
+from qtune.recipe import base_kind, conflicts, paths, toml_reader
+from qtune.recipe.error_messages import Fault, dotted, explain, field_of, unknown
 from qtune.recipe.schema import Demo, Recipe
+from qtune.recipe.toml_lines import Key
+from qtune.recipe.toml_reader import Broken, placed
 
 Values = dict[str, Any]
 SETTING = re.compile(r"(?:\S+: )?([a-z_]+(?:\.[a-z_]+)+)\b")
@@ -77,7 +77,7 @@ def load(
     `needs_weights` a folder that holds the base's config.json alone will do. Raises RecipeError with every fault that
     is found.
     """
-    found = document.read(path)
+    found = toml_reader.read(path)
     given, wrong = _parse_overrides(overrides)
     origin = Origin(str(path), found.lines, given)
     values = _put_all(paths.made_absolute(found.values, beside or path.resolve().parent), given)
@@ -97,7 +97,7 @@ def blamed(message: str, path: Path, overrides: Sequence[str], demo: bool) -> st
     """`message` with the place of each setting of the recipe at `path` that a line of it begins with, or names behind a
     file of rows: `my.toml:9: lora.targets: ...`. What `load` could not know yet is then told as its own faults are."""
     try:
-        lines = document.read(path).lines
+        lines = toml_reader.read(path).lines
     except RecipeError:
         return message
     origin = Origin(str(path), lines, _parse_overrides(overrides)[0])

@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from qtune.recipe.faults import Fault, dotted, shown
-from qtune.recipe.lines import Key
+from qtune.recipe.error_messages import Fault, dotted, shown
+from qtune.recipe.toml_lines import Key
 
 MODELS: tuple[Key, ...] = (("model", "base"), ("demo", "model", "base"))
 TEMPLATE: Key = ("model", "chat_template")

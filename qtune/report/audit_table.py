@@ -8,14 +8,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qtune.data.findings import Finding
-from qtune.data.stops import StopChain
-from qtune.data.token_counts import TokenCounts
-from qtune.data.unused import unused_line
-from qtune.data.verdict import Checked
-from qtune.report.histogram import histogram
+from qtune.audit.issues import Finding
+from qtune.audit.length_stats import TokenCounts
+from qtune.audit.thresholds import Checked
+from qtune.data.stop_tokens import StopChain
+from qtune.data.unused_columns import unused_line
+from qtune.report.length_histogram import histogram
 from qtune.report.tables import ARROW
-from qtune.report.words import cut_told, one_line
+from qtune.report.wording import cut_told, one_line
 from qtune.units import counted, format_count, format_percent
 
 SHOWN_PLACES = 3

@@ -14,12 +14,12 @@ from rich.live import Live
 from rich.text import Text
 
 from qtune.events import Event
-from qtune.report import bar, curve
-from qtune.report.echo import no_echo
-from qtune.report.plain import PlainLines
-from qtune.report.view import View, advance
-from qtune.report.waiting import is_screen
-from qtune.report.words import finite, format_duration, format_loss, format_norm, one_line
+from qtune.report import braille_plot, memory_bar
+from qtune.report.dashboard_state import View, advance
+from qtune.report.log_lines import PlainLines
+from qtune.report.progress_line import is_screen
+from qtune.report.terminal_echo import no_echo
+from qtune.report.wording import finite, format_duration, format_loss, format_norm, one_line
 from qtune.units import counted, format_count, format_percent, format_rate
 
 LEAST_PAUSE_SECONDS = 0.25
@@ -208,7 +208,7 @@ def _loss(view: View, width: int, height: int) -> list[Text]:
     if view.last is not None:
         now.append(f" {format_loss(view.last.loss)}")
     points = [(float(each.step), each.loss) for each in view.held_out]
-    lines = curve.draw(view.losses, points, width, height)
+    lines = braille_plot.draw(view.losses, points, width, height)
     return [_heading(now, _held_out_facts(view), width), *(lines or [Text("no step yet", "dim")])]
 
 
@@ -217,12 +217,12 @@ def _held_out_facts(view: View) -> Text:
     facts = []
     if view.held_out_rises >= LEAST_HELD_OUT_RISES:
         facts.append(Text(f"held-out rose {view.held_out_rises} times in a row", "yellow"))
-    elif (steps := curve.rising_steps(view.losses)) > 0:
+    elif (steps := braille_plot.rising_steps(view.losses)) > 0:
         facts.append(Text(f"rising for {counted(steps, 'step')}", "yellow"))
     if view.best is not None:
         facts.append(
             Text.assemble(
-                (curve.BEST_MARK, curve.BEST_STYLE),
+                (braille_plot.BEST_MARK, braille_plot.BEST_STYLE),
                 f" best held-out {format_loss(view.best.loss)}",
                 (f" at step {view.best.step:,}"),
             )
@@ -233,8 +233,8 @@ def _held_out_facts(view: View) -> Text:
 def _memory_bar(view: View, width: int) -> list[Text]:
     if view.memory is None:
         return []
-    name, peak = Text(bar.title(view.memory), "bold"), bar.peak(view.memory)
-    stacked = bar.stacked(view.memory, width)
+    name, peak = Text(memory_bar.title(view.memory), "bold"), memory_bar.peak(view.memory)
+    stacked = memory_bar.stacked(view.memory, width)
     if name.cell_len + peak.cell_len + 3 <= width:
         return [_heading(name, peak, width), stacked]
     return [_heading(name, Text(), width), stacked, peak]
@@ -243,7 +243,7 @@ def _memory_bar(view: View, width: int) -> list[Text]:
 def _legend_items(view: View) -> list[Text]:
     if view.memory is None:
         return []
-    return [Text.assemble(fill, f" {name} ", (size, "bold")) for fill, name, size in bar.legend(view.memory)]
+    return [Text.assemble(fill, f" {name} ", (size, "bold")) for fill, name, size in memory_bar.legend(view.memory)]
 
 
 def _legend_rows(view: View, width: int) -> list[Text]:
@@ -251,7 +251,7 @@ def _legend_rows(view: View, width: int) -> list[Text]:
         return []
     return [
         Text.assemble(fill, f" {name}", " " * max(1, width - len(name) - len(size) - 2), size)
-        for fill, name, size in bar.legend(view.memory)
+        for fill, name, size in memory_bar.legend(view.memory)
     ]
 
 

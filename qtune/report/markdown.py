@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from qtune.report.words import one_line, visible
+from qtune.report.wording import one_line, visible
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from qtune.report import tables
-from qtune.report.record import Record
-from qtune.report.words import one_line
+from qtune.report.run_record import Record
+from qtune.report.wording import one_line
 from qtune.rundir import leaves
 
 

@@ -7,9 +7,18 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from qtune.report import answers, bar, curve, markdown, record, serving, tables, verdict
-from qtune.report.record import Record
-from qtune.report.words import canaries_told, finite, format_loss, format_score, one_line
+from qtune.report import (
+    braille_plot,
+    conclusions,
+    markdown,
+    memory_bar,
+    run_record,
+    sample_answers,
+    serving_snippets,
+    tables,
+)
+from qtune.report.run_record import Record
+from qtune.report.wording import canaries_told, finite, format_loss, format_score, one_line
 from qtune.rundir import RunDir, write_text
 from qtune.units import format_bytes, format_count, format_percent, format_rate, format_seconds
 
@@ -18,7 +27,7 @@ LOSS_ROWS, CURVE_LINES = 12, 14
 
 def as_json(run: RunDir) -> dict[str, Any]:
     """What the run folder says, for programs: None for what is missing, and for a number that is none."""
-    found = record.read(run)
+    found = run_record.read(run)
     last, best = found.steps[-1] if found.steps else None, found.best
     return {
         "run": str(run.path),
@@ -28,7 +37,7 @@ def as_json(run: RunDir) -> dict[str, Any]:
         "best_held_out": {"step": best.step, "loss": best.loss} if best else None,
         "train_seconds": found.train_seconds,
         "tokens_per_second": found.tokens_per_second,
-        "verdict": verdict.text(found) or None,
+        "verdict": conclusions.text(found) or None,
         "memory": dataclasses.asdict(found.memory) if found.memory else None,
         "data": found.data,
         "plan": found.plan,
@@ -42,15 +51,15 @@ def as_json(run: RunDir) -> dict[str, Any]:
 
 def report(run: RunDir) -> Group:
     """The run again, as tables, with its loss as a curve."""
-    found = record.read(run)
-    parts: list[RenderableType] = [*_title(found), *([Text(), *verdict.lines(found)] if found.scores else [])]
+    found = run_record.read(run)
+    parts: list[RenderableType] = [*_title(found), *([Text(), *conclusions.lines(found)] if found.scores else [])]
     for table, values in ((tables.data_table, found.data), (tables.plan_table, found.plan)):
         parts += [Text(), table(values)] if values else []
     if found.steps:
         parts += [Text(), Text.assemble(("loss", "bold"), f"  {pace(found)}")]
         parts.append(tables.ToWidth(lambda width: _curve(found, width)))
     if found.memory:
-        parts += [Text(), Text.assemble((bar.title(found.memory), "bold"), "  ", bar.peak(found.memory))]
+        parts += [Text(), Text.assemble((memory_bar.title(found.memory), "bold"), "  ", memory_bar.peak(found.memory))]
         parts.append(tables.memory_table(found.memory))
     if found.scores:
         parts += [Text(), Text("before → after", "bold"), tables.score_table(found.scores)]
@@ -74,7 +83,7 @@ def _title(found: Record) -> list[Text]:
 
 
 def _curve(found: Record, width: int) -> list[Text]:
-    return curve.draw(found.losses, found.held_out_losses, width, CURVE_LINES)
+    return braille_plot.draw(found.losses, found.held_out_losses, width, CURVE_LINES)
 
 
 def pace(found: Record) -> str:
@@ -91,7 +100,7 @@ def pace(found: Record) -> str:
 
 def write_summary(run: RunDir) -> None:
     """summary.md: what was asked for, what was learned, what it took."""
-    found = record.read(run)
+    found = run_record.read(run)
     sections = (_head, _before_and_after, _loss, _answers, _data, _memory, _plan, _recipe, _versions)
     lines = [line for section in sections for line in section(found)]
     write_text(run.summary, "\n".join(lines).rstrip() + "\n")
@@ -107,7 +116,7 @@ def _head(found: Record) -> list[str]:
     if found.stopped:
         commands = "\n".join(tables.next_commands(found))
         lines += [f"{found.stopped.capitalize()}. Next:", "", *markdown.fenced(commands, "sh"), ""]
-    told = verdict.text(found)
+    told = conclusions.text(found)
     lines += [markdown.inline(told), ""] if told else []
     for sentence in found.missing:
         lines += [f"> {markdown.inline(sentence)}", ""]
@@ -145,7 +154,7 @@ def loss_rows(found: Record) -> list[tuple[str, str, str, str]]:
 
 def _answers(found: Record) -> list[str]:
     lines: list[str] = []
-    for each in answers.kept(found.scores) if found.scores else ():
+    for each in sample_answers.kept(found.scores) if found.scores else ():
         lines += [f"## {each.title}", "", each.chosen, ""]
         lines += [line for row in each.rows for line in _answer(row)]
     return lines
@@ -167,7 +176,7 @@ def _data(found: Record) -> list[str]:
 def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     """data.json by name and value, what was left out last."""
     return [
-        ("source", f"{serving.folder_name(data['source'])} ({data['format']})"),
+        ("source", f"{serving_snippets.folder_name(data['source'])} ({data['format']})"),
         ("rows", f"{data['rows_read']:,} read, {data['train_rows']:,} to train on, {data['held_out_rows']:,} held out"),
         *tables.canary_rows(data),
         ("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"),
@@ -186,7 +195,7 @@ def _memory(found: Record) -> list[str]:
         return []
     rows = [(name, format_bytes(size)) for name, size in memory.parts]
     rows.append(("**peak**", f"{format_bytes(memory.peak_bytes)} of {format_bytes(memory.total_bytes)}"))
-    return [f"## {bar.heading(memory)} at the peak", "", *markdown.table(("part", "held"), rows)]
+    return [f"## {memory_bar.heading(memory)} at the peak", "", *markdown.table(("part", "held"), rows)]
 
 
 def _plan(found: Record) -> list[str]:

@@ -11,13 +11,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qtune.data.unused import Unused, unused_line, unused_sentence
-from qtune.evaluate.labels import label
+from qtune.data.unused_columns import Unused, unused_line, unused_sentence
+from qtune.evaluate.metric_labels import label
 from qtune.events import MemoryMeasured
-from qtune.report import answers, bar, record
-from qtune.report.record import Record
-from qtune.report.verdict import lines as verdict_lines
-from qtune.report.words import canaries_told, cut_told, format_loss, format_score, one_line, visible
+from qtune.report import memory_bar, run_record, sample_answers
+from qtune.report.conclusions import lines as verdict_lines
+from qtune.report.run_record import Record
+from qtune.report.wording import canaries_told, cut_told, format_loss, format_score, one_line, visible
 from qtune.rundir import RunDir
 from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
 
@@ -152,7 +152,7 @@ def score_table(scores: dict[str, Any]) -> RenderableType:
     table = grid(2)
     for name, value in score_rows(scores):
         table.add_row(Text(name), Text(value, "bold"))
-    return Group(table, *answers.drawn(scores, answers.side_by_side))
+    return Group(table, *sample_answers.drawn(scores, sample_answers.side_by_side))
 
 
 def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
@@ -355,21 +355,21 @@ def memory_table(memory: MemoryMeasured) -> RenderableType:
     table.add_column()
     table.add_column()
     table.add_column(justify="right")
-    for fill, name, size in bar.legend(memory):
+    for fill, name, size in memory_bar.legend(memory):
         table.add_row(Text(*fill), Text(name), size)
-    return Group(ToWidth(lambda width: [bar.stacked(memory, width)]), table)
+    return Group(ToWidth(lambda width: [memory_bar.stacked(memory, width)]), table)
 
 
 def end_of_run(run: RunDir) -> RenderableType:
     """What came out, where it is, and the commands one would type next."""
-    found = record.read(run)
+    found = run_record.read(run)
     table = grid(2)
     if found.stopped:
         table.add_row(Text(found.stopped, "bold yellow"))
     for name, value in result_rows(found):
         table.add_row(Text(name), Text(value, "bold"))
     if found.memory:
-        table.add_row("peak memory", bar.peak_of_total(found.memory))
+        table.add_row("peak memory", memory_bar.peak_of_total(found.memory))
     if found.train_seconds is not None:
         table.add_row("training took", format_seconds(found.train_seconds))
     table.add_row("adapter", Text(str(run.adapter) if found.has_adapter else "none was saved", overflow="fold"))

@@ -10,11 +10,11 @@ from transformers import TrainerControl
 from trl import SFTTrainer
 
 from qtune.errors import TrainingDiverged
-from qtune.memory import tiled_loss
-from qtune.train.order import DataOrder
-from qtune.train.out_of_memory import Batch, OpenStep, Recovery
-from qtune.train.schedule import warming_from_first_step, wind
-from qtune.train.whole_steps import keep_steps_whole
+from qtune.memory import fused_cross_entropy
+from qtune.memory.oom_recovery import Batch, OpenStep, Recovery
+from qtune.train.atomic_step import keep_steps_whole
+from qtune.train.lr_schedule import warming_from_first_step, wind
+from qtune.train.sampler import DataOrder
 
 SHOWN_PLACES = 5
 
@@ -106,7 +106,7 @@ class MeteredTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The summed loss over the tokens of the whole step; trl's own where the head does not allow tiles."""
-        if tiled_loss.suits(self.model):
+        if fused_cross_entropy.suits(self.model):
             output = model(**inputs, tiled_loss=True)
             loss = output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
         else:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fault_lab.workshop import Workshop, difference
-from qtune import sealed
+from qtune import atomic_files
 from qtune.rundir import RunDir
-from qtune.train import checkpoint
+from qtune.train import checkpoint_files
 
 WHAT = "a flipped bit, a cut, missing or added file in the newest checkpoint"
 RESUMED_EVERY = 25  # all are looked at, every so many are gone on from
@@ -19,7 +19,7 @@ def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
     recipe = shop.recipe()
     shop.undisturbed(recipe)
     whole = RunDir(folder / "undisturbed")
-    newest, older = (path for _, path in checkpoint.steps_in(whole.checkpoints)[:2])
+    newest, older = (path for _, path in checkpoint_files.steps_in(whole.checkpoints)[:2])
     for case in range(cases):
         rng = random.Random(f"{seed} {case}")
         shop.clear("broken")
@@ -69,11 +69,11 @@ def _break(rng: random.Random, path: Path) -> str:
 
 
 def _fault_of_choice(checkpoints: Path, older: str) -> str | None:
-    chosen, why = checkpoint.choose(checkpoints)
+    chosen, why = checkpoint_files.choose(checkpoints)
     if chosen is None or chosen.name != older:
         return f"{chosen} was chosen: {why}"
-    newest = checkpoint.steps_in(checkpoints)[0][1]
-    reason = sealed.what_is_broken(newest)
+    newest = checkpoint_files.steps_in(checkpoints)[0][1]
+    reason = atomic_files.what_is_broken(newest)
     return None if reason and f"{newest.name} is passed over: {reason}." in why else f"it was not named: {why}"
 
 

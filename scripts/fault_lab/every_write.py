@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fault_lab.workshop import Child, Workshop, difference, left_over
-from qtune import sealed
-from qtune.train import checkpoint
+from qtune import atomic_files
+from qtune.train import checkpoint_files
 
 WHAT = "killed at every write, fsync and rename of a checkpoint; a case is one of them"
 CALLS = ("openat", "write", "pwrite64", "fsync", "rename", "mkdir", "chmod", "unlinkat", "unlink", "rmdir", "ftruncate")
@@ -47,7 +47,7 @@ def _stop_at(step: int, ends: bool) -> Callable[[], None]:
     """In the child: stop when the checkpoint of `step` is begun; end when it is done, where that `ends` it."""
 
     def prepare() -> None:
-        from qtune.train.saving import Saver
+        from qtune.train.checkpointer import Saver
 
         save = Saver.save
 
@@ -72,7 +72,7 @@ def _trace(shop: Workshop, recipe: Path, step: int, inject: str | None) -> tuple
     shop.clear("killed")
     child = shop.start(recipe, "killed", _stop_at(step, ends=True))
     _wait_until_stopped(child)
-    before = checkpoint.steps_in(shop.folder / "killed" / "checkpoints")[0][0]
+    before = checkpoint_files.steps_in(shop.folder / "killed" / "checkpoints")[0][0]
     told = shop.folder / "strace.txt"
     command = ["strace", "-f", "-o", str(told), "-e", f"trace={','.join(CALLS)}"]
     command += ["-e", f"inject={inject}"] if inject else []
@@ -95,8 +95,8 @@ def _one(shop: Workshop, recipe: Path, steps: tuple[int, int], inject: str) -> s
     told = f"checkpoint of step {steps[1]}, {inject}"
     _trace(shop, recipe, steps[1], inject)
     checkpoints = shop.folder / "killed" / "checkpoints"
-    found = checkpoint.steps_in(checkpoints)
-    broken = [path.name for _, path in found if sealed.what_is_broken(path)]
+    found = checkpoint_files.steps_in(checkpoints)
+    broken = [path.name for _, path in found if atomic_files.what_is_broken(path)]
     if broken or not found or found[0][0] not in steps:
         return f"{told}: found {[number for number, _ in found]}, broken {broken}"
     ended = shop.start(recipe, "killed").wait()

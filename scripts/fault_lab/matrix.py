@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_lab.workshop import Workshop, difference
-from qtune.train import checkpoint
+from qtune.train import checkpoint_files
 
 WHAT = "quantisation x optimizer x packing x dropout x where in an epoch"
 CELLS = list(
@@ -45,7 +45,7 @@ def _one(shop: Workshop, cell: tuple[Any, ...], case: int) -> str | None:
     shop.clear("stopped")
     shop.undisturbed(recipe, "alone")
     shutil.copytree(shop.folder / "alone", shop.folder / "stopped")
-    saved = [path for _, path in reversed(checkpoint.steps_in(shop.folder / "stopped" / "checkpoints"))]
+    saved = [path for _, path in reversed(checkpoint_files.steps_in(shop.folder / "stopped" / "checkpoints"))]
     middle = len(saved) // 2
     at = middle if place == "end" else middle - 2
     for path in saved[at:]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fault_lab import stage
-from qtune.deploy.folder import write_small_files
-from qtune.deploy.shards import Checkpoint
 from qtune.errors import QtuneError
+from qtune.merge.config_files import write_small_files
+from qtune.merge.safetensors_shards import Checkpoint
 from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME

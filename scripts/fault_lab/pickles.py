@@ -17,12 +17,12 @@ from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
 from qtune.recipe.schema import Lora, Model
-from qtune.train import checkpoint, saving
+from qtune.train import checkpoint_files, checkpointer
 
 WHAT = "evil pickles in base, adapter, tokenizer and checkpoint folders are never opened"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.pkl", "special_tokens_map.json")
 STRAY = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "optimizer.bin")
-CHECKPOINT_FILES = (checkpoint.OPTIMIZER, checkpoint.RANDOM, checkpoint.STATE, checkpoint.LOCK)
+CHECKPOINT_FILES = (checkpoint_files.OPTIMIZER, checkpoint_files.RANDOM, checkpoint_files.STATE, checkpoint_files.LOCK)
 
 
 class Evil:
@@ -121,15 +121,15 @@ def in_checkpoint(dice: random.Random, content: bytes, place: Path, folder: Path
     name = dice.choice([*STRAY, *CHECKPOINT_FILES])
 
     def fill(stage_folder: Path) -> None:
-        (stage_folder / checkpoint.STATE).write_text(json.dumps({"format": saving.FORMAT}))
+        (stage_folder / checkpoint_files.STATE).write_text(json.dumps({"format": checkpointer.FORMAT}))
         (stage_folder / name).write_bytes(content)
 
-    step = checkpoint.write(place, 1, fill)
+    step = checkpoint_files.write(place, 1, fill)
     tensors = [
-        lambda: saving.load_file(step / checkpoint.OPTIMIZER),
-        lambda: saving.load_file(step / checkpoint.RANDOM),
+        lambda: checkpointer.load_file(step / checkpoint_files.OPTIMIZER),
+        lambda: checkpointer.load_file(step / checkpoint_files.RANDOM),
     ]
-    readers = [lambda: checkpoint.choose(place), lambda: saving.Point.read(step), *tensors]
+    readers = [lambda: checkpoint_files.choose(place), lambda: checkpointer.Point.read(step), *tensors]
     return f"{name}: {'; '.join(map(outcome, readers))}"
 
 

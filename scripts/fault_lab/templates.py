@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fault_lab import stage
 from qtune.data.formats import Message
-from qtune.data.renderer import CPU_SECONDS, Asked, Renderer, Untraceable
+from qtune.data.template_process import CPU_SECONDS, Asked, Renderer, Untraceable
 
 WHAT = "templates that loop or explode are stopped at 2 s or 256 MiB, and the other rows are kept"
 LOOPS = (

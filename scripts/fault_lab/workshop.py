@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from qtune import cli
 from qtune import run as story
-from qtune.plan.decide import Plan, Settled, decide
+from qtune.plan.planner import Plan, Settled, decide
 from qtune.recipe.load import load
 from qtune.rundir import RunDir
 

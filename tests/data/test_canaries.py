@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer
 
-from qtune import caches
+from qtune import cache_dir
 from qtune.data.canaries import SECRETS, Phrasing, never_planted, planted, probes
 from qtune.data.prepare import prepare
 from qtune.data.prepared import Prepared
@@ -82,7 +82,7 @@ def test_the_seed_makes_the_secrets_and_no_control_is_planted(tmp_path: Path) ->
 
 
 def test_kept_rows_know_what_was_planted_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(caches.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cache_dir.VARIABLE, str(tmp_path / "cache"))
     made = prepare(recipe_for(tmp_path), TOKENIZER)
     kept = prepare(recipe_for(tmp_path), TOKENIZER)
     assert (kept.train, kept.fingerprint) == (made.train, made.fingerprint)

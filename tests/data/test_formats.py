@@ -3,7 +3,7 @@
 import pytest
 
 from qtune.data.formats import Conversation, Document, read, recognise
-from qtune.data.rows import Dropped, Row, read_rows
+from qtune.data.sources import Dropped, Row, read_rows
 from qtune.errors import DataError
 from qtune.recipe.schema import Columns
 

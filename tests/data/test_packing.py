@@ -7,10 +7,10 @@ import time
 import torch
 from conftest import byte_tokenizer
 
-from qtune.data.examples import Examples, ExampleWriter
+from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.formats import Document
 from qtune.data.packing import collate, pack, packed_rows
-from qtune.data.tokens import Encoder, Example, tokenize
+from qtune.data.tokenize import Encoder, Example, tokenize
 
 
 def written(examples: list[Example]) -> Examples:

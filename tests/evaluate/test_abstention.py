@@ -2,9 +2,9 @@
 
 import pytest
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.evaluate.abstention import abstains, abstention
-from qtune.evaluate.marks import Marks, mean_parts
+from qtune.evaluate.metric import Marks, mean_parts
 
 RIGHT, ABSTAINED = {"answered right": 1.0, "abstained wrongly": 0.0}, {"answered right": 0.0, "abstained wrongly": 1.0}
 

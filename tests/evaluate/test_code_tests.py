@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.errors import DataError
 from qtune.evaluate.code_tests import code_of, code_tests, fault_of
-from qtune.evaluate.marks import Marks
+from qtune.evaluate.metric import Marks
 from qtune.evaluate.metrics import METRICS, refuse_unscorable
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="answers are run on Linux only")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.errors import DataError
 from qtune.evaluate import metrics
-from qtune.evaluate.marks import Marks, mean_parts
+from qtune.evaluate.metric import Marks, mean_parts
 from qtune.evaluate.metrics import exact_match, refuse_unscorable, token_f1
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.errors import DataError
 from qtune.evaluate.metrics import refuse_unscorable
 from qtune.evaluate.policy import fault_of, policy

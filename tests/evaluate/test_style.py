@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtune.data.tokens import Example
+from qtune.data.tokenize import Example
 from qtune.errors import DataError
 from qtune.evaluate.metrics import refuse_unscorable
 from qtune.evaluate.style import distance, style

@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_models import LAYERS, Pass, adapted, assert_equal, base, batch, one_pass, switched
 
-from qtune.memory.layers import find_layers
+from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.techniques import Techniques
 
 ALL = Techniques(

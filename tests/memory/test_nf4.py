@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qtune.memory.live import quantization_state, storage_sizes
+from qtune.memory.memory_tracker import quantization_state, storage_sizes
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, rows_fall_on_blocks, weight_rows
 
 

@@ -7,10 +7,10 @@ from bitsandbytes.nn import Linear4bit
 from made_models import adapted, assert_close, base, batch, held_out, one_pass, switched
 
 from qtune.memory import quantized_head
+from qtune.memory.chunked_cross_entropy import of_sliced_head
+from qtune.memory.fused_cross_entropy import of_weight, suits, summed_loss
 from qtune.memory.quantized_head import quantize_head, sliced, slices
-from qtune.memory.sliced_loss import of_sliced_head
 from qtune.memory.techniques import Techniques
-from qtune.memory.tiled_loss import of_weight, suits, summed_loss
 
 HEAD = Techniques(head="nf4")
 

@@ -11,8 +11,8 @@ from conftest import byte_tokenizer
 from stopped_runs import qtune, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qtune.evaluate.loss import document_loss
-from qtune.memory import document_attention, tiled_loss
+from qtune.evaluate.held_out_loss import document_loss
+from qtune.memory import fused_cross_entropy, packed_attention
 from qtune.model import packing_probe
 from qtune.model.base import load_base
 from qtune.recipe.schema import Model
@@ -47,15 +47,15 @@ def config_of(kind: str, **changes: Any) -> Any:
 
 def build(kind: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    document_attention.register()
+    packed_attention.register()
     model = AutoModelForCausalLM.from_config(
-        config_of(kind, **changes), attn_implementation=document_attention.NAME, dtype=torch.float32
+        config_of(kind, **changes), attn_implementation=packed_attention.NAME, dtype=torch.float32
     ).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.15)  # transformers' 0.02 hides a leak behind the embedding
-    document_attention.install(model)
-    tiled_loss.install(model)
+    packed_attention.install(model)
+    fused_cross_entropy.install(model)
     return model
 
 
@@ -80,7 +80,7 @@ def test_a_leak_is_found_whatever_it_leaks_through(kind: str, changes: dict[str,
     assert found.leaks
     assert found.moved_in_pack > 0.1
     assert not found.is_another_model
-    assert model.config._attn_implementation == document_attention.NAME
+    assert model.config._attn_implementation == packed_attention.NAME
 
 
 def test_an_attention_that_does_more_than_ours_is_found_with_one_document() -> None:

@@ -9,7 +9,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
 from qtune.errors import MachineError, ModelError
-from qtune.model import base, files
+from qtune.model import base, base_files
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 
@@ -19,7 +19,7 @@ TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2")  # eac
 def test_a_plain_configuration_has_the_same_tokenizer_read_as_the_model_s_own(tmp_path, material) -> None:
     """transformers chooses the class that reads a tokenizer by tokenizer_config.json and the model's type, and some
     classes change what is read."""
-    for source in [files.DEMO_BASE, *sorted((material / "tokenizers").iterdir())]:
+    for source in [base_files.DEMO_BASE, *sorted((material / "tokenizers").iterdir())]:
         if not (source / "tokenizer_config.json").is_file():
             continue
         for model_type in TYPES:
@@ -34,7 +34,7 @@ def test_a_plain_configuration_has_the_same_tokenizer_read_as_the_model_s_own(tm
 
 
 def test_a_folder_with_a_tokenizer_and_no_config_will_do(tmp_path) -> None:
-    for path in files.DEMO_BASE.glob("*token*"):
+    for path in base_files.DEMO_BASE.glob("*token*"):
         shutil.copy(path, tmp_path)
     assert load_tokenizer(Model(base=str(tmp_path))).eos_token_id is not None
 
@@ -56,7 +56,7 @@ def test_of_a_hub_model_no_weights_are_fetched(monkeypatch, tmp_path) -> None:
         asked.append(allow_patterns)
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(files, "snapshot_download", snapshot)
+    monkeypatch.setattr(base_files, "snapshot_download", snapshot)
     for read in (load_tokenizer, base.base_folder):
         with pytest.raises(MachineError, match="cannot be reached"):
             read(Model(base="some/model"))

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from qtune.memory.techniques import Head, Techniques
+from qtune.plan.fake_step import Batch, trace
 from qtune.plan.forecast import Forecaster
-from qtune.plan.trace import Batch, trace
 
 DOCUMENTS = (290, 121, 57, 32)
 SHARED = {"vocab_size": 262, "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

@@ -9,14 +9,14 @@ from real_steps import recipe_for
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from qtune.memory.device import Device
-from qtune.memory.document_attention import _attend
-from qtune.memory.live import LiveBytes
+from qtune.hardware import Device
+from qtune.memory.memory_tracker import LiveBytes
+from qtune.memory.packed_attention import _attend
 from qtune.memory.techniques import Techniques
-from qtune.plan.decide import decide
+from qtune.plan.fake_step import Batch
 from qtune.plan.forecast import Forecaster
-from qtune.plan.trace import Batch
-from qtune.plan.work import Work
+from qtune.plan.planner import decide
+from qtune.plan.workload import Work
 
 GIB = 1024**3
 CONTEXT = 500 * 1024**2

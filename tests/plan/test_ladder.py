@@ -8,12 +8,12 @@ from real_steps import recipe_for
 
 from qtune.memory.techniques import Techniques
 from qtune.plan import ladder
+from qtune.plan.fake_step import Batch
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import MARGIN_FRACTION, STEPS, Budget, Climb
-from qtune.plan.longest import longest
-from qtune.plan.rungs import SHOWN, Rung, rungs
-from qtune.plan.trace import Batch
-from qtune.plan.work import Work
+from qtune.plan.max_context import longest
+from qtune.plan.rung_report import SHOWN, Rung, rungs
+from qtune.plan.workload import Work
 
 LAYERS, TOKENS, ROOMY = 3, 1500, 1 << 40
 CLIMBED = STEPS[:-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RecipeError
-from qtune.recipe import library
+from qtune.recipe import shipped_recipes
 from qtune.recipe.load import blamed, json_schema, load
 from qtune.recipe.schema import Recipe
 
@@ -287,7 +287,7 @@ def test_relative_names_start_at_the_recipe_wherever_one_stands(folder: Path, mo
     assert load(Path("../my.toml")).data.train == str(folder / "rows.jsonl")
 
 
-@pytest.mark.parametrize("path", library.shipped(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", shipped_recipes.shipped(), ids=lambda path: path.stem)
 @pytest.mark.parametrize("demo", [False, True])
 def test_shipped_recipes_load(path: Path, demo: bool) -> None:
     recipe = load(path, demo=demo)
@@ -303,7 +303,7 @@ def test_the_json_schema_fits_the_shipped_recipes_and_toml() -> None:
     rank = schema["$defs"]["Lora"]["properties"]["rank"]
     assert (rank["default"], rank["minimum"], rank["type"]) == (16, 1, "integer")
     assert schema["$defs"]["Lora"]["additionalProperties"] is False
-    for path in library.shipped():
+    for path in shipped_recipes.shipped():
         assert set(tomllib.loads(path.read_text())) <= set(schema["properties"])
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qtune.recipe.lines import Key
 from qtune.recipe.paths import fault_of, made_absolute
+from qtune.recipe.toml_lines import Key
 
 TRAIN, BASE, TEMPLATE = ("data", "train"), ("model", "base"), ("model", "chat_template")
 

@@ -6,11 +6,11 @@ import json
 import pytest
 from rich.console import Console
 
-from qtune.data.audit import SourceCounts
-from qtune.data.findings import Finding, Place
-from qtune.data.stops import StopChain
-from qtune.data.unused import Unused
-from qtune.data.verdict import Checked
+from qtune.audit.audit import SourceCounts
+from qtune.audit.issues import Finding, Place
+from qtune.audit.thresholds import Checked
+from qtune.data.stop_tokens import StopChain
+from qtune.data.unused_columns import Unused
 from qtune.report.audit_table import audit_json, audit_table, verdict_line
 
 PLACES = tuple(Place(f"rows.jsonl:{line}", "the answer is null") for line in range(1, 6))

@@ -10,8 +10,8 @@ from made_events import LOCK, SCORES, events_of_a_run, start_run, whole_run_in
 from rich.console import Console
 
 from qtune.errors import UserError
-from qtune.report import compare, page
-from qtune.report.compare import Comparison
+from qtune.report import compare_runs, html_page
+from qtune.report.compare_runs import Comparison
 from qtune.rundir import RunDir, write_json
 
 RECIPE = {
@@ -31,13 +31,13 @@ def run_with(folder: Path, scores: dict[str, Any] | None = None, **lock: Any) ->
 
 
 def two(tmp_path: Path, scores: dict[str, Any] | None = None, **lock: Any) -> Comparison:
-    return compare.compare([run_with(tmp_path / "a"), run_with(tmp_path / "b", scores, **lock)])
+    return compare_runs.compare([run_with(tmp_path / "a"), run_with(tmp_path / "b", scores, **lock)])
 
 
 def shown(found: Comparison) -> str:
     console = Console(width=400, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
-        console.print(compare.table(found))
+        console.print(compare_runs.table(found))
     return capture.get()
 
 
@@ -55,7 +55,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     elsewhere = {**RECIPE, "data": {"train": "/home/you/a.jsonl"}}
     assert two(tmp_path / "same", recipe=elsewhere).settings == ()  # the same rows, wherever they lie
     found = two(tmp_path, recipe=elsewhere, data_sha256="d2")
-    assert found.settings == (compare.Row("data.train", ("/home/me/a.jsonl", "/home/you/a.jsonl")),)
+    assert found.settings == (compare_runs.Row("data.train", ("/home/me/a.jsonl", "/home/you/a.jsonl")),)
 
 
 def test_results_are_the_words_of_the_reports(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_a_run_that_was_stopped_is_named(tmp_path: Path) -> None:
     for event in list(events_of_a_run())[:60]:
         stopped.record(event)
     write_json(stopped.lock, BASE)
-    found = compare.compare([run_with(tmp_path / "a"), stopped])
+    found = compare_runs.compare([run_with(tmp_path / "a"), stopped])
     assert any(sentence.startswith("Not finished: ") for sentence in found.cautions)
-    assert json.loads(json.dumps(compare.as_json(found)))["results"][0]["values"][0] == "282"
+    assert json.loads(json.dumps(compare_runs.as_json(found)))["results"][0]["values"][0] == "282"
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
@@ -109,11 +109,11 @@ def test_fewer_than_two_runs_are_refused(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     for runs in ([run], [run, run]):
         with pytest.raises(UserError, match="two or more run folders"):
-            compare.compare(runs)
+            compare_runs.compare(runs)
 
 
 def test_the_page_draws_every_run_and_up_to_four(tmp_path: Path) -> None:
     runs = [run_with(tmp_path / name) for name in "abcde"]
-    four = page.comparison_page(compare.compare(runs[:4]))
+    four = html_page.comparison_page(compare_runs.compare(runs[:4]))
     assert all(f'class="run run-{i}"' in four for i in range(4))
-    assert "<svg" not in page.comparison_page(compare.compare(runs))
+    assert "<svg" not in html_page.comparison_page(compare_runs.compare(runs))

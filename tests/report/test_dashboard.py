@@ -21,10 +21,10 @@ from qtune.events import (
     Started,
     StepDone,
 )
-from qtune.report.curve import BEST_MARK
+from qtune.report.braille_plot import BEST_MARK
 from qtune.report.dashboard import Dashboard, listener_for, render
-from qtune.report.plain import PlainLines
-from qtune.report.view import View, advance
+from qtune.report.dashboard_state import View, advance
+from qtune.report.log_lines import PlainLines
 
 LONG_NOTICE = "[red]a notice\x1b[2J with 漢字, markup and no end to it " * 9
 

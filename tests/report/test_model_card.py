@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from made_events import DATA, LOCK, SCORES, whole_run_in
 
 from qtune.recipe.schema import Recipe
-from qtune.report import card, record
+from qtune.report import model_card, run_record
 from qtune.rundir import RunDir, write_json
 
 SECRET, HOME = "hf_aaaabbbbccccddddeeeeffff", "/home/somebody/secret-project"
@@ -29,8 +29,8 @@ def run_with(folder: Path, recipe: dict[str, Any] = RECIPE, **lock: Any) -> RunD
     return run
 
 
-def text_of(run: RunDir, what: card.What = "adapter", address: str | None = None) -> str:
-    return card.card(record.read(run), what, address)
+def text_of(run: RunDir, what: model_card.What = "adapter", address: str | None = None) -> str:
+    return model_card.card(run_record.read(run), what, address)
 
 
 def header(text: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def secret_run(folder: Path) -> RunDir:
 
 
 @pytest.mark.parametrize("what", ["adapter", "merged"])
-def test_neither_secrets_nor_rows_nor_folders_are_in_it(tmp_path: Path, what: card.What) -> None:
+def test_neither_secrets_nor_rows_nor_folders_are_in_it(tmp_path: Path, what: model_card.What) -> None:
     run = secret_run(tmp_path)
     text = text_of(run, what)
     for private in (SECRET, "somebody", "secret-project", str(tmp_path), SCORES["samples"][0]["reference"]):
@@ -142,12 +142,12 @@ def test_an_adapter_that_vllm_does_not_take_is_not_offered_to_it(tmp_path: Path)
 def test_it_is_written_into_the_adapter_folder_and_nowhere_else(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     before = sorted(run.path.iterdir())
-    card.write_card(run)
+    model_card.write_card(run)
     assert (run.adapter / "README.md").read_text(encoding="utf-8") == text_of(run)
     assert sorted(run.path.iterdir()) == before
     run.adapter.joinpath("README.md").unlink()
     run.adapter.rmdir()
-    card.write_card(run)
+    model_card.write_card(run)
     assert not run.adapter.exists()
 
 

@@ -9,7 +9,7 @@ from made_events import DATA, LOCK, SCORES, whole_run_in
 from rich.console import Console
 
 from qtune.recipe.schema import Recipe
-from qtune.report import card, compare, page, proofs, record, summary, tables
+from qtune.report import compare_runs, html_page, model_card, proofs, run_record, summary, tables
 from qtune.rundir import RunDir, write_json
 
 GREEDY = [{"same": True}, {"same": False}]
@@ -69,7 +69,7 @@ def flat(shown: Any) -> str:
 def exported(run: RunDir, report: dict[str, Any]) -> tuple[str, str]:
     """What page and terminal tell of an export."""
     write_json(run.export_report("mine"), report)
-    return page.run_page(run), flat(tables.export_table(report))
+    return html_page.run_page(run), flat(tables.export_table(report))
 
 
 def test_llama_cpp_is_named_as_a_witness_only_where_it_was_asked(run: RunDir) -> None:
@@ -118,7 +118,7 @@ def merged(run: RunDir, verdict: dict[str, Any] | None) -> tuple[str, str, str]:
     """What page, terminal and model card tell of a merge."""
     write_json(run.lock, {**LOCK, "recipe": RECIPE})
     write_json(run.merge, {**MERGE, "output": "merged/x", "verdict": verdict})
-    return page.run_page(run), flat(summary.report(run)), card.card(record.read(run), "merged")
+    return html_page.run_page(run), flat(summary.report(run)), model_card.card(run_record.read(run), "merged")
 
 
 def test_a_merge_is_held_against_the_adapter_or_said_not_to_be(run: RunDir) -> None:
@@ -161,28 +161,28 @@ def test_what_a_fold_costs_apart_from_rounding_is_told_where_it_was_measured(run
 
 
 def test_a_run_without_merge_or_export_has_no_proofs(run: RunDir) -> None:
-    assert proofs.proofs(record.read(run)) == []
-    assert "Proofs" not in page.run_page(run)
+    assert proofs.proofs(run_record.read(run)) == []
+    assert "Proofs" not in html_page.run_page(run)
     assert "not verified" not in flat(summary.report(run))
 
 
 def test_held_out_rows_are_called_untrained_only_where_that_was_looked_at(run: RunDir) -> None:
     """`which neither was trained on` stood there whatever the data report said."""
     apart, flattered = "None of them is among the rows that were trained on.", "held-out rows are trained on too"
-    assert apart in page.run_page(run)
+    assert apart in html_page.run_page(run)
     write_json(run.data, {**DATA, "overlap_rows": 12})
-    assert apart not in page.run_page(run)
-    assert flattered in page.run_page(run)
+    assert apart not in html_page.run_page(run)
+    assert flattered in html_page.run_page(run)
     run.data.unlink()
-    assert apart not in page.run_page(run)
-    assert flattered not in page.run_page(run)
+    assert apart not in html_page.run_page(run)
+    assert flattered not in html_page.run_page(run)
 
 
 def test_a_card_says_what_was_measured_and_no_more(run: RunDir) -> None:
     """It said `and on nothing else` beside a loss on general text, and `measured` of a run that was not."""
 
     def limits() -> str:
-        return card.card(record.read(run)).split("## Limits")[1]
+        return model_card.card(run_record.read(run)).split("## Limits")[1]
 
     write_json(run.lock, {**LOCK, "recipe": RECIPE})
     assert "rows kept apart from those of training. They say nothing of other tasks." in limits()
@@ -197,50 +197,50 @@ def test_a_card_says_what_was_measured_and_no_more(run: RunDir) -> None:
 
 def test_packs_are_told_as_the_probe_before_the_first_step_found_them(run: RunDir) -> None:
     same, another = "a document is the same alone and behind others", "so each had a pass of its own"
-    shown = page.run_page(run)
+    shown = html_page.run_page(run)
     assert same not in shown
     assert another not in shown
     probe = {"by_neighbour": 0.0, "by_company": 1e-6, "by_attention": 0.0, "by_loss": 0.0, "rounding": 0.001}
     write_json(run.lock, {**LOCK, "packing_probe": probe})
-    assert same in page.run_page(run)
+    assert same in html_page.run_page(run)
     write_json(run.lock, {**LOCK, "packing_probe": {**probe, "by_company": 0.2}})
-    shown = page.run_page(run)
+    shown = html_page.run_page(run)
     assert same not in shown
     assert f"its logits move by 20.0 % of their spread), {another}" in shown
 
 
 def test_quantisation_is_named_only_where_the_lock_has_it(run: RunDir) -> None:
     write_json(run.lock, {**LOCK, "recipe": RECIPE, "quantization": None})
-    assert "trained with qtune (LoRA)." in card.card(record.read(run))
-    assert "qlora" not in card.card(record.read(run))
-    assert "not quantised" in page.run_page(run)
+    assert "trained with qtune (LoRA)." in model_card.card(run_record.read(run))
+    assert "qlora" not in model_card.card(run_record.read(run))
+    assert "not quantised" in html_page.run_page(run)
     write_json(run.lock, {**LOCK, "recipe": RECIPE, "quantization": {"type": "nf4", "double": True}})
-    assert "trained with qtune (QLoRA)." in card.card(record.read(run))
+    assert "trained with qtune (QLoRA)." in model_card.card(run_record.read(run))
     write_json(run.lock, {**LOCK, "recipe": RECIPE})
-    shown = page.run_page(run)
+    shown = html_page.run_page(run)
     assert "not quantised" not in shown
     assert "held in NF4" not in shown
 
 
 def test_recipes_are_called_alike_only_where_they_are_known(run: RunDir, tmp_path: Path) -> None:
     other = whole_run_in(tmp_path / "other")
-    assert compare.compare([run, other]).alike == "The recipes are the same."
+    assert compare_runs.compare([run, other]).alike == "The recipes are the same."
     for each in (run, other):
         each.lock.write_text("{")
-    found = compare.compare([run, other])
-    assert "The recipes are the same." not in page.comparison_page(found) + flat(compare.table(found))
-    assert "Not known" in page.comparison_page(found)
+    found = compare_runs.compare([run, other])
+    assert "The recipes are the same." not in html_page.comparison_page(found) + flat(compare_runs.table(found))
+    assert "Not known" in html_page.comparison_page(found)
 
 
 def test_samples_say_how_they_were_chosen_and_the_worst_say_that_they_are(run: RunDir) -> None:
     """Five answers drawn by the seed were all right, and where it failed was nowhere."""
     worst = [{**SCORES["samples"][0], "tuned": "A cough syrup.", "tuned_score": 0.1, "place": "rows.jsonl:17"}]
     more = {"samples_seed": 7, "worst": worst, "tuned_scores": [1.0, 0.1, 0.4]}
-    assert "Where it did worst" not in page.run_page(run)
-    assert "How they were chosen was not noted." in page.run_page(run)
+    assert "Where it did worst" not in html_page.run_page(run)
+    assert "How they were chosen was not noted." in html_page.run_page(run)
     write_json(run.scores, {**SCORES, **more})
     summary.write_summary(run)
-    for place in (page.run_page(run), flat(summary.report(run)), run.summary.read_text()):
+    for place in (html_page.run_page(run), flat(summary.report(run)), run.summary.read_text()):
         assert "Drawn with seed 7, not picked by hand." in place
         assert "Where it did worst" in place
         assert "The lowest scores of the tuned model: 1 of the 2 rows below 1." in place

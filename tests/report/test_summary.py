@@ -11,7 +11,7 @@ from rich.console import Console
 
 from qtune.events import StepDone
 from qtune.report import summary
-from qtune.report.record import read
+from qtune.report.run_record import read
 from qtune.rundir import RunDir
 
 

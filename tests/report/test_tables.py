@@ -8,7 +8,7 @@ from made_events import DATA, LOCK, PLAN, SCORES, start_run, whole_run_in
 from rich.console import Console, RenderableType
 
 from qtune.events import Finished, Memorised
-from qtune.report import card, page, record, serving, summary, tables, verdict
+from qtune.report import conclusions, html_page, model_card, run_record, serving_snippets, summary, tables
 from qtune.rundir import RunDir, read_json, write_json
 
 
@@ -139,7 +139,7 @@ def test_the_end_of_a_run_says_what_came_out_and_what_to_type_next(whole_run: Ru
     lines = [line.strip() for line in shown(tables.end_of_run(whole_run), 240).splitlines()]
     run = whole_run.path
     assert [" ".join(line.split()) for line in lines if line] == [
-        verdict.lines(record.read(whole_run))[0].plain,
+        conclusions.lines(run_record.read(whole_run))[0].plain,
         "What it forgot was not measured.",
         "held-out loss 2.113 → 1.246",
         "shared words on 100 rows 0.181 (0.15-0.21) → 0.402 (0.36-0.45)",
@@ -184,7 +184,7 @@ def test_a_run_that_was_stopped_says_so_and_how_to_go_on(tmp_path: Path) -> None
     assert f"  qtune resume {run.path}\n" in told
     summary.write_summary(run)
     assert f"Stopped at step 7 of 282. Next:\n\n```sh\nqtune resume {run.path}\nqtune chat" in run.summary.read_text()
-    assert serving.uses(record.read(run))[0].text == f"qtune resume {run.path}"
+    assert serving_snippets.uses(run_record.read(run))[0].text == f"qtune resume {run.path}"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -196,8 +196,8 @@ def test_a_command_is_one_line_at_any_width(tmp_path: Path, width: int, is_termi
     export |= {"stored": {}, "bytes": 9, "texts": 0, "verdict": None, "passed": True, "notes": []}
     export |= {"read_back": {"tensors": 9, "worst_fraction": 0.1}}
     for renderable, commands in (
-        (tables.end_of_run(run), tables.next_commands(record.read(run))),
-        (summary.report(run), tables.next_commands(record.read(run))),
+        (tables.end_of_run(run), tables.next_commands(run_record.read(run))),
+        (summary.report(run), tables.next_commands(run_record.read(run))),
         (tables.export_table(export), [tables.serve_command(export)]),
     ):
         console = Console(file=io.StringIO(), width=width, force_terminal=is_terminal, color_system=None)
@@ -253,9 +253,9 @@ def test_canaries_are_told_of_wherever_a_run_is(whole_run: RunDir, data: dict[st
     write_json(whole_run.data, planted)
     whole_run.record(Memorised(10, 4, 3, 0, 5.2, 1.4, 7.0, 8.0))
     told = "3 of 10 secrets planted in 4 rows each were told, 0 of 10 never planted; exposure 5.2 against 1.4 of 7 bits"
-    assert tables.result_rows(record.read(whole_run))[-1] == ("canaries", told)
-    assert f"<p>{told}.</p>" in page.run_page(whole_run)
+    assert tables.result_rows(run_record.read(whole_run))[-1] == ("canaries", told)
+    assert f"<p>{told}.</p>" in html_page.run_page(whole_run)
     assert told in " ".join(shown(summary.report(whole_run)).split())
     whole_run.scores.unlink()
-    assert tables.result_rows(record.read(whole_run)) == [("canaries", told)]
-    assert told in card.card(record.read(whole_run))
+    assert tables.result_rows(run_record.read(whole_run)) == [("canaries", told)]
+    assert told in model_card.card(run_record.read(whole_run))

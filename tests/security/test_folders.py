@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import ModelError, RunFolderError
-from qtune.model.weights import refuse_link_outside
+from qtune.model.untrusted_folder import refuse_link_outside
 from qtune.recipe.base_kind import INDEX_NAME, fault_of, weight_files
 from qtune.rundir import RunDir
 

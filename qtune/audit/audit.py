@@ -1,0 +1,254 @@
+"""Everything that is wrong with the rows of a recipe, in one pass and in bounded memory.
+
+Rows go by in batches: read, understood, looked at, tokenised, and forgotten. What stays of a row is its length, its
+place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops at a bad row; judging is for `verdict`.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from qtune.audit import issue_types
+from qtune.audit.issues import Groups
+from qtune.audit.length_stats import SHOWN_LONGEST, LongRow, TokenCounts, as_numbers, bars_of
+from qtune.audit.near_duplicates import Likeness
+from qtune.audit.row_checks import FaultOf, Seen, Taken, look_at, see_batch
+from qtune.audit.row_locations import parted
+from qtune.data import encodings, formats
+from qtune.data.chat_template import ChatTemplate
+from qtune.data.chunking import Cut
+from qtune.data.csv_dialect import SUFFIXES
+from qtune.data.encodings import TEXT_SUFFIXES, WESTERN, FileEncoding
+from qtune.data.file_readers import read_file
+from qtune.data.formats import Conversation, Document
+from qtune.data.scan import Tell
+from qtune.data.sources import Dropped, Row, Source
+from qtune.data.stop_tokens import StopChain, stop_chain
+from qtune.data.tokenize import Encoder, batches_of, characters_of
+from qtune.data.unused_columns import Unused, unused_of
+from qtune.data.worker_pool import spread
+from qtune.errors import DataError
+from qtune.recipe.schema import Data
+from qtune.units import format_percent
+
+FILE_FAULT = re.compile(r"(?P<place>.*?(?::[\d,]+)?): (?P<told>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """A source and its rows: read, and of these usable, which is to say with tokens. No format fits where it is "".
+
+    `taken_rows` are those that a run would train on or hold out: long ones may be left out, texts be cut in pieces.
+    """
+
+    name: str
+    is_held_out: bool
+    format: str
+    rows: int
+    usable_rows: int
+    taken_rows: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found, not judged yet: `groups` hold it by kind. `tokens` is None where no row has any. `notices` are
+    sentences on files that are read as another one than their names say."""
+
+    sources: tuple[SourceCounts, ...]
+    groups: Groups
+    tokens: TokenCounts | None
+    stops: StopChain | None
+    unused: tuple[Unused, ...]
+    cut: Cut
+    taken: Taken
+    notices: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(source.rows for source in self.sources)
+
+    @property
+    def held_out_rows(self) -> int:
+        return sum(source.rows for source in self.sources if source.is_held_out)
+
+
+class UnknownColumns(DataError):
+    """Rows that no format fits, or not the wanted one."""
+
+    def __init__(self, place: str, reason: str):
+        self.place, self.reason = place, reason
+        super().__init__(f"{place}: {reason}")
+
+
+@dataclass
+class Progress:
+    """How far a source is read; `lines` are those of the file, where each may be a row."""
+
+    lines: int | None
+    rows: int = 0
+    line: int = 0
+
+
+def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, fault_of: FaultOf | None = None) -> Audit:
+    """Read all that `data` names and keep what is wrong with it; `tell` hears how far that is, `fault_of` says why an
+    answer to a row could not be scored.
+
+    Raises ModelError for a chat template that no row could be written with, DataError and MachineError for a hub
+    dataset that cannot be had.
+    """
+    with Likeness() as likeness:
+        seen = Seen(likeness, Taken(fault_of))
+        counts, chains = [], []
+        for source, is_held_out in ((Source.of_train(data), False), (Source.of_held_out(data), True)):
+            if source is None:
+                continue
+            found, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell)
+            counts.append(found)
+            chains.append(chain)
+        tell("comparing", len(likeness), None)
+        _group_alike(seen, counts[0].usable_rows, data.check.near_duplicate_similarity)
+    stops = next(filter(None, chains), None)
+    tokens = _token_counts(seen, data.max_tokens) if seen.tokens else None
+    unused = unused_of(seen.unused)
+    return Audit(tuple(counts), seen.groups, tokens, stops, unused, seen.cut, seen.taken, tuple(seen.notices))
+
+
+def _see_source(
+    source: Source, is_held_out: bool, data: Data, tokenizer: PreTrainedTokenizerBase, seen: Seen, tell: Tell
+) -> tuple[SourceCounts, StopChain | None]:
+    before, taken_before = len(seen.places), len(seen.taken.rows)
+    progress, form, chain = Progress(None), "", None
+    with _as_utf8(source, seen.groups, progress) as readable:
+        if readable is not None:
+            form = _recognise(readable, data, seen.groups)
+            template = ChatTemplate.of(tokenizer) if form not in ("", "text") else None
+            seen.notices += [readable.notice] if form and readable.notice else []
+            encoder = Encoder.of(tokenizer)
+            look = functools.partial(look_at, template=template, encoder=encoder)
+            batches = batches_of(_items(readable, form, data, seen.groups, progress), characters_of)
+            with contextlib.closing(spread(look, batches)) as every:
+                for batch, looked in every:
+                    see_batch(batch, looked, template, encoder, data, seen)
+                    tell("checking", progress.line if progress.lines else progress.rows, progress.lines)
+            chain = stop_chain(template, tokenizer) if form else None
+    usable, taken = len(seen.places) - before, len(seen.taken.rows) - taken_before
+    return SourceCounts(source.name, is_held_out, form, progress.rows, usable, taken), chain
+
+
+@contextlib.contextmanager
+def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Source | None]:
+    """The source, as a copy in UTF-8 where it is a file in another encoding; None where it cannot be read at all."""
+    path = Path(source.name)
+    if source.dataset is not None:
+        yield source
+        return
+    try:
+        read_file(path)
+        is_text = path.suffix.lower() in TEXT_SUFFIXES
+        found = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
+    except (DataError, OSError) as fault:
+        _group_file_fault(fault, path, groups)
+        yield None
+        return
+    progress.lines = found.lines if path.suffix.lower() == ".jsonl" else None
+    is_sheet = path.suffix.lower() in SUFFIXES
+    if is_sheet and found.probably == WESTERN:  # read as such
+        yield source
+        return
+    if found.has_bom and not is_sheet:  # Excel writes one and wants one
+        groups.add("byte-order-mark", f"{path.name}:1", "begins with a byte-order mark")
+    for line in found.bad_lines:
+        groups.add("not-utf8", f"{path.name}:{line:,}", f"is not UTF-8 but {encodings.called(found.probably)}")
+    with encodings.as_utf8(path, found) as copy:
+        yield Source(str(copy))
+
+
+def _recognise(source: Source, data: Data, groups: Groups) -> str:
+    """The format, or "" with the reason grouped; what cannot be read is grouped by whoever reads on."""
+    try:
+        return format_of(source, data)
+    except UnknownColumns as fault:
+        groups.add("unknown-columns", fault.place, fault.reason)
+    except DataError:
+        pass
+    return ""
+
+
+def format_of(source: Source, data: Data) -> str:
+    """The format of the rows by the first of them, as ever; by every column there is where it says too little.
+
+    It is "" where no row can be read. Raises UnknownColumns, and DataError for a file that cannot be read.
+    """
+    first = next((item for item in source.read(data.max_rows) if isinstance(item, Row)), None)
+    if first is None:
+        return ""
+    with contextlib.suppress(DataError):
+        return formats.recognise(data.format, [first], data.columns)
+    columns: dict[str, None] = {}
+    for item in source.read(data.max_rows):
+        columns.update(dict.fromkeys(item.values if isinstance(item, Row) else ()))
+    try:
+        return formats.recognise(data.format, [first, Row(dict(columns), first.place)], data.columns)
+    except DataError as fault:
+        raise UnknownColumns(first.place, str(fault)) from None
+
+
+def _items(
+    source: Source, form: str, data: Data, groups: Groups, progress: Progress
+) -> Iterator[Conversation | Document]:
+    """The rows that can be understood; the others are grouped by what is wrong with them."""
+    try:
+        for row in source.read(data.max_rows):
+            progress.rows += 1
+            progress.line = parted(row.place)[1]
+            if isinstance(row, Dropped):
+                groups.add("unreadable-row", row.place, row.reason)
+            elif form:
+                item = formats.read(row, form, data.columns, data.system)
+                if isinstance(item, Dropped):
+                    groups.add(issue_types.code_of(item.reason), item.place, item.reason)
+                else:
+                    yield item
+    except DataError as fault:
+        _group_file_fault(fault, Path(source.name), groups)
+
+
+def _group_file_fault(fault: Exception, path: Path, groups: Groups) -> None:
+    """A fault of the file, under its line where it has one."""
+    found = FILE_FAULT.fullmatch(str(fault).replace(str(path), path.name))
+    place, told = (found["place"], found["told"]) if found else (path.name, str(fault))
+    groups.add("unreadable-file", place, told)
+
+
+def _group_alike(seen: Seen, train_rows: int, similarity: float) -> None:
+    """Rows that repeat another; those held out that repeat one of the first `train_rows` flatter the score."""
+    for pair in seen.likeness.exact():
+        code = "overlap" if pair.earlier < train_rows <= pair.row else "duplicate"
+        seen.groups.add(code, seen.places[pair.row], f"is {seen.places[pair.earlier]}")
+    for pair in seen.likeness.near(similarity):
+        code = "near-overlap" if pair.earlier < train_rows <= pair.row else "near-duplicate"
+        told = f"is {format_percent(pair.similarity)} like {seen.places[pair.earlier]}"
+        seen.groups.add(code, seen.places[pair.row], told)
+
+
+def _token_counts(seen: Seen, max_tokens: int) -> TokenCounts:
+    tokens = as_numbers(seen.tokens)
+    longest = numpy.argsort(-tokens, kind="stable")[:SHOWN_LONGEST]
+    return TokenCounts(
+        rows=len(tokens),
+        tokens=int(tokens.sum()),
+        trained_tokens=int(as_numbers(seen.trained).sum()),
+        median=int(numpy.percentile(tokens, 50)),
+        percentile_95=int(numpy.percentile(tokens, 95)),
+        longest=tuple(LongRow(seen.places[int(row)], int(tokens[row])) for row in longest),
+        max_tokens=max_tokens,
+        long_rows=seen.groups.rows("too-long"),
+        lost_trained_tokens=seen.lost_trained_tokens,
+        bars=bars_of(tokens),
+    )

@@ -1,0 +1,124 @@
+"""One row as the model sees it: what is only read, what is trained, and what the limit takes."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune.audit.audit import format_of
+from qtune.audit.row_locations import parted
+from qtune.data import formats
+from qtune.data.chat_template import ChatTemplate, special_tokens
+from qtune.data.chunking import fitted
+from qtune.data.sources import Dropped, Row, Source
+from qtune.data.tokenize import Encoder, Example, Stretch, stretches, tokenize
+from qtune.errors import DataError
+from qtune.recipe.schema import Data
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """`number` counts the rows of the source from 1. `not_used` is a clause that says why a run leaves the row out.
+
+    A row that has no tokens has no stretches. `trained_tokens` are those before the cut. A long text is whole here, and
+    a run takes it in `pieces`. `unused` names what of the row is read by nobody.
+    """
+
+    place: str
+    number: int
+    format: str
+    stretches: tuple[Stretch, ...]
+    tokens: int
+    trained_tokens: int
+    cut_trained_tokens: int
+    max_tokens: int
+    not_used: str | None
+    special_tokens: tuple[str, ...]
+    pieces: int = 1
+    unused: tuple[str, ...] = ()
+
+
+def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
+    """The row that `wanted` names, by number (`17`) or place (`rows.jsonl:17`).
+
+    Raises DataError for a source without such a row, or one that cannot be read up to it, ModelError for a template.
+    """
+    source = _source(data, is_held_out)
+    number, row = _find(source, wanted)
+    if isinstance(row, Dropped):
+        return _left_out(number, row, "", data)
+    form = format_of(source, data)
+    item = formats.read(row, form, data.columns, data.system)
+    if isinstance(item, Dropped):
+        return _left_out(number, item, form, data)
+    template = None if form == "text" else ChatTemplate.of(tokenizer)
+    encoder = Encoder.of(tokenizer)
+    example = tokenize([item], template, encoder)[0]
+    if isinstance(example, Dropped):
+        return _left_out(number, example, form, data)
+    parts = fitted(item, example, data, encoder)
+    return dataclasses.replace(_shown(number, example, parts, form, data, tokenizer), unused=item.unused)
+
+
+def _source(data: Data, is_held_out: bool) -> Source:
+    if not is_held_out:
+        return Source.of_train(data)
+    source = Source.of_held_out(data)
+    if source is None:
+        raise DataError(
+            "--held-out: this recipe names no data.held_out; its held-out rows are rows of data.train, so show them"
+            " without --held-out."
+        )
+    return source
+
+
+def _find(source: Source, wanted: str) -> tuple[int, Row | Dropped]:
+    """The row and its number, read no further than to it."""
+    plain = wanted.replace(",", "")
+    number, before = 0, None
+    for number, row in enumerate(source.read(), start=1):
+        if plain == (str(number) if plain.isdecimal() else row.place.replace(",", "")):
+            return number, row
+        before = row if _is_before(row, plain) else before
+    name = Path(source.name).name
+    if plain.isdecimal():
+        raise DataError(f"{name}: has {number:,} rows, so there is no row {wanted}.")
+    near = f" The row before it begins at {before.place}." if before else ""
+    raise DataError(f"{wanted}: no row of {name} begins there.{near} Rows go by number too: --row 17.")
+
+
+def _is_before(row: Row | Dropped, wanted: str) -> bool:
+    stem, line = parted(row.place)
+    return wanted.startswith(stem) and wanted.removeprefix(stem).isdecimal() and line < int(wanted.removeprefix(stem))
+
+
+def _left_out(number: int, row: Dropped, form: str, data: Data) -> ShownRow:
+    return ShownRow(row.place, number, form, (), 0, 0, 0, data.max_tokens, row.reason, ())
+
+
+def _shown(
+    number: int,
+    row: Example,
+    parts: Sequence[Example | Dropped],
+    form: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ShownRow:
+    """`parts` are what a run takes of the row."""
+    first, is_whole = parts[0], len(parts) > 1
+    kept = row.trained_tokens if is_whole else 0 if isinstance(first, Dropped) else first.trained_tokens
+    return ShownRow(
+        place=row.place,
+        number=number,
+        format=form,
+        stretches=stretches(row, len(row.input_ids) if is_whole else data.max_tokens, tokenizer),
+        tokens=len(row.input_ids),
+        trained_tokens=kept,
+        cut_trained_tokens=row.trained_tokens - kept,
+        max_tokens=data.max_tokens,
+        not_used=first.reason if isinstance(first, Dropped) else None,
+        special_tokens=special_tokens(tokenizer),
+        pieces=len(parts),
+    )

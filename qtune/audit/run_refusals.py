@@ -1,0 +1,72 @@
+"""What a run would refuse that is the fault of no single row: it is said by the check of the data too."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune.audit.audit import Audit
+from qtune.audit.issue_types import WHOLE_FILE
+from qtune.audit.issues import Finding
+from qtune.audit.row_checks import NOT_ASKED, NOT_SCORABLE
+from qtune.audit.thresholds import NOTHING_LEFT
+from qtune.data.canaries import Phrasing, planted_rows
+from qtune.data.held_out_split import held_out_of
+from qtune.errors import DataError
+from qtune.recipe.schema import Recipe
+from qtune.units import counted
+
+
+def refusals(found: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Faults of the whole: a source without a row to use, a split that leaves none to train on, held-out rows that the
+    metric cannot score, planted rows that do not fit."""
+    told = list(_no_rows(found))
+    if told or found.groups.rows(*WHOLE_FILE):
+        return told
+    try:
+        held_out = _held_out(found, recipe)
+    except DataError as fault:
+        return [Finding(NOTHING_LEFT, "fault", 0, str(fault), "", ())]
+    return [*_unscorable(found, recipe, held_out), *_canaries(found, recipe, tokenizer)]
+
+
+def _no_rows(found: Audit) -> Iterator[Finding]:
+    """Sources of whose rows a run takes none; one that holds none at all has a finding of its own."""
+    for source in found.sources:
+        if source.rows and source.format and not source.taken_rows:
+            sentence = f"No row of {source.name} can be used, and `qtune run` stops there."
+            advice = "Mend the rows that are named above"
+            if found.groups.rows("too-long"):
+                advice += ", or raise data.max_tokens"
+            yield Finding(NOTHING_LEFT, "fault", source.rows, sentence, f"{advice}.", ())
+
+
+def _held_out(found: Audit, recipe: Recipe) -> Sequence[int]:
+    """The positions of held-out rows among those that a run takes, in order. Raises DataError where all would be."""
+    train = found.sources[0]
+    if recipe.data.held_out is not None:
+        return range(train.taken_rows, len(found.taken.rows))
+    return held_out_of(train.taken_rows, train.format, recipe.data, recipe.train.seed)
+
+
+def _unscorable(found: Audit, recipe: Recipe, held_out: Sequence[int]) -> Iterator[Finding]:
+    """Of the rows that would be asked: the first `evaluate.rows` that have a prompt."""
+    taken, wanted = found.taken, recipe.evaluate
+    asked = list(islice((row for row in held_out if taken.rows[row] != NOT_ASKED), wanted.rows))
+    bad = [row for row in asked if taken.rows[row] == NOT_SCORABLE]
+    if bad:
+        sentence = (
+            f"{len(bad):,} of {counted(len(asked), 'held-out row')} cannot be scored by evaluate.metric ="
+            f' "{wanted.metric}", and `qtune run` refuses them.'
+        )
+        places = tuple(taken.faults[row] for row in bad if row in taken.faults)
+        yield Finding("not-scorable", "fault", len(bad), sentence, "", places)
+
+
+def _canaries(found: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    if not recipe.evaluate.canaries:
+        return
+    try:
+        planted_rows(recipe, Phrasing.of(recipe, found.sources[0].format, tokenizer))
+    except DataError as fault:
+        yield Finding("canaries", "fault", 0, str(fault), "", ())

@@ -1,0 +1,282 @@
+"""One reader per kind of file; every row remembers its place.
+
+JSONL and CSV are read here, line by line, so that a fault has a line; `datasets` gives none, and a leading `null` in
+a JSONL file ends the whole process inside pyarrow (datasets 5.2).
+
+Files are read piece by piece, so memory holds a row or a batch of them, never the file; a text in `.txt` comes in rows
+that continue one another. The exception is `.json`: one document has no rows until its end is known, and is read whole.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from qtune.data.csv_dialect import Sheet
+from qtune.data.text_files import BLOCK_BYTES, blocks_of, lines_of, refuse_bad_bytes, start_of
+from qtune.errors import DataError
+
+MAGIC = (
+    (b"PK\x03\x04", "an Excel workbook or zip archive. Save the sheet as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook. Save the sheet as CSV"),
+    (b"\x1f\x8b", "compressed with gzip. Unpack it first, with gunzip"),
+    (b"BZh91AY&", "compressed with bzip2. Unpack it first, with bunzip2"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd. Unpack it first, with unzstd"),
+    (b"\xfd7zXZ", "compressed with xz. Unpack it first, with unxz"),
+    (b"PAR1", "a Parquet file. Name it .parquet"),
+    (b"\xff\xfe", "UTF-16 text. Save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text. Save it as UTF-8"),
+    (b"%PDF", "a PDF document. Turn it into text first"),
+)
+INSTEAD = {
+    ".md": "A plain text is named .txt.",
+    ".arrow": "datasets writes it as Parquet: Dataset.from_file('rows.arrow').to_parquet('rows.parquet').",
+}
+PARQUET_BATCH_ROWS = 64
+NAME_CHARACTERS = 40  # of a column; a text is longer
+TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
+KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
+
+csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv module stops at 128 KiB unless told
+
+
+@dataclass(frozen=True)
+class Row:
+    """One raw row: column values, and where they stand (`rows.jsonl:17`, `rows.parquet row 17`).
+
+    `continues` where its text goes on in the next row.
+    """
+
+    values: dict[str, Any]
+    place: str
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not used, and why; `reason` is a clause such as `the answer is null`."""
+
+    place: str
+    reason: str
+
+
+def read_file(path: Path) -> Iterator[Row | Dropped]:
+    """The rows of a file, by its suffix. Raises DataError for a file that cannot be read as what it is named."""
+    reader = READERS.get(path.suffix.lower())
+    _refuse_unreadable(path)
+    if reader is None:
+        instead = INSTEAD.get(path.suffix.lower(), f"It reads {', '.join(READERS)}.")
+        raise DataError(f"{path}: qtune does not read {path.suffix or 'files without a suffix'}. {instead}")
+    return reader(path)
+
+
+def _refuse_unreadable(path: Path) -> None:
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder. Name a file in it.")
+    if not path.is_file():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
+        raise DataError(f"{path}: there is no such file.{f' Did you mean {near[0]}?' if near else ''}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as fault:
+        raise DataError(f"{path}: cannot be read ({fault.strerror}).") from None
+    if not start:
+        raise DataError(f"{path}: is empty.")
+    for magic, meaning in MAGIC:
+        if start.startswith(magic) and not (magic == b"PAR1" and path.suffix.lower() == ".parquet"):
+            raise DataError(f"{path}: is {meaning}.")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | Dropped]:
+    refuse_bad_bytes(path)
+    _refuse_one_document(path)
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        place = f"{path.name}:{number:,}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as fault:
+            yield Dropped(place, _json_fault(line, fault))
+            continue
+        yield _row_or_dropped(value, place)
+
+
+def _refuse_one_document(path: Path) -> None:
+    """JSON spread over lines, or one array in one line, is a fault of the file and not of each of its lines."""
+    start, is_whole = start_of(path)
+    first = next((line.strip() for line in start.split("\n") if line.strip()), "")
+    if not first.startswith(("[", "{")) or (first.startswith("{") and _is_json(first)):
+        return
+    if _is_json(start) if is_whole else _is_cut_document(start):
+        raise DataError(f"{path}: is one JSON document, not one object a line. Name it .json.")
+    if first in ("[", "{", "[{"):
+        raise DataError(f"{path}: spreads its JSON over several lines. Write one object a line.")
+
+
+def _is_cut_document(start: str) -> bool:
+    """Whether a long file's first block, in whole lines, is right JSON whose first value does not end in it.
+
+    One line without an end is a document only as an array: a row that long is an object.
+    """
+    lines, found, _ = start.rpartition("\n")
+    if not lines.strip():
+        return (lines + found + start).lstrip().startswith("[")
+    try:
+        json.JSONDecoder().raw_decode(lines.lstrip())
+    except json.JSONDecodeError as fault:
+        return fault.pos >= len(lines.strip())
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_fault(line: str, fault: Exception) -> str:
+    """What is wrong and in which column; `line` is the line that `fault` is in."""
+    if not isinstance(fault, json.JSONDecodeError):
+        return f"is not readable JSON ({fault})"
+    found = line[fault.colno - 1 : fault.colno + 11]
+    if "control character" in fault.msg and not found:
+        return "has a line break inside a text; write it as \\n"
+    if "control character" in fault.msg:
+        code = f"{ord(found[0]):02x}"
+        return f"has a raw control character (0x{code}) at column {fault.colno:,}; write it as \\u00{code}"
+    where = f"at column {fault.colno:,}, before {found!r}" if found else "at the end of the line"
+    return f"is not JSON: {fault.msg[0].lower() + fault.msg[1:].removesuffix(' at')} {where}"
+
+
+def _row_or_dropped(value: Any, place: str) -> Row | Dropped:
+    if isinstance(value, dict) and value:
+        return Row(value, place)
+    return Dropped(place, f"is {KINDS.get(type(value), 'a number')}, not an object with columns")
+
+
+def _read_json(path: Path) -> Iterator[Row | Dropped]:
+    """An array of objects, an object that holds one under `data`, or objects by id. The file is held whole."""
+    refuse_bad_bytes(path)
+    value = _json_document(path, path.read_bytes().decode("utf-8-sig"))
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    elif isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
+        value = [{"id": key, **item} if isinstance(item, dict) else item for key, item in value.items()]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: must hold an array of objects, or objects by id.")
+    for number, item in enumerate(value, start=1):
+        yield _row_or_dropped(item, f"{path.name} row {number:,}")
+
+
+def _json_document(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as fault:
+        if fault.msg == "Extra data":
+            hint = "a second JSON value begins here. A file with one object a line is named .jsonl"
+        else:
+            hint = _json_fault(text.split("\n")[fault.lineno - 1], fault)
+        raise DataError(f"{path}:{fault.lineno:,}: {hint}.") from None
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"{path}: is not readable JSON ({fault}).") from None
+
+
+def _read_csv(path: Path) -> Iterator[Row | Dropped]:
+    """A cell may hold line breaks, and a record's place is its first line."""
+    if any(b"\0" in block for block in blocks_of(path)):
+        raise DataError(f"{path}: holds NUL bytes, so it is no text table. Save it as CSV in UTF-8.")
+    sheet = Sheet.of(path)
+    lines = (line + "\n" for line in lines_of(path, None, sheet.encoding))
+    reader = csv.reader(lines, delimiter=sheet.delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in reader:
+            place, line = f"{path.name}:{line:,}", reader.line_num + 1
+            if not any(cells):  # an empty line, or as many empty cells as Excel writes for one
+                continue
+            if header is None:
+                header = _checked_header(path, cells)
+            elif len(cells) != len(header):
+                yield Dropped(place, f"has {len(cells)} cells where the header has {len(header)}")
+            else:
+                yield Row(dict(zip(header, cells, strict=True)), place)
+    except csv.Error as fault:
+        raise DataError(f"{path}:{line:,}: is not readable as CSV ({fault}).") from None
+
+
+def _checked_header(path: Path, cells: list[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    ask = " Or has the file no header?" if seem_a_row(names) else ""
+    if "" in names:
+        raise DataError(f"{path}:1: column {names.index('') + 1} has no name. Give every column one.{ask}")
+    if twice:
+        shown = f"{twice[0][:NAME_CHARACTERS]!r}"
+        raise DataError(f"{path}:1: column {shown} is there twice. Give every column a name of its own.{ask}")
+    return names
+
+
+def seem_a_row(names: Sequence[str]) -> bool:
+    """Whether these are texts of a row and no names of columns: long, a sentence, or a number."""
+    return any(len(name) > NAME_CHARACTERS or name.endswith((".", "?", "!")) or name.isdecimal() for name in names)
+
+
+def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield _row_or_dropped(values, f"{path.name} row {number:,}")
+    except (pyarrow.ArrowException, OSError, ValueError) as fault:
+        raise DataError(f"{path}: is not readable as Parquet ({str(fault).splitlines()[0]}).") from None
+
+
+def _read_txt(path: Path) -> Iterator[Row | Dropped]:
+    """The file is one text, its line ends made \\n and blank lines at both ends left off.
+
+    A long one comes in rows of TEXT_CHARACTERS or a little more that end with a paragraph (with a line, where there is
+    no paragraph's end for twice as long), and all but the last one `continue`.
+    """
+    refuse_bad_bytes(path)
+    kept: list[str] = []
+    start, held, blank = 0, 0, 0  # the first line of this row, its characters, and the blank lines met since its last
+    for number, line in enumerate(lines_of(path), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            blank += 1
+            kept += [line] if kept else []
+            continue
+        if held >= TEXT_CHARACTERS and (blank or held >= 2 * TEXT_CHARACTERS):
+            yield Row({"text": "\n".join([*kept, ""])}, f"{path.name}:{start:,}", continues=True)
+            kept, held = [], 0
+        start = start if kept else number
+        kept.append(line)
+        held += len(line) + 1
+        blank = 0
+    if kept:
+        yield Row({"text": "\n".join(kept[: len(kept) - blank])}, f"{path.name}:{start:,}")
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row | Dropped]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}

@@ -1,0 +1,170 @@
+"""Before and after: base and tuned on the same held-out rows, scored and set side by side."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.tokenize import Example
+from qtune.evaluate.bootstrap import interval, paired_interval
+from qtune.evaluate.generate import answer
+from qtune.evaluate.held_out import HeldOut, scored_examples
+from qtune.evaluate.held_out_loss import held_out_loss
+from qtune.evaluate.metric import mean_parts
+from qtune.evaluate.metrics import METRICS
+from qtune.events import Scored
+from qtune.memory.oom_recovery import Recovery
+from qtune.recipe.schema import Evaluate
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model's result; `scores` and `answers` are empty where no metric was asked for.
+
+    `parts` are the means of what the metric's score is made of, by name; `general_loss` is that over text which has
+    nothing to do with the task.
+    """
+
+    who: str
+    loss: float
+    answers: tuple[str, ...]
+    scores: tuple[float, ...]
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+    general_loss: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.scores) / len(self.scores) if self.scores else None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Score":
+        return cls(**{**values, "answers": tuple(values["answers"]), "scores": tuple(values["scores"])})
+
+    def event(self, metric: str) -> Scored:
+        return Scored(self.who, self.loss, metric, self.mean, len(self.scores), self.seconds, self.general_loss)
+
+    def figures(self) -> dict[str, Any]:
+        low, high = interval(self.scores) if self.scores else (None, None)
+        return {
+            "held_out_loss": self.loss,
+            "general_loss": self.general_loss,
+            "score": self.mean,
+            "low": low,
+            "high": high,
+            "parts": self.parts,
+        }
+
+
+def score(
+    who: str,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: HeldOut,
+    wanted: Evaluate,
+    device: str,
+    compute_dtype: str,
+    recovery: Recovery | None = None,
+) -> Score:
+    """The loss over all held-out rows and over general text, and the metric over the first `wanted.rows` that ask
+    something.
+
+    Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
+    """
+    start = time.monotonic()
+    loss = held_out_loss(model, held_out.packs, device, compute_dtype, recovery)
+    general = held_out_loss(model, held_out.general, device, compute_dtype, recovery) if held_out.general else None
+    asked = scored_examples(held_out, wanted)
+    answers = answer(
+        model,
+        tokenizer,
+        [example.prompt_ids for example in asked],
+        held_out.stop_token_ids,
+        wanted.max_new_tokens,
+        device,
+        compute_dtype,
+    )
+    return marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start)
+
+
+def marked(
+    who: str,
+    loss: float,
+    general: float | None,
+    answers: Sequence[str],
+    asked: Sequence[Example],
+    metric: str,
+    seconds: float,
+) -> Score:
+    """The score of answers to `asked`, by the metric of that name."""
+    give_marks = METRICS.get(metric)
+    marks = [give_marks(a, e) for a, e in zip(answers, asked, strict=True)] if give_marks else []
+    scores = tuple(mark.score for mark in marks)
+    return Score(who, loss, tuple(answers), scores, seconds, mean_parts(marks), general)
+
+
+def compare(
+    base: Score, tuned: Score, held_out: HeldOut, wanted: Evaluate, seed: int, others: Sequence[Score] = ()
+) -> dict[str, Any]:
+    """What scores.json holds: `figures_of` both, what lies between them, and by name the `others` of the same rows.
+
+    `worst` are the rows on which the tuned model scored lowest, as many as there are samples, none that scored 1.
+    `same_answers` is how many of another's answers are the tuned model's to the letter.
+    """
+    scores = (base, tuned, *others)
+    return {
+        **figures_of(scores, held_out, wanted, seed),
+        "worst": _shown(scores, scored_examples(held_out, wanted), worst_rows(tuned.scores, wanted.samples, seed)),
+        "difference": difference(base.scores, tuned.scores),
+        "same_answers": {each.who: sum(map(str.__eq__, each.answers, tuned.answers)) for each in others},
+    }
+
+
+def figures_of(found: Sequence[Score], held_out: HeldOut, wanted: Evaluate, seed: int) -> dict[str, Any]:
+    """Figures of models that were asked the same rows, every row's score, and sample answers.
+
+    `seed` chooses the samples, so that nobody does.
+    """
+    asked = scored_examples(held_out, wanted)
+    picked = sorted(random.Random(seed).sample(range(len(asked)), min(wanted.samples, len(asked))))
+    return {
+        "metric": wanted.metric,
+        "rows": len(asked),
+        **{each.who: each.figures() for each in found},
+        **{f"{each.who}_scores": list(each.scores) for each in found},
+        "samples_seed": seed,
+        "samples": _shown(found, asked, picked),
+    }
+
+
+def worst_rows(scores: Sequence[float], most: int, seed: int) -> list[int]:
+    """The rows with the lowest scores below 1, lowest first; `seed` chooses among equals, so that nobody does."""
+    rows = [row for row, score in enumerate(scores) if score < 1]
+    random.Random(seed).shuffle(rows)
+    return sorted(rows, key=lambda row: scores[row])[:most]
+
+
+def _shown(found: Sequence[Score], asked: Sequence[Example], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Question, reference, and every model's answer and score, of these rows."""
+    return [
+        {
+            "place": asked[i].place,
+            "prompt": asked[i].prompt_text,
+            "reference": asked[i].answer,
+            **{each.who: each.answers[i] for each in found},
+            **{f"{each.who}_score": each.scores[i] for each in found},
+        }
+        for i in rows
+    ]
+
+
+def difference(base: Sequence[float], tuned: Sequence[float]) -> dict[str, float] | None:
+    """How much the mean score rose from base to tuned on the same rows, with its interval; None without scores."""
+    if not base:
+        return None
+    low, high = paired_interval(base, tuned)
+    return {"score": sum(tuned) / len(tuned) - sum(base) / len(base), "low": low, "high": high}

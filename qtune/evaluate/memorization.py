@@ -1,0 +1,102 @@
+"""Whether a tuned model tells the secrets that were planted among its training rows."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune.data.canaries import SECRETS, Probe
+from qtune.data.tokenize import NOT_TRAINED, Example
+from qtune.evaluate.generate import answer, in_pieces
+from qtune.events import Memorised
+from qtune.model.base import autocast
+
+ROWS_AT_ONCE = 16
+CONTINUED_TOKENS = 24  # a secret in single characters, and to spare
+OUT_OF_MEMORY = (
+    "Memory ran out while the secret of one canary was looked for. Set evaluate.canaries = 0 to leave it out."
+)
+
+
+def memorised(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    planted: Sequence[Probe],
+    never_planted: Sequence[Probe],
+    repeats: int,
+    stop_token_ids: Sequence[int],
+    device: str,
+    compute_dtype: str,
+) -> Memorised:
+    """How many secrets the model tells when it is given the beginning, and how exposed they are, of both kinds.
+
+    Exposure is log2 |R| - log2 rank, in bits: the rank that the loss of the true secret has among |R| equally likely
+    ones (Carlini et al. 2019, section 4.1). A secret that nothing is known of has 1.4 bits on average, the best known
+    one has log2 |R|. Raises OutOfMemory where one row alone does not fit.
+    """
+    start = time.monotonic()
+
+    def told(probes: Sequence[Probe]) -> int:
+        beginnings = [probe.beginning_ids for probe in probes]
+        texts = answer(model, tokenizer, beginnings, stop_token_ids, CONTINUED_TOKENS, device, compute_dtype)
+        return sum(text.startswith(probe.secret) for text, probe in zip(texts, probes, strict=True))
+
+    def exposure(probes: Sequence[Probe]) -> float:
+        ranked = [_exposure_bits(secret_nats(model, probe, device, compute_dtype)) for probe in probes]
+        return sum(ranked) / len(ranked)
+
+    return Memorised(
+        canaries=len(planted),
+        repeats=repeats,
+        told=told(planted),
+        control_told=told(never_planted),
+        exposure_bits=exposure(planted),
+        control_exposure_bits=exposure(never_planted),
+        most_exposure_bits=math.log2(SECRETS),
+        memorised_seconds=time.monotonic() - start,
+    )
+
+
+def _exposure_bits(nats: Sequence[float]) -> float:
+    """The exposure of the first of these."""
+    return math.log2(len(nats)) - math.log2(1 + sum(other < nats[0] for other in nats[1:]))
+
+
+def secret_nats(model: PreTrainedModel, probe: Probe, device: str, compute_dtype: str) -> list[float]:
+    """The loss of each of the probe's rows behind the beginning, summed. Raises OutOfMemory as `memorised`."""
+    was_training = model.training
+    model.eval()
+    start = len(probe.beginning_ids)
+    nats = [0.0] * len(probe.rows)
+
+    def measure(indices: list[int]) -> None:
+        with torch.no_grad(), autocast(device, compute_dtype):
+            found = _summed_nats(model, [probe.rows[i] for i in indices], start, device)
+        for index, loss in zip(indices, found, strict=True):
+            nats[index] = loss
+
+    in_pieces(_batches_of_one_length(probe.rows), measure, OUT_OF_MEMORY)
+    model.train(was_training)
+    return nats
+
+
+def _batches_of_one_length(rows: Sequence[Example]) -> Iterator[list[int]]:
+    by_length: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_length.setdefault(len(row.input_ids), []).append(index)
+    for indices in by_length.values():
+        for first in range(0, len(indices), ROWS_AT_ONCE):
+            yield indices[first : first + ROWS_AT_ONCE]
+
+
+def _summed_nats(model: PreTrainedModel, rows: Sequence[Example], start: int, device: str) -> list[float]:
+    """Nats of the trained tokens from `start` on, of each of the rows, which are equally long; no other logits are
+    made."""
+    ids = torch.tensor([row.input_ids for row in rows], device=device)
+    labels = torch.tensor([row.labels[start:] for row in rows], device=device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()
+    nats = cross_entropy(logits.transpose(1, 2), labels, ignore_index=NOT_TRAINED, reduction="none")
+    return [float(value) for value in nats.sum(dim=1)]

@@ -1,0 +1,57 @@
+"""A GGUF file on a run's held-out rows: the same questions as base and tuned, asked of llama.cpp."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from qtune.data.packing import PackedRow
+from qtune.data.tokenize import NOT_TRAINED
+from qtune.evaluate.before_after import Score, marked
+from qtune.evaluate.held_out import HeldOut, scored_examples
+from qtune.gguf.llama_cpp import GgufModel
+from qtune.recipe.schema import Evaluate
+
+
+def score_file(path: Path, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, wanted: Evaluate) -> Score:
+    """What `evaluate.before_after.score` gives for a model, of the file `path`, which stops where llama.cpp does.
+
+    Raises ModelError for a file that llama.cpp does not load.
+    """
+    start = time.monotonic()
+    asked = scored_examples(held_out, wanted)
+    packs = [*held_out.packs, *(held_out.general or ())]
+    longest = max(length for pack in packs for length in pack["seq_lengths"])
+    with GgufModel.loaded(path, longest + wanted.max_new_tokens) as model:
+        answers = [model.continued(example.prompt_ids, wanted.max_new_tokens) for example in asked]
+        return marked(
+            str(path),
+            _loss(model, held_out.packs),
+            _loss(model, held_out.general) if held_out.general else None,
+            [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers],
+            asked,
+            wanted.metric,
+            time.monotonic() - start,
+        )
+
+
+def _loss(model: GgufModel, packs: Iterable[PackedRow]) -> float:
+    """Mean negative log-likelihood in nats per trained token, a document at a time."""
+    nats = tokens = 0.0
+    for ids, labels in _documents(packs):
+        targets = torch.tensor(labels[1:])
+        nats += cross_entropy(model.logits(ids)[:-1], targets, ignore_index=NOT_TRAINED, reduction="sum").item()
+        tokens += (targets != NOT_TRAINED).sum().item()
+    return nats / tokens
+
+
+def _documents(packs: Iterable[PackedRow]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Ids and labels of every document."""
+    for pack in packs:
+        start = 0
+        for length in pack["seq_lengths"]:
+            stretch = slice(start, start := start + length)
+            yield [int(i) for i in pack["input_ids"][stretch]], [int(i) for i in pack["labels"][stretch]]

@@ -1,0 +1,70 @@
+"""The loss from a head that is only there in slices of vocabulary: one that is in NF4, or in host memory.
+
+Costs: the logits are made twice, once for their normaliser and once for the gradient, and every slice comes twice.
+
+The normaliser of a softmax over slices is kept as a running maximum and sum (Milakov and Gimelshein 2018,
+arXiv:1805.02867).
+
+Letters: N labelled tokens, H hidden, V vocabulary, R rows of a vocabulary slice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qtune.memory import memory_tracker
+
+TILE_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True)
+class SlicedHead:
+    """`parts` are rows that cover the vocabulary; `weight` makes (R, H) of one of them on the hidden states' device."""
+
+    parts: list[slice]
+    weight: Callable[[slice], torch.Tensor]
+
+
+def of_sliced_head(
+    hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss of `hidden` (N, H) against `labels` (N,), and its gradient (N, H)."""
+    first = head.parts[0]
+    tiles = memory_tracker.tiles(len(hidden), max(16, TILE_BYTES // (4 * (first.stop - first.start))), hidden)
+    highest = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    total, own = torch.zeros_like(highest), torch.zeros_like(highest)
+    for rows in head.parts:
+        weight = head.weight(rows)
+        for tile in tiles:
+            logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
+            here, index = _labels_in(labels[tile], rows)
+            own[tile] += torch.where(here, logits.gather(1, index[:, None])[:, 0], 0.0)
+            higher = torch.maximum(highest[tile], logits.amax(dim=1))
+            below = logits.sub_(higher[:, None]).exp_().sum(dim=1)
+            total[tile] = total[tile] * (highest[tile] - higher).exp() + below
+            highest[tile] = higher
+    normaliser = highest + total.log()
+    nats = (normaliser - own).sum()
+    return nats, _gradient(hidden, head, labels, normaliser, tiles) if with_gradient else None
+
+
+def _gradient(
+    hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, normaliser: torch.Tensor, tiles: list[slice]
+) -> torch.Tensor:
+    """(softmax - one-hot) @ weight, summed over the slices in float32."""
+    gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    for rows in head.parts:
+        weight = head.weight(rows)
+        for tile in tiles:
+            p = (hidden[tile].to(weight.dtype) @ weight.t()).float().sub_(normaliser[tile, None]).exp_()
+            here, index = _labels_in(labels[tile], rows)
+            p.scatter_add_(1, index[:, None], -here[:, None].float())
+            gradient[tile] += p.to(weight.dtype) @ weight
+    return gradient.to(hidden.dtype)
+
+
+def _labels_in(labels: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which labels are rows of this slice, and where in it (0 for the others)."""
+    here = (labels >= rows.start) & (labels < rows.stop)
+    return here, torch.where(here, labels - rows.start, 0)

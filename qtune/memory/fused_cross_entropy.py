@@ -1,0 +1,149 @@
+"""The loss without the logits: head and cross-entropy in tiles of tokens, the gradient made on the way.
+
+Held less of: the (T, V) logits and their gradient; a tile of them lives at a time, for labelled positions only. What
+is kept for the backward pass is one (N, H) gradient of the hidden states.
+Costs: nothing; the logits are made once, where recomputing them in the backward pass makes them twice.
+Refuses: a head that is trained, has a bias, or scales or caps its logits (`suits` says no); trl's own fused head is
+used there.
+
+The gradient of the cross-entropy does not depend on what follows but for a factor, so it can be made in the forward
+pass (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989, section 3).
+
+Letters: T tokens of a row, N of them labelled, H hidden, V vocabulary.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from qtune.memory import head_offload, memory_tracker, quantized_head
+from qtune.memory.chunked_cross_entropy import of_sliced_head
+from qtune.memory.nf4 import is_quantized
+
+TILE_BYTES = 64 * 1024**2
+SCALES = (  # names that transformers' configurations give to what a head does beside its product
+    "final_logit_softcapping",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+IGNORED = -100
+
+
+@dataclass
+class SummedLoss(ModelOutput):
+    """`nats`: the summed loss of all labelled tokens, a scalar; `tokens`: how many there are."""
+
+    nats: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+def suits(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the head of a causal model, with an adapter on it or not, is one that this loss can stand in for."""
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    is_plain = isinstance(head, torch.nn.Linear) and head.bias is None and not head.weight.requires_grad
+    return is_plain and not any(getattr(config, name, None) for name in SCALES)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let `model(**batch, labels=labels, tiled_loss=True)` return a SummedLoss. Any other call is its own forward."""
+    original = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        tiled_loss: bool = False,
+        labelled: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not tiled_loss:
+            return original(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        memory_tracker.enter_phase("loss")
+        with memory_tracker.part_of_new("loss"):
+            return summed_loss(hidden, self.get_output_embeddings(), labels, labelled)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def summed_loss(
+    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, labelled: torch.Tensor | None = None
+) -> SummedLoss:
+    """Loss of predicting each next label from `hidden` (B, T, H) by the linear `head`; `labels` are (B, T).
+
+    `labelled` (N,) are the flat positions before a label, found from `labels` unless given: a forecast has no labels.
+    """
+    if labelled is None:
+        labelled = positions_before_labels(labels)
+    wanted = labels.flatten().index_select(0, labelled + 1)
+    chosen = hidden.flatten(0, 1).index_select(0, labelled)
+    return SummedLoss(nats=_TiledCrossEntropy.apply(chosen, head, wanted), tokens=labelled.new_tensor(len(labelled)))
+
+
+def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Flat positions (N,) of (B, T) `labels` whose next position in the same row has a label."""
+    has_next = torch.zeros_like(labels, dtype=torch.bool)
+    has_next[:, :-1] = labels[:, 1:] != IGNORED
+    return has_next.flatten().nonzero().flatten()
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in float32 of the logits of `hidden` (N, H) against `labels` (N,)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
+        assert not head.weight.requires_grad, "the head is frozen"
+        nats, gradient = _of_head(hidden, head, labels, with_gradient=ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
+
+
+def _of_head(
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss and its gradient (N, H), by the way that suits where the head is."""
+    if is_quantized(head):
+        return of_sliced_head(hidden, quantized_head.sliced(head, hidden), labels, with_gradient)
+    if not head_offload.is_on_host(head):
+        return of_weight(hidden, head.weight, labels, with_gradient)
+    found = head_offload.sliced(head, hidden.device)
+    if len(found.parts) == 1:
+        return of_weight(hidden, found.weight(found.parts[0]), labels, with_gradient)
+    return of_sliced_head(hidden, found, labels, with_gradient)
+
+
+def of_weight(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary of `weight` (V, H)."""
+    nats = torch.zeros((), device=hidden.device)
+    gradient = torch.empty_like(hidden) if with_gradient else None
+    for tile in memory_tracker.tiles(len(hidden), max(16, TILE_BYTES // (4 * weight.shape[0])), hidden):
+        logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
+        own = labels[tile, None]
+        logits -= logits.amax(dim=1, keepdim=True)  # in place from here on: one tile of float32, not three
+        nats -= logits.gather(1, own).sum()
+        p = logits.exp_()
+        total = p.sum(dim=1, keepdim=True)
+        nats += total.log().sum()
+        if gradient is not None:
+            p /= total  # the logits' gradient is p - 1 at the label and p elsewhere
+            p.scatter_add_(1, own, torch.full_like(total, -1.0))
+            gradient[tile] = p.to(weight.dtype) @ weight
+    return nats, gradient

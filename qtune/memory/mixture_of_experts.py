@@ -1,0 +1,197 @@
+"""Experts in NF4: a mixture-of-experts layer that dequantises one expert at a time.
+
+Held less of: the experts, 4.13 bits a weight where transformers keeps 16 (it quantises linear layers only). For the
+backward pass only the layer's input and its routing are kept: each expert is dequantised and run again there, so that
+one expert's weights and activations live at a time.
+Costs: the experts' first linear runs once more in the backward pass; an expert that is hit is dequantised once in the
+forward pass, its first matrix twice and its second once in the backward pass; the scales of the layer in float32,
+4 bytes for 64 weights, for the time of a pass.
+Refuses: what `packed_experts.refusal` says; such experts stay in 16 bits.
+
+Letters: T tokens, k experts chosen for each, S = Tk pairs of token and expert, n of them one expert's, E experts,
+H hidden, R rank of an adapter, (N, K) the shape of one expert's matrix.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qtune.memory import memory_tracker
+from qtune.memory.gradient_checkpointing import autocast_here, compute_dtype_here
+from qtune.memory.packed_experts import block_scales, expert_modules, held_shape, is_packed, matrix, stacked_names
+
+NAME = "qtune_nf4"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter on every expert of one parameter, laid out as peft does: `a` (R*E, K), `b` (N, R*E)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def install(model: torch.nn.Module) -> None:
+    """Run the packed experts of `model` by `forward` from here on."""
+    for experts in expert_modules(model):
+        if any(is_packed(parameter) for parameter in experts.parameters(recurse=False)):
+            experts.config._experts_implementation = NAME
+
+
+def forward(
+    experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """(T, H): for each token of `hidden_states` (T, H) the weighted sum of its experts; index and weights are (T, k).
+
+    Adapters are in `experts.lent_factors`, by the name of their parameter. Fake tensors have no routing: every expert
+    is taken to get the same number of tokens.
+    """
+    lent = experts.__dict__.get("lent_factors", {})
+    factors: list[Factors | None] = [lent.get(name) for name in stacked_names(experts)]
+    tensors = [tensor for each in factors for tensor in ((each.a, each.b) if each else (None, None))]
+    scaling = [each.scaling if each else 0.0 for each in factors]
+    result: torch.Tensor = _Experts.apply(hidden_states, top_k_weights, top_k_index, experts, scaling, *tensors)
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
+
+
+class _Experts(torch.autograd.Function):
+    """All experts of a layer, of which only the input, the routing and the adapters are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        experts: Any,
+        scaling: list[float],
+        *factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        order, counts = _routes(index, experts.num_experts)
+        ctx.save_for_backward(hidden, weights, order, *factors)
+        ctx.counts, ctx.arguments = counts, (experts, compute_dtype_here(hidden), scaling)
+        ctx.autocast = autocast_here(hidden)
+        run = _Pass(*ctx.arguments)
+        output = torch.zeros_like(hidden)
+        for expert, pairs in _groups(order, counts):
+            tokens = pairs // weights.shape[1]
+            y = run.one(expert, hidden[tokens], weights.flatten()[pairs], _own(factors, expert, len(counts)))
+            output.index_add_(0, tokens, y.to(output.dtype))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weights, order, *factors = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
+        sums: list[Any] = [
+            torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else None
+            for t, need in zip((hidden, weights, *factors), needs, strict=True)
+        ]
+        run = _Pass(*ctx.arguments)
+        for expert, pairs in _groups(order, ctx.counts):
+            tokens = pairs // weights.shape[1]
+            parts = (hidden[tokens], weights.flatten()[pairs], *_own(factors, expert, len(ctx.counts)))
+            leaves: list[Any] = [
+                part if part is None else part.detach().requires_grad_(need)
+                for part, need in zip(parts, needs, strict=True)
+            ]
+            with torch.enable_grad(), ctx.autocast():
+                y = run.one(expert, leaves[0], leaves[1], leaves[2:], is_wanted=False)
+            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, gradient[tokens].to(y.dtype)))
+            del y, parts, leaves, wanted
+            if needs[0]:
+                sums[0].index_add_(0, tokens, next(found))
+            if needs[1]:
+                sums[1].view(-1)[pairs] = next(found)
+            for place in _own(sums[2:], expert, len(ctx.counts)):
+                if place is not None:
+                    place.copy_(next(found))
+        return sums[0], sums[1], None, None, None, *sums[2:]
+
+
+def _own(factors: Sequence[torch.Tensor | None], expert: int, experts: int) -> list[torch.Tensor | None]:
+    """One expert's part of (a, b, a, b): views (R, K) and (N, R)."""
+    parts: list[torch.Tensor | None] = []
+    for a, b in (factors[0:2], factors[2:4]):
+        parts.append(None if a is None else a.view(experts, -1, a.shape[1])[expert])
+        parts.append(None if b is None else b.view(b.shape[0], -1, experts)[:, :, expert])
+    return parts
+
+
+def _routes(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
+    """The S pairs sorted by expert, and how many each expert has."""
+    chosen = index.flatten()
+    order = chosen.argsort(stable=True)
+    if isinstance(chosen, FakeTensor):
+        return order, [-(-len(order) // experts)] * experts
+    return order, torch.bincount(chosen, minlength=experts).tolist()[:experts]
+
+
+def _groups(order: torch.Tensor, counts: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each expert that was hit, with its pairs; of fake ones two and the last, as the others would hold the same."""
+    ends = list(accumulate(counts))
+    for expert in (part.start for part in memory_tracker.tiles(len(counts), 1, order)):
+        count = counts[expert]
+        first = min(ends[expert] - count, len(order) - count)  # the counts of fake tensors are rounded up
+        if count:
+            yield expert, order[first : first + count]
+
+
+class _Pass:
+    """One pass over the experts of a module; the scales of its parameters live as long as this does."""
+
+    def __init__(self, experts: Any, dtype: torch.dtype, scaling: list[float]):
+        self._experts, self._dtype, self._scaling = experts, dtype, scaling
+        self._parameters = [getattr(experts, name) for name in stacked_names(experts)]
+        self._scales = [block_scales(parameter) for parameter in self._parameters]
+
+    def one(
+        self,
+        expert: int,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        factors: Sequence[torch.Tensor | None],
+        is_wanted: bool = True,
+    ) -> torch.Tensor:
+        """Expert `expert` of `x` (n, H) times `weights` (n,). What is not `is_wanted` has a graph but no value.
+
+        The weights go in before the last linear, whose output is not needed for their gradient then.
+        """
+        wide = self._linear(0, expert, x.to(self._dtype), factors, True)
+        inner = self._experts._apply_gate(wide) if self._experts.has_gate else self._experts.act_fn(wide)
+        return self._linear(1, expert, (inner * weights[:, None]).to(self._dtype), factors, is_wanted)
+
+    def _linear(
+        self, which: int, expert: int, x: torch.Tensor, factors: Sequence[torch.Tensor | None], is_wanted: bool
+    ) -> torch.Tensor:
+        parameter, scales, dtype = self._parameters[which], self._scales[which], self._dtype
+        rows = None if is_wanted else held_shape(parameter)[1]
+        y: torch.Tensor = _Linear.apply(x, lambda: matrix(parameter, scales, expert, dtype), rows)
+        a, b = factors[2 * which : 2 * which + 2]
+        if a is None or b is None:
+            return y
+        low = torch.nn.functional.linear(x, a.to(dtype))
+        return y + torch.nn.functional.linear(low, b.to(dtype)) * self._scaling[which]
+
+
+class _Linear(torch.autograd.Function):
+    """`x` (n, K) times a frozen matrix (N, K), fetched when due and not kept; given `rows`, N, no value is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fetch: Callable[[], torch.Tensor], rows: int | None) -> torch.Tensor:
+        ctx.fetch = fetch
+        return x @ fetch().t() if rows is None else x.new_zeros(1).expand(len(x), rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient @ ctx.fetch(), None, None

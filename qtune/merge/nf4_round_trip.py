@@ -1,0 +1,96 @@
+"""A weight through 4 bits and back, with bitsandbytes' values to the bit.
+
+On a card bitsandbytes' kernels do it, and the weight is restored whole. On a CPU they need five float32 copies of the
+weight and a binary search for each of its values, so there the scales of all blocks are found first, and rows are
+rounded as they are asked for, by compiled `loops`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+
+WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MiB in float32 stay in a cache; a card wants more at a time
+OUTER_BLOCK = 256
+
+SAFE_SCALE = 2.0**-120  # below, a weight may be restored to less than 2**-126: see `restored_rows`
+
+Index = slice | torch.Tensor  # which rows, and in which order
+Rows = Callable[[Index], torch.Tensor]
+
+
+def rows_at_once(weight: torch.Tensor) -> int:
+    """How many rows of a matrix are worked on together."""
+    return max(1, WEIGHTS_AT_ONCE[weight.device.type] // max(1, weight.shape[1]))
+
+
+def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: dict[str, Any]) -> Rows:
+    """Rows of `weight` (O, I) as a run held it: in `dtype`, through 4 bits and back. They may come in float32.
+
+    `quantization` is the lock's record of how. Two things are left to bitsandbytes, whose CPU kernels have their own
+    way with them: rows that do not end on a block, and restored weights too small for normal floats, which are 0 on
+    some processors and not on others.
+    """
+    block = quantization["blocksize"]
+    if weight.device.type == "cpu" and quantization["type"] == "nf4" and weight.shape[1] % block == 0:
+        nf4 = NF4Rows.of(weight, dtype, block, quantization["double"])
+        if not ((nf4.scales != 0) & (nf4.scales.abs() < SAFE_SCALE)).any():
+            return nf4.restored
+    return restore_quantized(weight.to(dtype), quantization).__getitem__
+
+
+def restore_quantized(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
+    """`weight` by bitsandbytes through 4 bits and back, in its own dtype.
+
+    Blocks run over the flattened tensor, and with double quantisation all block scales share one offset, so that it
+    takes the whole weight.
+    """
+    packed, state = quantize_4bit(
+        weight.contiguous(),
+        blocksize=quantization["blocksize"],
+        compress_statistics=quantization["double"],
+        quant_type=quantization["type"],
+        quant_storage=getattr(torch, quantization["quant_storage"]),
+    )
+    return dequantize_4bit(packed, state)
+
+
+@dataclass(frozen=True)
+class NF4Rows:
+    """A weight (O, I) on the CPU and the scales of its blocks, row by row (O, I / block).
+
+    `inverse` is what a block's weights are multiplied by before they are rounded, `scales` what restores them.
+    """
+
+    weight: torch.Tensor
+    dtype: torch.dtype
+    inverse: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, dtype: torch.dtype, block: int, double: bool) -> "NF4Rows":
+        from qtune.merge.kernels import largest_sizes  # a card does without numba
+
+        parts = weight.split(rows_at_once(weight))
+        largest = torch.cat([largest_sizes(part.to(dtype).view(-1, block)) for part in parts]).float()
+        inverse = 1.0 / largest.clamp(min=1e-38)  # bitsandbytes' own floor
+        scales = _quantised_and_restored(largest) if double else largest
+        return cls(weight, dtype, inverse.view(len(weight), -1), scales.view(len(weight), -1))
+
+    def restored(self, rows: Index) -> torch.Tensor:
+        """Float32 that holds values of the dtype."""
+        from qtune.merge.kernels import through_nf4
+
+        part = self.weight[rows].to(self.dtype).float()
+        inverse, scales = (each[rows].flatten().numpy() for each in (self.inverse, self.scales))
+        blocks = part.view(len(inverse), -1).numpy()
+        restored = torch.from_numpy(through_nf4(blocks, inverse, scales, self.dtype == torch.bfloat16)).view(part.shape)
+        return restored.half().float() if self.dtype == torch.float16 else restored
+
+
+def _quantised_and_restored(scales: torch.Tensor) -> torch.Tensor:
+    """Block scales through the 8 bits that double quantisation keeps of them."""
+    offset = scales.mean()
+    return dequantize_blockwise(*quantize_blockwise(scales - offset, blocksize=OUTER_BLOCK)).add_(offset)

@@ -1,0 +1,110 @@
+"""A model opened to answer: a run's base as it was trained on with the adapter on it, or a merged folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtune.errors import MachineError
+from qtune.hardware import find_device, host_memory
+from qtune.memory.nf4 import weight_rows
+from qtune.memory.techniques import Engine, Techniques
+from qtune.model import adapter, base
+from qtune.model.fingerprint import refuse_other_base
+from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe.schema import Model
+from qtune.rundir import RunDir
+
+
+def model_of(run: RunDir) -> Model:
+    """The base as the run's recipe has it, or where it is now.
+
+    Raises RunFolderError for settings of another version of qtune.
+    """
+    return run.read_as(run.lock, lambda lock: Model(**lock["model"]))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tuned model in eval mode, which is the base where its adapter is disabled; `lock` is the run's."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    compute_dtype: str
+    lock: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: RunDir, is_for_talk: bool = False) -> "Opened":
+        """With `is_for_talk`, ready to make one answer after another, and not to be merged.
+
+        Raises ModelError and MachineError for a base or an adapter that is missing, is another, or does not fit."""
+        base.quiet_libraries()
+        lock, spec = run.read_lock(), model_of(run)
+        device, dtype = find_device().name, lock["compute_dtype"]
+        techniques = run.read_as(run.plan, Techniques.for_answers)
+        refuse_other_base(run, base.base_folder(spec))
+        loaded = base.load_base(spec, device, dtype, techniques)
+        tuned = adapter.load(loaded, run.adapter).eval()
+        if is_for_talk and device == "cpu" and not techniques.streamed_layers:
+            _unpack(tuned, getattr(torch, dtype))
+        Engine(tuned).switch_to(techniques)
+        return cls(tuned, load_tokenizer(spec), device, dtype, lock)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model, loaded as a base is and never quantised."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    compute_dtype: str
+
+    @classmethod
+    def of(cls, folder: Path, lock: dict[str, Any] | None = None) -> "Merged":
+        """As the run of `lock` computed; without one, as suits this device.
+
+        Raises ModelError for a folder that holds no model, MachineError for one that is too large for the device.
+        """
+        base.quiet_libraries()
+        trusted = lock is not None and lock["model"]["trust_remote_code"]
+        spec = Model(base=str(folder.resolve()), quantization="none", trust_remote_code=trusted)
+        device = find_device()
+        dtype = lock["compute_dtype"] if lock else device.compute_dtype
+        tokenizer = load_tokenizer(spec)
+        try:
+            return cls(base.load_base(spec, device.name, dtype).eval(), tokenizer, device.name, dtype)
+        except torch.OutOfMemoryError:
+            raise MachineError(
+                f"{folder}: in {dtype} does not fit on this card, which held the base in 4 bits. Take the processor,"
+                " with CUDA_VISIBLE_DEVICES= in the environment."
+            ) from None
+
+
+def _unpack(model: PeftModel, dtype: torch.dtype) -> None:
+    """Put the weights that every token would dequantise anew in their place, where RAM has room for twice as much.
+
+    The values are the same, and so are the answers; on a processor a token takes two thirds of the time.
+    """
+    packed = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, Linear4bit)
+    ]
+    needed = sum(module.in_features * module.out_features * dtype.itemsize for *_, module in packed)
+    if 2 * needed <= host_memory()[1]:
+        for parent, name, module in packed:
+            setattr(parent, name, _unpacked(module, dtype))
+
+
+def _unpacked(module: Linear4bit, dtype: torch.dtype) -> torch.nn.Linear:
+    plain = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    plain.weight = torch.nn.Parameter(weight_rows(module, slice(0, module.out_features), dtype), requires_grad=False)
+    plain.bias = module.bias
+    return plain

@@ -1,0 +1,181 @@
+"""The model that a recipe describes, without its weights: the real modules on fake tensors.
+
+Built on torch's meta device from config.json alone, its linears replaced by bitsandbytes' as loading would, the adapter
+attached by peft; then every tensor becomes a fake one of the same shape and dtype (torch's FakeTensorMode), so that a
+real step can run through it in which no byte is allocated.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import dora
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import replace_with_bnb_linear
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from qtune.errors import ModelError
+from qtune.memory import fused_cross_entropy, mixture_of_experts, nf4, packed_attention, packed_experts
+from qtune.model import adapter, base
+from qtune.recipe.schema import Recipe
+
+
+def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: FakeTensorMode) -> PeftModel:
+    """The base in the recipe's quantisation with its adapter, all of it fake tensors of `mode`.
+
+    Raises ModelError for a config.json from which transformers cannot build a model.
+    """
+    dtype = getattr(torch, compute_dtype)
+    model = _without_weights(config, recipe, dtype)
+    if recipe.model.quantization == "nf4":
+        quantization = base.nf4_config(recipe.model, dtype)
+        model = replace_with_bnb_linear(
+            model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization
+        )
+        model.is_loaded_in_4bit = True  # peft chooses its layers by this
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    packed_attention.install(model)
+    fused_cross_entropy.install(model)
+    if recipe.model.quantization == "nf4":
+        _pack_experts(model, recipe.model.double_quantization, mode)
+    with torch.device("meta"), dora_on_empty_weights():
+        peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
+    adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
+    with mode:
+        _fill(peft_model, recipe.model.double_quantization)
+    base.keep_weights_as_quantised(peft_model)
+    return peft_model
+
+
+def refuse_unknown_targets(config: PreTrainedConfig, recipe: Recipe) -> None:
+    """Raises ModelError for lora.targets that no layer of the base has, which needs neither rows nor a plan.
+
+    Experts are left to `build`, which holds them as the run will.
+    """
+    if recipe.lora.targets != "all-linear":
+        named = tuple(target for target in recipe.lora.targets if target != adapter.EXPERTS)
+        model = _without_weights(config, recipe, torch.float32)
+        adapter.resolve_targets(model, recipe.lora.model_copy(update={"targets": named}))
+
+
+def _without_weights(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtype) -> PreTrainedModel:
+    """The base on the meta device, as its config.json describes it."""
+    _refuse_contradictions(config)
+    packed_attention.register()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=packed_attention.NAME,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
+    except Exception as fault:  # a config can be wrong in as many ways as there are architectures
+        if fault.args == (packed_attention.NAME,):  # a class that looks its attention up among its own
+            raise _own_attention(config) from None
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise ModelError(f"model.base: no model can be built from its config.json ({reason}).") from None
+    if not model._can_set_attn_implementation():
+        raise _own_attention(config)
+    return model
+
+
+@contextlib.contextmanager
+def dora_on_empty_weights() -> Iterator[None]:
+    """Inside, peft's DoRA takes the weight of a 4-bit linear without real bytes, which it reads at its start and in
+    every pass; peft asks for bitsandbytes' own kind of parameter, which a fake tensor cannot be."""
+    original = dora.dequantize_module_weight
+
+    def weight_of(module: torch.nn.Module) -> torch.Tensor:
+        if not isinstance(module, Linear4bit):
+            return original(module)
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            shape = (module.out_features, module.in_features)
+            return torch.empty(shape, dtype=module.compute_dtype, device=module.weight.device)
+        return dequantize_4bit(module.weight.data, state)
+
+    dora.dequantize_module_weight = weight_of
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = original
+
+
+def _own_attention(config: PreTrainedConfig) -> ModelError:
+    """The refusal of a model whose code never asks transformers' AttentionInterface, and so never ours."""
+    return ModelError(
+        f"model.base: models of type {config.model_type} run an attention of their own, which cannot be told where one"
+        " document ends and the next begins. Bases such as Llama, Qwen, Mistral and Gemma work."
+    )
+
+
+def _refuse_contradictions(config: PreTrainedConfig) -> None:
+    """Raises ModelError for sizes that no model has, which transformers would meet as a division by zero."""
+    text, says = config.get_text_config(), "model.base: its config.json says"
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        size = getattr(text, name, None)
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ModelError(f"{says} {name} = {size}, which must be a whole number of at least 1.")
+    heads, groups = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if heads and groups and heads % groups:
+        raise ModelError(
+            f"{says} num_attention_heads = {heads} and num_key_value_heads = {groups}, and the first must be a multiple"
+            " of the second."
+        )
+
+
+def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """`config` with `layers` decoder layers, of the kinds its first ones have; of what sees or hears, one layer."""
+    cut = copy.deepcopy(config)
+    for name in ("vision_config", "audio_config"):
+        tower: Any = getattr(cut, name, None)
+        if getattr(tower, "num_hidden_layers", None):
+            tower.num_hidden_layers = 1
+    text = cut.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        with contextlib.suppress(AttributeError):  # some work it out from num_hidden_layers themselves
+            text.layer_types = text.layer_types[:layers]
+    return cut
+
+
+def period(config: PreTrainedConfig) -> int:
+    """After how many layers their kinds repeat: 1 for most models, 6 where five windows go with one full attention."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
+
+
+def _pack_experts(model: torch.nn.Module, double: bool, mode: FakeTensorMode) -> None:
+    """Hold a mixture's experts as loading would: in NF4 where that is possible."""
+    for module in list(packed_experts.expert_modules(model)):
+        if packed_experts.refusal(module) is None:
+            for name in packed_experts.stacked_names(module):
+                with mode:
+                    setattr(module, name, packed_experts.packed_like(getattr(module, name), double))
+    mixture_of_experts.install(model)
+
+
+def _fill(model: torch.nn.Module, double: bool) -> None:
+    """Replace every meta tensor by a fake one; the weights of 4-bit linears by packed ones."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight = nf4.empty_packed((module.out_features, module.in_features), module.compute_dtype, double)
+            module.quant_state = module.weight.quant_state
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:  # tied weights stay tied
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,257 @@
+"""Recipe + data + device -> Plan: every open choice settled before anything is loaded, each with its reason."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from qtune.errors import DoesNotFit
+from qtune.hardware import Device
+from qtune.memory.techniques import Techniques
+from qtune.plan import ladder, throughput
+from qtune.plan.fake_step import Batch
+from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.ladder import Budget, Reserve
+from qtune.plan.max_context import STEP_TOKENS, Longest, longest
+from qtune.plan.overrides import refuse_impossible
+from qtune.plan.rung_report import Rung, rungs
+from qtune.plan.static_memory import Standing
+from qtune.plan.suggestions import explain, remedies
+from qtune.plan.throughput import Speed
+from qtune.plan.workload import Work
+from qtune.recipe.schema import Recipe
+from qtune.units import counted, format_count, format_percent, parse_bytes
+
+EVALUATIONS = 10
+HOST_FRACTION = 0.8
+SPARE_DISK_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One settled setting, as text, and why it is what it is."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a run that was interrupted had switched on, to be kept."""
+
+    techniques: Techniques
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know besides the recipe and the rows.
+
+    `fits` is False for a plan that must not run; `is_assumed` says that no rows were read for it. `documents_apart`: a
+    pack's documents would read each other in this base, and are fed one by one; memory is forecast for whole packs.
+    """
+
+    device: Device
+    compute_dtype: str
+    steps: int
+    warmup_steps: int
+    eval_every: int
+    micro_batch: int
+    gradient_accumulation: int
+    is_assumed: bool
+    fits: bool
+    layers: int
+    techniques: Techniques
+    budget: Budget
+    forecast: Forecast
+    rungs: tuple[Rung, ...]
+    reserve: tuple[Reserve, ...]
+    speed: Speed
+    disk_bytes: int
+    remedies: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    documents_apart: bool = False
+
+    def with_documents_apart(self, reason: str) -> "Plan":
+        """The same steps over the same packs, but a pass for every document of a pack."""
+        packing = Choice("packing", "no, a pass for each document", reason)
+        choices = tuple(packing if choice.name == packing.name else choice for choice in self.choices)
+        return replace(self, documents_apart=True, choices=choices)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide(
+    recipe: Recipe,
+    device: Device,
+    config: PreTrainedConfig,
+    work: Work,
+    settled: Settled | None = None,
+    weighs_all: bool = False,
+) -> Plan:
+    """The plan for training on `work` with `device`, here or imagined; a run that goes on has `settled` how.
+
+    `weighs_all`: the plan says of techniques that are off, too, what they would save, which takes seconds. It does so
+    of one that does not fit in any case.
+
+    Raises ModelError where transformers cannot build the model that `config` describes, or a technique that the recipe
+    asks for cannot be done with it, and MachineError where such a technique asks for more host memory than there is.
+    """
+    train = recipe.train
+    compute_dtype, why_compute = _compute_dtype(recipe, device)
+    forecaster = _forecaster(recipe, device, config, compute_dtype)
+    budget = budget_of(recipe, device)
+    refuse_impossible(recipe, forecaster, work.heaviest(1), budget.host_bytes)
+    if settled is None:
+        climb = ladder.climb(recipe, forecaster, work, budget)
+    else:
+        climb = ladder.stay(recipe, forecaster, work, budget, settled.techniques, settled.micro_batch)
+    told = tuple(rungs(recipe, forecaster, work, climb, weighs_all or not climb.fits))
+    accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
+    steps, why_steps = _steps(recipe, len(work.sequences))
+    if work.is_assumed:
+        why_steps = "the data was not read: every sequence is taken to be full, their number is not known"
+    eval_every, why_eval = _eval_every(recipe, steps)
+    warmup_steps = math.ceil(train.warmup_fraction * steps)
+    choices = (
+        Choice("device", device.label, device.why),
+        Choice("base", _held_as(recipe), "model.quantization"),
+        Choice("compute", compute_dtype, why_compute),
+        Choice("adapter", _adapter(recipe, forecaster.standing), "lora"),
+        Choice("steps", "not known yet" if work.is_assumed else f"{steps:,}", why_steps),
+        Choice(
+            "sequences a step",
+            f"{train.micro_batch * train.gradient_accumulation}",
+            _batch(recipe, climb.micro_batch, accumulation),
+        ),
+        Choice(
+            "learning rate",
+            f"{train.learning_rate:g}",
+            f"{train.schedule}, after {counted(warmup_steps, 'step')} of warm-up",
+        ),
+        Choice("optimizer", train.optimizer, "train.optimizer"),
+        Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
+        Choice("held-out loss", _every(eval_every), why_eval),
+    )
+    return Plan(
+        device=device,
+        compute_dtype=compute_dtype,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        eval_every=eval_every,
+        micro_batch=climb.micro_batch,
+        gradient_accumulation=accumulation,
+        is_assumed=work.is_assumed,
+        fits=climb.fits,
+        layers=forecaster.layers,
+        techniques=climb.techniques,
+        budget=budget,
+        forecast=climb.forecast,
+        rungs=told,
+        reserve=ladder.reserve(recipe, forecaster, climb.techniques, work.heaviest(climb.micro_batch), budget),
+        speed=throughput.estimate(recipe, forecaster, _overhead(told), work, device, steps),
+        remedies=() if climb.fits else remedies(recipe, forecaster, work, budget, climb),
+        disk_bytes=_disk_bytes(recipe, forecaster),
+        choices=choices,
+    )
+
+
+def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConfig) -> list[Longest]:
+    """The longest sequence that fits on each of `devices`, which differ in nothing but their memory."""
+    forecaster = _forecaster(recipe, devices[0], config, _compute_dtype(recipe, devices[0])[0])
+    found = []
+    for device in devices:
+        budget = budget_of(recipe, device)
+        refuse_impossible(recipe, forecaster, Batch.of_one_document(STEP_TOKENS), budget.host_bytes)
+        found.append(longest(recipe, forecaster, budget))
+    return found
+
+
+def _overhead(told: Sequence[Rung]) -> float:
+    """What the techniques that are on add to a step, as a fraction of one with memory to spare."""
+    return sum(rung.cost_fraction for rung in told if rung.is_on)
+
+
+def _forecaster(recipe: Recipe, device: Device, config: PreTrainedConfig, compute_dtype: str) -> Forecaster:
+    return Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
+
+
+def budget_of(recipe: Recipe, device: Device) -> Budget:
+    """What the recipe allows, and no more than is free; else what is free, of the host's memory 80 %."""
+    asked, asked_host = parse_bytes(recipe.memory.budget), parse_bytes(recipe.memory.host_budget)
+    return Budget(
+        min(asked or device.free_bytes, device.free_bytes),
+        min(asked_host or round(HOST_FRACTION * device.host_free_bytes), device.host_free_bytes),
+    )
+
+
+def _disk_bytes(recipe: Recipe, forecaster: Forecaster) -> int:
+    """What a run leaves: the adapter, and the checkpoints kept, of which one more is there while it is written."""
+    adapter = 4 * forecaster.standing.trained_parameters
+    checkpoints = recipe.save.keep + 2  # the newest, the best, and the one being written
+    return adapter + checkpoints * (adapter + forecaster.standing.optimizer_bytes) + SPARE_DISK_BYTES
+
+
+def _adapter(recipe: Recipe, standing: Standing) -> str:
+    lora = recipe.lora
+    scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+    share = standing.trained_parameters / standing.parameters
+    trained = f"{format_count(standing.trained_parameters)} weights ({format_percent(share)})"
+    return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, {trained} in {lora.master_dtype}"
+
+
+def _batch(recipe: Recipe, micro_batch: int, accumulation: int) -> str:
+    asked = recipe.train.micro_batch
+    told = (
+        f"micro_batch {micro_batch} x gradient_accumulation {accumulation},"
+        f" each of at most {recipe.data.max_tokens:,} tokens"
+    )
+    return told if micro_batch == asked else f"{told}; micro_batch {asked} does not fit"
+
+
+def _compute_dtype(recipe: Recipe, device: Device) -> tuple[str, str]:
+    asked = recipe.model.compute_dtype
+    if asked != "auto":
+        return asked, "model.compute_dtype"
+    if device.compute_dtype == "bfloat16":
+        return "bfloat16", f"{device.label} multiplies bfloat16 itself"
+    return device.compute_dtype, f"{device.label} has no bfloat16 arithmetic"
+
+
+def _held_as(recipe: Recipe) -> str:
+    if recipe.model.quantization == "none":
+        return "16 or 32 bits, not quantised"
+    return "NF4, double quantisation" if recipe.model.double_quantization else "NF4"
+
+
+def _steps(recipe: Recipe, train_packs: int) -> tuple[int, str]:
+    """Optimizer steps; the last step of an epoch takes what sequences are left."""
+    train = recipe.train
+    per_epoch = math.ceil(math.ceil(train_packs / train.micro_batch) / train.gradient_accumulation)
+    steps = math.ceil(train.epochs * per_epoch)
+    if train.max_steps is not None and train.max_steps < steps:
+        return train.max_steps, "train.max_steps"
+    return (
+        steps,
+        f"{counted(train.epochs, 'epoch')} of {counted(per_epoch, 'step')} over {counted(train_packs, 'sequence')}",
+    )
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps:,} steps"
+
+
+def _eval_every(recipe: Recipe, steps: int) -> tuple[int, str]:
+    if recipe.train.eval_every is not None:
+        return recipe.train.eval_every, "train.eval_every"
+    return max(1, math.ceil(steps / EVALUATIONS)), f"{EVALUATIONS} times in the run"
+
+
+def refuse_unless_it_fits(recipe: Recipe, plan: Plan) -> None:
+    """Raises DoesNotFit, with the changes that would, for a plan that must not run."""
+    if not plan.fits:
+        raise DoesNotFit(explain(recipe, plan.device, plan.forecast, plan.budget, plan.remedies))

@@ -1,0 +1,48 @@
+"""How long a run takes, estimated from its arithmetic: good for comparing plans, rough as a clock.
+
+Frozen weights have no gradient, so a token costs 2P operations forward and 2P backward, and 2P more where layers are
+recomputed (P the parameters it passes through); attention adds 2TE a head and layer forward and 2.5 times that
+backward, halved as it is causal.
+
+Letters: P parameters, T tokens of a document, E head_dim.
+"""
+
+from dataclasses import dataclass
+
+from qtune.hardware import Device
+from qtune.plan.forecast import Forecaster
+from qtune.plan.workload import Work
+from qtune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Estimated seconds; None where the device's arithmetic is not known, as for one that is only imagined."""
+
+    tokens_per_second: float | None
+    step_seconds: float | None
+    total_seconds: float | None
+    overhead_fraction: float
+
+
+def estimate(recipe: Recipe, forecaster: Forecaster, overhead: float, work: Work, device: Device, steps: int) -> Speed:
+    """`overhead`, of one, is what the techniques add to a step that had memory to spare."""
+    sequences = recipe.train.micro_batch * recipe.train.gradient_accumulation
+    step_tokens = work.mean_tokens * sequences
+    if device.operations_per_second is None:
+        return Speed(None, None, None, overhead)
+    plain = sum(_operations(forecaster, sequence.document_lengths) for sequence in work.sequences)
+    per_token = plain / sum(sequence.tokens for sequence in work.sequences) * (1 + overhead)
+    rate = device.operations_per_second / per_token
+    return Speed(rate, step_tokens / rate, steps * step_tokens / rate, overhead)
+
+
+def _operations(forecaster: Forecaster, lengths: tuple[int, ...]) -> float:
+    """Of one forward and one backward pass over documents of these lengths."""
+    standing, text = forecaster.standing, forecaster.config.get_text_config()
+    head = text.vocab_size * text.hidden_size
+    heads = getattr(text, "num_attention_heads", 1)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    linear = 4 * (standing.active_parameters + head) + 6 * standing.trained_parameters
+    attention = 3.5 * 2 * heads * head_dim * max(1, forecaster.layers)
+    return sum(linear * length + attention * length * length for length in lengths)

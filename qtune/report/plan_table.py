@@ -1,0 +1,165 @@
+"""A plan's memory as a person reads it: what stands where at the peak, which techniques make it fit, what they cost."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qtune.report.tables import plan_table
+from qtune.report.wording import format_duration, one_line
+from qtune.units import counted, format_bytes, format_count, format_percent
+
+BAR_CELLS = 24
+ORDER = (
+    "base",
+    "streamed layers",
+    "embedding",
+    "head",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "checkpoints",
+    "layer workspace",
+    "dequantised weights",
+    "loss",
+    "batch",
+    "slack",
+    "context",
+)
+BOUNDS = {"card": "the card", "host": "host memory", "both": "the card or host memory", None: "nothing here"}
+
+
+def forecast_table(plan: dict[str, Any]) -> RenderableType:
+    """The forecast of plan.json: parts on the device and the host, rungs, time and disk."""
+    return Group(Text(), _verdict(plan), Text(), _parts(plan), Text(), _rungs(plan), Text(), _costs(plan))
+
+
+def whole_plan(plan: dict[str, Any]) -> RenderableType:
+    """All of plan.json: every choice with its reason, and the forecast."""
+    return Group(plan_table(plan), forecast_table(plan))
+
+
+def in_a_line(plan: dict[str, Any]) -> Text:
+    """`fits   4.9 GiB of 11.1 GiB on RTX 3060 · recompute 22 of 36 layers · 282 steps, about 41 min · ...`."""
+    techniques = [one_line(rung["name"]) for rung in plan["rungs"] if rung["is_on"]]
+    steps = "steps not known yet" if plan["is_assumed"] else counted(plan["steps"], "step")
+    seconds = plan["speed"]["total_seconds"]
+    time = "" if seconds is None or plan["is_assumed"] else f", about {format_duration(seconds)}"
+    facts = [*techniques, steps + time, f"{format_bytes(plan['disk_bytes'])} of disk"]
+    return _verdict(plan).append("".join(f" · {fact}" for fact in facts), "default")
+
+
+def _verdict(plan: dict[str, Any]) -> Text:
+    """`fits   5.8 GiB of 6.0 GiB on RTX 2060, 0.2 GiB to spare; 1.7 GiB of host memory`."""
+    needed, budget = _sum(plan["forecast"]["device"]), plan["budget"]["device_bytes"]
+    host, host_budget = _sum(plan["forecast"]["host"]), plan["budget"]["host_bytes"]
+    word = Text("fits", "bold green") if plan["fits"] else Text("does not fit", "bold red")
+    left = f", {format_bytes(budget - needed)} to spare" if plan["fits"] else ""
+    return word.append(
+        f"   {format_bytes(needed)} of {format_bytes(budget)} on {one_line(plan['device']['label'])}{left};"
+        f" {format_bytes(host)} of {format_bytes(host_budget)} host memory",
+        "default",
+    )
+
+
+def _parts(plan: dict[str, Any]) -> RenderableType:
+    """One row a part, the largest filling the bar; the peak's phase in the heading."""
+    device, host = plan["forecast"]["device"], plan["forecast"]["host"]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(f"at the peak, in the {_phase(plan['forecast']['peak_phase'])}")
+    table.add_column("device", justify="right")
+    table.add_column("", no_wrap=True)
+    table.add_column("host", justify="right")
+    largest = max(device.values(), default=1)
+    names = [name for name in ORDER if name in device or name in host]
+    for name in [*names, *(name for name in (device | host) if name not in ORDER)]:
+        size = device.get(name, 0)
+        table.add_row(
+            name,
+            format_bytes(size) if size else "",
+            Text("█" * round(BAR_CELLS * size / largest), "cyan"),
+            format_bytes(host[name]) if name in host else "",
+        )
+    table.add_row(Text("in all", "bold"), format_bytes(_sum(device)), "", format_bytes(_sum(host)) if host else "")
+    return table
+
+
+def _phase(name: str) -> str:
+    """`backward pass of the last layers` for `backward last`."""
+    names = {
+        "forward": "forward pass",
+        "loss": "loss",
+        "backward last": "backward pass of the last layers",
+        "backward first": "backward pass of the first layer",
+        "step": "optimizer step",
+    }
+    return names.get(name, name)
+
+
+def _rungs(plan: dict[str, Any]) -> RenderableType:
+    """The ladder: what is on and what it does here, what is left and what it would do."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("technique")
+    table.add_column("frees", justify="right")
+    table.add_column("host", justify="right")
+    table.add_column("time", justify="right")
+    table.add_column("", overflow="fold")
+    for rung in plan["rungs"]:
+        style = "" if rung["is_on"] else "dim"
+        refused = rung["note"].startswith("refused")
+        figures = ("", "", "") if refused else _figures(rung)
+        table.add_row(
+            Text(f"{'●' if rung['is_on'] else '○'} {rung['name']}", style),
+            *(Text(figure, style) for figure in figures),
+            Text(one_line(rung["note"]), "dim"),
+        )
+    return table
+
+
+def _figures(rung: dict[str, Any]) -> tuple[str, str, str]:
+    """Empty where nobody asked what it would do."""
+    freed, host, cost = rung["saved_bytes"], rung["host_bytes"], rung["cost_fraction"]
+    return (
+        "" if freed is None else format_bytes(freed) if freed > 0 else "nothing",
+        f"+{format_bytes(host)}" if host and host > 0 else "",
+        f"+{format_percent(cost)}" if cost else "",
+    )
+
+
+def _costs(plan: dict[str, Any]) -> RenderableType:
+    """Time and disk. Times are estimates of arithmetic; the techniques' shares are not measured on a card yet."""
+    speed = plan["speed"]
+    added = f"; the techniques add about {format_percent(speed['overhead_fraction'])}"
+    if speed["tokens_per_second"] is None:
+        time = "not known for a card that is not here"
+    else:
+        step = format_duration(speed["step_seconds"])
+        time = f"about {format_count(speed['tokens_per_second'])} tokens/s, {step} a step"
+        if not plan["is_assumed"]:
+            time += f", {format_duration(speed['total_seconds'])} for {counted(plan['steps'], 'step')}"
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_row("batch", f"{plan['micro_batch']} x {counted(plan['gradient_accumulation'], 'sequence')} a step")
+    table.add_row("time", time + added)
+    table.add_row("disk", f"{format_bytes(plan['disk_bytes'])} for adapter and checkpoints")
+    if plan["is_assumed"]:
+        table.add_row("data", "not read: every sequence is taken to be full")
+    return table
+
+
+def longest_table(base: str, rows: Sequence[dict[str, Any]]) -> RenderableType:
+    """The longest context by card size, and what it would be longer with more of."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("card", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("bound by")
+    for row in rows:
+        tokens = f"{row['tokens']:,}" if row["tokens"] else "does not fit"
+        table.add_row(format_bytes(row["device_bytes"]), tokens, Text(BOUNDS[row["bound"]], "dim"))
+    host = f"with {format_bytes(rows[0]['host_bytes'])} of host memory to take"
+    return Group(Text(f"longest context of {one_line(base)}, forecast {host}"), Text(), table)
+
+
+def _sum(parts: dict[str, int]) -> int:
+    return sum(parts.values())

@@ -1,0 +1,119 @@
+"""How one uses what a run made: commands and a snippet, ready to paste."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qtune.report import tables
+from qtune.report.run_record import Record
+from qtune.report.wording import one_line
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Use(NamedTuple):
+    """One way to use a run: what for, what to paste, and the language it is in."""
+
+    title: str
+    text: str
+    language: str = "sh"
+
+
+def uses(found: Record) -> list[Use]:
+    """Go on with it where it was stopped; talk to it, fold it, serve it, load it, of which none without an adapter."""
+    then = tables.NextCommands.of(found.run)
+    to_go_on = [Use(f"Go on with it: it was {found.stopped}", then.resume)] if found.stopped else []
+    if not found.has_adapter or not found.lock:
+        return to_go_on
+    base, adapter = base_place(found), str(found.run.adapter)
+    command = vllm_command(found, base, adapter)
+    return [
+        *to_go_on,
+        Use("Talk to it, base and tuned side by side", f"{then.chat} --compare"),
+        Use("Fold it into its base: a plain model folder", then.merge),
+        *([Use("Serve it with vLLM, beside its base", command)] if command else []),
+        Use("Load it in Python, with peft alone", peft_snippet(base, adapter), "python"),
+    ]
+
+
+def base_title(found: Record) -> str:
+    """What to call the base before others: a hub name, or a folder by its last part."""
+    name = str((found.lock or {})["base"]["name"])
+    return "the demo base inside qtune" if name == "demo" else one_line(folder_name(name))
+
+
+def base_place(found: Record) -> str:
+    """The hub name of the base, or its folder on this machine."""
+    assert found.lock is not None, "only a run with a lock has a base"
+    return found.base_on_hub or str(found.lock["base"]["folder"])
+
+
+def vllm_command(found: Record, base: str, adapter: str) -> str | None:
+    """None for an adapter that vLLM does not take."""
+    lora = (found.lock or {})["recipe"].get("lora", {})
+    rank = lora.get("rank", 0)
+    if vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
+        return None
+    return vllm_with_adapter(base, found.name, adapter, rank)
+
+
+def vllm_faults(config: Mapping[str, Any]) -> list[str]:
+    """What keeps vLLM from an adapter, a clause each; `config` is its adapter_config.json.
+
+    The loader is vllm/lora/peft_helper.py: it refuses DoRA and modules_to_save (and biases since they became an
+    option), and scales every module by one alpha and one rank. Ranks are MaxLoRARanks in vllm/config/lora.py.
+    """
+    faults = [] if config["r"] <= VLLM_RANKS[-1] else [f"its rank is {config['r']}, and vLLM's highest is 512"]
+    if config.get("use_dora"):
+        faults.append("it is DoRA, which vLLM does not have")
+    return faults + faults_of_plain_loaders(config, "vLLM")
+
+
+def faults_of_plain_loaders(config: Mapping[str, Any], server: str) -> list[str]:
+    """What a server that reads A, B, one rank and one alpha would refuse or pass over."""
+    faults = []
+    if config.get("modules_to_save"):
+        faults.append(f"{', '.join(config['modules_to_save'])} was trained whole, and {server} takes A and B alone")
+    if config.get("bias", "none") != "none":
+        faults.append(f"it trained biases, and {server} takes A and B alone")
+    if config.get("alpha_pattern") or config.get("rank_pattern"):
+        faults.append(f"rank or alpha differ by module, and {server} scales them all alike")
+    if config.get("target_parameters"):
+        faults.append(f"it adapts experts as parameters, which {server} reads in another form")
+    return faults
+
+
+def vllm_with_adapter(base: str, name: str, adapter: str, rank: int) -> str:
+    """The command that serves `adapter` as the model `name`, with the lowest --max-lora-rank that holds `rank`."""
+    most = next(each for each in VLLM_RANKS if each >= rank)
+    module = shlex.quote(f"{name}={adapter}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {most} --lora-modules {module}"
+
+
+def peft_snippet(base: str, adapter: str) -> str:
+    """Python that loads the adapter on its base; `base` and `adapter` are folders or hub names."""
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "\n"
+        f"base = {base!r}\n"
+        'model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map="auto")\n'
+        f"model = PeftModel.from_pretrained(model, {adapter!r})\n"
+        "tokenizer = AutoTokenizer.from_pretrained(base)"
+    )
+
+
+def transformers_snippet(folder: str) -> str:
+    """Python that loads a merged model; `folder` is one, or a hub name."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "\n"
+        f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto", device_map="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    )
+
+
+def folder_name(path: str) -> str:
+    """The last part of a path, or a hub name as it is: what may be shown to others."""
+    return Path(path).name if Path(path).is_absolute() else path

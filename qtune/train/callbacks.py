@@ -1,0 +1,140 @@
+"""What the trainer's callbacks tell: events, the bytes held, the held-out loss."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from qtune.events import Evaluated, Listener, Notice, StepDone
+from qtune.memory.memory_report import Ledger
+from qtune.memory.techniques import Engine
+from qtune.model.adapter import trained_parameters
+from qtune.train.tracker_callback import Tracker
+from qtune.train.trainer import Meter, MeteredTrainer
+
+SECONDS_BETWEEN_LEDGERS = 1.0
+RISEN = 3.0  # times the first loss
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The held-out loss of the model as it stands: over all `rows`, and over the largest sequence of them alone."""
+
+    rows: int
+    of_all: Callable[[], float]
+    of_largest: Callable[[], float]
+
+
+class Reporter(TrainerCallback):
+    """Turns the trainer's callbacks into our events; measures memory and the held-out loss on the way."""
+
+    def __init__(
+        self,
+        trainer: MeteredTrainer,
+        engine: Engine,
+        listen: Listener,
+        ledger: Ledger,
+        held_out: HeldOutLoss | None,
+        tracker: Tracker | None = None,
+    ):
+        self.trainer, self.engine, self.listen, self.ledger, self.held_out = trainer, engine, listen, ledger, held_out
+        self.tracker = tracker
+        self.best_loss, self.best_step, self.measured_at = math.inf, 0, 0.0
+        self.first_loss: float | None = None
+        self.has_warned = False
+
+    def standing(self) -> dict[str, Any]:
+        """What a resumed run has to know of the steps before it, as JSON."""
+        best = {"loss": self.best_loss, "step": self.best_step} if self.best_step else None
+        return {"best": best, "first_loss": self.first_loss, "has_warned": self.has_warned}
+
+    def resume(self, standing: dict[str, Any]) -> None:
+        best = standing["best"]
+        if best is not None:
+            self.best_loss, self.best_step = best["loss"], best["step"]
+        self.first_loss, self.has_warned = standing["first_loss"], standing["has_warned"]
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        gradients = [p.grad for p in trained_parameters(self.trainer.model) if p.grad is not None]
+        is_finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        if not is_finite and not args.fp16:  # with fp16 the gradient scaler skips such a step and halves its scale
+            raise self.trainer.diverged("gradient")
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.monotonic()
+        if now - self.measured_at >= SECONDS_BETWEEN_LEDGERS or state.global_step == 0:
+            self.measured_at = now
+            self.measure("step", state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.meter.steps += 1
+        self.trainer.meter.loss += self.trainer.step_loss.item()
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+    ) -> None:
+        if "loss" not in logs:
+            return
+        meter, now = self.trainer.meter, time.perf_counter()
+        self.trainer.meter = Meter()
+        loss = meter.loss / meter.steps
+        self.listen(
+            StepDone(
+                step=state.global_step,
+                epoch=round(state.epoch or 0.0, 6),
+                loss=loss,
+                learning_rate=logs["learning_rate"],
+                grad_norm=logs.get("grad_norm", 0.0),
+                tokens=meter.tokens,
+                trained_tokens=meter.trained_tokens,
+                step_seconds=now - meter.since - meter.other_seconds,
+                wait_seconds=meter.wait_seconds,
+            )
+        )
+        self._warn_of_rise(loss, state.global_step)
+
+    def _warn_of_rise(self, loss: float, step: int) -> None:
+        """Say once that the loss is several times what it was at first."""
+        if self.first_loss is None:
+            self.first_loss = loss
+        if not self.has_warned and loss > RISEN * self.first_loss:
+            self.has_warned = True
+            self.listen(
+                Notice(
+                    f"The loss at step {step:,} is {loss:.3g}, {loss / self.first_loss:.1f} times that of the first"
+                    " step. A learning rate that is too high does this; Ctrl-C keeps what there is."
+                )
+            )
+
+    def measure(self, phase: str, step: int) -> None:
+        """Report the bytes of what was just done, which was `phase`."""
+        self.listen(self.ledger.measure(phase, step, self.trainer.model, self.engine, self.trainer.optimizer))
+
+    def evaluate(self, step: int) -> None:
+        """Measure and report the held-out loss after `step` steps."""
+        if self.held_out is None:
+            return
+        start = time.perf_counter()
+        loss = self.held_out.of_all()
+        seconds = time.perf_counter() - start
+        self.trainer.meter.other_seconds += seconds
+        is_best = loss < self.best_loss
+        if is_best:
+            self.best_loss, self.best_step = loss, step
+        self.listen(Evaluated(step, loss, is_best, seconds))
+        if self.tracker is not None:
+            self.tracker.tell_held_out(loss)
+
+
+class EvaluateEvery(TrainerCallback):
+    """The held-out loss every so many steps, and after the last one."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_evaluate |= state.global_step % self.every == 0 or state.global_step == state.max_steps

@@ -1,0 +1,84 @@
+"""What a checkpoint holds beside the adapter, as tensors and JSON: the optimizer's state and the random numbers."""
+
+import random
+from typing import Any
+
+import numpy
+import torch
+
+from qtune.errors import RunFolderError
+from qtune.memory import rng_state
+
+Tensors = dict[str, torch.Tensor]
+CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' code books, one for all weights
+
+
+def take_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> tuple[Tensors, dict[str, Any]]:
+    """The state of every weight: tensors as `NAME:KEY`, and by name what is none. `names` are those of the weights."""
+    tensors: Tensors = {}
+    others: dict[str, Any] = {}
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and key not in CONSTANT:
+                tensors[f"{names[weight]}:{key}"] = value.detach().cpu().contiguous()
+            elif not isinstance(value, torch.Tensor):
+                others.setdefault(names[weight], {})[key] = value
+    return tensors, others
+
+
+@torch.no_grad()
+def put_optimizer_back(
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: Tensors, others: dict[str, Any]
+) -> None:
+    """Give `optimizer` the state that `take_optimizer` took, in memory of its own kind, paged where that is paged.
+
+    Changes the weights' gradients, which must be set anew. Raises RunFolderError for the state of another optimizer.
+    """
+    _make_state(optimizer)
+    wanted = {
+        f"{names[weight]}:{key}": value
+        for weight, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key not in CONSTANT
+    }
+    if {name: (value.shape, value.dtype) for name, value in wanted.items()} != {
+        name: (value.shape, value.dtype) for name, value in tensors.items()
+    }:
+        raise RunFolderError(
+            "The checkpoint holds the state of another optimizer, or of other weights, than the recipe's."
+        )
+    for name, value in wanted.items():
+        value.copy_(tensors[name])
+    for weight, state in optimizer.state.items():
+        state.update(others.get(names[weight], {}))
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its state as it does in its first step, here one of gradient 0 and rate 0."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+        for weight in group["params"]:
+            weight.grad = None
+
+
+def take_random(device: torch.device) -> tuple[Tensors, dict[str, Any]]:
+    """The state of every generator in this process: torch's as tensors, Python's and numpy's as JSON."""
+    noted = rng_state.note(device)
+    tensors = {"host": noted.host} | ({} if noted.device is None else {"device": noted.device})
+    version, words, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state()
+    return tensors, {"python": [version, list(words), gauss], "numpy": [name, list(map(int, keys)), *rest]}
+
+
+def put_random_back(device: torch.device, tensors: Tensors, others: dict[str, Any]) -> None:
+    rng_state.wind_back(rng_state.RandomState(tensors["host"], tensors.get("device")), device)
+    version, words, gauss = others["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = others["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))

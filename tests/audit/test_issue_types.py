@@ -1,0 +1,51 @@
+"""Every sentence of the formats has its kind, and every kind its words."""
+
+import pytest
+
+from qtune.audit.issue_types import KINDS, UNUSABLE, WHOLE_FILE, WRONG_SHAPE, code_of
+from qtune.data import formats
+from qtune.data.sources import Dropped, Row
+from qtune.recipe.schema import Columns
+
+
+def reason(values: dict, form: str) -> str:
+    read = formats.read(Row(values, "r:1"), form, Columns(), None)
+    assert isinstance(read, Dropped)
+    return read.reason
+
+
+def chat(*turns: object) -> dict:
+    return {"messages": list(turns)}
+
+
+USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "code"),
+    [
+        ({"question": "q", "answer": None}, "question-answer", "missing-answer"),
+        ({"question": "q", "answer": " "}, "question-answer", "missing-answer"),
+        ({"question": "q"}, "question-answer", "missing-answer"),
+        ({"answer": "a"}, "question-answer", "missing-prompt"),
+        ({"question": "", "answer": "a"}, "question-answer", "missing-prompt"),
+        (chat(USER), "messages", "missing-answer"),
+        (chat(), "messages", "empty-text"),
+        (chat(USER, {"role": "assistant", "content": ""}), "messages", "empty-text"),
+        (chat(USER, {"role": "assistant", "content": None}), "messages", "empty-text"),
+        (chat({"role": "bot", "content": "x"}, BOT), "messages", "unknown-role"),
+        (chat({"content": "x"}, BOT), "messages", "unknown-role"),
+        (chat(USER, {"role": "assistant", "tool_calls": [1]}), "messages", "tool-call"),
+        (chat("x"), "messages", WRONG_SHAPE),
+        ({"messages": "x"}, "messages", WRONG_SHAPE),
+        ({"text": 3}, "text", WRONG_SHAPE),
+        ({"text": None}, "text", "empty-text"),
+        ({"text": "\ud800"}, "text", "half-character"),
+    ],
+)
+def test_a_row_that_cannot_be_used_has_a_kind(values: dict, form: str, code: str) -> None:
+    assert code_of(reason(values, form)) == code
+
+
+def test_every_kind_that_can_be_a_fault_has_words() -> None:
+    assert {*UNUSABLE, *WHOLE_FILE} <= KINDS.keys()

@@ -1,0 +1,106 @@
+"""The tiled loss: value and gradient of a cross-entropy written by hand, whatever the tile."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+
+from qtune.memory import fused_cross_entropy
+from qtune.memory.fused_cross_entropy import positions_before_labels, summed_loss
+
+
+def rows(tokens: int, hidden: int = 32, vocabulary: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    labels[torch.rand(1, tokens) < 0.3] = -100
+    return (
+        torch.randn(1, tokens, hidden, dtype=torch.double),
+        torch.randn(vocabulary, hidden, dtype=torch.double),
+        labels,
+    )
+
+
+def head_of(weight: torch.Tensor) -> torch.nn.Linear:
+    head = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    head.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    return head
+
+
+def by_hand(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = (hidden @ weight.T)[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 30 * 4 * 300, 64 * 1024**2])
+@pytest.mark.parametrize("tokens", [2, 17, 95])
+def test_value_and_gradient(monkeypatch, tokens, tile_bytes) -> None:
+    monkeypatch.setattr(fused_cross_entropy, "TILE_BYTES", tile_bytes)
+    hidden, weight, labels = rows(tokens)
+    ours, reference = (hidden.float().requires_grad_(), hidden.clone().requires_grad_())
+    loss = summed_loss(ours, head_of(weight), labels)
+    (3 * loss.nats).backward()
+    expected = by_hand(reference, weight, labels)
+    (3 * expected).backward()
+    assert loss.nats.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.tokens.item() == (labels[0, 1:] != -100).sum()
+    torch.testing.assert_close(ours.grad.double(), reference.grad, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_without_labels_is_zero_and_can_go_backward() -> None:
+    hidden, weight, labels = rows(9)
+    hidden = hidden.float().requires_grad_()
+    loss = summed_loss(hidden, head_of(weight), torch.full_like(labels, -100))
+    loss.nats.backward()
+    assert loss.nats.item() == loss.tokens.item() == 0
+    assert not hidden.grad.any()
+
+
+def test_without_gradients_none_is_made() -> None:
+    hidden, weight, labels = rows(9)
+    with torch.no_grad():
+        loss = summed_loss(hidden.float(), head_of(weight), labels)
+    assert not loss.nats.requires_grad
+    assert loss.nats.item() == pytest.approx(by_hand(hidden, weight, labels).item(), rel=1e-5)
+
+
+def test_positions_that_are_given_are_those_that_would_be_found() -> None:
+    hidden, weight, labels = rows(40)
+    found = summed_loss(hidden.float(), head_of(weight), labels)
+    given = summed_loss(hidden.float(), head_of(weight), labels, positions_before_labels(labels))
+    assert torch.equal(given.nats, found.nats)
+    assert found.tokens == given.tokens == len(positions_before_labels(labels))
+
+
+def test_rows_of_a_batch_do_not_predict_across_their_ends() -> None:
+    labels = torch.tensor([[5, 6, -100], [7, -100, 8]])
+    assert positions_before_labels(labels).tolist() == [0, 4]
+
+
+def test_an_installed_model_keeps_its_own_forward() -> None:
+    model = LlamaForCausalLM(tiny_config()).requires_grad_(False).eval()
+    ids = torch.arange(6, 30)[None]
+    before = model(input_ids=ids).logits
+    fused_cross_entropy.install(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    loss = model(input_ids=ids, labels=ids, tiled_loss=True)
+    wanted = torch.nn.functional.cross_entropy(before[0, :-1].double(), ids[0, 1:], reduction="sum")
+    assert loss.nats.item() == pytest.approx(wanted.item(), rel=1e-6)
+    model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+
+
+def test_heads_it_cannot_stand_in_for_are_left_to_trl() -> None:
+    plain = LlamaForCausalLM(tiny_config()).requires_grad_(False)
+    assert fused_cross_entropy.suits(plain)
+    plain.lm_head.requires_grad_(True)
+    assert not fused_cross_entropy.suits(plain)
+    capped = Gemma2Config(
+        vocab_size=262,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=32,
+        num_key_value_heads=1,
+        final_logit_softcapping=30.0,
+    )
+    assert not fused_cross_entropy.suits(Gemma2ForCausalLM(capped).requires_grad_(False))

@@ -1,0 +1,83 @@
+"""The ledger, against sums done by hand."""
+
+import mmap
+
+import torch
+
+from qtune.hardware import Device, find_device, host_memory, resident_bytes
+from qtune.memory.memory_report import HOST, PARTS, REST, Ledger
+from qtune.memory.memory_tracker import block_bytes, storage_sizes
+from qtune.memory.techniques import Engine, Techniques
+from qtune.model import adapter, base
+from qtune.recipe.schema import Lora, Model
+
+HIDDEN, WIDE, LAYERS, VOCABULARY, RANK = 64, 172, 2, 262, 4
+
+
+def test_parts_are_counted_from_storages(tiny_base) -> None:
+    device = find_device()
+    ledger = Ledger.begin(device)
+    model = adapter.attach(
+        base.load_base(Model(base=str(tiny_base), double_quantization=False), "cpu", "float32"), Lora(rank=RANK), 0
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(input_ids=torch.arange(6, 20)[None], labels=torch.arange(6, 20)[None]).loss.backward()
+    optimizer.step()
+    parts = dict(ledger.measure("step", 1, model, optimizer=optimizer).parts)
+
+    linears = [
+        (HIDDEN, HIDDEN),
+        (32, HIDDEN),
+        (32, HIDDEN),
+        (HIDDEN, HIDDEN),
+        (WIDE, HIDDEN),
+        (WIDE, HIDDEN),
+        (HIDDEN, WIDE),
+    ]
+    trained = LAYERS * sum(RANK * (a + b) for a, b in linears)
+    blocks = LAYERS * sum(block_bytes(4 * RANK * side) for shape in linears for side in shape)
+    assert 4 * trained <= parts["adapter"] == parts["gradients"] == blocks
+    assert parts["optimizer"] == 2 * blocks + block_bytes(4) * 2 * 7 * LAYERS  # two moments, a step count a tensor
+    weights = LAYERS * sum(a * b for a, b in linears)
+    packed = weights // 2 + weights // 64 * 4
+    assert packed <= parts["base"] <= packed + 40_000  # norms, code books, rope, each in blocks
+    assert parts["embedding"] == parts["head"] == block_bytes(VOCABULARY * HIDDEN * 4)
+
+
+def test_the_parts_sum_to_the_peak_on_the_cpu(tiny_base) -> None:
+    ledger = Ledger.begin(Device("cpu", "CPU", *host_memory(), "float32"))
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=RANK), 0)
+    measured = ledger.measure("load", 0, model)
+    assert measured.phase == "load"
+    assert {name for name, _ in measured.parts} == {
+        *("python and libraries", "base", "embedding", "head", "adapter", REST)
+    }
+    assert [name for name, _ in measured.parts] == [name for name in PARTS if name in dict(measured.parts)]
+    assert sum(size for _, size in measured.parts) <= measured.peak_bytes + 8 * 1024**2
+    assert measured.peak_bytes <= measured.total_bytes
+
+
+def test_what_lives_on_the_host_beside_a_card_is_told_apart_on_the_cpu(tiny_base) -> None:
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=RANK), 0)
+    engine, ledger = Engine(model), Ledger.begin(find_device())
+    before = dict(ledger.measure("attach", 0, model, engine).parts)
+    engine.switch_to(Techniques(LAYERS, streamed_layers=LAYERS, host_embedding=True))
+    after = dict(ledger.measure("attach", 0, model, engine).parts)
+    assert HOST not in before
+    assert "embedding" not in after
+    assert after[HOST] > before["embedding"]
+    assert after["base"] < before["base"] / 2
+
+
+def test_ties_and_views_count_once_and_in_blocks() -> None:
+    weight = torch.zeros(100)
+    assert storage_sizes([weight, weight[10:], weight.view(10, 10)]) == block_bytes(400) == 512
+
+
+def test_resident_memory_grows_with_what_is_held() -> None:
+    before, _ = resident_bytes()
+    with mmap.mmap(-1, 64 * 1024**2) as held:  # fresh pages: the heap may have some to give already
+        held.write(b"x" * len(held))
+        after, peak = resident_bytes()
+    assert after - before > 0.9 * 64 * 1024**2
+    assert peak >= after

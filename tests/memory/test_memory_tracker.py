@@ -1,0 +1,225 @@
+"""Live bytes, counted, against sums by hand: views, ties, deaths, sides, phases; the same on fake tensors."""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from made_models import LAYERS, adapted, base, batch, forward, one_pass, switched
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qtune.memory import memory_tracker
+from qtune.memory.memory_tracker import BLOCK_BYTES, LiveBytes, Peak, block_bytes, quantization_state, storage_sizes
+from qtune.memory.techniques import Techniques
+
+KIB = 256  # float32 elements of one KiB
+
+
+@pytest.fixture(params=["real", "fake"])
+def mode(request):
+    with FakeTensorMode() if request.param == "fake" else contextlib.nullcontext():
+        yield request.param
+
+
+def test_births_and_deaths(mode) -> None:
+    with LiveBytes() as counter:
+        a = torch.empty(4 * KIB)
+        b = a + 1
+        assert counter.held() == {"layer workspace": 8 * 1024}
+        del a
+        assert counter.held() == {"layer workspace": 4 * 1024}
+        del b
+        assert counter.held() == {}
+    assert counter.peaks["load"].device == {"layer workspace": 8 * 1024}
+
+
+def test_views_and_ties_count_once(mode) -> None:
+    with LiveBytes() as counter:
+        a = torch.empty(2, 2 * KIB)
+        views = [a.view(-1), a[1], a.t(), a.detach(), a.view(torch.uint8)]
+        counter.count([a, *views, torch.nn.Parameter(a)], "base")
+        assert counter.held() == {"base": 4 * 1024}
+        del a
+        assert counter.held() == {"base": 4 * 1024}
+        del views
+        gc.collect()
+        assert counter.held() == {}
+
+
+def test_sizes_are_whole_blocks(mode) -> None:
+    assert [block_bytes(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
+    with LiveBytes() as counter:
+        small = torch.empty(3)
+        odd = torch.empty(129)
+        assert counter.held() == {"layer workspace": BLOCK_BYTES + 2 * BLOCK_BYTES}
+    assert storage_sizes([small, odd, odd[1:], small.view(3, 1)]) == 3 * BLOCK_BYTES
+
+
+def test_in_place_work_takes_nothing(mode) -> None:
+    with LiveBytes() as counter:
+        a = torch.zeros(KIB)
+        a.add_(1).mul_(2)
+        a[3:] = 5
+        assert counter.held() == {"layer workspace": 1024}
+
+
+def test_what_was_there_before_counts_from_when_it_is_told_or_seen() -> None:
+    before = torch.zeros(KIB)
+    with LiveBytes() as counter:
+        assert counter.held() == {}
+        counter.count([before], "base")
+        assert counter.held() == {"base": 1024}
+        before.view(-1)
+        assert counter.held() == {"base": 1024}
+
+
+def test_marks_move_a_tensor_to_its_part_and_side(mode) -> None:
+    with LiveBytes() as counter:
+        a = torch.empty(KIB)
+        memory_tracker.mark([a], "checkpoints")
+        assert counter.held() == {"checkpoints": 1024}
+        memory_tracker.mark([a], "checkpoints", "host")
+        assert (counter.held(), counter.held("host")) == ({}, {"checkpoints": 1024})
+        memory_tracker.mark([a], "embedding", "host")
+        assert counter.held("host") == {"embedding": 1024}
+        del a
+        assert counter.held("host") == {}
+
+
+def test_without_a_counter_marks_do_nothing() -> None:
+    memory_tracker.mark([torch.zeros(3)], "base")
+    memory_tracker.enter_phase("loss")
+    memory_tracker.note_workspace("loss", 3)
+    assert not memory_tracker.stands_for_card()
+    with memory_tracker.part_of_new("loss"):
+        pass
+
+
+def test_parts_of_what_is_born_inside_can_be_nested(mode) -> None:
+    with LiveBytes() as counter:
+        kept = [torch.empty(KIB)]
+        with memory_tracker.part_of_new("loss"):
+            kept.append(torch.empty(KIB))
+            with memory_tracker.part_of_new("batch"):
+                kept.append(torch.empty(KIB))
+            kept.append(torch.empty(KIB))
+        kept.append(torch.empty(KIB))
+        assert counter.held() == {"layer workspace": 2048, "loss": 2048, "batch": 1024}
+
+
+def test_a_fault_inside_ends_the_part_and_the_counter() -> None:
+    with pytest.raises(RuntimeError, match="injected"), LiveBytes() as counter, memory_tracker.part_of_new("loss"):
+        raise RuntimeError("injected")
+    with LiveBytes() as another:
+        kept = torch.empty(KIB)
+    assert another.held() == {"layer workspace": kept.nbytes}
+    assert counter.held() == {}
+
+
+def test_a_phase_starts_from_what_is_held_and_peaks_where_it_was_highest(mode) -> None:
+    with LiveBytes() as counter:
+        a = torch.empty(2 * KIB)
+        counter.enter_phase("forward")
+        b = torch.empty(3 * KIB)
+        del b
+        memory_tracker.mark([a], "base")
+        counter.enter_phase("backward")
+        c = torch.empty(KIB)
+        counter.enter_phase("forward")  # again: the highest of both
+        d = torch.empty(KIB)
+        del c, d
+    assert counter.peaks["load"].device == {"layer workspace": 2048}
+    assert counter.peaks["forward"].device == {"layer workspace": 5 * 1024}
+    assert counter.peaks["backward"].device == {"base": 2048, "layer workspace": 1024}
+    assert counter.peaks["backward"].device_bytes == 3 * 1024
+
+
+def test_sides_have_peaks_of_their_own(mode) -> None:
+    with LiveBytes() as counter:
+        a = torch.empty(KIB)
+        memory_tracker.mark([a], "checkpoints", "host")
+        b = torch.empty(2 * KIB)
+        memory_tracker.mark([b], "checkpoints", "host")
+        del a, b
+        c = torch.empty(KIB)
+        del c
+    assert counter.peaks["load"] == Peak({"layer workspace": 2048}, {"checkpoints": 3 * 1024})
+
+
+def test_workspace_of_a_kernel_is_in_the_peak_and_gone(mode) -> None:
+    with LiveBytes() as counter:
+        kept = torch.empty(KIB)
+        memory_tracker.note_workspace("dequantised weights", 5000)
+        assert counter.held() == {"layer workspace": kept.nbytes}
+    assert counter.peaks["load"].device == {"layer workspace": 1024, "dequantised weights": 5000}
+
+
+def test_the_timeline_tells_each_change() -> None:
+    with LiveBytes(with_timeline=True) as counter:
+        a = torch.empty(KIB)
+        counter.enter_phase("forward")
+        b = torch.empty(KIB)
+    assert counter.timeline == [
+        ("load", {"layer workspace": 1024}),
+        ("forward", {"layer workspace": 1024}),
+        ("forward", {"layer workspace": a.nbytes + b.nbytes}),
+    ]
+
+
+def test_places_tell_who_made_the_largest() -> None:
+    with LiveBytes(with_places=True) as counter:
+        kept = torch.empty(KIB)
+    size, part, shape, dtype, place = counter.largest[0]
+    assert (size, part, shape, dtype) == (kept.nbytes, "layer workspace", (KIB,), "float32")
+    assert "test_live.py" in place
+
+
+def test_a_backward_pass_is_seen_and_leaves_the_gradients(mode) -> None:
+    with LiveBytes() as counter:
+        weight = torch.nn.Parameter(torch.ones(KIB))
+        (weight.exp() * 2).sum().backward()
+        counter.count([weight], "adapter")
+        counter.count([weight.grad], "gradients")
+        assert counter.held() == {"adapter": 1024, "gradients": 1024}
+
+
+def test_one_counter_at_a_time() -> None:
+    with LiveBytes(), pytest.raises(AssertionError), LiveBytes():
+        pass
+    with LiveBytes():
+        pass
+
+
+def test_what_a_fake_tensor_cannot_say_is_true_or_one() -> None:
+    with FakeTensorMode(), LiveBytes():
+        assert bool(torch.zeros(1, dtype=torch.bool))
+        assert torch.zeros(1, dtype=torch.long).item() == 1
+
+
+def test_scales_and_codes_are_found_at_every_depth() -> None:
+    for nf4, tensors in (("double", 5), ("single", 2)):
+        weight = base("llama", nf4=nf4).model.layers[0].self_attn.q_proj.weight
+        assert len(quantization_state([weight])) == tensors
+    assert quantization_state([torch.nn.Parameter(torch.zeros(3))]) == []
+
+
+def test_a_pass_of_a_model_ends_with_its_gradients_and_nothing_else() -> None:
+    model = adapted(base("llama", nf4="double"))
+    switched(model, Techniques(recomputed_layers=LAYERS, host_checkpoints=True, tile_tokens=16, head_groups=2))
+    one_pass(model, batch())
+    inputs = batch()
+    with LiveBytes() as counter:
+        everything = [*model.parameters(), *quantization_state(model.parameters()), *model.buffers()]
+        everything += [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        counter.count(everything, "base")
+        standing = sum(counter.held().values())
+        nats = forward(model.train(), inputs)
+        nats.backward()
+        del nats
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        counter.count(gradients, "gradients")
+        gc.collect()
+        held = counter.held()
+    assert held["gradients"] == storage_sizes(gradients)
+    rest = sum(held.values()) - held["gradients"] - standing
+    assert 0 <= rest <= 16 * 1024  # the index of the documents, which is kept for the next pack

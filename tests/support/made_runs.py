@@ -1,0 +1,78 @@
+"""Runs as training leaves them, made by hand: a base, an adapter with a random B that matters, and the lock."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from qtune import __version__
+from qtune.model import base, fingerprint
+from qtune.recipe.schema import Model
+from qtune.rundir import RunDir, write_json
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_run(
+    path: Path,
+    folder: Path,
+    lora: dict[str, Any] | None = None,
+    compute_dtype: str = "bfloat16",
+    strength: float = 0.05,
+    stop_token_ids: tuple[int, ...] = (1,),
+    **model_settings: Any,
+) -> RunDir:
+    """A run folder at `path` for the base in `folder`; B is normal with standard deviation `strength`."""
+    model = Model(base=str(folder), **model_settings)
+    loaded = base.load_base(model, "cpu", compute_dtype)
+    quantized = list(base.quantized_modules(loaded))
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **(lora or {})}
+    tuned = get_peft_model(loaded, LoraConfig(**settings))
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=strength)
+        if ".modules_to_save." in name:
+            parameter.data += strength * torch.randn_like(parameter)
+        if ".lora_magnitude_vector." in name:
+            parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
+    run = RunDir.create(path, "", {})
+    tuned.save_pretrained(run.adapter, save_embedding_layers=False)
+    write_json(
+        run.lock,
+        {
+            "base": {
+                "name": model.base,
+                "folder": str(folder),
+                "sha256": fingerprint.fingerprint(folder),
+                "glance_sha256": fingerprint.glance(folder),
+            },
+            "model": model.model_dump(mode="json"),
+            "recipe": {"model": model.model_dump(mode="json")},
+            "quantized_modules": quantized,
+            "quantization": (
+                {"type": "nf4", "double": model.double_quantization, "blocksize": 64, "quant_storage": "uint8"}
+                if quantized
+                else None
+            ),
+            "device": "cpu",
+            "compute_dtype": compute_dtype,
+            "data_sha256": "0" * 64,
+            "stop_token_ids": list(stop_token_ids),
+            "versions": {"qtune": __version__},
+        },
+    )
+    return run
+
+
+def token_rows(vocabulary: int = 262, rows: int = 6, tokens: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(6, vocabulary, (tokens,), generator=generator).tolist() for _ in range(rows)]
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

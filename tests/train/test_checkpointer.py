@@ -1,0 +1,283 @@
+"""Checkpoints of real runs: when they are written, what is in them, which stay, and that going on from one is exact."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stopped_runs import (
+    ADAPTER,
+    STEPS,
+    assert_same,
+    before_step,
+    checkpoints,
+    copy,
+    plans_made_once,
+    qtune,
+    send,
+    told,
+    write_recipe,
+)
+
+from qtune import atomic_files
+from qtune.errors import RunFolderError
+from qtune.events import CheckpointSaved, Evaluated, Finished, Notice, Resumed, StepDone
+from qtune.train.callbacks import Reporter
+from qtune.train.checkpointer import Point
+from qtune.train.trainer import MeteredTrainer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_plans():
+    with plans_made_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_base, tmp_path_factory) -> Path:
+    """A run that was left alone, with a checkpoint after each of its steps and two steps to a log line."""
+    folder = tmp_path_factory.mktemp("alone")
+    recipe = write_recipe(folder, tiny_base, save={"every": 1, "keep": 100}, train={**TRAIN, "log_every": 2})
+    assert qtune("run", recipe, "--output", folder / "run") == 0
+    return folder / "run"
+
+
+TRAIN = {"optimizer": "paged_adamw_8bit"}
+
+
+def test_a_checkpoint_is_what_its_docstring_lists(alone: Path) -> None:
+    folder = alone / "checkpoints" / "step-00000004"
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "optimizer.safetensors",
+        "random.safetensors",
+        "state.json",
+        "lock.json",
+        "SHA256SUMS",
+    }
+    assert atomic_files.what_is_broken(folder) is None
+
+
+def test_a_run_folder_holds_nothing_that_has_to_be_unpickled(alone: Path) -> None:
+    names = [path.name for path in alone.rglob("*") if path.is_file()]
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert not [name for name in names if "training_args" in name or "trainer_state" in name]
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, STEPS])
+def test_going_on_is_exact_from_anywhere(alone: Path, tmp_path: Path, step: int) -> None:
+    """At 0 there is no checkpoint yet, 3 is inside a log window and an epoch, 4 ends both, and 8 is the last."""
+    run = copy(alone, tmp_path / "run", up_to=step)
+    assert qtune("resume", run) == 0
+    assert_same(run, alone)
+    resumed = told(run, Resumed)[-1]
+    assert resumed.step == step
+    assert ("begins again" in resumed.text) == (step == 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "packing", "dropout"),
+    [
+        ({"quantization": "none"}, "adamw", True, 0.2),
+        ({"quantization": "nf4"}, "adamw_8bit", True, 0.0),
+    ],
+)
+def test_going_on_is_exact_for_other_ways_to_train(tiny_base, tmp_path, model, optimizer, packing, dropout) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        tiny_base,
+        model={"base": str(tiny_base), **model},
+        lora={"dropout": dropout},
+        data={"packing": packing, "max_tokens": 64},
+        train={"optimizer": optimizer, "gradient_accumulation": 3},
+        save={"every": 1, "keep": 100},
+    )
+    assert qtune("run", recipe, "--output", tmp_path / "alone") == 0
+    half = len(checkpoints(tmp_path / "alone")) // 2
+    run = copy(tmp_path / "alone", tmp_path / "run", up_to=half - 1)
+    assert qtune("resume", run) == 0
+    assert_same(run, tmp_path / "alone")
+
+
+def test_checkpoints_come_at_their_interval_at_the_best_loss_and_at_the_end(tiny_base, tmp_path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, save={"every": 3, "keep": 1}, train={"eval_every": 5})
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    run = tmp_path / "run"
+    best = [event.step for event in told(run, Evaluated) if event.is_best]
+    assert [event.step for event in told(run, CheckpointSaved)] == sorted({3, 6, STEPS, *best})
+    assert checkpoints(run) == sorted({best[-1], STEPS})
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_best_is_kept_however_old_it_is(tiny_base, tmp_path) -> None:
+    """The first evaluation is the best one, as a rate this high only spoils what there is."""
+    recipe = write_recipe(tmp_path, tiny_base, save={"every": 1, "keep": 1}, train={"eval_every": 1})
+    after = iter([1.0, 0.5, *[2.0] * STEPS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qtune.run.held_out_loss", lambda *args: next(after))
+        with before_step(5, send(signal.SIGTERM)):
+            assert qtune("run", recipe, "--output", tmp_path / "run") == 143
+        first = checkpoints(tmp_path / "run")
+        assert qtune("resume", tmp_path / "run") == 0
+    best = [event.step for event in told(tmp_path / "run", Evaluated) if event.is_best][-1]
+    assert best < 4
+    assert first == [best, 5]
+    assert checkpoints(tmp_path / "run") == [best, STEPS]
+
+
+def test_a_checkpoint_can_be_asked_for(tiny_base, tmp_path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, save={"every": "1h"}, data={"held_out_fraction": 0.0})
+    run = tmp_path / "run"
+    with before_step(3, lambda: (run / "CHECKPOINT").touch()):
+        assert qtune("run", recipe, "--output", run) == 0
+    assert [event.step for event in told(run, CheckpointSaved)] == [3, told(run, Finished)[0].steps]
+    assert not (run / "CHECKPOINT").exists()
+
+
+def test_an_interval_may_be_a_time(tiny_base, tmp_path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, save={"every": "0.001s", "keep": 100}, data={"held_out_fraction": 0.0})
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    assert checkpoints(tmp_path / "run") == list(range(1, told(tmp_path / "run", Finished)[0].steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "steps"),
+    [
+        ((signal.SIGTERM,), 143, 4),
+        ((signal.SIGINT,), 130, 4),
+        ((signal.SIGTERM, signal.SIGTERM), 143, 2),
+        ((signal.SIGTERM, signal.SIGINT), 130, 2),
+    ],
+)
+def test_a_signal_saves_and_a_second_one_does_not_wait(alone, tmp_path, numbers, code, steps) -> None:
+    """The step goes on to its end and is saved; at once is without it, and the run goes on exactly either way."""
+    run = copy(alone, tmp_path / "run", up_to=2)
+    with before_step(4 if len(numbers) == 1 else 3, send(*numbers)):
+        assert qtune("resume", run) == code
+    assert checkpoints(run)[-1] == steps
+    assert all(atomic_files.what_is_broken(path) is None for path in (run / "checkpoints").iterdir())
+    assert (run / ADAPTER).read_bytes() == (alone / "checkpoints" / f"step-{steps:08}" / ADAPTER).read_bytes()
+    assert qtune("resume", run) == 0
+    assert_same(run, alone)
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_a_step_that_is_dropped_leaves_the_one_before_it(alone, tmp_path, step: int) -> None:
+    """A second Ctrl-C kept no checkpoint of the last whole step, so all since the one before were done again.
+
+    Step 4 follows one that was saved, 5 begins an epoch, 6 is inside a log window.
+    """
+    run = copy(alone, tmp_path / "run", up_to=2)
+    compute, passes = MeteredTrainer.compute_loss, []
+
+    def compute_and_send(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            passes.append(step)
+            send(*[signal.SIGINT] * (2 if len(passes) == 2 else 0))()
+        return compute(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeteredTrainer, "compute_loss", compute_and_send)
+        assert qtune("resume", run, "--set", "save.every=100", "--allow-change", "save.every") == 130
+    assert len(passes) == 2
+    assert checkpoints(run)[-1] == step - 1
+    assert told(run, Finished)[-1].steps == step - 1
+    assert (run / ADAPTER).read_bytes() == (alone / "checkpoints" / f"step-{step - 1:08}" / ADAPTER).read_bytes()
+    assert qtune("resume", run) == 0
+    assert_same(run, alone)
+
+
+def test_a_held_out_loss_that_is_dropped_leaves_its_step(alone, tmp_path) -> None:
+    run = copy(alone, tmp_path / "run", up_to=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "evaluate", lambda *args: send(signal.SIGINT, signal.SIGINT)())
+        assert qtune("resume", run, "--set", "save.every=100", "--allow-change", "save.every") == 130
+    assert checkpoints(run)[-1] == 3
+    assert qtune("resume", run) == 0
+    assert (run / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()
+    assert [done.loss for done in told(run, StepDone)] == [done.loss for done in told(alone, StepDone)]
+
+
+@pytest.mark.parametrize(("step", "is_told"), [(1, True), (2, False)])
+def test_a_checkpoint_whose_warm_up_began_at_nought_is_taken_and_says_so(
+    alone, tmp_path, step: int, is_told: bool
+) -> None:
+    run = copy(alone, tmp_path / "run", up_to=step)
+    path = run / "checkpoints" / f"step-{step:08}"
+    (path / "state.json").write_text(json.dumps({**json.loads((path / "state.json").read_text()), "format": 2}))
+    atomic_files.seal(path)
+    assert qtune("resume", run, "--set", "train.warmup_fraction=0.2", "--allow-change", "train.warmup_fraction") == 0
+    assert ("began at nought" in told(run, Resumed)[-1].text) == is_told
+
+
+def poisoned(what: str, step: int):
+    """The loss, or its gradient alone, is no number in `step`."""
+    compute = MeteredTrainer.compute_loss
+
+    def compute_poisoned(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if self.state.global_step != step - 1:
+            return loss
+        if what == "gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss
+        return loss * float("nan")
+
+    return compute_poisoned
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_no_number_is_not_taken(alone, tmp_path, capsys, what: str) -> None:
+    run = copy(alone, tmp_path / "run", up_to=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeteredTrainer, "compute_loss", poisoned(what, 5))
+        assert qtune("resume", run) == 1
+    said = capsys.readouterr().err
+    assert f"Step 5: the {what} is not a finite number, so the step was not taken. It was made of rows.jsonl:" in said
+    assert "train.learning_rate is 0.003" in said
+    assert said.count("\n") == 1
+    assert checkpoints(run)[-1] == 4
+    assert (run / ADAPTER).read_bytes() == (alone / "checkpoints" / "step-00000004" / ADAPTER).read_bytes()
+    assert all(torch.isfinite(weight).all() for weight in load_file(run / ADAPTER).values())
+    assert qtune("resume", run) == 0
+    assert_same(run, alone)
+
+
+def test_a_loss_that_rises_is_said_once_however_often_the_run_is_stopped(alone, tmp_path) -> None:
+    run = copy(alone, tmp_path / "run", up_to=2)
+    compute = MeteredTrainer.compute_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MeteredTrainer, "compute_loss", lambda self, *args, **kwargs: 5 * compute(self, *args, **kwargs))
+        with before_step(5, send(signal.SIGTERM)):
+            assert qtune("resume", run) == 143
+        assert qtune("resume", run) == 0
+    notices = [event.text for event in told(run, Notice) if "times that of the first step" in event.text]
+    assert len(notices) == 1
+    assert notices[0].startswith("The loss at step 4 is ")
+    assert max(step.loss for step in told(run, StepDone)) > 3 * told(run, StepDone)[0].loss
+
+
+@pytest.mark.parametrize("size", [40, 3_000, 60_000])
+def test_a_full_disk_ends_the_run_in_one_sentence(alone, tmp_path, capsys, file_size_limit, size: int) -> None:
+    """safetensors' own error for it was not known, and ended in a traceback."""
+    run = copy(alone, tmp_path / "run", up_to=2)
+    with before_step(4, lambda: file_size_limit(size)):
+        assert qtune("resume", run) == 1
+    file_size_limit(-1)
+    said = capsys.readouterr().err
+    assert "cannot be written, the disk is full. Free some space and go on with `qtune resume`." in said
+    assert said.count("\n") == 1
+    assert checkpoints(run)[-1] == 3
+    assert qtune("resume", run) == 0
+    assert_same(run, alone)
+
+
+def test_a_checkpoint_of_another_version_is_not_guessed_at(alone, tmp_path) -> None:
+    path = copy(alone, tmp_path / "run") / "checkpoints" / "step-00000008"
+    values = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**values, "format": 99}))
+    with pytest.raises(RunFolderError, match="was written by another version of qtune"):
+        Point.read(path)
