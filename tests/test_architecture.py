@@ -18,6 +18,7 @@ ROOMS = [
     "units",
     "events",
     "subprocess_limits",
+    "registry",
     "logs",
     "gpu_models",
     "hardware",
