@@ -1,7 +1,7 @@
 """Everything that is wrong with the rows of a recipe, in one pass and in bounded memory.
 
 Rows go by in batches: read, understood, looked at, tokenised, and forgotten. What stays of a row is its length, its
-place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops at a bad row; judging is for `verdict`.
+place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops at a bad row; `thresholds` judges.
 """
 
 import contextlib

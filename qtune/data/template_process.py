@@ -1,7 +1,7 @@
 """Chat templates rendered in a process of their own, with a limit on its time and one on its memory.
 
 A template comes with a base and is a program: it may loop for ever or write until the memory is full. So it never runs
-in the process that holds the model. What runs it is `renderer_child`, started with the first conversation; one that
+in the process that holds the model. What runs it is `template_worker`, started with the first conversation; one that
 runs away is killed, its conversation is told apart, and the next one starts another child.
 """
 
@@ -137,7 +137,7 @@ def _batches(asked: Sequence[Asked]) -> Iterator[list[str]]:
 
 
 class Child:
-    """A running `renderer_child`, killed when nobody holds this any more; it ends by itself where we were killed."""
+    """A running `template_worker`, killed when nobody holds this any more; it ends by itself where we were killed."""
 
     def __init__(self, settings: str):
         self._process = subprocess.Popen(

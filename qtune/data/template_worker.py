@@ -1,4 +1,4 @@
-"""The program that renders chat templates, in a process of its own that `renderer` starts, watches and ends.
+"""The program that renders chat templates, in a process of its own that `template_process` starts, watches and ends.
 
 A template is a program by whoever published the base. Here it has jinja2's sandbox, the processor time and the memory
 that it was given, and nothing of the process that trains: no environment, no secrets, no file it could write to.
@@ -8,7 +8,7 @@ conversations, read whole before the first answer is written, as both sides woul
 conversation is answered by a line of its own, {"text": ...} or {"fault": ...}. Too much time ends the process by
 SIGPROF, too much memory by exit status OUT_OF_MEMORY.
 
-Of qtune it imports `limits` alone. Its arguments are the folders in which to look for that and for jinja2.
+Of qtune it imports `subprocess_limits` alone. Its arguments are the folders in which to look for that and for jinja2.
 """
 
 import functools

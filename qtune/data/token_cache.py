@@ -1,6 +1,6 @@
 """Tokenised rows kept between runs, each entry under a key of all it follows from (`cache_key`).
 
-They stand under "tokens" in the machine's `caches`. An entry is a folder of safetensors files and one JSON file with
+They stand under "tokens" in the machine's `cache_dir`. An entry is a folder of safetensors files and one JSON file with
 the SHA-256 of each. It is written beside its place, then renamed, and read only where every sum is right: a broken one
 is removed, and its rows are made again. A cache that cannot be written is not an error.
 """
