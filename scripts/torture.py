@@ -126,7 +126,9 @@ def prepare_imports() -> None:
         "HF_HUB_OFFLINE": "1",
         "QTUNE_CACHE": "off",
     }
-    sys.path[:0] = [str(REPOSITORY / folder) for folder in ("", "scripts", "tests", "tests/recipe", "tests/train")]
+    sys.path[:0] = [
+        str(REPOSITORY / folder) for folder in ("", "scripts", "tests", "tests/support", "tests/recipe", "tests/memory")
+    ]
 
 
 def asked_cases(texts: Sequence[str], lanes: Sequence[str]) -> Mapping[str, int]:

@@ -23,7 +23,7 @@ from qtune.errors import MachineError, ModelError, how_to_install
 EXTRA = "llama_cpp"
 HOW_TO_GET_IT = how_to_install("verify")
 HOW_TO_BUILD_IT = "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-cache-dir llama-cpp-python"
-CHILD = Path(__file__).with_name("gguf_child.py")
+CHILD = Path(__file__).with_name("llama_cpp_worker.py")
 
 
 def is_installed() -> bool:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from test_out_of_memory import (
+from test_oom_recovery import (
     BATCHES,
     PLACES,
     SPELLINGS,

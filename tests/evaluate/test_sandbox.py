@@ -225,7 +225,9 @@ def test_long_tests_reach_an_answer_that_never_reads_them() -> None:
 
 def test_a_child_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "OUR_FOLDER", "/nowhere")
-    with pytest.raises(MachineError, match=r"The process that runs answers does not start\. It is .*sandbox_child\.py"):
+    with pytest.raises(
+        MachineError, match=r"The process that runs answers does not start\. It is .*sandbox_worker\.py"
+    ):
         sandbox.run(DOUBLE, TESTS)
 
 

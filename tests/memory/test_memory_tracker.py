@@ -171,7 +171,7 @@ def test_places_tell_who_made_the_largest() -> None:
         kept = torch.empty(KIB)
     size, part, shape, dtype, place = counter.largest[0]
     assert (size, part, shape, dtype) == (kept.nbytes, "layer workspace", (KIB,), "float32")
-    assert "test_live.py" in place
+    assert "test_memory_tracker.py" in place
 
 
 def test_a_backward_pass_is_seen_and_leaves_the_gradients(mode) -> None:

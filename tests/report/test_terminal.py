@@ -51,7 +51,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         self.resize(columns, lines)
         known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
-        made_events = Path(__file__).with_name("made_events.py")
+        made_events = Path(__file__).parent.parent / "support/made_events.py"
         self.process = subprocess.Popen(
             [sys.executable, "-c", RUN, str(made_events), how],
             stdin=slave,
