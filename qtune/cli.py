@@ -401,13 +401,10 @@ def _between(least: float, most: float, text: str) -> float:
 
 
 def _metric(text: str) -> str:
-    from typing import get_args
+    from qtune.evaluate.metrics import METRICS
 
-    from qtune.recipe.schema import Metric
-
-    known = [name for name in get_args(Metric) if name != "none"]
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}, and is {text}")
+    if text not in METRICS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(METRICS)}, and is {text}")
     return text
 
 
@@ -639,7 +636,7 @@ def check_data(options: argparse.Namespace) -> int:
         from qtune.audit.audit import audit
         from qtune.audit.run_refusals import refusals
         from qtune.audit.thresholds import judge
-        from qtune.evaluate.metrics import fault_asked
+        from qtune.evaluate.held_out import fault_asked
         from qtune.model.tokenizer import load_tokenizer
         from qtune.recipe.paths import GENERAL_WORDS
         from qtune.report import length_histogram

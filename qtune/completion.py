@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 import argcomplete
 from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
+from qtune.evaluate.metrics import METRICS
 from qtune.recipe import shipped_recipes
 from qtune.recipe.error_messages import settings
-from qtune.recipe.schema import Metric
 from qtune.rundir import RUNS, runs_in
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -78,7 +78,7 @@ def _values_of(annotation: Any) -> list[str]:
 
 
 def _metrics(**_: Any) -> Offered:
-    return [name for name in get_args(Metric) if name != "none"]
+    return list(METRICS)
 
 
 def _names(completer: Callable[..., Any], prefix: str) -> list[str]:

@@ -14,10 +14,9 @@ from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
 from qtune.data.scan import Tell
 from qtune.errors import DataError, QtuneError, UserError
-from qtune.evaluate.before_after import Score, compare, score, scored_examples
+from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.benchmarks import Benchmarks
-from qtune.evaluate.held_out import HeldOut
-from qtune.evaluate.metrics import refuse_unscorable
+from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.gguf.score import score_file
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
 from qtune.model.open_model import Merged, Opened
@@ -65,7 +64,7 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
         held_out = _held_out(run, recipe, tokenizer, lock, doing)
     else:
         held_out, about = _own_rows(asked.data, asked.rows, recipe, tokenizer, lock, doing)
-    refuse_unscorable(wanted.metric, scored_examples(held_out, wanted))
+    refuse_unscorable(scored_examples(held_out, wanted), wanted)
     pieces = pieces_to_begin_with(lock.get("packing_probe", {}).get("leaks", False))
     before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces), doing)
     others = []

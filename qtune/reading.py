@@ -6,8 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.scan import Tell
-from qtune.evaluate.held_out import HeldOut, scored_examples
-from qtune.evaluate.metrics import refuse_unscorable
+from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Recipe
 
@@ -26,5 +25,5 @@ def read(recipe: Recipe, tell: Tell) -> Read:
     tokenizer = load_tokenizer(recipe.model)
     prepared = prepare(recipe, tokenizer, tell)
     held_out = HeldOut.of(prepared, recipe, tokenizer)
-    refuse_unscorable(recipe.evaluate.metric, scored_examples(held_out, recipe.evaluate))
+    refuse_unscorable(scored_examples(held_out, recipe.evaluate), recipe.evaluate)
     return Read(tokenizer, prepared, held_out)

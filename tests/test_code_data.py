@@ -13,7 +13,7 @@ from qtune.data.formats import Conversation, read, recognise
 from qtune.data.sources import Row
 from qtune.data.tokenize import Example
 from qtune.evaluate import sandbox
-from qtune.evaluate.code_tests import fault_of
+from qtune.evaluate.metrics.code_tests import fault_of
 from qtune.recipe.load import load
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qtune.cli import build_parser
-from qtune.evaluate.metric_labels import LABELS
+from qtune.evaluate.metrics import METRICS
 from qtune.recipe import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +156,7 @@ def test_all_settings_are_on_their_page_as_the_schema_has_them() -> None:
 def test_all_metrics_are_told_of_by_their_names() -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.M)) == {
-        key: name for key, (name, _) in LABELS.items()
+        name: metric.label.name for name, metric in METRICS.items()
     }
 
 

@@ -18,7 +18,7 @@ from qtune.audit import issue_types
 from qtune.audit.issues import Groups
 from qtune.audit.length_stats import SHOWN_LONGEST, LongRow, TokenCounts, as_numbers, bars_of
 from qtune.audit.near_duplicates import Likeness
-from qtune.audit.row_checks import FaultOf, Seen, Taken, look_at, see_batch
+from qtune.audit.row_checks import Seen, Taken, look_at, see_batch
 from qtune.audit.row_locations import parted
 from qtune.data import encodings, formats
 from qtune.data.chat_template import ChatTemplate
@@ -34,6 +34,7 @@ from qtune.data.tokenize import Encoder, batches_of, characters_of
 from qtune.data.unused_columns import Unused, unused_of
 from qtune.data.worker_pool import spread
 from qtune.errors import DataError
+from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 from qtune.units import format_percent
 

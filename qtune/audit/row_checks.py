@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qtune.audit import secrets
@@ -15,10 +15,10 @@ from qtune.data.chunking import Cut, fitted
 from qtune.data.formats import Conversation, Document
 from qtune.data.sources import Dropped
 from qtune.data.tokenize import Encoder, Example, tokenize
+from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 
 SHOWN_ROLES = 6
-FaultOf = Callable[[Example], str | None]  # why an answer to a row could not be scored
 NOT_ASKED, ASKED, NOT_SCORABLE = range(3)
 HIDDEN = "not shown, as the row seems to hold secrets or personal data"
 

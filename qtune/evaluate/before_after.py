@@ -14,8 +14,7 @@ from qtune.evaluate.bootstrap import interval, paired_interval
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.held_out_loss import held_out_loss
-from qtune.evaluate.metric import mean_parts
-from qtune.evaluate.metrics import METRICS
+from qtune.evaluate.metrics import METRICS, mean_parts
 from qtune.events import Scored
 from qtune.memory.oom_recovery import Recovery
 from qtune.recipe.schema import Evaluate
@@ -101,8 +100,8 @@ def marked(
     seconds: float,
 ) -> Score:
     """The score of answers to `asked`, by the metric of that name."""
-    give_marks = METRICS.get(metric)
-    marks = [give_marks(a, e) for a, e in zip(answers, asked, strict=True)] if give_marks else []
+    chosen = METRICS.get(metric)
+    marks = [chosen.marks(a, e) for a, e in zip(answers, asked, strict=True)] if chosen else []
     scores = tuple(mark.score for mark in marks)
     return Score(who, loss, tuple(answers), scores, seconds, mean_parts(marks), general)
 

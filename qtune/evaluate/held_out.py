@@ -1,4 +1,7 @@
-"""What both models are asked, and which rows are answered. It loads no model, so that rows are read without one."""
+"""What both models are asked, which rows are answered, and which could not be scored.
+
+It loads no model, so that rows are read without one.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -9,8 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepared import Prepared
 from qtune.data.tokenize import Example
+from qtune.errors import DataError
 from qtune.evaluate.forgetting import general_packs
+from qtune.evaluate.metrics import METRICS, FaultOf
 from qtune.recipe.schema import Evaluate, Recipe
+
+SHOWN_ROWS = 3  # of those that cannot be scored; they mostly have one fault in common
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,24 @@ def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:
     if wanted.metric == "none":
         return []
     return list(itertools.islice((example for example in held_out.examples if example.prompt_ids), wanted.rows))
+
+
+def fault_asked(wanted: Evaluate) -> FaultOf | None:
+    """Why an answer to a row could not be scored, for a metric that wants more of it than a reference; None for others,
+    and where no row is scored."""
+    metric = METRICS.get(wanted.metric)
+    return metric.fault_of if metric and wanted.rows else None
+
+
+def refuse_unscorable(asked: Sequence[Example], wanted: Evaluate) -> None:
+    """Raises DataError with the first of the rows whose answers the metric could not score, and why not.
+
+    Asked before anything is trained: a check that cannot be read would otherwise be found hours later.
+    """
+    fault_of = fault_asked(wanted)
+    faulty = [(row.place, fault) for row in asked if fault_of and (fault := fault_of(row)) is not None]
+    if not faulty:
+        return
+    named = [f"{place}: {fault}." for place, fault in faulty[:SHOWN_ROWS]]
+    count = f"{len(faulty):,} of {len(asked):,} held-out rows" if len(faulty) > 1 else "This row"
+    raise DataError("\n".join([*named, f'{count} cannot be scored by evaluate.metric = "{wanted.metric}".']))

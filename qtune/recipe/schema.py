@@ -1,11 +1,12 @@
 """What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from qtune.evaluate.metrics import METRICS
 from qtune.units import parse_bytes, parse_seconds
 
 
@@ -53,7 +54,10 @@ def _steps_or_duration(value: Any) -> Any:
 MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
 NonEmpty = Annotated[str, Field(min_length=1)]
 DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
-Metric = Literal["none", "exact_match", "token_f1", "abstention", "policy", "code_tests", "style"]
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal["none", *METRICS]
 
 
 class Model(Table):
@@ -279,11 +283,11 @@ class Save(Table):
 class Evaluate(Table):
     """The score before and after."""
 
-    metric: Metric = Field(
+    metric: MetricName = Field(
         "token_f1",
-        description="How an answer is scored 0-1; exact_match for labels, token_f1 for sentences, abstention where it"
-        ' may rightly be "I do not know", policy for replies held against columns.check, code_tests for Python that is'
-        " run against the tests in columns.check, style for rewriting.",
+        description="How an answer is scored 0-1; "
+        + ", ".join(f"{metric.name} {metric.use}" for metric in METRICS.values())
+        + ".",
     )
     rows: int = Field(
         100, ge=0, le=MAX_COUNT, description="Held-out rows that are answered and scored; 0 leaves the score out."
@@ -344,7 +348,7 @@ class DemoTrain(Table):
 class DemoEvaluate(Table):
     """What --demo puts in [evaluate]: a metric that suits the demo rows."""
 
-    metric: Metric = Field(description="How a demo answer is scored.", examples=["token_f1"])
+    metric: MetricName = Field(description="How a demo answer is scored.", examples=["token_f1"])
     rows: int = Field(100, ge=0, le=MAX_COUNT, description="Held-out demo rows that are answered and scored.")
     max_new_tokens: int = Field(16, ge=1, le=8192, description="Longest demo answer in tokens.")
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.errors import UserError
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.report import memory_bar, run_record, serving_snippets, tables
 from qtune.report.run_record import Record
 from qtune.report.wording import format_loss, one_line

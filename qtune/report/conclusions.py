@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.report.run_record import Record
 from qtune.report.wording import format_loss, format_score
 from qtune.units import counted

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qtune import __version__
 from qtune.errors import UserError
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.report import memory_bar, run_charts, run_record, sample_answers, serving_snippets, summary, tables
 from qtune.report.compare_runs import Comparison
 from qtune.report.conclusions import verdict

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.report import conclusions, markdown, memory_bar, run_record, serving_snippets, summary, tables
 from qtune.report.run_record import Record
 from qtune.rundir import RunDir, write_text

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from qtune.errors import RunFolderError
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.report.tables import ARROW
 from qtune.report.wording import format_loss, format_score, one_line
 from qtune.rundir import RunDir, bytes_below, read_json, runs_in

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qtune.data.unused_columns import Unused, unused_line, unused_sentence
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.events import MemoryMeasured
 from qtune.report import memory_bar, run_record, sample_answers
 from qtune.report.conclusions import lines as verdict_lines

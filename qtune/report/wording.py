@@ -4,7 +4,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 
-from qtune.evaluate.metric_labels import label
+from qtune.evaluate.metrics import label
 from qtune.events import (
     CheckpointSaved,
     Evaluated,

@@ -15,8 +15,7 @@ from qtune.audit.run_refusals import refusals
 from qtune.audit.thresholds import Checked, judge
 from qtune.data.prepare import prepare
 from qtune.errors import DataError, ModelError
-from qtune.evaluate.before_after import HeldOut, scored_examples
-from qtune.evaluate.metrics import fault_asked, refuse_unscorable
+from qtune.evaluate.held_out import HeldOut, fault_asked, refuse_unscorable, scored_examples
 from qtune.recipe.schema import Data, Evaluate, Model, Recipe, Train
 from qtune.report.tables import data_warnings
 
@@ -44,7 +43,7 @@ def run_says(recipe: Recipe) -> tuple[str, list[str]]:
     try:
         prepared = prepare(recipe, TOKENIZER)
         held_out = HeldOut.of(prepared, recipe, TOKENIZER)
-        refuse_unscorable(recipe.evaluate.metric, scored_examples(held_out, recipe.evaluate))
+        refuse_unscorable(scored_examples(held_out, recipe.evaluate), recipe.evaluate)
     except (DataError, ModelError) as fault:
         return str(fault), []
     return "", data_warnings(dataclasses.asdict(prepared.report))

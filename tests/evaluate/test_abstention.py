@@ -3,8 +3,8 @@
 import pytest
 
 from qtune.data.tokenize import Example
-from qtune.evaluate.abstention import abstains, abstention
-from qtune.evaluate.metric import Marks, mean_parts
+from qtune.evaluate.metrics import Marks, mean_parts
+from qtune.evaluate.metrics.abstention import abstains, abstention
 
 RIGHT, ABSTAINED = {"answered right": 1.0, "abstained wrongly": 0.0}, {"answered right": 0.0, "abstained wrongly": 1.0}
 

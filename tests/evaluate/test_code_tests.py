@@ -6,9 +6,10 @@ import pytest
 
 from qtune.data.tokenize import Example
 from qtune.errors import DataError
-from qtune.evaluate.code_tests import code_of, code_tests, fault_of
-from qtune.evaluate.metric import Marks
-from qtune.evaluate.metrics import METRICS, refuse_unscorable
+from qtune.evaluate.held_out import refuse_unscorable
+from qtune.evaluate.metrics import METRICS, Marks
+from qtune.evaluate.metrics.code_tests import code_of, code_tests, fault_of
+from qtune.recipe.schema import Evaluate
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="answers are run on Linux only")
 
@@ -46,7 +47,7 @@ def test_the_code_of_an_answer(answer: str, code: str) -> None:
 )
 def test_it_parses_and_passes_all_of_its_tests(answer: str, parses: float, passes: float) -> None:
     row = asked("assert double(4) == 8\nassert double(5) == 10")
-    assert METRICS["code_tests"](answer, row) == Marks(passes, {"parses": parses, "passes": passes})
+    assert METRICS["code_tests"].marks(answer, row) == Marks(passes, {"parses": parses, "passes": passes})
 
 
 def test_tests_without_asserts_are_those_of_the_row() -> None:
@@ -72,7 +73,7 @@ def test_a_row_that_cannot_be_scored_says_why(check: str, fault: str | None) -> 
 def test_such_rows_are_refused_by_place() -> None:
     rows = [asked("assert True"), asked("", "rows.jsonl:2"), asked("(", "rows.jsonl:3")]
     with pytest.raises(DataError) as caught:
-        refuse_unscorable("code_tests", rows)
+        refuse_unscorable(rows, Evaluate(metric="code_tests"))
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("rows.jsonl:2: has no tests; ")
     assert lines[1].startswith("rows.jsonl:3: has tests that are not Python (")

@@ -1,12 +1,16 @@
 """Scores a person can check."""
 
+import dataclasses
+
 import pytest
 
 from qtune.data.tokenize import Example
 from qtune.errors import DataError
-from qtune.evaluate import metrics
-from qtune.evaluate.metric import Marks, mean_parts
-from qtune.evaluate.metrics import exact_match, refuse_unscorable, token_f1
+from qtune.evaluate.held_out import refuse_unscorable
+from qtune.evaluate.metrics import METRICS, Label, Marks, label, mean_parts
+from qtune.evaluate.metrics.exact_match import exact_match
+from qtune.evaluate.metrics.token_f1 import token_f1
+from qtune.recipe.schema import Evaluate
 
 
 def asked(reference: str) -> Example:
@@ -37,12 +41,25 @@ def test_a_part_is_averaged_over_the_answers_that_have_it() -> None:
 
 
 def test_rows_that_cannot_be_scored_are_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(metrics.FAULTS, "exact_match", lambda row: None if row.answer == "good" else "has no tests")
-    refuse_unscorable("exact_match", [asked("good")] * 3)
-    refuse_unscorable("token_f1", [asked("bad")])
+    picky = dataclasses.replace(
+        METRICS["exact_match"], fault_of=lambda row: None if row.answer == "good" else "has no tests"
+    )
+    monkeypatch.setitem(METRICS, "exact_match", picky)
+    wanted = Evaluate(metric="exact_match")
+    refuse_unscorable([asked("good")] * 3, wanted)
+    refuse_unscorable([asked("bad")], Evaluate(metric="token_f1"))
+    refuse_unscorable([asked("bad")], Evaluate(metric="none"))
     with pytest.raises(DataError) as refused:
-        refuse_unscorable("exact_match", [asked("good"), *[asked("bad")] * 5])
+        refuse_unscorable([asked("good"), *[asked("bad")] * 5], wanted)
     assert str(refused.value).splitlines() == [
         *["rows.jsonl:1: has no tests."] * 3,
         '5 of 6 held-out rows cannot be scored by evaluate.metric = "exact_match".',
     ]
+
+
+def test_every_metric_is_called_by_what_it_means() -> None:
+    """`abstention 0.898` read as if it abstained nine times in ten."""
+    assert all(metric.label.name not in METRICS and metric.label.means for metric in METRICS.values())
+    assert str(label("abstention")) == "right answers (right, or rightly abstained)"
+    assert label("of another version") == Label("of another version")
+    assert str(label("of another version")) == "of another version"

@@ -7,8 +7,9 @@ import pytest
 
 from qtune.data.tokenize import Example
 from qtune.errors import DataError
-from qtune.evaluate.metrics import refuse_unscorable
-from qtune.evaluate.policy import fault_of, policy
+from qtune.evaluate.held_out import refuse_unscorable
+from qtune.evaluate.metrics.policy import fault_of, policy
+from qtune.recipe.schema import Evaluate
 
 REPLY = "Thank you for writing about order 417.\nWe refund within 30 days.\nNext step: send the parcel back."
 CHECK = {"policy": ["refund", "money back"], "must": ["order 417", "Next step:"], "must_not": ["voucher"]}
@@ -69,9 +70,10 @@ def test_faults_of_a_check(check: object, fault: str) -> None:
 
 
 def test_rows_with_such_checks_are_refused_by_place() -> None:
-    refuse_unscorable("policy", [asked()] * 2)
+    wanted = Evaluate(metric="policy")
+    refuse_unscorable([asked()] * 2, wanted)
     with pytest.raises(DataError, match=r"^rows\.jsonl:4: the check is not JSON such as .*\nThis row cannot be scored"):
-        refuse_unscorable("policy", [asked(), asked("refund")])
+        refuse_unscorable([asked(), asked("refund")], wanted)
 
 
 def test_no_wording_takes_for_ever() -> None:

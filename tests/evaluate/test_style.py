@@ -4,8 +4,9 @@ import pytest
 
 from qtune.data.tokenize import Example
 from qtune.errors import DataError
-from qtune.evaluate.metrics import refuse_unscorable
-from qtune.evaluate.style import distance, style
+from qtune.evaluate.held_out import refuse_unscorable
+from qtune.evaluate.metrics.style import distance, style
+from qtune.recipe.schema import Evaluate
 
 PLAIN = "Please be advised that the office will be closed on Monday due to the public holiday."
 TARGET = "The office is closed on Monday, a public holiday."
@@ -63,4 +64,4 @@ def test_a_distance_by_hand() -> None:
 
 def test_a_reference_that_is_its_prompt_cannot_be_scored() -> None:
     with pytest.raises(DataError, match=r"^rows\.jsonl:7: the reference says what the prompt says"):
-        refuse_unscorable("style", [asked(), asked(TARGET, TARGET)])
+        refuse_unscorable([asked(), asked(TARGET, TARGET)], Evaluate(metric="style"))

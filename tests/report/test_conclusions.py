@@ -8,8 +8,6 @@ import pytest
 from made_events import DATA, SCORES, start_run, whole_run_in
 from rich.console import Console, RenderableType
 
-from qtune.evaluate.metric_labels import LABELS, label
-from qtune.evaluate.metrics import METRICS
 from qtune.report import conclusions, html_page, model_card, run_record, summary, tables
 from qtune.rundir import RunDir, write_json
 
@@ -167,11 +165,3 @@ def test_a_run_that_was_not_scored_has_no_verdict(tmp_path: Path) -> None:
     assert conclusions.verdict(run_record.read(run)) == ()
     assert summary.as_json(run)["verdict"] is None
     assert "learn" not in flat(summary.report(run))
-
-
-def test_every_metric_is_called_by_what_it_means() -> None:
-    """`abstention 0.898` read as if it abstained nine times in ten."""
-    assert set(LABELS) == set(METRICS)
-    assert all(name not in METRICS and means for name, means in LABELS.values())
-    assert str(label("abstention")) == ANSWERS
-    assert str(label("of another version")) == "of another version"

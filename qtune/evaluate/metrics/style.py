@@ -8,8 +8,7 @@ the words that carry the meaning, so an answer that says something else is far f
 import math
 from collections import Counter
 
-from qtune.data.tokenize import Example
-from qtune.evaluate.metric import Marks
+from qtune.evaluate.metrics import Asked, Label, Marks, Metric
 
 RUN = 3  # characters
 
@@ -30,7 +29,7 @@ def distance(one: str, other: str) -> float:
     return 1.0 - _dot(a, b) / norm if norm else 1.0
 
 
-def style(answer: str, asked: Example) -> Marks:
+def style(answer: str, asked: Asked) -> Marks:
     """The share of the way from the prompt's plain text to the reference: 1 - d(answer, target) / d(plain, target).
 
     An answer that is the reference scores 1; one that is the prompt, or no closer to the reference than the prompt is
@@ -42,7 +41,7 @@ def style(answer: str, asked: Example) -> Marks:
     return Marks(max(0.0, 1.0 - to_target / way), {"distance to target": to_target, "distance to plain": to_plain})
 
 
-def fault_of(asked: Example) -> str | None:
+def fault_of(asked: Asked) -> str | None:
     """A row whose reference is what it starts from has no way to go."""
     if distance(asked.prompt_text, asked.answer) == 0.0:
         return "the reference says what the prompt says, so there is no style to reach"
@@ -51,3 +50,13 @@ def fault_of(asked: Example) -> str | None:
 
 def _dot(one: Counter[str], other: Counter[str]) -> int:
     return sum(count * other[run] for run, count in one.items())
+
+
+METRIC = Metric(
+    name="style",
+    use="for rewriting",
+    label=Label("style reached", "the share of the way from the prompt's wording to the reference's"),
+    marks=style,
+    fault_of=fault_of,
+    order=6,
+)

@@ -14,8 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qtune.data.tokenize import Example
-from qtune.evaluate.metric import Marks
+from qtune.evaluate.metrics import Asked, Label, Marks, Metric
 
 KEYS = ("policy", "must", "must_not")
 EXAMPLE = '{"policy": "refund", "must": ["Next step:"], "must_not": ["voucher"]}'
@@ -66,14 +65,14 @@ class Check:
         return None
 
 
-def policy(answer: str, asked: Example) -> Marks:
+def policy(answer: str, asked: Asked) -> Marks:
     """1 where the answer names the row's policy and has the row's form, else 0; each is a part of its own."""
     check = Check.of(asked.check)
     named, formed = check.names_policy(answer), check.missing(answer) is None
     return Marks(float(named and formed), {"policy": float(named), "format": float(formed)})
 
 
-def fault_of(asked: Example) -> str | None:
+def fault_of(asked: Asked) -> str | None:
     """What is wrong with a row's check: it cannot be read, or not even the row's own reference passes it."""
     try:
         check = Check.of(asked.check)
@@ -104,3 +103,13 @@ def _pattern(wording: str) -> re.Pattern[str]:
     before = r"(?<!\w)" if wording.split()[0][0].isalnum() else ""
     behind = r"(?!\w)" if wording.split()[-1][-1].isalnum() else ""
     return re.compile(before + words + behind, re.IGNORECASE)
+
+
+METRIC = Metric(
+    name="policy",
+    use="for replies held against columns.check",
+    label=Label("right replies", "the rule that applies, in the form asked for"),
+    marks=policy,
+    fault_of=fault_of,
+    order=4,
+)
