@@ -425,9 +425,10 @@ def _load_recipe(options: argparse.Namespace, needs_weights: bool = True) -> tup
 
 
 def _make_tracker_ready(recipe: "Recipe") -> None:
-    from qtune.train import trackers
+    from qtune.train.trackers import TRACKERS
 
-    trackers.make_ready(recipe.report.to)
+    if recipe.report.to is not None:
+        TRACKERS[recipe.report.to].make_ready()
 
 
 def _stay_offline_when_local(recipe: "Recipe") -> None:

@@ -25,6 +25,7 @@ ROOMS = [
     "logs",
     "gpu_models",
     "hardware",
+    "train.trackers",
     "evaluate.metrics",
     "recipe",
     "rundir",

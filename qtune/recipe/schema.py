@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from qtune.evaluate.metrics import METRICS
+from qtune.train.trackers import TRACKERS
 from qtune.units import parse_bytes, parse_seconds
 
 
@@ -56,8 +57,10 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
 if TYPE_CHECKING:
     MetricName = str
+    TrackerName = str
 else:
     MetricName = Literal["none", *METRICS]
+    TrackerName = Literal[tuple(TRACKERS)]
 
 
 class Model(Table):
@@ -315,7 +318,7 @@ class Evaluate(Table):
 class Report(Table):
     """Where else the run is told, beside the dashboard and the run folder."""
 
-    to: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = Field(
+    to: TrackerName | None = Field(
         None, description="An experiment tracker that gets the losses as they come; unset tells none."
     )
 

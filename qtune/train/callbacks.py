@@ -13,7 +13,7 @@ from qtune.events import Evaluated, Listener, Notice, StepDone
 from qtune.memory.memory_report import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model.adapter import trained_parameters
-from qtune.train.tracker_callback import Tracker
+from qtune.train.tracker_callback import TrackerCallback
 from qtune.train.trainer import Meter, MeteredTrainer
 
 SECONDS_BETWEEN_LEDGERS = 1.0
@@ -39,7 +39,7 @@ class Reporter(TrainerCallback):
         listen: Listener,
         ledger: Ledger,
         held_out: HeldOutLoss | None,
-        tracker: Tracker | None = None,
+        tracker: TrackerCallback | None = None,
     ):
         self.trainer, self.engine, self.listen, self.ledger, self.held_out = trainer, engine, listen, ledger, held_out
         self.tracker = tracker

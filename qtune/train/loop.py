@@ -30,7 +30,7 @@ from qtune.train.checkpointer import Point, PutBack, Saver, SaveWhen, train_from
 from qtune.train.sampler import DataOrder
 from qtune.train.sft_config import sft_config
 from qtune.train.stop_signals import StepDropped, StopOnSignal
-from qtune.train.tracker_callback import Tracker
+from qtune.train.tracker_callback import TrackerCallback
 from qtune.train.trainer import Meter, MeteredTrainer
 
 
@@ -112,7 +112,7 @@ def fit(
     trainer.order, trainer.places = DataOrder(len(train), recipe.train.seed), places
     trainer.remove_callback(PrinterCallback)
     use_master_dtype(model, recipe.lora.master_dtype)
-    tracker = Tracker(recipe.report.to, trainer, listen) if recipe.report.to else None
+    tracker = TrackerCallback(recipe.report.to, trainer, listen) if recipe.report.to else None
     reporter, stop = Reporter(trainer, engine, listen, ledger, held_out, tracker), StopOnSignal(trainer, listen)
     trainer.evaluate_now = reporter.evaluate
     for callback in (EvaluateEvery(plan.eval_every), reporter, stop, *([tracker] if tracker else [])):

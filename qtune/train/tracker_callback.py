@@ -5,17 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import get_reporting_integration_callbacks
 
 from qtune.events import Listener, Notice
-from qtune.train.trackers import nobody_to_ask
+from qtune.train.trackers import TRACKERS, nobody_to_ask
 from qtune.train.trainer import MeteredTrainer
 
 MOST_TOLD = 200  # characters of a failure
 
 
-class Tracker(TrainerCallback):
-    """transformers' own callback for the tracker `name`, dropped with a notice at the first exception out of it.
+class TrackerCallback(TrainerCallback):
+    """What tells the tracker `name`, dropped with a notice at the first exception out of it.
 
     It hears of the beginning, the end and the losses, and never of checkpoints, which it would upload; its seconds are
     not counted as a step's.
@@ -26,8 +25,7 @@ class Tracker(TrainerCallback):
         self._theirs: TrainerCallback | None = None
 
     def _make(self) -> None:
-        (kind,) = get_reporting_integration_callbacks([self._name])
-        self._theirs = kind()
+        self._theirs = TRACKERS[self._name].made()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._safely(self._make)

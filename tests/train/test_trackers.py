@@ -18,6 +18,7 @@ from qtune.errors import MachineError
 from qtune.events import Evaluated, Notice, StepDone
 from qtune.rundir import RunDir
 from qtune.train import trackers
+from qtune.train.trackers import TRACKERS, Tracker
 
 RECIPE = """\
 name = "t"
@@ -63,7 +64,7 @@ def plain(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def tracked(plain: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDir]:
     """The same run told to a tracker, from an empty folder; its losses must be those of the plain one."""
     monkeypatch.chdir(tmp_path)
-    for name in (name for settings in trackers.DEFAULTS.values() for name in settings):
+    for name in (name for tracker in TRACKERS.values() for name in tracker.settings):
         monkeypatch.setenv(name, "is taken back when the test ends")
         monkeypatch.delenv(name)
 
@@ -195,15 +196,14 @@ def test_nobody_is_asked_anything(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_absent_tracker_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match=r'^report.to = "mlflow" needs .* not installed: pip install mlflow$'):
-        trackers.make_ready("mlflow")
-    trackers.make_ready(None)
+        TRACKERS["mlflow"].make_ready()
 
 
 def test_a_folder_that_a_tracker_left_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "leftover_of_a_tracker").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MachineError, match="pip install leftover_of_a_tracker"):
-        trackers.make_ready("leftover_of_a_tracker")
+        Tracker("left", package="leftover_of_a_tracker").make_ready()
 
 
 @pytest.mark.parametrize("verb", ["run", "check"])
