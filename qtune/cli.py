@@ -450,7 +450,7 @@ def _open_to_use(path: Path, base: Path | None, *more: str | None) -> "RunDir":
     run = RunDir.open(path, base)
     early.refuse_unusable(run)
     logs.hold()
-    _stay_offline_with(run.read_lock()["model"]["base"], *more)
+    _stay_offline_with(run.read_lock().base_name, *more)
     return run
 
 
@@ -923,7 +923,7 @@ def _examine_run(options: argparse.Namespace) -> int:
     with _doing(options) as doing:
         run = RunDir.open(options.run, options.base)
         logs.hold()
-        _stay_offline_with(run.read_lock()["model"]["base"])
+        _stay_offline_with(run.read_lock().base_name)
         doing(IMPORTING)
         from qtune.model import base
         from qtune.share import servers

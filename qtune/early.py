@@ -26,14 +26,14 @@ def refuse_unusable(run: RunDir) -> None:
     lock = run.read_lock()
     if not (run.adapter / base_kind.ADAPTER_CONFIG).is_file():
         raise RunFolderError(f"{run.path}: has no adapter yet. Go on with it: qtune resume {run.path}")
-    folder = Path(lock["model"]["base"])
+    folder = Path(lock.base_name)
     if not folder.is_absolute():
         return
     if not folder.exists():
         raise ModelError(
             f"{run.path}: its base is not in {folder} any more. If it was moved, say where it is with --base FOLDER."
         )
-    if fault := base_kind.fault_of(folder, trust_remote_code=bool(lock["model"].get("trust_remote_code"))):
+    if fault := base_kind.fault_of(folder, trust_remote_code=lock.trusts_remote_code):
         raise ModelError(f"{'--base' if run.base else f'{run.path}: its base'}: {fault}")
     fingerprint.refuse_other_base(run, folder)
 

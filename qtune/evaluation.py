@@ -18,6 +18,7 @@ from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.benchmarks import Benchmarks
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.gguf.score import score_file
+from qtune.lock import Lock
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
 from qtune.model.open_model import Merged, Opened
 from qtune.model.tokenizer import load_tokenizer
@@ -65,7 +66,7 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
     else:
         held_out, about = _own_rows(asked.data, asked.rows, recipe, tokenizer, lock, doing)
     refuse_unscorable(scored_examples(held_out, wanted), wanted)
-    pieces = pieces_to_begin_with(lock.get("packing_probe", {}).get("leaks", False))
+    pieces = pieces_to_begin_with(lock.documents_apart)
     before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces), doing)
     others = []
     for path in merged:
@@ -112,12 +113,10 @@ def on_benchmarks(
     return found
 
 
-def _held_out(
-    run: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], doing: Doing
-) -> HeldOut:
+def _held_out(run: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: Lock, doing: Doing) -> HeldOut:
     doing(f"reading {recipe.data.train}")
     prepared = prepare(recipe, tokenizer, doing.rows)
-    if prepared.fingerprint != lock["data_sha256"]:
+    if prepared.fingerprint != lock.data_sha256:
         raise DataError(
             f"{recipe.data.train}: does not give the rows of {run.path} any more, so what is held out now may have been"
             " trained on. Put back the data that the run names, or name rows with --data."
@@ -130,7 +129,7 @@ def _held_out(
 
 
 def _own_rows(
-    path: Path, rows: int | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], doing: Doing
+    path: Path, rows: int | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: Lock, doing: Doing
 ) -> tuple[HeldOut, dict[str, Any]]:
     """The rows of `path`, of which the first `rows` give the loss, and what is to be known of them."""
     doing(f"reading {path}")
@@ -145,18 +144,18 @@ def _own_rows(
     }
     first = rows or len(own.examples)
     packs = [measured for pack in own.packs if (measured := [row for row in pack if row < first])]
-    return HeldOut(packed_rows(own.examples, packs), own.examples, lock["stop_token_ids"]), about
+    return HeldOut(packed_rows(own.examples, packs), own.examples, lock.stop_token_ids), about
 
 
 def _trained_on(
-    own: OwnRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: dict[str, Any], tell: Tell
+    own: OwnRows, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: Lock, tell: Tell
 ) -> list[str] | None:
     """Places of the rows that the run was trained on; None where its own rows are not to be had any more."""
     try:
         prepared = prepare(recipe, tokenizer, tell)
     except QtuneError:
         return None
-    if prepared.fingerprint != lock["data_sha256"]:
+    if prepared.fingerprint != lock.data_sha256:
         return None
     known = numpy.isin(own.examples.digests, prepared.train.digests)
     return [own.examples[int(i)].place for i in numpy.flatnonzero(known)]

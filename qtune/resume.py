@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import RecipeError, RunFolderError
+from qtune.lock import Lock
 from qtune.recipe import load
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir, leaves, write_json
@@ -101,7 +102,7 @@ def _refuse_moved_base(run: RunDir, overrides: Sequence[str]) -> None:
     """Raises RunFolderError where the base's folder is gone; its name in the recipe could be one on the hub, too."""
     if not run.lock.is_file() or any(each.startswith("model.base=") for each in overrides):
         return
-    base = Path(run.read_lock()["model"]["base"])
+    base = Path(run.read_lock().base_name)
     if base.is_absolute() and not base.exists():
         raise RunFolderError(f"{run.path}: its base is not in {base} any more. {_where_it_is_now(run)}")
 
@@ -114,7 +115,7 @@ def _where_it_is_now(run: RunDir) -> str:
 def recipe_then(run: RunDir) -> Recipe:
     """The recipe that the run began with, settled. A setting that came later has its default, which is what a version
     without it did. Raises RunFolderError for settings of another version that this one does not know."""
-    return run.read_as(run.lock, lambda lock: Recipe(**lock["recipe"]))
+    return run.of_lock(lambda lock: Recipe(**lock.recipe))
 
 
 def remember(run: RunDir, overrides: Sequence[str]) -> None:
@@ -124,9 +125,9 @@ def remember(run: RunDir, overrides: Sequence[str]) -> None:
     write_json(run.invocation, asdict(replace(began, overrides=overrides)))
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+def changes(before: Lock, now: Lock) -> list[Change]:
     """What differs between two locks, by field; a recipe's fields go by the names they have in it."""
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(before.as_json()), _flat(now.as_json())
     found = [Change(field, old.get(field), new.get(field)) for field in dict.fromkeys([*old, *new])]
     return [change for change in found if change.before != change.now]
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
@@ -27,6 +26,7 @@ from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised
 from qtune.events import Event, Listener, Memorised, Notice, Resumed
 from qtune.hardware import Device, find_device
+from qtune.lock import Lock, LockedBase, Quantization
 from qtune.memory.memory_report import Ledger
 from qtune.memory.oom_recovery import Climb, Recovery, pieces_to_begin_with
 from qtune.memory.techniques import Engine
@@ -166,10 +166,10 @@ def get_ready_again(
     refuse_unless_it_fits(recipe, ready.plan)
     if run.lock.is_file():
         doing(f"hashing {recipe.model.base}")
-        before = {**run.read_lock(), "recipe": recipe_then(run).model_dump(mode="json")}
-        now = lock(ready, before["quantized_modules"])
+        before = dataclasses.replace(run.read_lock(), recipe=recipe_then(run).model_dump(mode="json"))
+        now = lock_of(ready, before.quantized_modules)
         refuse_changes(run, changes(before, now), allowed)
-        write_json(run.lock, now)
+        run.write_lock(now)
     logs.write_to(run.log)
     _describe(ready, run)
     if point is not None and point.warms_otherwise(ready.plan.warmup_steps):
@@ -233,7 +233,7 @@ def _load(
     check_disk(folder.path, plan.disk_bytes)
     loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
     if point is None:
-        write_json(folder.lock, lock(ready, base.quantized_modules(loaded)))
+        folder.write_lock(lock_of(ready, base.quantized_modules(loaded)))
     model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
     listen(ledger.measure("load", 0, model))
     engine = Engine(model)
@@ -261,14 +261,14 @@ def _probed(ready: Ready, folder: RunDir, model: PeftModel, listen: Listener) ->
     recipe, plan, train = ready.recipe, ready.plan, ready.prepared.train
     vocabulary = sorted({int(token) for i in range(min(VOCABULARY_ROWS, len(train))) for token in train.arrays(i)[0]})
     device, dtype = plan.device.name, plan.compute_dtype
-    found = packing_probe.probe(
+    probed = packing_probe.probe(
         model, vocabulary, device, dtype, lambda document: document_loss(model, document, device, dtype)
     )
-    write_json(folder.lock, {**folder.read_lock(), "packing_probe": found.as_json()})
-    packing_probe.refuse_another(found, recipe.model.base)
-    if not found.leaks:
+    folder.write_lock(dataclasses.replace(folder.read_lock(), packing_probe=probed))
+    packing_probe.refuse_another(probed, recipe.model.base)
+    if not probed.leaks:
         return ready
-    reason = f"documents in a pack read each other in this base (logits move by {format_percent(found.moved_in_pack)})"
+    reason = f"documents in a pack read each other in this base (logits move by {format_percent(probed.moved_in_pack)})"
     listen(Notice(f"{reason}: each has a pass of its own, steps and losses stay those of packs"))
     ready = dataclasses.replace(ready, plan=plan.with_documents_apart(reason))
     write_json(folder.plan, ready.plan.as_json())
@@ -401,32 +401,23 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def lock(ready: Ready, quantized: Sequence[str]) -> dict[str, Any]:
+def lock_of(ready: Ready, quantized: Sequence[str]) -> Lock:
     """What this run stands on, by hash and version; merging and a later resume hold it against what they find."""
     recipe, model = ready.recipe, ready.recipe.model
     folder = base.base_folder(model)
-    return {
-        "name": recipe.name,
-        "base": {
-            "name": model.base,
-            "folder": str(folder),
-            "sha256": fingerprint.fingerprint(folder),
-            "glance_sha256": fingerprint.glance(folder),
-        },
-        "model": model.model_dump(mode="json"),
-        "recipe": recipe.model_dump(mode="json"),
-        "quantized_modules": list(quantized),
-        "quantization": (
-            {"type": "nf4", "double": model.double_quantization, "blocksize": 64, "quant_storage": "uint8"}
-            if quantized
-            else None
-        ),
-        "device": ready.plan.device.name,
-        "compute_dtype": ready.plan.compute_dtype,
-        "data_sha256": ready.prepared.fingerprint,
-        "template_sha256": ready.prepared.template_fingerprint,
-        "tokenizer_sha256": tokenizer_sha256(ready.tokenizer),
-        "stop_token_ids": list(ready.prepared.stop_token_ids),
-        "seed": recipe.train.seed,
-        "versions": {"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}},
-    }
+    return Lock(
+        name=recipe.name,
+        base=LockedBase(model.base, str(folder), fingerprint.fingerprint(folder), fingerprint.glance(folder)),
+        model=model.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json"),
+        quantized_modules=tuple(quantized),
+        quantization=Quantization("nf4", model.double_quantization) if quantized else None,
+        device=ready.plan.device.name,
+        compute_dtype=ready.plan.compute_dtype,
+        data_sha256=ready.prepared.fingerprint,
+        template_sha256=ready.prepared.template_fingerprint,
+        tokenizer_sha256=tokenizer_sha256(ready.tokenizer),
+        stop_token_ids=tuple(ready.prepared.stop_token_ids),
+        seed=recipe.train.seed,
+        versions={"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}},
+    )

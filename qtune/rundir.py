@@ -31,20 +31,11 @@ from typing import Any, TypeVar
 from qtune import __version__, atomic_files
 from qtune.errors import RunFolderError
 from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed, Stopping
+from qtune.lock import Lock
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 HELD = ".held"  # locked by the process that is at work in a folder
 RUNS = Path("runs")  # where a run goes that is given no --output
-LOCKED = {  # what every lock holds, and as what; some hold more
-    "base": dict,
-    "model": dict,
-    "recipe": dict,
-    "quantized_modules": list,
-    "compute_dtype": str,
-    "data_sha256": str,
-    "stop_token_ids": list,
-    "versions": dict,
-}
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 T = TypeVar("T")
 
@@ -139,22 +130,25 @@ class RunDir:
         """
         values = read_json(path)
         try:
-            return make(self.with_base(values) if path == self.lock else values)
+            return make(values)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise self.not_as_written(path) from None
 
-    def with_base(self, lock: dict[str, Any]) -> dict[str, Any]:
-        """A lock with the base in the folder where it is now."""
-        if self.base is None:
-            return lock
-        place = str(self.base)
-        model, recipe, base = lock["model"], lock["recipe"], lock["base"]
-        moved = {"model": {**model, "base": place}, "base": {**base, "folder": place}}
-        return {**lock, **moved, "recipe": {**recipe, "model": {**recipe["model"], "base": place}}}
+    def read_lock(self) -> Lock:
+        """What the run stood on when it began. Raises RunFolderError as `read_as` does."""
+        return self.of_lock(lambda lock: lock)
 
-    def read_lock(self) -> dict[str, Any]:
-        """What the run stood on when it began, by the names in LOCKED. Raises RunFolderError as `read_as` does."""
-        return self.read_as(self.lock, _lock_of)
+    def of_lock(self, make: Callable[[Lock], T]) -> T:
+        """What `make` makes of the lock, whose base is where it is now. Raises RunFolderError as `read_as` does."""
+
+        def made(values: dict[str, Any]) -> T:
+            lock = Lock.from_json(values)
+            return make(lock if self.base is None else lock.with_base_in(self.base))
+
+        return self.read_as(self.lock, made)
+
+    def write_lock(self, lock: Lock) -> None:
+        write_json(self.lock, lock.as_json())
 
     @property
     def qtune_version(self) -> str | None:
@@ -302,12 +296,6 @@ class RunDir:
                     raise RunFolderError(f"{path}:{number}: is no event of a run; the file was changed.") from None
                 except (LookupError, TypeError, ValueError, AttributeError):
                     raise self.not_as_written(f"{path}:{number}") from None
-
-
-def _lock_of(lock: Any) -> dict[str, Any]:
-    if not all(isinstance(lock[name], kind) for name, kind in LOCKED.items()):
-        raise TypeError
-    return dict(lock)
 
 
 def _event_of(line: str) -> Event:

@@ -169,7 +169,7 @@ def make_run(folder: Path, gigabytes: float) -> tuple[RunDir, list[str]]:
     write_json(
         run.lock,
         {
-            "base": {"name": "synthetic", "sha256": fingerprint.fingerprint(base_folder)},
+            "base": {"name": "synthetic", "folder": str(base_folder), "sha256": fingerprint.fingerprint(base_folder)},
             "model": {"base": str(base_folder)},
             "quantized_modules": [],
             "quantization": {"type": "nf4", "double": True, "blocksize": 64, "quant_storage": "uint8"},

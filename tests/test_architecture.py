@@ -28,6 +28,7 @@ ROOMS = [
     "train.trackers",
     "evaluate.metrics",
     "recipe",
+    "lock",
     "rundir",
     "removal",
     "fast_imports",

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_events import LOCK
 from made_runs import make_run
 
 from qtune import cli
 from qtune.errors import ModelError, RunFolderError
 from qtune.merge.merge import merge
 from qtune.model.open_model import model_of
-from qtune.rundir import LOCKED, RunDir, refuse_used, write_json
+from qtune.rundir import RunDir, read_json, refuse_used, write_json
 from qtune.share.servers import servers
 
 RECIPE = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
@@ -26,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     place = tmp_path_factory.mktemp("early")
     shutil.copytree(tiny_base, place / "base")
     run = make_run(place / "run", place / "base")
-    write_json(run.lock, {**run.read_lock(), "name": "clinic"})
+    write_json(run.lock, {**read_json(run.lock), "name": "clinic"})
     (place / "base").rename(place / "moved")
     shutil.copytree(tiny_base, place / "other")
     weights = bytearray((place / "other" / "model.safetensors").read_bytes())
@@ -105,9 +106,7 @@ def test_resuming_with_a_moved_base_says_what_mends_it(tmp_path: Path, capsys: p
     assert first == f"{run.recipe}:3: model.base: there is no folder base in {tmp_path}."
     assert second.endswith(mends_it)
     # A base that the recipe calls models/base was looked for on the hub once the folder was gone.
-    write_json(
-        run.lock, {**{key: kind() for key, kind in LOCKED.items()}, "model": {"base": str(tmp_path / "models/base")}}
-    )
+    write_json(run.lock, {**LOCK, "model": {"base": str(tmp_path / "models/base")}})
     assert cli.main(["resume", str(run.path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"{run.path}: its base is not in {tmp_path / 'models' / 'base'} any more.")

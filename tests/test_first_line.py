@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_events import LOCK
 
 from qtune.rundir import RunDir, write_json
 
@@ -50,8 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     (folder / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     text = 'name = "t"\n[model]\nbase = "demo"\n[data]\ntrain = "rows.jsonl"\n'
     made = RunDir.create(folder / "run", text, {"recipe_folder": str(folder), "overrides": [], "demo": False})
-    lock = {"base": {"name": "demo", "folder": str(folder)}, "recipe": {}, "quantized_modules": [], "versions": {}}
-    lock |= {"model": {"base": "demo"}, "compute_dtype": "float32", "data_sha256": "", "stop_token_ids": []}
+    lock = {**LOCK, "base": {"name": "demo", "folder": str(folder), "sha256": ""}, "model": {"base": "demo"}}
     write_json(made.lock, lock)
     made.adapter.mkdir()
     write_json(made.adapter / "adapter_config.json", {})

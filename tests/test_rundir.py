@@ -51,7 +51,7 @@ def add_unknown(table: str) -> Callable[[Tables], Any]:
 
 
 def test_a_run_notes_which_qtune_wrote_it(run: RunDir) -> None:
-    assert run.qtune_version == __version__ == run.read_lock()["versions"]["qtune"]
+    assert run.qtune_version == __version__ == run.read_lock().versions["qtune"]
     assert RunDir(run.path / "nowhere").qtune_version is None
 
 

@@ -62,7 +62,7 @@ def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
     names = layout.names(specs)
     tokenizer = load_tokenizer(fold.model)
     rows = specs[EMBEDDING if EMBEDDING in specs else HEAD].shape[0]
-    vocabulary, references = matching(tokenizer, rows, fold.lock["stop_token_ids"])
+    vocabulary, references = matching(tokenizer, rows, fold.lock.stop_token_ids)
     head = OUTPUT if OUTPUT in names.values() else TOKEN_EMBEDDING
     writer = _introduced(run, fold, layout, GGUFType.MODEL)
     writer.add_file_type(FILE_TYPE_BY_QUANT[quant])
@@ -116,8 +116,8 @@ def _introduced(run: RunDir, fold: Fold, layout: Layout, kind: str) -> GGUFWrite
     """A writer that knows whose file this is; a base that is a folder is named without the way to it."""
     writer = GGUFWriter(None, layout.name)
     writer.add_type(kind)
-    writer.add_name(fold.lock.get("name") or run.path.resolve().name)
-    name = fold.lock["base"]["name"]
+    writer.add_name(fold.lock.name or run.path.resolve().name)
+    name = fold.lock.base.name
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, Path(name).name)
     if "/" in name and not Path(name).is_absolute():

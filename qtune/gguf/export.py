@@ -131,7 +131,7 @@ def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
     refuse_dequantised_alone(onto, lock)
     if onto is None and run.merge.is_file():
         onto = run.read_as(run.merge, itemgetter("onto"))
-    return onto or ("dequantised" if lock["quantized_modules"] else "original")
+    return onto or ("dequantised" if lock.quantized_modules else "original")
 
 
 def modelfile_of(draft: Draft) -> str:
@@ -139,7 +139,7 @@ def modelfile_of(draft: Draft) -> str:
     assert draft.tokenizer is not None, "an adapter has no Modelfile"
     assert draft.vocabulary is not None
     frame = modelfile.Frame.of(draft.tokenizer, draft.vocabulary.adds_bos)
-    stop = [draft.vocabulary.tokens[token] for token in draft.fold.lock["stop_token_ids"]]
+    stop = [draft.vocabulary.tokens[token] for token in draft.fold.lock.stop_token_ids]
     return modelfile.modelfile(frame, MODEL_NAME, stop)
 
 

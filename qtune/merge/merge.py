@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from qtune import atomic_files
 from qtune.errors import DiskFull, MachineError, UserError
+from qtune.lock import Lock
 from qtune.merge.merged_weights import DType, Fold, Onto
 from qtune.merge.partial_merge import Staging, make_folder
 from qtune.merge.verify import Live, Verdict, compare
@@ -141,10 +142,10 @@ def _refusing_bad_disk(output: Path) -> Iterator[None]:
         ) from None
 
 
-def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
+def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
     """The bases to try, in order of preference where they measure alike."""
     refuse_dequantised_alone(onto, lock)
-    if not lock["quantized_modules"]:
+    if not lock.quantized_modules:
         return ("original",)
     if onto != "auto":
         return (onto,)
@@ -156,9 +157,9 @@ def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequen
     return ("dequantised", "original")
 
 
-def refuse_dequantised_alone(onto: str | None, lock: dict[str, Any]) -> None:
+def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
     """Raises UserError where the dequantised base is asked for and the run had none."""
-    if onto == "dequantised" and not lock["quantized_modules"]:
+    if onto == "dequantised" and not lock.quantized_modules:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from qtune import __version__, atomic_files
 from qtune.errors import ModelError
 from qtune.hardware import find_device
+from qtune.lock import Lock
 from qtune.merge.config_files import write_small_files
 from qtune.merge.lora_delta import CONFIG_NAME, AdapterWeights, weights_path
 from qtune.merge.merged_tensor import Job, Part, Weight
@@ -47,7 +48,7 @@ class WrittenShard:
 class Fold:
     """Everything a merge reads, checked to belong together before a byte is written."""
 
-    lock: dict[str, Any]
+    lock: Lock
     model: Model
     checkpoint: Checkpoint
     adapter: AdapterWeights
@@ -66,7 +67,7 @@ class Fold:
         fingerprint.refuse_other_base(run, folder)
         checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        quantized = frozenset(lock["quantized_modules"])
+        quantized = frozenset(lock.quantized_modules)
         _refuse_misfit(run, adapter, checkpoint, quantized)
         _refuse_tied(run, adapter, checkpoint, config)
         given = None if dtype == "auto" else getattr(torch, dtype)
@@ -96,11 +97,11 @@ class Fold:
             self._refuse_other_base(found.result())
 
     def _refuse_other_base(self, found: str) -> None:
-        then = self.lock["base"]
-        if found != then["sha256"]:
+        then = self.lock.base
+        if found != then.sha256:
             raise ModelError(
                 f"{self.checkpoint.folder}: is not the base of the run; its weights have SHA-256 {found}, and the run"
-                f" was trained on {then['sha256']}. Put back the base the run names ({then['name']})."
+                f" was trained on {then.sha256}. Put back the base the run names ({then.name})."
             )
 
     def without_adapter(self) -> "Fold":
@@ -173,7 +174,7 @@ class Fold:
         """What stands beside the weights: the shards' index, configuration, tokenizer, template, licence."""
         if self.checkpoint.index is not None:
             write_index(folder, self.checkpoint.index, self.weight_bytes)
-        stop = self.lock["stop_token_ids"]
+        stop = self.lock.stop_token_ids
         write_small_files(self.checkpoint.folder, folder, self.model, stop, self.dtype_name)
 
     def _weight(self, name: str, original: torch.Tensor, onto: Onto, is_measured: bool) -> Weight:
@@ -200,9 +201,10 @@ class Fold:
 
         This is what transformers does on loading, so the values are the live model's bit for bit.
         """
-        dtype = getattr(torch, self.lock["compute_dtype"])
+        dtype = getattr(torch, self.lock.compute_dtype)
         if module in self.quantized:
-            return restored_rows(weight, dtype, self.lock["quantization"])
+            assert self.lock.quantization is not None, "there are quantised modules"
+            return restored_rows(weight, dtype, self.lock.quantization)
         return lambda rows: weight[rows].to(dtype)
 
 

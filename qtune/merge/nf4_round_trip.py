@@ -7,10 +7,11 @@ rounded as they are asked for, by compiled `loops`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
+
+from qtune.lock import Quantization
 
 WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MiB in float32 stay in a cache; a card wants more at a time
 OUTER_BLOCK = 256
@@ -26,22 +27,22 @@ def rows_at_once(weight: torch.Tensor) -> int:
     return max(1, WEIGHTS_AT_ONCE[weight.device.type] // max(1, weight.shape[1]))
 
 
-def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: dict[str, Any]) -> Rows:
+def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: Quantization) -> Rows:
     """Rows of `weight` (O, I) as a run held it: in `dtype`, through 4 bits and back. They may come in float32.
 
     `quantization` is the lock's record of how. Two things are left to bitsandbytes, whose CPU kernels have their own
     way with them: rows that do not end on a block, and restored weights too small for normal floats, which are 0 on
     some processors and not on others.
     """
-    block = quantization["blocksize"]
-    if weight.device.type == "cpu" and quantization["type"] == "nf4" and weight.shape[1] % block == 0:
-        nf4 = NF4Rows.of(weight, dtype, block, quantization["double"])
+    block = quantization.blocksize
+    if weight.device.type == "cpu" and quantization.type == "nf4" and weight.shape[1] % block == 0:
+        nf4 = NF4Rows.of(weight, dtype, block, quantization.double)
         if not ((nf4.scales != 0) & (nf4.scales.abs() < SAFE_SCALE)).any():
             return nf4.restored
     return restore_quantized(weight.to(dtype), quantization).__getitem__
 
 
-def restore_quantized(weight: torch.Tensor, quantization: dict[str, Any]) -> torch.Tensor:
+def restore_quantized(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """`weight` by bitsandbytes through 4 bits and back, in its own dtype.
 
     Blocks run over the flattened tensor, and with double quantisation all block scales share one offset, so that it
@@ -49,10 +50,10 @@ def restore_quantized(weight: torch.Tensor, quantization: dict[str, Any]) -> tor
     """
     packed, state = quantize_4bit(
         weight.contiguous(),
-        blocksize=quantization["blocksize"],
-        compress_statistics=quantization["double"],
-        quant_type=quantization["type"],
-        quant_storage=getattr(torch, quantization["quant_storage"]),
+        blocksize=quantization.blocksize,
+        compress_statistics=quantization.double,
+        quant_type=quantization.type,
+        quant_storage=getattr(torch, quantization.quant_storage),
     )
     return dequantize_4bit(packed, state)
 

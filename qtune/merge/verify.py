@@ -142,16 +142,16 @@ class Live:
     @classmethod
     def open(cls, run: RunDir) -> "Live":
         lock, spec, device = run.read_lock(), model_of(run), find_device().name
-        loaded = base.load_base(spec, device, lock["compute_dtype"])
+        loaded = base.load_base(spec, device, lock.compute_dtype)
         tuned = compute_in_float32(adapter.load(loaded, run.adapter).eval(), device)
         return cls(
             tuned,
             Checkpoint.open(base.base_folder(spec)),
             AdapterWeights.read(run.adapter).replaced,
             device,
-            lock["compute_dtype"],
-            bool(lock["quantized_modules"]),
-            tuple(lock["stop_token_ids"]),
+            lock.compute_dtype,
+            bool(lock.quantized_modules),
+            lock.stop_token_ids,
             spec.trust_remote_code,
         )
 

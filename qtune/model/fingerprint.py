@@ -54,12 +54,12 @@ def glance(folder: Path) -> str:
 
 def refuse_other_base(run: RunDir, folder: Path) -> None:
     """Raises ModelError where, at a glance, the weights in `folder` are others than those the run was trained on."""
-    then = run.read_lock()["base"]
-    expected = then.get("glance_sha256")  # older locks have none
+    then = run.read_lock().base
+    expected = then.glance_sha256
     if expected is not None and glance(folder) != expected:
         raise ModelError(
             f"{folder}: is not the base of {run.path}; its weights are others than the run was trained on. Put back the"
-            f" base the run names ({then['name']})."
+            f" base the run names ({then.name})."
         )
 
 

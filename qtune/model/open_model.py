@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import MachineError
 from qtune.hardware import find_device, host_memory
+from qtune.lock import Lock
 from qtune.memory.nf4 import weight_rows
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
@@ -25,7 +25,7 @@ def model_of(run: RunDir) -> Model:
 
     Raises RunFolderError for settings of another version of qtune.
     """
-    return run.read_as(run.lock, lambda lock: Model(**lock["model"]))
+    return run.of_lock(lambda lock: Model(**lock.model))
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Opened:
     tokenizer: PreTrainedTokenizerBase
     device: str
     compute_dtype: str
-    lock: dict[str, Any]
+    lock: Lock
 
     @classmethod
     def of(cls, run: RunDir, is_for_talk: bool = False) -> "Opened":
@@ -45,7 +45,7 @@ class Opened:
         Raises ModelError and MachineError for a base or an adapter that is missing, is another, or does not fit."""
         base.quiet_libraries()
         lock, spec = run.read_lock(), model_of(run)
-        device, dtype = find_device().name, lock["compute_dtype"]
+        device, dtype = find_device().name, lock.compute_dtype
         techniques = run.read_as(run.plan, Techniques.for_answers)
         refuse_other_base(run, base.base_folder(spec))
         loaded = base.load_base(spec, device, dtype, techniques)
@@ -66,16 +66,16 @@ class Merged:
     compute_dtype: str
 
     @classmethod
-    def of(cls, folder: Path, lock: dict[str, Any] | None = None) -> "Merged":
+    def of(cls, folder: Path, lock: Lock | None = None) -> "Merged":
         """As the run of `lock` computed; without one, as suits this device.
 
         Raises ModelError for a folder that holds no model, MachineError for one that is too large for the device.
         """
         base.quiet_libraries()
-        trusted = lock is not None and lock["model"]["trust_remote_code"]
+        trusted = lock is not None and lock.trusts_remote_code
         spec = Model(base=str(folder.resolve()), quantization="none", trust_remote_code=trusted)
         device = find_device()
-        dtype = lock["compute_dtype"] if lock else device.compute_dtype
+        dtype = lock.compute_dtype if lock else device.compute_dtype
         tokenizer = load_tokenizer(spec)
         try:
             return cls(base.load_base(spec, device.name, dtype).eval(), tokenizer, device.name, dtype)

@@ -11,8 +11,6 @@ that training makes without logits (`memory.fused_cross_entropy`, or trl's): a h
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from qtune.errors import ModelError
+from qtune.lock import PackingProbe
 from qtune.model.base import autocast
 from qtune.units import format_percent
 
@@ -33,51 +32,13 @@ SEED = 0  # which tokens are drawn; a run that goes on draws the same
 ROUNDING_16_BIT, ROUNDING_32_BIT = 10 * 2**-8, 2**-10
 
 
-@dataclass(frozen=True)
-class Probe:
-    """How far a document's logits move, as a share of their own spread: root mean squares over the document.
-
-    `by_neighbour` is between two neighbours of one length, `by_company` between alone and behind a neighbour,
-    `by_attention` between our attention and the model's own, alone. `by_loss` is how far training's loss of it
-    is from cross-entropy, as a share of that. `rounding` is what arithmetic in the run's dtype may do.
-    """
-
-    by_neighbour: float
-    by_company: float
-    by_attention: float
-    by_loss: float
-    rounding: float
-
-    @property
-    def moved_in_pack(self) -> float:
-        return max(self.by_neighbour, self.by_company)
-
-    @property
-    def leaks(self) -> bool:
-        """Whether a document is another in company, so that packs would train something else."""
-        return not self.moved_in_pack <= self.rounding
-
-    @property
-    def is_another_model(self) -> bool:
-        """Whether even a document alone is not what the model makes of it."""
-        return not self.by_attention <= self.rounding
-
-    @property
-    def is_another_loss(self) -> bool:
-        """Whether training's loss is not that of the model's logits. A mean over tokens rounds less than logits do."""
-        return not self.by_loss <= self.rounding / 10
-
-    def as_json(self) -> dict[str, Any]:
-        return {"leaks": self.leaks, **asdict(self)}
-
-
 def probe(
     model: PeftModel,
     vocabulary: Sequence[int],
     device: str,
     compute_dtype: str,
     loss_of: Callable[[Sequence[int]], float],
-) -> Probe:
+) -> PackingProbe:
     """Probe `model` with tokens drawn from `vocabulary`, ids that the training rows hold. Nothing in it is changed.
 
     `loss_of` is training's mean loss in nats over a document of which every token but the first is a label.
@@ -95,7 +56,7 @@ def probe(
                 own = model(input_ids=torch.tensor([document], device=device), use_cache=False).logits[0].float()
     finally:
         model.train(was_training)
-    return Probe(
+    return PackingProbe(
         by_neighbour=_moved(behind[0], behind[1]),
         by_company=max(_moved(alone, logits) for logits in behind),
         by_attention=_moved(own, alone),
@@ -125,17 +86,17 @@ def _moved(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).square().mean().sqrt() / spread.square().mean().sqrt().clamp_min(1e-12))
 
 
-def refuse_another(found: Probe, base: str) -> None:
+def refuse_another(probed: PackingProbe, base: str) -> None:
     """Raises ModelError for a base that training would take for another one, or for another loss."""
-    if found.is_another_model:
+    if probed.is_another_model:
         raise ModelError(
             f"model.base: {base} is another model under packed attention: one document's logits differ by"
-            f" {format_percent(found.by_attention)} from those that transformers' own attention gives. Its attention"
+            f" {format_percent(probed.by_attention)} from those that transformers' own attention gives. Its attention"
             " adds something that qtune's does not know, such as a bias or a mask. Take another base."
         )
-    if found.is_another_loss:
+    if probed.is_another_loss:
         raise ModelError(
-            f"model.base: the loss that training makes of {base} is {100 * found.by_loss:.2g} % off the"
+            f"model.base: the loss that training makes of {base} is {100 * probed.by_loss:.2g} % off the"
             " cross-entropy of its logits. Its output head does something that qtune does not know, such as a scale or"
             " a cap. Take another base."
         )

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from qtune.errors import UserError
 from qtune.evaluate.metrics import label
+from qtune.lock import Lock
 from qtune.report import memory_bar, run_record, serving_snippets, tables
 from qtune.report.run_record import Record
 from qtune.report.wording import format_loss, one_line
@@ -69,8 +70,8 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
 
 def _settings(records: Sequence[Record]) -> Iterator[Row]:
     """The fields of the recipes that are not the same in all."""
-    recipes = [dict(leaves((found.lock or {}).get("recipe", {}))) for found in records]
-    hashes = {_of_lock("data_sha256")(found) for found in records}
+    recipes = [dict(leaves(found.lock.recipe if found.lock else {})) for found in records]
+    hashes = {found.lock and found.lock.data_sha256 for found in records}
     is_same_data = len(hashes) == 1 and None not in hashes
     for field in dict.fromkeys(field for recipe in recipes for field in recipe):
         values = [recipe.get(field) for recipe in recipes]
@@ -141,12 +142,18 @@ def _took(found: Record) -> str | None:
 def _cautions(names: Sequence[str], records: Sequence[Record]) -> Iterator[str]:
     """A sentence for each thing that has to be the same and is not."""
     must_match: tuple[tuple[Callable[[Record], Any], str], ...] = (
-        (_of_lock("data_sha256"), "trained or scored on other data, so neither losses nor scores can be compared"),
-        (_of_lock("base", "sha256"), "started from other base weights, so neither losses nor rises can be compared"),
-        (_of_lock("template_sha256"), "another chat template, so a loss is not over the same tokens"),
+        (
+            _of_lock(lambda lock: lock.data_sha256),
+            "trained or scored on other data, so neither losses nor scores can be compared",
+        ),
+        (
+            _of_lock(lambda lock: lock.base.sha256),
+            "started from other base weights, so neither losses nor rises can be compared",
+        ),
+        (_of_lock(lambda lock: lock.template_sha256), "another chat template, so a loss is not over the same tokens"),
         (_of_scores("metric"), "scored by another metric, so the scores cannot be compared"),
         (_of_scores("rows"), "scored on another number of rows, so the scores cannot be compared"),
-        (_of_lock("device"), "run on another kind of device, so memory and speed cannot be compared"),
+        (_of_lock(lambda lock: lock.device), "run on another kind of device, so memory and speed cannot be compared"),
     )
     for fact, consequence in must_match:
         values = [fact(found) for found in records]
@@ -158,14 +165,8 @@ def _cautions(names: Sequence[str], records: Sequence[Record]) -> Iterator[str]:
         yield f"Not finished: {', '.join(map(one_line, unfinished))}. What is told is how far it got."
 
 
-def _of_lock(*keys: str) -> Callable[[Record], Any]:
-    def fact(found: Record) -> Any:
-        value: Any = found.lock
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
-    return fact
+def _of_lock(fact: Callable[[Lock], str | None]) -> Callable[[Record], Any]:
+    return lambda found: fact(found.lock) if found.lock else None
 
 
 def _of_scores(key: str) -> Callable[[Record], Any]:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qtune import __version__
 from qtune.errors import UserError
 from qtune.evaluate.metrics import label
+from qtune.lock import Lock, PackingProbe
 from qtune.report import memory_bar, run_charts, run_record, sample_answers, serving_snippets, summary, tables
 from qtune.report.compare_runs import Comparison
 from qtune.report.conclusions import verdict
@@ -47,7 +48,7 @@ def run_page(run: RunDir) -> str:
     return _rendered(
         "run.html",
         title=one_line(found.name),
-        about=one_line((found.lock or {}).get("recipe", {}).get("about") or ""),
+        about=one_line((found.lock.recipe.get("about") if found.lock else None) or ""),
         what=_what(found),
         missing=found.missing,
         verdict=verdict(found),
@@ -98,15 +99,13 @@ def _what(found: Record) -> str:
     """`LoRA rank 16 on Qwen/Qwen3-4B-Instruct, NF4`."""
     if not found.lock:
         return ""
-    lora = found.lock["recipe"].get("lora")
+    lora = found.lock.recipe.get("lora")
     adapter = f"LoRA of rank {lora['rank']} on " if lora else ""
     return f"{adapter}{serving_snippets.base_title(found)}{_held_in(found.lock)}"
 
 
-def _held_in(lock: dict[str, Any]) -> str:
-    if "quantization" not in lock:
-        return ""
-    return ", held in NF4" if lock["quantization"] else ", not quantised"
+def _held_in(lock: Lock) -> str:
+    return ", held in NF4" if lock.quantization else ", not quantised"
 
 
 def _figures(found: Record) -> list[tuple[str, str, str]]:
@@ -208,25 +207,23 @@ def _ran_rows(found: Record) -> list[tuple[str, str]]:
     lock = found.lock
     if not lock:
         return []
-    hashes = (("data", "data_sha256"), ("chat template", "template_sha256"), ("tokenizer", "tokenizer_sha256"))
+    hashes = (("data", lock.data_sha256), ("chat template", lock.template_sha256), ("tokenizer", lock.tokenizer_sha256))
     return [
         ("base", serving_snippets.base_title(found)),
-        ("base weights", f"SHA-256 {lock['base']['sha256']}"),
-        *((name, f"SHA-256 {lock[key]}") for name, key in hashes if lock.get(key)),
-        *_probe_rows(lock),
-        ("seed", str(lock["seed"])),
+        ("base weights", f"SHA-256 {lock.base.sha256}"),
+        *((name, f"SHA-256 {sha256}") for name, sha256 in hashes if sha256),
+        *_probe_rows(lock.packing_probe),
+        ("seed", str(lock.seed)),
         ("versions", summary.versions(lock)),
         ("run folder", found.run.path.resolve().name),
     ]
 
 
-def _probe_rows(lock: dict[str, Any]) -> list[tuple[str, str]]:
+def _probe_rows(probe: PackingProbe | None) -> list[tuple[str, str]]:
     """What the probe before the first step found of documents in a pack; nothing where none was made."""
-    found = lock.get("packing_probe")
-    if not found:
+    if probe is None:
         return []
-    moved = max(found["by_neighbour"], found["by_company"])
-    by = f"its logits move by {format_percent(moved)} of their spread"
-    if moved <= found["rounding"]:
+    by = f"its logits move by {format_percent(probe.moved_in_pack)} of their spread"
+    if not probe.leaks:
         return [("packs", f"a document is the same alone and behind others: {by}")]
     return [("packs", f"a document would be another behind others ({by}), so each had a pass of its own")]

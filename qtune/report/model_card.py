@@ -55,7 +55,7 @@ def _header(found: Record, what: What) -> str:
         "license": found.base_license,
         "datasets": _hub_datasets(found) or None,
         "pipeline_tag": "text-generation",
-        "tags": ["lora", *(["qlora"] if found.lock.get("quantization") else []), "qtune"],
+        "tags": ["lora", *(["qlora"] if found.lock.quantization else []), "qtune"],
         "model_name": found.name if results else None,
         "eval_results": results or None,
     }
@@ -64,7 +64,7 @@ def _header(found: Record, what: What) -> str:
 
 def _data(found: Record) -> dict[str, Any]:
     assert found.lock is not None
-    return dict(found.lock["recipe"].get("data", {}))
+    return dict(found.lock.recipe.get("data", {}))
 
 
 def _hub_datasets(found: Record) -> list[str]:
@@ -99,11 +99,11 @@ def _eval_results(found: Record) -> list[EvalResult]:
 
 def _head(found: Record, what: What) -> list[str]:
     assert found.lock is not None
-    about = found.lock["recipe"].get("about")
+    about = found.lock.recipe.get("about")
     is_a = "A LoRA adapter for" if what == "adapter" else "A LoRA adapter merged into"
     lines = [f"# {markdown.inline(found.name)}", ""]
     lines += [markdown.inline(about).rstrip(".") + ".", ""] if about else []
-    how = "QLoRA" if found.lock.get("quantization") else "LoRA"
+    how = "QLoRA" if found.lock.quantization else "LoRA"
     return [*lines, f"{is_a} {_base(found)}, trained with qtune ({how}).", ""]
 
 
@@ -141,20 +141,19 @@ def _training(found: Record) -> list[str]:
 def _training_rows(found: Record) -> list[tuple[str, str]]:
     lock, data = found.lock, found.data
     assert lock is not None
-    rows = [("base weights", f"SHA-256 {lock['base']['sha256']}")]
-    if lock.get("quantization"):
-        rows.append(("base held in", "NF4, double quantisation" if lock["quantization"]["double"] else "NF4"))
-    rows += _setting_rows(lock["recipe"])
+    rows = [("base weights", f"SHA-256 {lock.base.sha256}")]
+    if lock.quantization:
+        rows.append(("base held in", "NF4, double quantisation" if lock.quantization.double else "NF4"))
+    rows += _setting_rows(lock.recipe)
     if data:
         rows.append(
             ("rows", f"{data['train_rows']:,} to train on, {data['held_out_rows']:,} held out ({data['format']})")
         )
         rows += tables.canary_rows(data)
         rows.append(("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"))
-    if lock.get("data_sha256"):
-        rows.append(("data", f"SHA-256 {lock['data_sha256']}"))
+    rows.append(("data", f"SHA-256 {lock.data_sha256}"))
     rows += _cost_rows(found)
-    return [*rows, ("seed", str(lock["seed"])), ("versions", summary.versions(lock))]
+    return [*rows, ("seed", str(lock.seed)), ("versions", summary.versions(lock))]
 
 
 def _setting_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:

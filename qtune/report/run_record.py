@@ -8,6 +8,7 @@ from typing import Any
 
 from qtune.errors import RunFolderError
 from qtune.events import Evaluated, Event, Finished, Memorised, MemoryMeasured, Notice, Rehearsed, StepDone
+from qtune.lock import Lock
 from qtune.report.wording import best_held_out, stopped_at
 from qtune.rundir import RunDir, read_json
 
@@ -22,7 +23,7 @@ class Record:
 
     run: RunDir
     recipe: str | None
-    lock: dict[str, Any] | None
+    lock: Lock | None
     data: dict[str, Any] | None
     plan: dict[str, Any] | None
     scores: dict[str, Any] | None
@@ -69,12 +70,12 @@ class Record:
 
     @property
     def name(self) -> str:
-        return str(self.lock["name"]) if self.lock else self.run.path.name
+        return self.lock.name if self.lock and self.lock.name else self.run.path.name
 
     @property
     def base_on_hub(self) -> str | None:
         """The hub name of the base; None for a folder and for the base inside qtune."""
-        name = self.lock["base"]["name"] if self.lock else "demo"
+        name = self.lock.base.name if self.lock else "demo"
         return None if name == "demo" or Path(name).is_absolute() else str(name)
 
     @property
@@ -93,7 +94,8 @@ class Record:
 def read(run: RunDir) -> Record:
     """Everything in `run`, however far it got."""
     missing: list[str] = []
-    lock, data, plan, scores = (_json(path, missing) for path in (run.lock, run.data, run.plan, run.scores))
+    lock = _lock(run, missing)
+    data, plan, scores = (_json(path, missing) for path in (run.data, run.plan, run.scores))
     events = _events(run, missing)
     finished = [event for event in events if isinstance(event, Finished)]
     if not finished:
@@ -111,7 +113,7 @@ def read(run: RunDir) -> Record:
         scores=scores,
         merge=_json(run.merge, missing) if run.merge.is_file() else None,  # merging is a later wish, not a lack
         exports=tuple((name, value) for name, value in exports if value),
-        base_license=_license(Path(lock["base"]["folder"])) if lock else None,
+        base_license=_license(Path(lock.base.folder)) if lock else None,
         steps=tuple(event for event in events if isinstance(event, StepDone)),
         held_out=tuple(event for event in events if isinstance(event, Evaluated)),
         memory=max(memory, key=lambda event: event.peak_bytes, default=None),
@@ -124,9 +126,20 @@ def read(run: RunDir) -> Record:
     )
 
 
+def _lock(run: RunDir, missing: list[str]) -> Lock | None:
+    if not run.lock.is_file():
+        missing.append(_not_that_far(run.lock))
+        return None
+    try:
+        return run.read_lock()
+    except RunFolderError as fault:
+        missing.append(str(fault))
+        return None
+
+
 def _json(path: Path, missing: list[str]) -> dict[str, Any] | None:
     if not path.is_file():
-        missing.append(f"{path.name} is missing: the run did not get that far.")
+        missing.append(_not_that_far(path))
         return None
     try:
         value = read_json(path)
@@ -134,6 +147,10 @@ def _json(path: Path, missing: list[str]) -> dict[str, Any] | None:
         missing.append(str(fault))
         return None
     return value if isinstance(value, dict) else None
+
+
+def _not_that_far(path: Path) -> str:
+    return f"{path.name} is missing: the run did not get that far."
 
 
 def _license(base: Path) -> str | None:

@@ -10,6 +10,7 @@ from qtune.report.run_record import Record
 from qtune.report.wording import one_line
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+NO_BASE = "only a run with a lock has a base"
 
 
 class Use(NamedTuple):
@@ -39,19 +40,21 @@ def uses(found: Record) -> list[Use]:
 
 def base_title(found: Record) -> str:
     """What to call the base before others: a hub name, or a folder by its last part."""
-    name = str((found.lock or {})["base"]["name"])
+    assert found.lock is not None, NO_BASE
+    name = found.lock.base.name
     return "the demo base inside qtune" if name == "demo" else one_line(folder_name(name))
 
 
 def base_place(found: Record) -> str:
     """The hub name of the base, or its folder on this machine."""
-    assert found.lock is not None, "only a run with a lock has a base"
-    return found.base_on_hub or str(found.lock["base"]["folder"])
+    assert found.lock is not None, NO_BASE
+    return found.base_on_hub or found.lock.base.folder
 
 
 def vllm_command(found: Record, base: str, adapter: str) -> str | None:
     """None for an adapter that vLLM does not take."""
-    lora = (found.lock or {})["recipe"].get("lora", {})
+    assert found.lock is not None, NO_BASE
+    lora = found.lock.recipe.get("lora", {})
     rank = lora.get("rank", 0)
     if vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
         return None

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from qtune.lock import Lock
 from qtune.report import (
     braille_plot,
     conclusions,
@@ -41,7 +42,7 @@ def as_json(run: RunDir) -> dict[str, Any]:
         "memory": dataclasses.asdict(found.memory) if found.memory else None,
         "data": found.data,
         "plan": found.plan,
-        "lock": found.lock,
+        "lock": found.lock.as_json() if found.lock else None,
         "scores": found.scores,
         "merge": found.merge,
         "notices": list(found.notices),
@@ -78,8 +79,8 @@ def report(run: RunDir) -> Group:
 def _title(found: Record) -> list[Text]:
     if not found.lock:
         return [Text(str(found.run.path), "bold")]
-    base = found.lock["base"]["name"]
-    return [Text.assemble((one_line(found.lock["name"]), "bold"), f"  {one_line(base)}  {found.run.path}")]
+    base = found.lock.base.name
+    return [Text.assemble((one_line(found.name), "bold"), f"  {one_line(base)}  {found.run.path}")]
 
 
 def _curve(found: Record, width: int) -> list[Text]:
@@ -108,11 +109,11 @@ def write_summary(run: RunDir) -> None:
 
 def _head(found: Record) -> list[str]:
     lock = found.lock
-    lines = [f"# {markdown.inline(lock['name'] if lock else found.run.path.name)}", ""]
+    lines = [f"# {markdown.inline(found.name)}", ""]
     if lock:
-        about = lock["recipe"].get("about")
+        about = lock.recipe.get("about")
         lines += [markdown.inline(about), ""] if about else []
-        lines += [f"Base `{lock['base']['name']}`, weights SHA-256 `{lock['base']['sha256'][:16]}`.", ""]
+        lines += [f"Base `{lock.base.name}`, weights SHA-256 `{lock.base.sha256[:16]}`.", ""]
     if found.stopped:
         commands = "\n".join(tables.next_commands(found))
         lines += [f"{found.stopped.capitalize()}. Next:", "", *markdown.fenced(commands, "sh"), ""]
@@ -216,9 +217,9 @@ def _recipe(found: Record) -> list[str]:
 def _versions(found: Record) -> list[str]:
     if not found.lock:
         return []
-    return ["## Versions", "", f"{versions(found.lock)}. Seed {found.lock['seed']}."]
+    return ["## Versions", "", f"{versions(found.lock)}. Seed {found.lock.seed}."]
 
 
-def versions(lock: dict[str, Any]) -> str:
+def versions(lock: Lock) -> str:
     """`torch 2.13.0, peft 0.21.2`."""
-    return ", ".join(f"{name} {version}" for name, version in lock["versions"].items())
+    return ", ".join(f"{name} {version}" for name, version in lock.versions.items())

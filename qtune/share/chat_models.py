@@ -41,7 +41,7 @@ def opened(what: RunDir | Path) -> Iterator[Speaker]:
     """A run, a merged folder or a GGUF file, loaded as long as the block lasts."""
     if isinstance(what, RunDir):
         run = Opened.of(what, is_for_talk=True)
-        yield Loaded(run, run.lock["stop_token_ids"], run.lock["recipe"]["data"]["system"])
+        yield Loaded(run, run.lock.stop_token_ids, run.lock.recipe["data"]["system"])
     elif what.is_dir():
         merged = Merged.of(what)
         yield Loaded(merged, _ends_of(merged))

@@ -174,8 +174,8 @@ class _Asked:
 
 def _fold(run: RunDir) -> Fold | ModelError | None:
     lock = run.read_lock()
-    is_demo = lock["base"]["name"] == "demo" and run.base is None
-    folder = base_files.DEMO_BASE if is_demo else Path(lock["base"]["folder"])
+    is_demo = lock.base.name == "demo" and run.base is None
+    folder = base_files.DEMO_BASE if is_demo else Path(lock.base.folder)
     if not (folder / "config.json").is_file():
         return None
     try:

@@ -170,7 +170,7 @@ def test_a_base_that_a_glance_does_not_tell_is_refused_by_hash(tiny_base, tmp_pa
     save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, other / "model.safetensors")
     another_base(run, other)
     lock = json.loads(run.lock.read_text())
-    edit_json(run.lock, base={key: lock["base"][key] for key in ("name", "sha256")})
+    edit_json(run.lock, base={key: lock["base"][key] for key in ("name", "folder", "sha256")})
     with pytest.raises(ModelError, match="SHA-256") as refusal:
         make(run, tmp_path / "out" / "made")
     assert fingerprint.fingerprint(other) in str(refusal.value)

@@ -1,9 +1,13 @@
 """Weights through 4 bits and back, by rows: bitsandbytes' to the bit, whatever their shape, type and size."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 
+from qtune.lock import Quantization
 from qtune.merge import nf4_round_trip
 from qtune.merge.nf4_round_trip import NF4Rows, restore_quantized, restored_rows
 
@@ -11,11 +15,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-def quantization(double: bool = True, **changes: object) -> dict[str, object]:
-    return {"type": "nf4", "double": double, "blocksize": 64, "quant_storage": "uint8", **changes}
+def quantization(double: bool = True, **changes: Any) -> Quantization:
+    return replace(Quantization("nf4", double), **changes)
 
 
-def assert_bitsandbytes_bits(weight: torch.Tensor, settings: dict[str, object], at_once: int = 3) -> None:
+def assert_bitsandbytes_bits(weight: torch.Tensor, settings: Quantization, at_once: int = 3) -> None:
     """Asked for a few rows at a time; compared as integers, so that -0.0 is not 0.0."""
     rows = restored_rows(weight, weight.dtype, settings)
     found = torch.cat([rows(slice(start, start + at_once)) for start in range(0, len(weight), at_once)])

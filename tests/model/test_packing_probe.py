@@ -12,6 +12,7 @@ from stopped_runs import qtune, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.evaluate.held_out_loss import document_loss
+from qtune.lock import PackingProbe
 from qtune.memory import fused_cross_entropy, packed_attention
 from qtune.model import packing_probe
 from qtune.model.base import load_base
@@ -35,7 +36,7 @@ FEW_SEEN = {"keep_window_size": 8}  # Doge masks all but the eight tokens that i
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 
 
-def probe(model: PreTrainedModel) -> packing_probe.Probe:
+def probe(model: PreTrainedModel) -> PackingProbe:
     return packing_probe.probe(
         model, TOKENS, "cpu", "float32", lambda document: document_loss(model, document, "cpu", "float32")
     )

@@ -67,7 +67,7 @@ def test_the_words_told_are_those_of_the_scored_answer(finished: Path, speaker: 
     """Dequantised once, and one token at a time: the same answer as that of the model the run was scored with."""
     run = Opened.of(RunDir.open(finished))
     prompt = speaker._prompt([Message("user", QUESTION)])
-    (whole,) = answer(run.model, run.tokenizer, [prompt], run.lock["stop_token_ids"], 40, run.device, run.compute_dtype)
+    (whole,) = answer(run.model, run.tokenizer, [prompt], run.lock.stop_token_ids, 40, run.device, run.compute_dtype)
     pieces = told(Chat(speaker, Choosing(), max_new_tokens=40))
     assert "".join(pieces) == whole
     assert len(pieces) > 3

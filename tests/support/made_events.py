@@ -158,7 +158,13 @@ SCORES: dict[str, Any] = {
 LOCK: dict[str, Any] = {
     "name": "medical",
     "base": {"name": "Qwen/Qwen3-4B-Instruct", "folder": "/models/qwen", "sha256": "c0ffee" * 10 + "beef"},
+    "model": {"base": "Qwen/Qwen3-4B-Instruct"},
     "recipe": {"about": "Answers medical questions briefly"},
+    "quantized_modules": [],
+    "quantization": None,
+    "compute_dtype": "bfloat16",
+    "data_sha256": "da7a" * 16,
+    "stop_token_ids": [2],
     "seed": 0,
     "versions": {"torch": "2.13.0", "peft": "0.21.2"},
 }

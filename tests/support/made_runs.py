@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from qtune import __version__
+from qtune.lock import Lock, LockedBase, Quantization
 from qtune.model import base, fingerprint
 from qtune.recipe.schema import Model
-from qtune.rundir import RunDir, write_json
+from qtune.rundir import RunDir
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -42,29 +43,23 @@ def make_run(
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
     run = RunDir.create(path, "", {})
     tuned.save_pretrained(run.adapter, save_embedding_layers=False)
-    write_json(
-        run.lock,
-        {
-            "base": {
-                "name": model.base,
-                "folder": str(folder),
-                "sha256": fingerprint.fingerprint(folder),
-                "glance_sha256": fingerprint.glance(folder),
-            },
-            "model": model.model_dump(mode="json"),
-            "recipe": {"model": model.model_dump(mode="json")},
-            "quantized_modules": quantized,
-            "quantization": (
-                {"type": "nf4", "double": model.double_quantization, "blocksize": 64, "quant_storage": "uint8"}
-                if quantized
-                else None
-            ),
-            "device": "cpu",
-            "compute_dtype": compute_dtype,
-            "data_sha256": "0" * 64,
-            "stop_token_ids": list(stop_token_ids),
-            "versions": {"qtune": __version__},
-        },
+    run.write_lock(
+        Lock(
+            name=None,
+            base=LockedBase(model.base, str(folder), fingerprint.fingerprint(folder), fingerprint.glance(folder)),
+            model=model.model_dump(mode="json"),
+            recipe={"model": model.model_dump(mode="json")},
+            quantized_modules=tuple(quantized),
+            quantization=Quantization("nf4", model.double_quantization) if quantized else None,
+            device="cpu",
+            compute_dtype=compute_dtype,
+            data_sha256="0" * 64,
+            template_sha256=None,
+            tokenizer_sha256=None,
+            stop_token_ids=stop_token_ids,
+            seed=None,
+            versions={"qtune": __version__},
+        )
     )
     return run
 
