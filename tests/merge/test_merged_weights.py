@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from qtune.errors import ModelError
 from qtune.gguf.export import export
 from qtune.hardware import find_device, reset_peak, resident_bytes
+from qtune.lock import Quantization
 from qtune.merge import nf4_round_trip
 from qtune.merge.merge import merge
 from qtune.merge.merged_weights import Fold
@@ -51,7 +52,7 @@ def test_a_restored_weight_is_the_live_models_bit_for_bit(tiny_base, double, com
     live = base.load_base(model, "cpu", compute_dtype)
     names = base.quantized_modules(live)
     original = load_file(tiny_base / "model.safetensors")
-    quantization = {"type": "nf4", "double": double, "blocksize": 64, "quant_storage": "uint8"}
+    quantization = Quantization("nf4", double)
     assert len(names) == 14
     for name in names:
         weight = live.get_submodule(name).weight
