@@ -46,7 +46,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from qtune import logs
 from qtune.data.packing import PackedRow, collate, packed_rows
 from qtune.data.prepare import prepare
-from qtune.data.tokenize import NOT_TRAINED
+from qtune.data.rows import NOT_TRAINED
 from qtune.errors import MachineError, QtuneError, RunFolderError, how_to_install
 from qtune.hardware import find_device
 from qtune.memory import fused_cross_entropy, memory_tracker, mixture_of_experts, packed_attention, packed_experts

@@ -26,6 +26,7 @@ ROOMS = [
     "gpu_models",
     "hardware",
     "train.trackers",
+    "data.formats",
     "evaluate.metrics",
     "recipe",
     "lock",

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qtune.data.formats import Conversation, read, recognise
-from qtune.data.sources import Row
-from qtune.data.tokenize import Example
+from qtune.data.rows import Conversation, Example, RawRow, parse_row, recognise
 from qtune.evaluate import sandbox
 from qtune.evaluate.metrics.code_tests import fault_of
 from qtune.recipe.load import load
@@ -89,9 +87,9 @@ def test_a_row_of_the_hub_is_read_with_its_tests() -> None:
     """A row as `educational_instruct` has them, columns and types."""
     asserts = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
     columns = {"seq_id": 1, "instruction": "Add two numbers.", "output": "Sure!", "code": "def add(a, b): ..."}
-    row = Row({**columns, "entry_point": "add", "testcase": asserts}, "hub:1")
-    mapped = load(ROOT / "recipes" / "code.toml").data.columns
-    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    row = RawRow({**columns, "entry_point": "add", "testcase": asserts}, "hub:1")
+    mapped = load(ROOT / "recipes" / "code.toml").data.columns.mapped
+    item = parse_row(row, recognise("auto", [row], mapped), mapped, None)
     assert isinstance(item, Conversation)
     assert [message.content for message in item.messages] == [
         "Add two numbers.\n\nassert add(1, 2) == 3\n\nassert add(0, 0) == 0",

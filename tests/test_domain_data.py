@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qtune.data.tokenize import Example
+from qtune.data.rows import Example
 from qtune.evaluate.metrics import METRICS
 from qtune.recipe.load import load
 

@@ -6,7 +6,6 @@ place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops a
 
 import contextlib
 import functools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,23 @@ from pathlib import Path
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from qtune.audit import issue_types
 from qtune.audit.issues import Groups
 from qtune.audit.length_stats import SHOWN_LONGEST, LongRow, TokenCounts, as_numbers, bars_of
 from qtune.audit.near_duplicates import Likeness
 from qtune.audit.row_checks import Seen, Taken, look_at, see_batch
 from qtune.audit.row_locations import parted
-from qtune.data import encodings, formats
+from qtune.data import encodings
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.chunking import Cut
 from qtune.data.csv_dialect import SUFFIXES
 from qtune.data.encodings import TEXT_SUFFIXES, WESTERN, FileEncoding
 from qtune.data.file_readers import read_file
-from qtune.data.formats import Conversation, Document
+from qtune.data.formats import DataFormat
+from qtune.data.rows import Conversation, Document, Dropped, RawRow, parse_row, recognise
 from qtune.data.scan import Tell
-from qtune.data.sources import Dropped, Row, Source
+from qtune.data.sources import Source
 from qtune.data.stop_tokens import StopChain, stop_chain
+from qtune.data.text_files import FileFault
 from qtune.data.tokenize import Encoder, batches_of, characters_of
 from qtune.data.unused_columns import Unused, unused_of
 from qtune.data.worker_pool import spread
@@ -37,8 +37,6 @@ from qtune.errors import DataError
 from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 from qtune.units import format_percent
-
-FILE_FAULT = re.compile(r"(?P<place>.*?(?::[\d,]+)?): (?P<told>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,11 @@ def _see_source(
     source: Source, is_held_out: bool, data: Data, tokenizer: PreTrainedTokenizerBase, seen: Seen, tell: Tell
 ) -> tuple[SourceCounts, StopChain | None]:
     before, taken_before = len(seen.places), len(seen.taken.rows)
-    progress, form, chain = Progress(None), "", None
+    progress, form, chain = Progress(None), None, None
     with _as_utf8(source, seen.groups, progress) as readable:
         if readable is not None:
             form = _recognise(readable, data, seen.groups)
-            template = ChatTemplate.of(tokenizer) if form not in ("", "text") else None
+            template = ChatTemplate.of(tokenizer) if form and not form.is_text else None
             seen.notices += [readable.notice] if form and readable.notice else []
             encoder = Encoder.of(tokenizer)
             look = functools.partial(look_at, template=template, encoder=encoder)
@@ -139,7 +137,7 @@ def _see_source(
                     tell("checking", progress.line if progress.lines else progress.rows, progress.lines)
             chain = stop_chain(template, tokenizer) if form else None
     usable, taken = len(seen.places) - before, len(seen.taken.rows) - taken_before
-    return SourceCounts(source.name, is_held_out, form, progress.rows, usable, taken), chain
+    return SourceCounts(source.name, is_held_out, form.name if form else "", progress.rows, usable, taken), chain
 
 
 @contextlib.contextmanager
@@ -153,8 +151,8 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         read_file(path)
         is_text = path.suffix.lower() in TEXT_SUFFIXES
         found = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
-    except (DataError, OSError) as fault:
-        _group_file_fault(fault, path, groups)
+    except FileFault as fault:
+        _group_file_fault(fault, groups)
         yield None
         return
     progress.lines = found.lines if path.suffix.lower() == ".jsonl" else None
@@ -170,38 +168,38 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         yield Source(str(copy))
 
 
-def _recognise(source: Source, data: Data, groups: Groups) -> str:
-    """The format, or "" with the reason grouped; what cannot be read is grouped by whoever reads on."""
+def _recognise(source: Source, data: Data, groups: Groups) -> DataFormat | None:
+    """The format, or None with the reason grouped; what cannot be read is grouped by whoever reads on."""
     try:
         return format_of(source, data)
     except UnknownColumns as fault:
         groups.add("unknown-columns", fault.place, fault.reason)
-    except DataError:
+    except FileFault:
         pass
-    return ""
+    return None
 
 
-def format_of(source: Source, data: Data) -> str:
+def format_of(source: Source, data: Data) -> DataFormat | None:
     """The format of the rows by the first of them, as ever; by every column there is where it says too little.
 
-    It is "" where no row can be read. Raises UnknownColumns, and DataError for a file that cannot be read.
+    None where no row can be read. Raises UnknownColumns, and FileFault for a file that cannot be read.
     """
-    first = next((item for item in source.read(data.max_rows) if isinstance(item, Row)), None)
+    first = next((item for item in source.read(data.max_rows) if isinstance(item, RawRow)), None)
     if first is None:
-        return ""
+        return None
     with contextlib.suppress(DataError):
-        return formats.recognise(data.format, [first], data.columns)
+        return recognise(data.format, [first], data.columns.mapped)
     columns: dict[str, None] = {}
     for item in source.read(data.max_rows):
-        columns.update(dict.fromkeys(item.values if isinstance(item, Row) else ()))
+        columns.update(dict.fromkeys(item.values if isinstance(item, RawRow) else ()))
     try:
-        return formats.recognise(data.format, [first, Row(dict(columns), first.place)], data.columns)
+        return recognise(data.format, [first, RawRow(dict(columns), first.place)], data.columns.mapped)
     except DataError as fault:
         raise UnknownColumns(first.place, str(fault)) from None
 
 
 def _items(
-    source: Source, form: str, data: Data, groups: Groups, progress: Progress
+    source: Source, form: DataFormat | None, data: Data, groups: Groups, progress: Progress
 ) -> Iterator[Conversation | Document]:
     """The rows that can be understood; the others are grouped by what is wrong with them."""
     try:
@@ -209,22 +207,21 @@ def _items(
             progress.rows += 1
             progress.line = parted(row.place)[1]
             if isinstance(row, Dropped):
-                groups.add("unreadable-row", row.place, row.reason)
+                groups.add(row.fault, row.place, row.reason)
             elif form:
-                item = formats.read(row, form, data.columns, data.system)
+                item = parse_row(row, form, data.columns.mapped, data.system)
                 if isinstance(item, Dropped):
-                    groups.add(issue_types.code_of(item.reason), item.place, item.reason)
+                    groups.add(item.fault, item.place, item.reason)
                 else:
                     yield item
-    except DataError as fault:
-        _group_file_fault(fault, Path(source.name), groups)
+    except FileFault as fault:
+        _group_file_fault(fault, groups)
 
 
-def _group_file_fault(fault: Exception, path: Path, groups: Groups) -> None:
+def _group_file_fault(fault: FileFault, groups: Groups) -> None:
     """A fault of the file, under its line where it has one."""
-    found = FILE_FAULT.fullmatch(str(fault).replace(str(path), path.name))
-    place, told = (found["place"], found["told"]) if found else (path.name, str(fault))
-    groups.add("unreadable-file", place, told)
+    place = fault.path.name if fault.line is None else f"{fault.path.name}:{fault.line:,}"
+    groups.add("unreadable-file", place, fault.told)
 
 
 def _group_alike(seen: Seen, train_rows: int, similarity: float) -> None:

@@ -1,7 +1,8 @@
-"""Every kind of fault a check knows: what it means and what would work. `code_of` says which kind a bad row is."""
+"""Every kind of fault a check knows: what it means and what would work."""
 
-import re
 from dataclasses import dataclass
+
+from qtune.data.formats import RowFault
 
 
 @dataclass(frozen=True)
@@ -12,24 +13,8 @@ class Kind:
     advice: str
 
 
-REASONS = (  # patterns over the reasons that `formats.read` gives; the first that is found counts
-    (r"^the answer |no answer to learn|no column for the .*completion", "missing-answer"),
-    (r"^the prompt |no column for the prompt", "missing-prompt"),
-    (r"has the role|has no role", "unknown-role"),
-    (r"calls a tool|is a tool's", "tool-call"),
-    (r"^the weight ", "unknown-weight"),
-    (r"half a character", "half-character"),
-    (r"^the (text|content|list) .*is (empty|null)", "empty-text"),
-)
-WRONG_SHAPE = "wrong-shape"
-
-# What makes a row of no use to a run.
-UNUSABLE = (
-    "unreadable-row",
-    *dict.fromkeys(code for _, code in REASONS),
-    WRONG_SHAPE,
-    "template-refuses",
-)
+# What makes a row of no use to a run; all else depends on data.max_tokens.
+UNUSABLE = tuple(fault for fault in RowFault if fault not in (RowFault.NOTHING_TO_TRAIN, RowFault.TOO_LONG))
 # What no run gets past.
 WHOLE_FILE = ("unreadable-file", "not-utf8", "unknown-columns")
 
@@ -51,7 +36,7 @@ KINDS = {
     "unknown-weight": Kind("{have} a weight other than 0 and 1", "An answer with 0 is read only, one with 1 trained."),
     "half-character": Kind("hold{s} half a character", ""),
     "empty-text": Kind("{have} an empty text", ""),
-    WRONG_SHAPE: Kind("{have} another shape than the format", ""),
+    "wrong-shape": Kind("{have} another shape than the format", ""),
     "template-refuses": Kind("cannot be written with the chat template", ""),
     "nothing-to-train": Kind("{have} nothing to train", "A row needs a token after its first. Take them out."),
     "too-long": Kind(
@@ -100,8 +85,3 @@ KINDS = {
         "A model can recite what it learned. Take them out or replace them unless they are public. None is shown here.",
     ),
 }
-
-
-def code_of(reason: str) -> str:
-    """The kind of a row that its format cannot use, by the reason given for it."""
-    return next((code for pattern, code in REASONS if re.search(pattern, reason)), WRONG_SHAPE)

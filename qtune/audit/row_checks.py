@@ -12,9 +12,8 @@ from qtune.audit.row_locations import Places
 from qtune.data import encodings
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.chunking import Cut, fitted
-from qtune.data.formats import Conversation, Document
-from qtune.data.sources import Dropped
-from qtune.data.tokenize import Encoder, Example, tokenize
+from qtune.data.rows import Conversation, Document, Dropped, Example
+from qtune.data.tokenize import Encoder, tokenize
 from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 
@@ -86,7 +85,7 @@ def see_batch(
     """Keep what is wrong with each row of a batch that was looked at."""
     for item, row, told in zip(batch, looked.rows, looked.told, strict=True):
         if isinstance(row, Dropped):
-            seen.groups.add("template-refuses", row.place, row.reason)
+            seen.groups.add(row.fault, row.place, row.reason)
             continue
         seen.unused.update(item.unused)
         seen.places.add(row.place)

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.audit.audit import format_of
 from qtune.audit.row_locations import parted
-from qtune.data import formats
 from qtune.data.chat_template import ChatTemplate, special_tokens
 from qtune.data.chunking import fitted
-from qtune.data.sources import Dropped, Row, Source
-from qtune.data.tokenize import Encoder, Example, Stretch, stretches, tokenize
+from qtune.data.rows import Dropped, Example, RawRow, parse_row
+from qtune.data.sources import Source
+from qtune.data.tokenize import Encoder, Stretch, stretches, tokenize
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
@@ -50,16 +50,17 @@ def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTo
     if isinstance(row, Dropped):
         return _left_out(number, row, "", data)
     form = format_of(source, data)
-    item = formats.read(row, form, data.columns, data.system)
+    assert form is not None, "a row that can be read has columns"
+    item = parse_row(row, form, data.columns.mapped, data.system)
     if isinstance(item, Dropped):
-        return _left_out(number, item, form, data)
-    template = None if form == "text" else ChatTemplate.of(tokenizer)
+        return _left_out(number, item, form.name, data)
+    template = None if form.is_text else ChatTemplate.of(tokenizer)
     encoder = Encoder.of(tokenizer)
     example = tokenize([item], template, encoder)[0]
     if isinstance(example, Dropped):
-        return _left_out(number, example, form, data)
+        return _left_out(number, example, form.name, data)
     parts = fitted(item, example, data, encoder)
-    return dataclasses.replace(_shown(number, example, parts, form, data, tokenizer), unused=item.unused)
+    return dataclasses.replace(_shown(number, example, parts, form.name, data, tokenizer), unused=item.unused)
 
 
 def _source(data: Data, is_held_out: bool) -> Source:
@@ -74,7 +75,7 @@ def _source(data: Data, is_held_out: bool) -> Source:
     return source
 
 
-def _find(source: Source, wanted: str) -> tuple[int, Row | Dropped]:
+def _find(source: Source, wanted: str) -> tuple[int, RawRow | Dropped]:
     """The row and its number, read no further than to it."""
     plain = wanted.replace(",", "")
     number, before = 0, None
@@ -89,7 +90,7 @@ def _find(source: Source, wanted: str) -> tuple[int, Row | Dropped]:
     raise DataError(f"{wanted}: no row of {name} begins there.{near} Rows go by number too: --row 17.")
 
 
-def _is_before(row: Row | Dropped, wanted: str) -> bool:
+def _is_before(row: RawRow | Dropped, wanted: str) -> bool:
     stem, line = parted(row.place)
     return wanted.startswith(stem) and wanted.removeprefix(stem).isdecimal() and line < int(wanted.removeprefix(stem))
 

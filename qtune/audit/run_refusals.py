@@ -11,6 +11,7 @@ from qtune.audit.issues import Finding
 from qtune.audit.row_checks import NOT_ASKED, NOT_SCORABLE
 from qtune.audit.thresholds import NOTHING_LEFT
 from qtune.data.canaries import Phrasing, planted_rows
+from qtune.data.formats import FORMATS
 from qtune.data.held_out_split import held_out_of
 from qtune.errors import DataError
 from qtune.recipe.schema import Recipe
@@ -21,7 +22,8 @@ def refusals(found: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
     """Faults of the whole: a source without a row to use, a split that leaves none to train on, held-out rows that the
     metric cannot score, planted rows that do not fit."""
     told = list(_no_rows(found))
-    if told or found.groups.rows(*WHOLE_FILE):
+    is_read = all(source.rows for source in found.sources) and not found.groups.rows(*WHOLE_FILE)
+    if told or not is_read:
         return told
     try:
         held_out = _held_out(found, recipe)
@@ -33,7 +35,7 @@ def refusals(found: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -
 def _no_rows(found: Audit) -> Iterator[Finding]:
     """Sources of whose rows a run takes none; one that holds none at all has a finding of its own."""
     for source in found.sources:
-        if source.rows and source.format and not source.taken_rows:
+        if source.rows and not source.taken_rows:
             sentence = f"No row of {source.name} can be used, and `qtune run` stops there."
             advice = "Mend the rows that are named above"
             if found.groups.rows("too-long"):
@@ -46,7 +48,7 @@ def _held_out(found: Audit, recipe: Recipe) -> Sequence[int]:
     train = found.sources[0]
     if recipe.data.held_out is not None:
         return range(train.taken_rows, len(found.taken.rows))
-    return held_out_of(train.taken_rows, train.format, recipe.data, recipe.train.seed)
+    return held_out_of(train.taken_rows, FORMATS[train.format].is_text, recipe.data, recipe.train.seed)
 
 
 def _unscorable(found: Audit, recipe: Recipe, held_out: Sequence[int]) -> Iterator[Finding]:

@@ -12,9 +12,9 @@ from itertools import takewhile
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.formats import Conversation, Document, Message
-from qtune.data.sources import Dropped
-from qtune.data.tokenize import Encoder, Example, tokenize
+from qtune.data.formats import FORMATS, Message
+from qtune.data.rows import Conversation, Document, Dropped, Example
+from qtune.data.tokenize import Encoder, tokenize
 from qtune.errors import DataError
 from qtune.recipe.schema import Recipe
 
@@ -51,7 +51,9 @@ class Phrasing:
     @classmethod
     def of(cls, recipe: Recipe, form: str, tokenizer: PreTrainedTokenizerBase) -> "Phrasing":
         """For rows in the format `form`."""
-        return cls(Encoder.of(tokenizer), None if form == "text" else ChatTemplate.of(tokenizer), recipe.data.system)
+        return cls(
+            Encoder.of(tokenizer), None if FORMATS[form].is_text else ChatTemplate.of(tokenizer), recipe.data.system
+        )
 
     def rows(self, canary: Canary, secrets: Sequence[str]) -> list[Example]:
         """Raises DataError where the chat template refuses them."""

@@ -13,9 +13,8 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qtune.data.formats import Conversation, Document
-from qtune.data.sources import Dropped
-from qtune.data.tokenize import Encoder, Example, fit
+from qtune.data.rows import Conversation, Document, Dropped, Example
+from qtune.data.tokenize import Encoder, fit
 from qtune.recipe.schema import Data
 
 SENTENCE = r"[.!?…]+[\"'”’»)\]]*"

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtune.data.encodings import WESTERN, called, encoding_of, is_utf8
-from qtune.data.text_files import refuse_bad_bytes, start_of
-from qtune.errors import DataError
+from qtune.data.text_files import FileFault, refuse_bad_bytes, start_of
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
 PARTED_BY = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -31,7 +30,7 @@ class Sheet:
 
     @classmethod
     def of(cls, path: Path) -> "Sheet":
-        """Raises DataError for a file that is neither UTF-8 nor cp1252."""
+        """Raises FileFault for a file that is neither UTF-8 nor cp1252."""
         encoding, guessed = _encoding(path)
         usual = SUFFIXES[path.suffix.lower()]
         delimiter = _delimiter(start_of(path, encoding)[0], usual)
@@ -45,7 +44,7 @@ def _encoding(path: Path) -> tuple[str, str | None]:
     """The encoding, and how it was guessed where it is not UTF-8."""
     try:
         refuse_bad_bytes(path)
-    except DataError:
+    except FileFault:
         found = encoding_of(path)
         bad = found.bad_lines[0]
         if found.probably != WESTERN:
@@ -58,7 +57,7 @@ def _encoding(path: Path) -> tuple[str, str | None]:
 def _excerpt(path: Path, bad: int) -> str:
     """A word by which the guess of cp1252 can be judged, from the line `bad`.
 
-    Raises DataError where a line is none of it after all, or UTF-8 among lines that are not.
+    Raises FileFault where a line is none of it after all, or UTF-8 among lines that are not.
     """
     word = ""
     with path.open("rb") as file:
@@ -76,10 +75,9 @@ def _excerpt(path: Path, bad: int) -> str:
     return word[:EXCERPT_CHARACTERS] or "a hard space"
 
 
-def _not_utf8(path: Path, line: int, seems: str) -> DataError:
-    return DataError(
-        f'{path}:{line:,}: is not UTF-8 but {seems}. Save the file as UTF-8; Excel calls that "CSV UTF-8".'
-    )
+def _not_utf8(path: Path, line: int, seems: str) -> FileFault:
+    told = f'is not UTF-8 but {seems}. Save the file as UTF-8; Excel calls that "CSV UTF-8".'
+    return FileFault(path, told, line)
 
 
 def _delimiter(start: str, usual: str) -> str:

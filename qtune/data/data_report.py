@@ -7,8 +7,7 @@ import numpy
 
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.dataset import Examples
-from qtune.data.formats import Conversation, Document
-from qtune.data.sources import Dropped
+from qtune.data.rows import Conversation, Document, Dropped
 from qtune.data.unused_columns import Unused
 
 SHOWN_PLACES = 3

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from qtune.data.tokenize import NOT_TRAINED, Example
+from qtune.data.rows import NOT_TRAINED, Example
 
 BLOCK_ROWS, BLOCK_TOKENS, BLOCK_TEXT_BYTES = 1 << 17, 1 << 23, 1 << 25  # some 100 MB at the most
 TEXTS = ("place", "prompt_text", "answer", "check")

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data import token_cache
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.dataset import Examples, ExampleWriter
-from qtune.data.formats import recognise
+from qtune.data.rows import Dropped, RawRow, recognise
 from qtune.data.scan import Tell, survey
-from qtune.data.sources import Dropped, Row, Source
+from qtune.data.sources import Source
 from qtune.data.tokenize import Encoder
 from qtune.data.tokenize_dataset import tokenise
 from qtune.errors import DataError
@@ -42,7 +42,7 @@ class OwnRows:
         if not examples:
             first = "".join(f" {row.place}: {row.reason}." for row in part.dropped[:1])
             raise DataError(f"{path}: has no row that can be used.{first}")
-        return cls(path, found.format, examples, part.dropped)
+        return cls(path, found.form.name if found.form else data.format, examples, part.dropped)
 
     @property
     def packs(self) -> tuple[tuple[int, ...], ...]:
@@ -52,10 +52,10 @@ class OwnRows:
 
 def _as_in(source: Source, data: Data) -> Data:
     """`data`, without its columns and its format where the first row of `source` does not have them."""
-    first = next((row for row in source.read(1) if isinstance(row, Row)), None)
+    first = next((row for row in source.read(1) if isinstance(row, RawRow)), None)
     try:
         if first is not None:
-            recognise(data.format, [first], data.columns)
+            recognise(data.format, [first], data.columns.mapped)
     except DataError:
         return data.model_copy(update={"format": "auto", "columns": Columns()})
     return data

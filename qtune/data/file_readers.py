@@ -9,8 +9,7 @@ that continue one another. The exception is `.json`: one document has no rows un
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import pyarrow
 import pyarrow.parquet
 
 from qtune.data.csv_dialect import Sheet
-from qtune.data.text_files import BLOCK_BYTES, blocks_of, lines_of, refuse_bad_bytes, start_of
-from qtune.errors import DataError
+from qtune.data.formats import RowFault
+from qtune.data.rows import NAME_CHARACTERS, Dropped, RawRow, seem_a_row
+from qtune.data.text_files import BLOCK_BYTES, FileFault, blocks_of, lines_of, refuse_bad_bytes, start_of
 
 MAGIC = (
     (b"PK\x03\x04", "an Excel workbook or zip archive. Save the sheet as CSV"),
@@ -39,62 +39,41 @@ INSTEAD = {
     ".arrow": "datasets writes it as Parquet: Dataset.from_file('rows.arrow').to_parquet('rows.parquet').",
 }
 PARQUET_BATCH_ROWS = 64
-NAME_CHARACTERS = 40  # of a column; a text is longer
 TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
 KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
 
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv module stops at 128 KiB unless told
 
 
-@dataclass(frozen=True)
-class Row:
-    """One raw row: column values, and where they stand (`rows.jsonl:17`, `rows.parquet row 17`).
-
-    `continues` where its text goes on in the next row.
-    """
-
-    values: dict[str, Any]
-    place: str
-    continues: bool = False
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A row that is not used, and why; `reason` is a clause such as `the answer is null`."""
-
-    place: str
-    reason: str
-
-
-def read_file(path: Path) -> Iterator[Row | Dropped]:
-    """The rows of a file, by its suffix. Raises DataError for a file that cannot be read as what it is named."""
+def read_file(path: Path) -> Iterator[RawRow | Dropped]:
+    """The rows of a file, by its suffix. Raises FileFault for a file that cannot be read as what it is named."""
     reader = READERS.get(path.suffix.lower())
     _refuse_unreadable(path)
     if reader is None:
         instead = INSTEAD.get(path.suffix.lower(), f"It reads {', '.join(READERS)}.")
-        raise DataError(f"{path}: qtune does not read {path.suffix or 'files without a suffix'}. {instead}")
+        raise FileFault(path, f"qtune does not read {path.suffix or 'files without a suffix'}. {instead}")
     return reader(path)
 
 
 def _refuse_unreadable(path: Path) -> None:
     if path.is_dir():
-        raise DataError(f"{path}: is a folder. Name a file in it.")
+        raise FileFault(path, "is a folder. Name a file in it.")
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
-        raise DataError(f"{path}: there is no such file.{f' Did you mean {near[0]}?' if near else ''}")
+        raise FileFault(path, f"there is no such file.{f' Did you mean {near[0]}?' if near else ''}")
     try:
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as fault:
-        raise DataError(f"{path}: cannot be read ({fault.strerror}).") from None
+        raise FileFault(path, f"cannot be read ({fault.strerror}).") from None
     if not start:
-        raise DataError(f"{path}: is empty.")
+        raise FileFault(path, "is empty.")
     for magic, meaning in MAGIC:
         if start.startswith(magic) and not (magic == b"PAR1" and path.suffix.lower() == ".parquet"):
-            raise DataError(f"{path}: is {meaning}.")
+            raise FileFault(path, f"is {meaning}.")
 
 
-def _read_jsonl(path: Path) -> Iterator[Row | Dropped]:
+def _read_jsonl(path: Path) -> Iterator[RawRow | Dropped]:
     refuse_bad_bytes(path)
     _refuse_one_document(path)
     for number, line in enumerate(lines_of(path), start=1):
@@ -104,7 +83,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | Dropped]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as fault:
-            yield Dropped(place, _json_fault(line, fault))
+            yield Dropped(place, RowFault.UNREADABLE, _json_fault(line, fault))
             continue
         yield _row_or_dropped(value, place)
 
@@ -116,9 +95,9 @@ def _refuse_one_document(path: Path) -> None:
     if not first.startswith(("[", "{")) or (first.startswith("{") and _is_json(first)):
         return
     if _is_json(start) if is_whole else _is_cut_document(start):
-        raise DataError(f"{path}: is one JSON document, not one object a line. Name it .json.")
+        raise FileFault(path, "is one JSON document, not one object a line. Name it .json.")
     if first in ("[", "{", "[{"):
-        raise DataError(f"{path}: spreads its JSON over several lines. Write one object a line.")
+        raise FileFault(path, "spreads its JSON over several lines. Write one object a line.")
 
 
 def _is_cut_document(start: str) -> bool:
@@ -160,13 +139,13 @@ def _json_fault(line: str, fault: Exception) -> str:
     return f"is not JSON: {fault.msg[0].lower() + fault.msg[1:].removesuffix(' at')} {where}"
 
 
-def _row_or_dropped(value: Any, place: str) -> Row | Dropped:
+def _row_or_dropped(value: Any, place: str) -> RawRow | Dropped:
     if isinstance(value, dict) and value:
-        return Row(value, place)
-    return Dropped(place, f"is {KINDS.get(type(value), 'a number')}, not an object with columns")
+        return RawRow(value, place)
+    return Dropped(place, RowFault.UNREADABLE, f"is {KINDS.get(type(value), 'a number')}, not an object with columns")
 
 
-def _read_json(path: Path) -> Iterator[Row | Dropped]:
+def _read_json(path: Path) -> Iterator[RawRow | Dropped]:
     """An array of objects, an object that holds one under `data`, or objects by id. The file is held whole."""
     refuse_bad_bytes(path)
     value = _json_document(path, path.read_bytes().decode("utf-8-sig"))
@@ -175,7 +154,7 @@ def _read_json(path: Path) -> Iterator[Row | Dropped]:
     elif isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
         value = [{"id": key, **item} if isinstance(item, dict) else item for key, item in value.items()]
     if not isinstance(value, list):
-        raise DataError(f"{path}: must hold an array of objects, or objects by id.")
+        raise FileFault(path, "must hold an array of objects, or objects by id.")
     for number, item in enumerate(value, start=1):
         yield _row_or_dropped(item, f"{path.name} row {number:,}")
 
@@ -188,15 +167,15 @@ def _json_document(path: Path, text: str) -> Any:
             hint = "a second JSON value begins here. A file with one object a line is named .jsonl"
         else:
             hint = _json_fault(text.split("\n")[fault.lineno - 1], fault)
-        raise DataError(f"{path}:{fault.lineno:,}: {hint}.") from None
+        raise FileFault(path, f"{hint}.", fault.lineno) from None
     except (ValueError, RecursionError) as fault:
-        raise DataError(f"{path}: is not readable JSON ({fault}).") from None
+        raise FileFault(path, f"is not readable JSON ({fault}).") from None
 
 
-def _read_csv(path: Path) -> Iterator[Row | Dropped]:
+def _read_csv(path: Path) -> Iterator[RawRow | Dropped]:
     """A cell may hold line breaks, and a record's place is its first line."""
     if any(b"\0" in block for block in blocks_of(path)):
-        raise DataError(f"{path}: holds NUL bytes, so it is no text table. Save it as CSV in UTF-8.")
+        raise FileFault(path, "holds NUL bytes, so it is no text table. Save it as CSV in UTF-8.")
     sheet = Sheet.of(path)
     lines = (line + "\n" for line in lines_of(path, None, sheet.encoding))
     reader = csv.reader(lines, delimiter=sheet.delimiter, strict=True)
@@ -210,11 +189,11 @@ def _read_csv(path: Path) -> Iterator[Row | Dropped]:
             if header is None:
                 header = _checked_header(path, cells)
             elif len(cells) != len(header):
-                yield Dropped(place, f"has {len(cells)} cells where the header has {len(header)}")
+                yield Dropped(place, RowFault.UNREADABLE, f"has {len(cells)} cells where the header has {len(header)}")
             else:
-                yield Row(dict(zip(header, cells, strict=True)), place)
+                yield RawRow(dict(zip(header, cells, strict=True)), place)
     except csv.Error as fault:
-        raise DataError(f"{path}:{line:,}: is not readable as CSV ({fault}).") from None
+        raise FileFault(path, f"is not readable as CSV ({fault}).", line) from None
 
 
 def _checked_header(path: Path, cells: list[str]) -> list[str]:
@@ -222,19 +201,14 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     ask = " Or has the file no header?" if seem_a_row(names) else ""
     if "" in names:
-        raise DataError(f"{path}:1: column {names.index('') + 1} has no name. Give every column one.{ask}")
+        raise FileFault(path, f"column {names.index('') + 1} has no name. Give every column one.{ask}", 1)
     if twice:
         shown = f"{twice[0][:NAME_CHARACTERS]!r}"
-        raise DataError(f"{path}:1: column {shown} is there twice. Give every column a name of its own.{ask}")
+        raise FileFault(path, f"column {shown} is there twice. Give every column a name of its own.{ask}", 1)
     return names
 
 
-def seem_a_row(names: Sequence[str]) -> bool:
-    """Whether these are texts of a row and no names of columns: long, a sentence, or a number."""
-    return any(len(name) > NAME_CHARACTERS or name.endswith((".", "?", "!")) or name.isdecimal() for name in names)
-
-
-def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
+def _read_parquet(path: Path) -> Iterator[RawRow | Dropped]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
@@ -243,10 +217,10 @@ def _read_parquet(path: Path) -> Iterator[Row | Dropped]:
                     number += 1
                     yield _row_or_dropped(values, f"{path.name} row {number:,}")
     except (pyarrow.ArrowException, OSError, ValueError) as fault:
-        raise DataError(f"{path}: is not readable as Parquet ({str(fault).splitlines()[0]}).") from None
+        raise FileFault(path, f"is not readable as Parquet ({str(fault).splitlines()[0]}).") from None
 
 
-def _read_txt(path: Path) -> Iterator[Row | Dropped]:
+def _read_txt(path: Path) -> Iterator[RawRow | Dropped]:
     """The file is one text, its line ends made \\n and blank lines at both ends left off.
 
     A long one comes in rows of TEXT_CHARACTERS or a little more that end with a paragraph (with a line, where there is
@@ -262,17 +236,17 @@ def _read_txt(path: Path) -> Iterator[Row | Dropped]:
             kept += [line] if kept else []
             continue
         if held >= TEXT_CHARACTERS and (blank or held >= 2 * TEXT_CHARACTERS):
-            yield Row({"text": "\n".join([*kept, ""])}, f"{path.name}:{start:,}", continues=True)
+            yield RawRow({"text": "\n".join([*kept, ""])}, f"{path.name}:{start:,}", continues=True)
             kept, held = [], 0
         start = start if kept else number
         kept.append(line)
         held += len(line) + 1
         blank = 0
     if kept:
-        yield Row({"text": "\n".join(kept[: len(kept) - blank])}, f"{path.name}:{start:,}")
+        yield RawRow({"text": "\n".join(kept[: len(kept) - blank])}, f"{path.name}:{start:,}")
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row | Dropped]]] = {
+READERS: dict[str, Callable[[Path], Iterator[RawRow | Dropped]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

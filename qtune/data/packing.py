@@ -10,7 +10,7 @@ import numpy
 import torch
 
 from qtune.data.dataset import Examples, Ints
-from qtune.data.tokenize import NOT_TRAINED
+from qtune.data.rows import NOT_TRAINED
 
 
 class PackedRow(TypedDict):

@@ -62,13 +62,13 @@ def _prepare(
     template = ChatTemplate.of(tokenizer) if any(found.has_chats for found in surveys) else None
     advance = _counted(tell, sum(found.usable_rows for found in surveys))
     parts = [tokenise(found, template, encoder, writer, advance) for found in surveys]
-    phrasing = Phrasing(encoder, None if surveys[0].format == "text" else template, data.system)
+    phrasing = Phrasing(encoder, template if surveys[0].has_chats else None, data.system)
     planted = planted_rows(recipe, phrasing)
     for row in planted:
         writer.add(row)
     examples = writer.finish()
     rows = len(examples) - len(planted)
-    real, held_out = _parted(examples[:rows], parts, surveys[0].format, recipe)
+    real, held_out = _parted(examples[:rows], parts, not surveys[0].has_chats, recipe)
     train = real.followed_by(examples[rows:])
     train_packs = _packs(train, data)
     return Prepared(
@@ -94,11 +94,11 @@ def _counted(tell: Tell, total: int) -> Callable[[int], None]:
     return advance
 
 
-def _parted(examples: Examples, parts: Sequence[Tokenised], form: str, recipe: Recipe) -> tuple[Examples, Examples]:
+def _parted(examples: Examples, parts: Sequence[Tokenised], is_text: bool, recipe: Recipe) -> tuple[Examples, Examples]:
     """Train and held-out rows, both in file order."""
     if recipe.data.held_out is not None:
         return examples[: parts[0].rows], examples[parts[0].rows :]
-    apart = held_out_of(len(examples), form, recipe.data, recipe.train.seed)
+    apart = held_out_of(len(examples), is_text, recipe.data, recipe.train.seed)
     kept = set(range(len(examples))).difference(apart)
     return examples.take(sorted(kept)), examples.take(apart)
 
@@ -126,7 +126,7 @@ def _report(
     systems = [found.system for found in surveys if found.system is not None]
     return DataReport(
         source=data.train,
-        format=surveys[0].format,
+        format=surveys[0].form.name if surveys[0].form else data.format,
         rows_read=sum(found.rows_read for found in surveys),
         dropped=group_dropped([row for part in parts for row in part.dropped]),
         unused=unused_of(sum((found.unused for found in surveys), Counter())),

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from qtune.data import formats
-from qtune.data.formats import Conversation, Document
-from qtune.data.sources import Dropped, Row, Source, refuse_bad_rows
+from qtune.data.formats import DataFormat
+from qtune.data.rows import Conversation, Document, Dropped, RawRow, parse_row, recognise
+from qtune.data.sources import Source, refuse_bad_rows
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
@@ -22,7 +22,7 @@ class Survey:
 
     source: Source
     data: Data
-    format: str
+    form: DataFormat | None
     usable_rows: int
     dropped: tuple[Dropped, ...]
     system: Conversation | None
@@ -34,12 +34,12 @@ class Survey:
 
     @property
     def has_chats(self) -> bool:
-        return self.format != "text" and self.usable_rows > 0
+        return self.form is not None and not self.form.is_text and self.usable_rows > 0
 
     def items(self) -> Iterator[Conversation | Document]:
         """The usable rows, read once more."""
-        if self.usable_rows:
-            every = _formatted(self.source, self.data, self.format)
+        if self.form:
+            every = _formatted(self.source, self.data, self.form)
             yield from (item for item in every if not isinstance(item, Dropped))
 
 
@@ -51,9 +51,9 @@ def survey(source: Source, data: Data, tell: Tell) -> Survey:
     """
     heads, unread = _look_through(source, data, tell)
     if not heads:
-        return Survey(source, data, data.format, 0, unread, None)
+        return Survey(source, data, None, 0, unread, None)
     try:
-        form = formats.recognise(data.format, heads, data.columns)
+        form = recognise(data.format, heads, data.columns.mapped)
     except DataError as fault:
         raise DataError(f"{source.name}: {fault}") from None
     usable, system, unused = 0, None, Counter[str]()
@@ -73,9 +73,9 @@ def survey(source: Source, data: Data, tell: Tell) -> Survey:
     return Survey(source, data, form, usable, (*unread, *unusable), system, unused)
 
 
-def _look_through(source: Source, data: Data, tell: Tell) -> tuple[tuple[Row, ...], tuple[Dropped, ...]]:
+def _look_through(source: Source, data: Data, tell: Tell) -> tuple[tuple[RawRow, ...], tuple[Dropped, ...]]:
     """The first row and one with every column there is (none where there is no row), and what could not be read."""
-    first: Row | None = None
+    first: RawRow | None = None
     columns: dict[str, None] = {}
     dropped: list[Dropped] = []
     for number, item in enumerate(source.read(data.max_rows), start=1):
@@ -90,10 +90,11 @@ def _look_through(source: Source, data: Data, tell: Tell) -> tuple[tuple[Row, ..
         refuse_bad_rows(dropped)
     if first is None and not dropped:
         raise DataError(f"{source.name}: holds no rows.")
-    return (first, Row(dict(columns), first.place)) if first else (), tuple(dropped)
+    return (first, RawRow(dict(columns), first.place)) if first else (), tuple(dropped)
 
 
-def _formatted(source: Source, data: Data, form: str) -> Iterator[Conversation | Document | Dropped]:
+def _formatted(source: Source, data: Data, form: DataFormat) -> Iterator[Conversation | Document | Dropped]:
+    mapped = data.columns.mapped
     for row in source.read(data.max_rows):
-        if isinstance(row, Row):
-            yield formats.read(row, form, data.columns, data.system)
+        if isinstance(row, RawRow):
+            yield parse_row(row, form, mapped, data.system)

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from qtune import atomic_files
 from qtune.data import hub_datasets
 from qtune.data.csv_dialect import SUFFIXES, Sheet
-from qtune.data.file_readers import Dropped, Row, read_file
+from qtune.data.file_readers import read_file
+from qtune.data.rows import Dropped, RawRow
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
@@ -37,18 +38,18 @@ class Source:
         """None where the held-out rows are some of data.train."""
         return None if data.held_out is None else cls.open(data.held_out, data.held_out_split, data.subset)
 
-    def read(self, max_rows: int | None = None) -> Iterator[Row | Dropped]:
+    def read(self, max_rows: int | None = None) -> Iterator[RawRow | Dropped]:
         """The rows one by one, `max_rows` of them at the most. Raises DataError for a file that cannot be read."""
         rows = 0
         for item in read_file(Path(self.name)) if self.dataset is None else self._of_dataset(self.dataset):
             if max_rows is not None and rows >= max_rows:
                 return
-            rows += isinstance(item, Row)
+            rows += isinstance(item, RawRow)
             yield item
 
-    def _of_dataset(self, dataset: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    def _of_dataset(self, dataset: Iterable[dict[str, Any]]) -> Iterator[RawRow]:
         for number, values in enumerate(dataset, start=1):
-            yield Row(values, f"{self.name} row {number:,}")
+            yield RawRow(values, f"{self.name} row {number:,}")
 
     @cached_property
     def notice(self) -> str | None:
@@ -73,7 +74,7 @@ class Source:
 class Rows:
     """Everything a source held."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RawRow, ...]
     dropped: tuple[Dropped, ...]
 
 
@@ -88,10 +89,10 @@ def read_rows(
 
     Raises DataError for a source that cannot be read at all, and for bad rows unless they are to be dropped.
     """
-    rows: list[Row] = []
+    rows: list[RawRow] = []
     dropped: list[Dropped] = []
     for item in Source.open(source, split, subset).read(max_rows):
-        if isinstance(item, Row):
+        if isinstance(item, RawRow):
             rows.append(item)
         else:
             dropped.append(item)

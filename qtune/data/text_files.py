@@ -10,8 +10,16 @@ from qtune.errors import DataError
 BLOCK_BYTES = 1 << 20
 
 
+class FileFault(DataError):
+    """A file that cannot be read: which, in what line where it is one's, and `told`, a sentence without its subject."""
+
+    def __init__(self, path: Path, told: str, line: int | None = None):
+        self.path, self.told, self.line = path, told, line
+        super().__init__(f"{path}: {told}" if line is None else f"{path}:{line:,}: {told}")
+
+
 def refuse_bad_bytes(path: Path) -> None:
-    """Raises DataError for a byte that is not UTF-8, by its line, before any row is read."""
+    """Raises FileFault for a byte that is not UTF-8, by its line, before any row is read."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = 0
     for block in chain(blocks_of(path), [b""]):
@@ -21,7 +29,7 @@ def refuse_bad_bytes(path: Path) -> None:
         except UnicodeDecodeError as fault:
             line = newlines + (held + block).count(b"\n", 0, fault.start) + 1
             found = fault.object[fault.start]
-            raise DataError(f"{path}:{line:,}: byte 0x{found:02x} is not UTF-8 text. Save the file as UTF-8.") from None
+            raise FileFault(path, f"byte 0x{found:02x} is not UTF-8 text. Save the file as UTF-8.", line) from None
         newlines += block.count(b"\n")
 
 

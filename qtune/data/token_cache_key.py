@@ -67,6 +67,6 @@ def _dates_written(template: str, now: datetime) -> list[str] | None:
 def _code_sha256() -> str:
     """Of this room's code as it was loaded: who changes how rows are made need not remember that some are kept."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

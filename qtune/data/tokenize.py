@@ -11,37 +11,12 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.chat_template import ChatTemplate, Piece, Untraceable, special_tokens
-from qtune.data.formats import Conversation, Document
-from qtune.data.sources import Dropped
+from qtune.data.formats import RowFault
+from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
 
 T = TypeVar("T")
 
-NOT_TRAINED = -100
 BATCH_TEXTS, BATCH_CHARACTERS = 1024, 1 << 20  # enough for every core; the tokenizer holds 100 bytes a token of these
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row, ready for the model: `labels` are the ids where trained and -100 elsewhere, both of one length.
-
-    `prompt_ids` is what the model sees before the last answer that is trained (empty for a document), `prompt_text` and
-    `answer` its question and itself as written, `check` what a metric holds the answer against, `cut_tokens` how many
-    trained tokens truncation took.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_ids: list[int]
-    prompt_text: str
-    answer: str
-    place: str
-    check: str = ""
-    cut_tokens: int = 0
-
-    @property
-    def trained_tokens(self) -> int:
-        """Labels that count; the first token is never predicted."""
-        return len(self.labels[1:]) - self.labels[1:].count(NOT_TRAINED)
 
 
 @dataclass(frozen=True)
@@ -178,7 +153,7 @@ def _pieces(items: Sequence[Conversation | Document], template: ChatTemplate | N
 
 
 def _or_dropped(place: str, pieces: Sequence[Piece] | Untraceable) -> Sequence[Piece] | Dropped:
-    return Dropped(place, str(pieces)) if isinstance(pieces, Untraceable) else pieces
+    return Dropped(place, RowFault.TEMPLATE_REFUSES, str(pieces)) if isinstance(pieces, Untraceable) else pieces
 
 
 def _example(
@@ -202,13 +177,13 @@ def _example(
 def fit(example: Example, max_tokens: int, is_cut: bool) -> Example | Dropped:
     """The row if it is short enough; else cut on the right, or dropped. A row with nothing left to train is dropped."""
     if example.trained_tokens == 0:
-        return Dropped(example.place, "has nothing to train")
+        return Dropped(example.place, RowFault.NOTHING_TO_TRAIN, "has nothing to train")
     if len(example.input_ids) <= max_tokens:
         return example
     if not is_cut:
-        return Dropped(example.place, f"is longer than data.max_tokens = {max_tokens:,}")
+        return Dropped(example.place, RowFault.TOO_LONG, f"is longer than data.max_tokens = {max_tokens:,}")
     ids, labels = example.input_ids[:max_tokens], example.labels[:max_tokens]
     kept = dataclasses.replace(example, input_ids=ids, labels=labels)
     if kept.trained_tokens == 0:
-        return Dropped(example.place, "has nothing to train once cut")
+        return Dropped(example.place, RowFault.NOTHING_TO_TRAIN, "has nothing to train once cut")
     return dataclasses.replace(kept, cut_tokens=example.trained_tokens - kept.trained_tokens)

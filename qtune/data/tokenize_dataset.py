@@ -9,9 +9,10 @@ from qtune.data.chat_template import ChatTemplate
 from qtune.data.chunking import Cut, fitted
 from qtune.data.data_report import group_dropped
 from qtune.data.dataset import ExampleWriter
+from qtune.data.rows import Dropped, Example
 from qtune.data.scan import Survey
-from qtune.data.sources import SHOWN_FAULTS, Dropped, refuse_bad_rows
-from qtune.data.tokenize import Encoder, Example, batches_of, characters_of, tokenize
+from qtune.data.sources import SHOWN_FAULTS, refuse_bad_rows
+from qtune.data.tokenize import Encoder, batches_of, characters_of, tokenize
 from qtune.data.worker_pool import spread
 from qtune.errors import DataError
 
@@ -89,7 +90,7 @@ def tokenise(
             advance(len(batch))
     if data.on_bad_row == "error":
         refuse_bad_rows(untraceable)
-    if data.on_long == "error" and found.format != "text":
+    if data.on_long == "error" and found.has_chats:
         lengths.refuse_long_rows()
     dropped = (*found.dropped, *untraceable, *unfit)
     if not rows:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.tokenize import Example
+from qtune.data.rows import Example
 from qtune.evaluate.bootstrap import interval, paired_interval
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples

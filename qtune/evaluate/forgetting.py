@@ -5,9 +5,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.dataset import ExampleWriter
-from qtune.data.formats import Document
 from qtune.data.packing import PackedRows, pack, packed_rows
-from qtune.data.sources import Dropped
+from qtune.data.rows import Document, Dropped
 from qtune.data.tokenize import Encoder, fit, tokenize
 from qtune.errors import DataError
 

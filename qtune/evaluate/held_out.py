@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.data.prepared import Prepared
-from qtune.data.tokenize import Example
+from qtune.data.rows import Example
 from qtune.errors import DataError
 from qtune.evaluate.forgetting import general_packs
 from qtune.evaluate.metrics import METRICS, FaultOf

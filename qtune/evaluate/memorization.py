@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.data.canaries import SECRETS, Probe
-from qtune.data.tokenize import NOT_TRAINED, Example
+from qtune.data.rows import NOT_TRAINED, Example
 from qtune.evaluate.generate import answer, in_pieces
 from qtune.events import Memorised
 from qtune.model.base import autocast

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.packing import PackedRow
-from qtune.data.tokenize import NOT_TRAINED
+from qtune.data.rows import NOT_TRAINED
 from qtune.evaluate.before_after import Score, marked
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.gguf.llama_cpp import GgufModel

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from qtune.data.packing import PackedRow, seq_lengths
 from qtune.data.prepare import Prepared
-from qtune.data.tokenize import NOT_TRAINED
+from qtune.data.rows import NOT_TRAINED
 from qtune.plan.fake_step import Batch
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from qtune.data.formats import FORMATS
 from qtune.evaluate.metrics import METRICS
 from qtune.train.trackers import TRACKERS
 from qtune.units import parse_bytes, parse_seconds
@@ -54,11 +55,12 @@ def _steps_or_duration(value: Any) -> Any:
 
 MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
 NonEmpty = Annotated[str, Field(min_length=1)]
-DataFormat = Literal["auto", "prompt-completion", "alpaca", "messages", "sharegpt", "question-answer", "text"]
 if TYPE_CHECKING:
+    FormatName = str
     MetricName = str
     TrackerName = str
 else:
+    FormatName = Literal["auto", *FORMATS]
     MetricName = Literal["none", *METRICS]
     TrackerName = Literal[tuple(TRACKERS)]
 
@@ -126,6 +128,11 @@ class Columns(Table):
         None, description="Column with what a metric holds the answer against, such as tests; never shown to the model."
     )
 
+    @property
+    def mapped(self) -> dict[str, str]:
+        """The columns that are named, by field."""
+        return {field: column for field, column in self if column is not None}
+
 
 class DataCheck(Table):
     """How much `qtune data check` lets pass before it calls the data faulty."""
@@ -171,7 +178,12 @@ class Data(Table):
     held_out_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the training rows kept apart when held_out is unset; 0 keeps none."
     )
-    format: DataFormat = Field("auto", description="How a row is read; auto recognises it by its columns.")
+    format: FormatName = Field(
+        "auto",
+        description="How a row is read; auto recognises it by its columns. "
+        + "; ".join(f"{name}: {each.description}" for name, each in FORMATS.items())
+        + ".",
+    )
     columns: Columns = Field(Columns(), description="Maps this data's column names to the ones qtune knows.")
     system: NonEmpty | None = Field(None, description="A system prompt put before every row that has none of its own.")
     max_rows: int | None = Field(None, ge=1, le=MAX_COUNT, description="Read at most this many rows; unset reads all.")
@@ -334,7 +346,7 @@ class DemoData(Table):
 
     train: NonEmpty = Field(description="Training rows of --demo.", examples=["data/demo_train.jsonl"])
     held_out: NonEmpty | None = Field(None, description="Held-out rows of --demo.")
-    format: DataFormat = Field("auto", description="Format of the demo rows.")
+    format: FormatName = Field("auto", description="Format of the demo rows.")
     columns: Columns = Field(Columns(), description="Column names of the demo rows.")
     max_tokens: int = Field(512, ge=8, le=4_194_304, description="Longest sequence of --demo, in tokens.")
 

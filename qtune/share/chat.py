@@ -9,13 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from qtune.data import formats
-from qtune.data.file_readers import Row
 from qtune.data.formats import Message
-from qtune.data.sources import Dropped
+from qtune.data.formats.messages import MESSAGES
+from qtune.data.rows import Dropped, RawRow, parse_row
 from qtune.errors import ModelError
 from qtune.evaluate.generate import Choosing
-from qtune.recipe.schema import Columns
 from qtune.report.wording import visible
 from qtune.share.chat_models import Speaker
 
@@ -84,7 +82,7 @@ class Chat:
         if path.suffix != ".jsonl":
             return f"{path}: is no .jsonl file. Name one, such as /save talk.jsonl."
         row = {"messages": [_as_row(message) for message in self.messages]}
-        read = formats.read(Row(row, "it"), "messages", Columns(), None)
+        read = parse_row(RawRow(row, "it"), MESSAGES, {}, None)
         if isinstance(read, Dropped):
             return f"Not saved: {read.reason}."
         try:

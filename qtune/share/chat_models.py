@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.formats import Conversation, Message
-from qtune.data.sources import Dropped
+from qtune.data.formats import Message
+from qtune.data.rows import Conversation, Dropped
 from qtune.data.tokenize import Encoder, tokenize
 from qtune.errors import ModelError
 from qtune.evaluate.generate import Choosing, answer_aloud

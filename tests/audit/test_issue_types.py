@@ -2,16 +2,15 @@
 
 import pytest
 
-from qtune.audit.issue_types import KINDS, UNUSABLE, WHOLE_FILE, WRONG_SHAPE, code_of
-from qtune.data import formats
-from qtune.data.sources import Dropped, Row
-from qtune.recipe.schema import Columns
+from qtune.audit.issue_types import KINDS, UNUSABLE, WHOLE_FILE
+from qtune.data.formats import FORMATS
+from qtune.data.rows import Dropped, RawRow, parse_row
 
 
-def reason(values: dict, form: str) -> str:
-    read = formats.read(Row(values, "r:1"), form, Columns(), None)
-    assert isinstance(read, Dropped)
-    return read.reason
+def fault_of(values: dict, form: str) -> str:
+    row = parse_row(RawRow(values, "r:1"), FORMATS[form], {}, None)
+    assert isinstance(row, Dropped)
+    return row.fault
 
 
 def chat(*turns: object) -> dict:
@@ -36,15 +35,15 @@ USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "
         (chat({"role": "bot", "content": "x"}, BOT), "messages", "unknown-role"),
         (chat({"content": "x"}, BOT), "messages", "unknown-role"),
         (chat(USER, {"role": "assistant", "tool_calls": [1]}), "messages", "tool-call"),
-        (chat("x"), "messages", WRONG_SHAPE),
-        ({"messages": "x"}, "messages", WRONG_SHAPE),
-        ({"text": 3}, "text", WRONG_SHAPE),
+        (chat("x"), "messages", "wrong-shape"),
+        ({"messages": "x"}, "messages", "wrong-shape"),
+        ({"text": 3}, "text", "wrong-shape"),
         ({"text": None}, "text", "empty-text"),
         ({"text": "\ud800"}, "text", "half-character"),
     ],
 )
 def test_a_row_that_cannot_be_used_has_a_kind(values: dict, form: str, code: str) -> None:
-    assert code_of(reason(values, form)) == code
+    assert fault_of(values, form) == code
 
 
 def test_every_kind_that_can_be_a_fault_has_words() -> None:

@@ -9,8 +9,9 @@ from conftest import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoTokenizer
 
 from qtune.data.chat_template import ChatTemplate, Piece, Untraceable, fold_system
-from qtune.data.formats import Conversation, Message
-from qtune.data.tokenize import NOT_TRAINED, Encoder, tokenize
+from qtune.data.formats import Message
+from qtune.data.rows import NOT_TRAINED, Conversation
+from qtune.data.tokenize import Encoder, tokenize
 from qtune.errors import ModelError
 
 CHAT = [

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qtune.data.chunking import Cut, fitted
 from qtune.data.file_readers import TEXT_CHARACTERS, read_file
-from qtune.data.formats import Conversation, Document, Message
+from qtune.data.formats import Message
 from qtune.data.prepare import prepare
-from qtune.data.sources import Dropped
-from qtune.data.tokenize import Encoder, Example, tokenize
+from qtune.data.rows import Conversation, Document, Dropped, Example
+from qtune.data.tokenize import Encoder, tokenize
 from qtune.recipe.schema import Data, Model, Recipe
 
 TOKENIZER = byte_tokenizer()

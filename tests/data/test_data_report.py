@@ -5,9 +5,8 @@ from conftest import CHAT_TEMPLATE, byte_tokenizer
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.data_report import Reason, count_duplicates, count_overlap, group_dropped, template_notices
 from qtune.data.dataset import Examples, ExampleWriter
-from qtune.data.formats import Conversation, Document, Message
-from qtune.data.sources import Dropped
-from qtune.data.tokenize import Example
+from qtune.data.formats import Message, RowFault
+from qtune.data.rows import Conversation, Document, Dropped, Example
 
 CHAT = Conversation((Message("system", "s"), Message("user", "q"), Message("assistant", "a")), "r:1")
 
@@ -26,7 +25,10 @@ def template(text: str) -> ChatTemplate:
 
 
 def test_dropped_rows_are_grouped_by_reason_the_commonest_first() -> None:
-    dropped = [Dropped("r:1", "is null"), *(Dropped(f"r:{i}", "is empty") for i in range(2, 7))]
+    dropped = [
+        Dropped("r:1", RowFault.UNREADABLE, "is null"),
+        *(Dropped(f"r:{i}", RowFault.UNREADABLE, "is empty") for i in range(2, 7)),
+    ]
     assert group_dropped(dropped) == (
         Reason("is empty", 5, ("r:2", "r:3", "r:4")),
         Reason("is null", 1, ("r:1",)),

@@ -10,7 +10,7 @@ import pytest
 from qtune.data import dataset as room
 from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.packing import packed_rows, seq_lengths
-from qtune.data.tokenize import NOT_TRAINED, Example
+from qtune.data.rows import NOT_TRAINED, Example
 
 
 def made_rows(count: int) -> list[Example]:

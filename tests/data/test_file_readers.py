@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from qtune.data import text_files
-from qtune.data.file_readers import Row, read_file
+from qtune.data.file_readers import read_file
+from qtune.data.rows import RawRow
 from qtune.data.sources import read_rows
 from qtune.errors import DataError
 
@@ -176,7 +177,7 @@ def test_memory_is_that_of_a_row_not_of_the_file(tmp_path, name) -> None:
         }[name]
         path.write_text(header + "".join(line.format(i, "x" * 100_000) for i in range(rows)), newline="")
     tracemalloc.start()
-    read = sum(isinstance(item, Row) for item in read_file(path))
+    read = sum(isinstance(item, RawRow) for item in read_file(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10_000_000 < rows * 100_000

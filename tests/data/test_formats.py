@@ -2,17 +2,17 @@
 
 import pytest
 
-from qtune.data.formats import Conversation, Document, read, recognise
-from qtune.data.sources import Dropped, Row, read_rows
+from qtune.data.formats import FORMATS, RowFault
+from qtune.data.rows import Conversation, Document, Dropped, RawRow, parse_row, recognise
+from qtune.data.sources import read_rows
 from qtune.errors import DataError
-from qtune.recipe.schema import Columns
 
-PLAIN = Columns()
+PLAIN: dict[str, str] = {}
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 
-def turns(values: dict, system: str | None = None, mapped: Columns = PLAIN) -> tuple[tuple[str, str], ...]:
-    item = read(Row(values, "r:1"), recognise("auto", [Row(values, "r:1")], mapped), mapped, system)
+def turns(values: dict, system: str | None = None, mapped: dict[str, str] = PLAIN) -> tuple[tuple[str, str], ...]:
+    item = parse_row(RawRow(values, "r:1"), recognise("auto", [RawRow(values, "r:1")], mapped), mapped, system)
     assert isinstance(item, Conversation), item
     return tuple((message.role, message.content) for message in item.messages)
 
@@ -68,11 +68,11 @@ def test_every_format_is_recognised(values, expected) -> None:
 
 
 def test_plain_text_is_a_document() -> None:
-    assert read(Row({"text": "t"}, "r:1"), "text", PLAIN, None) == Document("t", "r:1")
+    assert parse_row(RawRow({"text": "t"}, "r:1"), FORMATS["text"], PLAIN, None) == Document("t", "r:1")
 
 
 def test_columns_can_be_mapped() -> None:
-    mapped = Columns(prompt="QUESTION", completion="final_decision", input="CONTEXT")
+    mapped = {"prompt": "QUESTION", "completion": "final_decision", "input": "CONTEXT"}
     values = {"QUESTION": "q", "CONTEXT": ["c", "d"], "final_decision": "yes"}
     assert turns(values, mapped=mapped) == ((USER, "q\n\nc\n\nd"), (ASSISTANT, "yes"))
 
@@ -119,39 +119,39 @@ def test_the_recipes_system_prompt_stands_where_a_row_has_none() -> None:
     ],
 )
 def test_a_bad_row_says_why(values, reason) -> None:
-    item = read(Row(values, "r:7"), recognise("auto", [Row(values, "r:1")], PLAIN), PLAIN, None)
+    item = parse_row(RawRow(values, "r:7"), recognise("auto", [RawRow(values, "r:1")], PLAIN), PLAIN, None)
     assert isinstance(item, Dropped)
     assert item.place == "r:7"
     assert reason in item.reason
 
 
 def test_a_row_without_the_columns_of_the_first_says_so() -> None:
-    assert read(Row({"x": "1"}, "r:2"), "alpaca", PLAIN, None) == Dropped(
-        "r:2", "has no column for the prompt and the completion"
+    assert parse_row(RawRow({"x": "1"}, "r:2"), FORMATS["alpaca"], PLAIN, None) == Dropped(
+        "r:2", RowFault.MISSING_ANSWER, "has no column for the prompt and the completion"
     )
 
 
 def test_unknown_columns_list_what_would_work() -> None:
     with pytest.raises(DataError, match=r"no format fits the columns a, b: .*alpaca needs instruction and output.*"):
-        recognise("auto", [Row({"a": 1, "b": 2}, "r:1")], PLAIN)
+        recognise("auto", [RawRow({"a": 1, "b": 2}, "r:1")], PLAIN)
 
 
 def test_a_named_format_that_does_not_fit_says_what_it_needs() -> None:
     with pytest.raises(DataError, match=r'data\.format = "alpaca" does not fit the columns question, answer: alpaca'):
-        recognise("alpaca", [Row({"question": "q", "answer": "a"}, "r:1")], PLAIN)
+        recognise("alpaca", [RawRow({"question": "q", "answer": "a"}, "r:1")], PLAIN)
 
 
 def test_a_mapped_column_no_row_has_names_the_nearest() -> None:
-    rows = [Row({"ask": "q", "reply": "a"}, "r:1")]
+    rows = [RawRow({"ask": "q", "reply": "a"}, "r:1")]
     with pytest.raises(DataError, match=r'data\.columns\.completion = "replay": .* Did you mean reply\?'):
-        recognise("auto", rows, Columns(prompt="ask", completion="replay"))
+        recognise("auto", rows, {"prompt": "ask", "completion": "replay"})
     with pytest.raises(DataError, match="The columns are ask, reply"):
-        recognise("auto", rows, Columns(prompt="xyz"))
+        recognise("auto", rows, {"prompt": "xyz"})
 
 
 def test_a_mapping_chooses_the_format() -> None:
     values = {"messages": [], "ask": "q", "reply": "a"}
-    assert turns(values, mapped=Columns(prompt="ask", completion="reply")) == ((USER, "q"), (ASSISTANT, "a"))
+    assert turns(values, mapped={"prompt": "ask", "completion": "reply"}) == ((USER, "q"), (ASSISTANT, "a"))
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_a_mapping_chooses_the_format() -> None:
     [("assert f(1) == 2", "assert f(1) == 2"), (["a", "b"], "a\nb"), ({"k": ["é"]}, '{"k": ["é"]}'), (None, "")],
 )
 def test_the_check_of_a_row_is_kept_and_not_told_to_the_model(value: object, kept: str) -> None:
-    row, mapped = Row({"prompt": "q", "completion": "a", "tests": value}, "r:1"), Columns(check="tests")
-    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    row, mapped = RawRow({"prompt": "q", "completion": "a", "tests": value}, "r:1"), {"check": "tests"}
+    item = parse_row(row, recognise("auto", [row], mapped), mapped, None)
     assert isinstance(item, Conversation)
     assert (item.check, [message.content for message in item.messages]) == (kept, ["q", "a"])
 
 
 def test_rows_to_train_on_need_no_check() -> None:
-    row, mapped = Row({"question": "q", "answer": "a"}, "r:1"), Columns(check="tests")
-    item = read(row, recognise("auto", [row], mapped), mapped, None)
+    row, mapped = RawRow({"question": "q", "answer": "a"}, "r:1"), {"check": "tests"}
+    item = parse_row(row, recognise("auto", [row], mapped), mapped, None)
     assert isinstance(item, Conversation)
     assert item.check == ""
 
@@ -175,13 +175,13 @@ def test_rows_to_train_on_need_no_check() -> None:
 def test_a_mapped_column_is_read_once() -> None:
     """Mapping alpaca's input to the prompt asked every question twice, as prompt and as the input under it."""
     values = {"instruction": "Answer truthfully", "input": "q", "output": "a"}
-    assert turns(values, mapped=Columns(prompt="input", completion="output")) == ((USER, "q"), (ASSISTANT, "a"))
+    assert turns(values, mapped={"prompt": "input", "completion": "output"}) == ((USER, "q"), (ASSISTANT, "a"))
 
 
 def test_one_odd_row_does_not_choose_the_format() -> None:
-    good, odd = Row({"question": "q", "answer": "a"}, "r:1"), Row({"messages": []}, "r:2")
-    assert recognise("auto", [good, odd], PLAIN) == "question-answer"
-    assert recognise("auto", [Row({"note": "x"}, "r:0"), good], PLAIN) == "question-answer"
+    good, odd = RawRow({"question": "q", "answer": "a"}, "r:1"), RawRow({"messages": []}, "r:2")
+    assert recognise("auto", [good, odd], PLAIN).name == "question-answer"
+    assert recognise("auto", [RawRow({"note": "x"}, "r:0"), good], PLAIN).name == "question-answer"
 
 
 READABLE = (
@@ -204,19 +204,19 @@ READABLE = (
 def test_files_of_other_tools_are_read_whole(material, name) -> None:
     rows = read_rows(str(material / "datasets" / "formats" / name)).rows
     form = recognise("auto", rows, PLAIN)
-    assert not [item for row in rows if isinstance(item := read(row, form, PLAIN, None), Dropped)]
+    assert not [item for row in rows if isinstance(item := parse_row(row, form, PLAIN, None), Dropped)]
 
 
 def test_tool_calls_of_other_tools_are_named(material) -> None:
     rows = read_rows(str(material / "datasets" / "formats" / "glaive_toolcall_en_demo.json")).rows
-    dropped = [item for row in rows if isinstance(item := read(row, "sharegpt", PLAIN, None), Dropped)]
+    dropped = [item for row in rows if isinstance(item := parse_row(row, FORMATS["sharegpt"], PLAIN, None), Dropped)]
     assert 0 < len(dropped) < len(rows)
     assert all("is a tool's (its role is 'function_call')" in item.reason for item in dropped)
 
 
-def conversation(values: dict, mapped: Columns = PLAIN) -> Conversation:
-    row = Row(values, "r:1")
-    item = read(row, recognise("auto", [row], mapped), mapped, None)
+def conversation(values: dict, mapped: dict[str, str] = PLAIN) -> Conversation:
+    row = RawRow(values, "r:1")
+    item = parse_row(row, recognise("auto", [row], mapped), mapped, None)
     assert isinstance(item, Conversation), item
     return item
 
@@ -250,7 +250,9 @@ def test_an_answer_of_weight_0_is_read_and_not_learned() -> None:
 )
 def test_a_weight_that_is_not_known_says_what_works(weight: object, reason: str) -> None:
     turn = {"role": ASSISTANT, "content": "a", "weight": weight}
-    item = read(Row({"messages": [{"role": USER, "content": "q"}, turn]}, "r:1"), "messages", PLAIN, None)
+    item = parse_row(
+        RawRow({"messages": [{"role": USER, "content": "q"}, turn]}, "r:1"), FORMATS["messages"], PLAIN, None
+    )
     assert isinstance(item, Dropped)
     assert reason in item.reason
 
@@ -285,14 +287,14 @@ def test_a_weight_that_is_not_known_says_what_works(weight: object, reason: str)
 )
 def test_what_nobody_reads_is_named(values: dict, unused: tuple[str, ...]) -> None:
     """`reasoning_content`, `thinking` and `tools` vanished without a word."""
-    row = Row(values, "r:1")
-    item = read(row, recognise("auto", [row], PLAIN), PLAIN, None)
+    row = RawRow(values, "r:1")
+    item = parse_row(row, recognise("auto", [row], PLAIN), PLAIN, None)
     assert not isinstance(item, Dropped), item
     assert item.unused == unused
 
 
 def test_mapped_columns_are_read() -> None:
-    mapped = Columns(prompt="ask me", completion="reply", input="notes", check="tests")
+    mapped = {"prompt": "ask me", "completion": "reply", "input": "notes", "check": "tests"}
     values = {"ask me": "q", "reply": "a", "notes": "n", "tests": "assert 1", "more": 1}
     assert conversation(values, mapped).unused == ("more",)
 
@@ -300,22 +302,22 @@ def test_mapped_columns_are_read() -> None:
 @pytest.mark.parametrize(
     ("values", "mapped", "name"),
     [
-        ({"Frage": "q", "Antwort": "a"}, Columns(prompt="Frage", completion="Antwort"), "prompt-completion"),
+        ({"Frage": "q", "Antwort": "a"}, {"prompt": "Frage", "completion": "Antwort"}, "prompt-completion"),
         (
             {"Frage": "q", "Antwort": "a", "system": "s"},
-            Columns(prompt="Frage", completion="Antwort"),
+            {"prompt": "Frage", "completion": "Antwort"},
             "prompt-completion",
         ),
-        ({"instruction": "q", "Antwort": "a"}, Columns(completion="Antwort"), "alpaca"),
-        ({"a": "q", "b": "a", "input": "c"}, Columns(prompt="a", completion="b"), "alpaca"),
+        ({"instruction": "q", "Antwort": "a"}, {"completion": "Antwort"}, "alpaca"),
+        ({"a": "q", "b": "a", "input": "c"}, {"prompt": "a", "completion": "b"}, "alpaca"),
         ({"ask": "q", "answer": "a"}, PLAIN, "question-answer"),
         ({"instruction": "q", "response": "a", "context": "c"}, PLAIN, "alpaca"),
-        ({"chat": []}, Columns(messages="chat"), "messages"),
+        ({"chat": []}, {"messages": "chat"}, "messages"),
     ],
 )
-def test_a_format_goes_by_its_own_names(values: dict, mapped: Columns, name: str) -> None:
+def test_a_format_goes_by_its_own_names(values: dict, mapped: dict[str, str], name: str) -> None:
     """Two mapped columns were called alpaca."""
-    assert recognise("auto", [Row(values, "r:1")], mapped) == name
+    assert recognise("auto", [RawRow(values, "r:1")], mapped).name == name
 
 
 def test_dolly_has_its_context_under_the_instruction() -> None:
@@ -334,7 +336,7 @@ def test_dolly_has_its_context_under_the_instruction() -> None:
 )
 def test_preferences_are_called_so_and_the_mapping_that_is_named_works(values: dict, mapping: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"these are preferences \(DPO\).* not train on pairs") as fault:
-        recognise("auto", [Row(values, "r:1")], PLAIN)
+        recognise("auto", [RawRow(values, "r:1")], PLAIN)
     written = ", ".join(f'{field} = "{column}"' for field, column in mapping.items())
     assert str(fault.value).endswith(f"[data] columns = {{ {written} }}.")
-    assert recognise("auto", [Row(values, "r:1")], Columns(**mapping))
+    assert recognise("auto", [RawRow(values, "r:1")], mapping)

@@ -8,9 +8,9 @@ import torch
 from conftest import byte_tokenizer
 
 from qtune.data.dataset import Examples, ExampleWriter
-from qtune.data.formats import Document
 from qtune.data.packing import collate, pack, packed_rows
-from qtune.data.tokenize import Encoder, Example, tokenize
+from qtune.data.rows import Document, Example
+from qtune.data.tokenize import Encoder, tokenize
 
 
 def written(examples: list[Example]) -> Examples:

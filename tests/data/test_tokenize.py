@@ -7,9 +7,9 @@ from conftest import byte_tokenizer
 from transformers import AutoTokenizer
 
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.formats import Conversation, Document, Message
-from qtune.data.sources import Dropped
-from qtune.data.tokenize import NOT_TRAINED, Encoder, Example, fit, tokenize
+from qtune.data.formats import Message, RowFault
+from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
+from qtune.data.tokenize import Encoder, fit, tokenize
 
 TOKENIZER = byte_tokenizer()
 CHAT = Conversation((Message("user", "hi"), Message("assistant", "yes")), "r:1")
@@ -54,11 +54,15 @@ def test_long_rows_are_dropped_or_cut() -> None:
     whole = run(CHAT)
     length = len(whole.input_ids)
     assert fit(whole, length, is_cut=False) is whole
-    assert fit(whole, length - 1, is_cut=False) == Dropped("r:1", f"is longer than data.max_tokens = {length - 1}")
+    assert fit(whole, length - 1, is_cut=False) == Dropped(
+        "r:1", RowFault.TOO_LONG, f"is longer than data.max_tokens = {length - 1}"
+    )
     cut = fit(whole, length - 3, is_cut=True)
     assert cut.input_ids == whole.input_ids[:-3]
     assert cut.cut_tokens == 2  # the newline that went first was not trained
-    assert fit(whole, len(whole.prompt_ids), is_cut=True) == Dropped("r:1", "has nothing to train once cut")
+    assert fit(whole, len(whole.prompt_ids), is_cut=True) == Dropped(
+        "r:1", RowFault.NOTHING_TO_TRAIN, "has nothing to train once cut"
+    )
 
 
 def test_what_the_template_rejects_is_a_dropped_row_among_the_others() -> None:
@@ -69,7 +73,7 @@ def test_what_the_template_rejects_is_a_dropped_row_among_the_others() -> None:
     long = Conversation((*CHAT.messages, *CHAT.messages), "r:2")
     results = tokenize([CHAT, long, CHAT], ChatTemplate.of(tokenizer), Encoder.of(tokenizer))
     assert results[0] == results[2] == run(CHAT)
-    assert results[1] == Dropped("r:2", "the chat template rejects it (too long)")
+    assert results[1] == Dropped("r:2", RowFault.TEMPLATE_REFUSES, "the chat template rejects it (too long)")
 
 
 def test_what_is_asked_is_what_was_trained() -> None:

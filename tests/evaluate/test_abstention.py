@@ -2,7 +2,7 @@
 
 import pytest
 
-from qtune.data.tokenize import Example
+from qtune.data.rows import Example
 from qtune.evaluate.metrics import Marks, mean_parts
 from qtune.evaluate.metrics.abstention import abstains, abstention
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qtune.data.tokenize import Example
+from qtune.data.rows import Example
 from qtune.errors import DataError
 from qtune.evaluate.held_out import refuse_unscorable
 from qtune.evaluate.metrics import METRICS, Marks

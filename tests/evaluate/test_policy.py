@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from qtune.data.tokenize import Example
+from qtune.data.rows import Example
 from qtune.errors import DataError
 from qtune.evaluate.held_out import refuse_unscorable
 from qtune.evaluate.metrics.policy import fault_of, policy

@@ -1,0 +1,198 @@
+"""What a row is on its way: raw as its file has it, then a conversation or a document, then an example; or left out."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from qtune.data.formats import FORMATS, BadRow, DataFormat, Message, RowFault, Values, held
+from qtune.errors import DataError
+
+NOT_TRAINED = -100  # the label that torch's and every other cross-entropy leaves out
+SHOWN_COLUMNS, COLUMN_CHARACTERS = 12, 40  # of columns that no format fits; those of a file without a header are rows
+NAME_CHARACTERS = 40  # of a column; a text is longer
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """Column values, and where they stand (`rows.jsonl:17`, `rows.parquet row 17`).
+
+    `continues` where its text goes on in the next row.
+    """
+
+    values: Values
+    place: str
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not used, and why: by kind, and as a clause such as `the answer is null`."""
+
+    place: str
+    fault: RowFault
+    reason: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that end with an assistant's, where they come from, and what a metric holds the answer against.
+
+    `unused` names the columns and the fields of messages that hold something and are read by nobody.
+    """
+
+    messages: tuple[Message, ...]
+    place: str
+    check: str = ""
+    unused: tuple[str, ...] = ()
+
+    @property
+    def last_trained(self) -> int:
+        """Which message is the last answer that is learned."""
+        return max(i for i, message in enumerate(self.messages) if message.role == "assistant" and message.is_trained)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, all of it to be learned; it goes on in the next one of its file where `continues`."""
+
+    text: str
+    place: str
+    unused: tuple[str, ...] = ()
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, ready for the model: `labels` are the ids where trained and -100 elsewhere, both of one length.
+
+    `prompt_ids` is what the model sees before the last answer that is trained (empty for a document), `prompt_text` and
+    `answer` its question and itself as written, `check` what a metric holds the answer against, `cut_tokens` how many
+    trained tokens truncation took.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_ids: list[int]
+    prompt_text: str
+    answer: str
+    place: str
+    check: str = ""
+    cut_tokens: int = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Labels that count; the first token is never predicted."""
+        return len(self.labels[1:]) - self.labels[1:].count(NOT_TRAINED)
+
+
+def parse_row(
+    row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: str | None
+) -> Conversation | Document | Dropped:
+    """The row as `form` reads it, or why it cannot be; `mapped` are the columns of fields that the recipe names."""
+    try:
+        return _parsed(row, form, mapped, system)
+    except BadRow as bad:
+        return Dropped(row.place, bad.fault, str(bad))
+
+
+def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: str | None) -> Conversation | Document:
+    columns = form.columns(row.values.keys(), mapped)
+    _refuse_missing([field for field in form.needed if field not in columns])
+    values = {field: row.values[column] for field, column in columns.items()}
+    result = form.read(values, system)
+    _refuse_half_characters([result] if isinstance(result, str) else [message.content for message in result])
+    unused = dict.fromkeys([*held(row.values, columns.values()), *form.unread(values)])
+    if isinstance(result, str):
+        return Document(result, row.place, tuple(unused), row.continues)
+    own = values.get("system")
+    if own and own.strip() and result[0].content != own:  # the messages have one of their own
+        unused[columns["system"]] = None
+    return Conversation(result, row.place, _as_text(row.values.get(columns.get("check", ""))), tuple(unused))
+
+
+def _refuse_missing(fields: Sequence[str]) -> None:
+    if fields:
+        faults = {"completion": RowFault.MISSING_ANSWER, "prompt": RowFault.MISSING_PROMPT}
+        fault = next((fault for field, fault in faults.items() if field in fields), RowFault.WRONG_SHAPE)
+        raise BadRow(fault, f"has no column for the {' and the '.join(fields)}")
+
+
+def _as_text(value: Any) -> str:
+    """Text as it is, a list of texts one a line, everything else as JSON."""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n".join(value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _refuse_half_characters(texts: Iterable[str]) -> None:
+    """JSON can spell one half of a surrogate pair, which is no character and has no tokens."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            half = f"\\u{ord(text[fault.start]):04x}"
+            raise BadRow(RowFault.HALF_CHARACTER, f"the text holds half a character ({half})") from None
+
+
+def recognise(wanted: str, rows: Sequence[RawRow], mapped: Mapping[str, str]) -> DataFormat:
+    """The format to read `rows` with; auto goes by the first row, then by the columns of all.
+
+    Where several fit it is the first that knows a column by its own name; prompt-completion where all are mapped.
+    Raises DataError where the columns fit no format, or not the wanted one, and for a mapped column no row has. That of
+    `check` may be in the held-out rows alone, whose answers it is for.
+    """
+    present = list(dict.fromkeys(column for row in rows for column in row.values))
+    for field, column in mapped.items():
+        if column not in present and field != "check":
+            near = get_close_matches(column, present, 1)
+            hint = f" Did you mean {near[0]}?" if near else f" The columns are {_listed(present)}."
+            raise DataError(f'data.columns.{field} = "{column}": no row has such a column.{hint}')
+    candidates = list(FORMATS.values()) if wanted == "auto" else [FORMATS[wanted]]
+    for columns in (list(rows[0].values), present):
+        fitting = [form for form in candidates if form.fits(columns, mapped)]
+        known = [form for form in fitting if form.is_known_by(columns, mapped)]
+        general = [form for form in fitting if form.name == "prompt-completion"]
+        if fitting:
+            return (known or general or fitting)[0]
+    raise DataError(_no_format(wanted, candidates, rows[0], present))
+
+
+def _no_format(wanted: str, candidates: Sequence[DataFormat], first: RawRow, present: Sequence[str]) -> str:
+    """What is wrong with columns that fit no format, and what would work."""
+    asked = "no format fits" if wanted == "auto" else f'data.format = "{wanted}" does not fit'
+    says = f"{asked} the columns {_listed(present)}"
+    if {"chosen", "rejected"} <= set(present):
+        return (
+            f"{says}: these are preferences (DPO), and qtune does not train on pairs of answers yet. To learn the"
+            f" chosen ones alone: [data] columns = {{ {_chosen_alone(first, present)} }}."
+        )
+    if seem_a_row(present):
+        return f"{says}, which seem to be a row: has the file no header? Write one above it: question,answer."
+    needs = "; ".join(f"{form.name} needs {form.wanted}" for form in candidates)
+    prompt, completion = present if len(present) == 2 else ("request", "reply")
+    return (
+        f'{says}: {needs}. Name yours in [data.columns], such as prompt = "{prompt}" and completion = "{completion}".'
+    )
+
+
+def _chosen_alone(first: RawRow, present: Sequence[str]) -> str:
+    """The mapping that reads the chosen answers of preferences."""
+    if isinstance(first.values.get("chosen"), list):
+        return 'messages = "chosen"'
+    is_known = any(form.fits(present, {"completion": "chosen"}) for form in FORMATS.values())
+    others = [name for name in present if name not in ("chosen", "rejected")]
+    return 'completion = "chosen"' + ("" if is_known or not others else f', prompt = "{others[0]}"')
+
+
+def _listed(columns: Sequence[str]) -> str:
+    """Names of columns, long ones cut and many left out."""
+    cut = [name if len(name) <= COLUMN_CHARACTERS else f"{name[:COLUMN_CHARACTERS]}…" for name in columns]
+    more = [f"and {len(cut) - SHOWN_COLUMNS} more"] if len(cut) > SHOWN_COLUMNS else []
+    return ", ".join([*cut[:SHOWN_COLUMNS], *more]).replace("\n", " ")
+
+
+def seem_a_row(names: Sequence[str]) -> bool:
+    """Whether these are texts of a row and no names of columns: long, a sentence, or a number."""
+    return any(len(name) > NAME_CHARACTERS or name.endswith((".", "?", "!")) or name.isdecimal() for name in names)
