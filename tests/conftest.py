@@ -57,7 +57,7 @@ def tiny_config(**changes: object) -> LlamaConfig:
 @pytest.fixture(autouse=True)
 def nothing_said_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal stands alone in most tests; test_first_line asks for what is said before it, of real processes."""
-    monkeypatch.setattr("qtune.cli._log_of", lambda options, console: None)
+    monkeypatch.setattr("qtune.commands.terminal._lines_to", lambda console, is_log: None)
 
 
 @pytest.fixture(scope="session")

@@ -45,13 +45,10 @@ ROOMS = [
     "gguf",
     "share",
     "resume",
-    "evaluation",
+    "rescore",
     "reading",
     "run",
-    "delivery",
-    "doctor",
-    "early",
-    "completion",
+    "commands",
     "cli",
 ]
 

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtune import atomic_files
-from qtune.errors import DiskFull, MachineError, UserError
+from qtune.errors import DiskFull, MachineError, UserError, VerificationFailed
 from qtune.lock import Lock
 from qtune.merge.merged_weights import DType, Fold, Onto
 from qtune.merge.partial_merge import Staging, make_folder
-from qtune.merge.verify import Live, Verdict, compare
+from qtune.merge.verify import Live, Verdict, compare, verify
 from qtune.merge.weight_change import LayerChange
-from qtune.rundir import MERGE_REPORT, RunDir, refuse_used, write_json
+from qtune.model import base
+from qtune.report.progress_line import Doing
+from qtune.rundir import MERGE_REPORT, RunDir, read_json, refuse_used, write_json
 from qtune.units import MIB, format_bytes
 
 Progress = Callable[[int, int, str], None]
@@ -110,6 +112,24 @@ def merge(
     return report
 
 
+def merge_and_verify(
+    run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, doing: Doing
+) -> tuple[MergeReport, Verdict]:
+    """Merge a finished run into a plain folder, and hold the result against the live adapter, where `auto` has not."""
+    base.quiet_libraries()
+    rows = read_json(run.probe)
+    doing("merging")
+    report = merge(run, output, onto, dtype, rows, doing.tensors, doing.console.print)
+    doing("comparing with the live adapter")
+    return report, report.verdict or verify(run, output, rows)
+
+
+def refuse_unproven(output: Path | str, faults: Sequence[str]) -> None:
+    """Raises VerificationFailed where what was written is not the model that was trained; its figures are kept."""
+    if faults:
+        raise VerificationFailed(f"{output}: {'; '.join(faults)}.")
+
+
 def _fill(staging: Staging, fold: Fold, onto: Onto, tell: Callable[[str], None]) -> tuple[LayerChange, ...]:
     """Make what is not finished of the folder that is folded `onto` one base; how far every layer moved."""
     folder = staging.folder(onto)
@@ -142,10 +162,10 @@ def _refusing_bad_disk(output: Path) -> Iterator[None]:
         ) from None
 
 
-def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
+def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
     """The bases to try, in order of preference where they measure alike."""
     refuse_dequantised_alone(onto, lock)
-    if not lock.quantized_modules:
+    if not lock["quantized_modules"]:
         return ("original",)
     if onto != "auto":
         return (onto,)
@@ -157,9 +177,9 @@ def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequenc
     return ("dequantised", "original")
 
 
-def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
+def refuse_dequantised_alone(onto: str | None, lock: dict[str, Any]) -> None:
     """Raises UserError where the dequantised base is asked for and the run had none."""
-    if onto == "dequantised" and not lock.quantized_modules:
+    if onto == "dequantised" and not lock["quantized_modules"]:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
 
 

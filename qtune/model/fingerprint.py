@@ -15,7 +15,8 @@ from threading import Event
 from typing import Any
 
 from qtune import atomic_files, cache_dir
-from qtune.errors import DiskFull, ModelError
+from qtune.errors import DiskFull, ModelError, RunFolderError
+from qtune.recipe import base_kind
 from qtune.rundir import RunDir, write_json
 
 BYTES_AT_ONCE = 1 << 20
@@ -50,6 +51,23 @@ def glance(folder: Path) -> str:
     for path in _weights_in(folder):
         digest.update(f"{path.name} {atomic_files.glance_at(path)}".encode())
     return digest.hexdigest()
+
+
+def refuse_unusable(run: RunDir) -> None:
+    """Raises UserError for a run without an adapter, or whose base is not where it was, or is another."""
+    lock = run.read_lock()
+    if not (run.adapter / base_kind.ADAPTER_CONFIG).is_file():
+        raise RunFolderError(f"{run.path}: has no adapter yet. Go on with it: qtune resume {run.path}")
+    folder = Path(lock.base_name)
+    if not folder.is_absolute():
+        return
+    if not folder.exists():
+        raise ModelError(
+            f"{run.path}: its base is not in {folder} any more. If it was moved, say where it is with --base FOLDER."
+        )
+    if fault := base_kind.fault_of(folder, trust_remote_code=lock.trusts_remote_code):
+        raise ModelError(f"{'--base' if run.base else f'{run.path}: its base'}: {fault}")
+    refuse_other_base(run, folder)
 
 
 def refuse_other_base(run: RunDir, folder: Path) -> None:

@@ -21,10 +21,11 @@ NAMES = (
 )
 CRASH = """\
 import os, qtune.cli as cli
+from qtune.commands import arguments
 def crash(options):
     held = dict(os.environ)
     raise RuntimeError("made by the fault lab")
-cli.check_recipe = crash
+arguments.load_recipe = crash
 raise SystemExit(cli.main(["check", "t.toml"]))
 """
 

@@ -82,5 +82,5 @@ def test_every_setting_is_known_by_its_name() -> None:
 
 
 def test_completing_loads_no_torch() -> None:
-    code = "import qtune.completion, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import qtune.commands.completion, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env={"PYTHONPATH": str(ROOT)}).returncode == 0

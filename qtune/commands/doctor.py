@@ -1,21 +1,22 @@
-"""What this machine has, and what that means for a run."""
+"""`qtune doctor`: what this machine has, and what that means for a run; or which servers can take a run."""
 
 import importlib.metadata
 import platform
 import shutil
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import bitsandbytes.functional
-import torch
-from packaging.requirements import Requirement
-from rich.table import Table
-
-from qtune.hardware import find_device
+from qtune.commands import arguments, terminal
+from qtune.commands.verb import Verb
+from qtune.errors import UserError
 from qtune.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COMFORTABLE_DISK_BYTES = 20 * GIB
 
@@ -33,6 +34,58 @@ class Finding:
         return asdict(self)
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run folder: who can serve it, and why others cannot")
+    arguments.base_argument(parser)
+
+
+def refuse(options: Namespace) -> None:
+    if options.base is not None and options.run is None:
+        raise UserError("--base: has no effect without --run. Give both.")
+
+
+def act(options: Namespace) -> int:
+    return _examine_run(options) if options.run else _examine_machine(options)
+
+
+def _examine_machine(options: Namespace) -> int:
+    from qtune import logs
+
+    logs.hold()
+    with terminal.doing_of(options) as doing:
+        with terminal.importing(doing):
+            import bitsandbytes.functional  # noqa: F401
+        doing("examining this machine")
+        findings = examine()
+    if options.json:
+        terminal.print_json([finding.as_json() for finding in findings])
+    else:
+        doing.console.print(table(findings))
+    return 0 if all(finding.is_fine for finding in findings) else UserError.exit_code
+
+
+def _examine_run(options: Namespace) -> int:
+    from qtune import logs
+    from qtune.rundir import RunDir
+
+    with terminal.doing_of(options) as doing:
+        run = RunDir.open(options.run, options.base)
+        logs.hold()
+        arguments.stay_offline_with(run.read_lock().base_name)
+        with terminal.importing(doing):
+            from qtune.model import base
+            from qtune.share import servers
+
+        base.quiet_libraries()
+        doing("trying what each server reads")
+        found = servers.servers(run)
+    if options.json:
+        terminal.print_json([server.as_json() for server in found])
+    else:
+        doing.console.print(servers.table(found), crop=False)
+    return 0
+
+
 def examine() -> list[Finding]:
     return [_python(), *_packages(), _device(), _memory(), _four_bits(), _disk()]
 
@@ -43,6 +96,8 @@ def _python() -> Finding:
 
 def _packages() -> Iterator[Finding]:
     """The packages that decide how a run goes, held against what this qtune asks for."""
+    from packaging.requirements import Requirement
+
     for text in importlib.metadata.requires("qtune") or ():
         wanted = Requirement(text)
         if wanted.marker is not None:
@@ -57,6 +112,10 @@ def _packages() -> Iterator[Finding]:
 
 
 def _device() -> Finding:
+    import torch
+
+    from qtune.hardware import find_device
+
     device = find_device()
     if device.is_cuda:
         return Finding("device", device.label, f"runs compute in {device.compute_dtype}")
@@ -69,6 +128,8 @@ def _device() -> Finding:
 
 
 def _memory() -> Finding:
+    from qtune.hardware import find_device
+
     device = find_device()
     where = "card" if device.is_cuda else "host"
     return Finding(
@@ -80,6 +141,9 @@ def _memory() -> Finding:
 
 def _four_bits() -> Finding:
     """Quantise and restore one block, for real."""
+    import bitsandbytes.functional
+    import torch
+
     weight = torch.linspace(-1, 1, 64 * 64).reshape(64, 64)
     try:
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
@@ -95,11 +159,23 @@ def _disk() -> Finding:
     return Finding("disk here", f"{format_bytes(free)} free", meaning)
 
 
-def table(findings: list[Finding]) -> Table:
+def table(findings: list[Finding]) -> "Table":
     """The findings, one a line; what is wrong is marked in words and in red."""
+    from rich.table import Table
+
     result = Table("", "found", "meaning", box=None, padding=(0, 2, 0, 0))
     for finding in findings:
         style = "" if finding.is_fine else "red"
         mark = "" if finding.is_fine else "! "
         result.add_row(finding.what, finding.found, mark + finding.meaning, style=style)
     return result
+
+
+VERB = Verb(
+    name="doctor",
+    help="what this machine has, or which servers can take a run",
+    arguments=add_arguments,
+    refuse=refuse,
+    act=act,
+    order=150,
+)

@@ -1,33 +1,32 @@
-"""What the shell offers behind a half-typed command: run folders, recipes, settings and their values.
+"""`qtune completion`: what the shell offers behind a half-typed command: run folders, recipes, settings, their values.
 
 The shell starts qtune itself, which knows its verbs and options (argcomplete); bash, zsh and fish are served alike.
-Nothing that loads torch is imported here.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_origin
 
-import argcomplete
-from argcomplete.completers import DirectoriesCompleter, FilesCompleter
-
-from qtune.evaluate.metrics import METRICS
-from qtune.recipe import shipped_recipes
-from qtune.recipe.error_messages import settings
-from qtune.rundir import RUNS, runs_in
+from qtune.commands.verb import Verb
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 Offered = dict[str, str] | list[str]  # with a description each, which zsh and fish show
 
 
-def script(shell: str) -> str:
-    """What a shell of SHELLS is to source."""
-    code: str = argcomplete.shellcode(["qtune"], shell=shell)
-    return code
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help="source what this prints")
+
+
+def act(options: argparse.Namespace) -> None:
+    import argcomplete
+
+    print(argcomplete.shellcode(["qtune"], shell=options.shell))
 
 
 def answer(parser: argparse.ArgumentParser) -> None:
     """Tell the shell what fits, and end this process."""
+    import argcomplete
+
     for action in _actions(parser):
         if action.dest in OFFERED_BY_DEST:
             setattr(action, "completer", OFFERED_BY_DEST[action.dest])  # noqa: B010  (where argcomplete looks)
@@ -44,24 +43,32 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _runs(prefix: str, **_: Any) -> Offered:
+    from argcomplete.completers import DirectoriesCompleter
+
+    from qtune.rundir import RUNS, runs_in
+
     runs = [str(run.path) for run in runs_in(RUNS)]
     return [run for run in runs if run.startswith(prefix)] or _names(DirectoriesCompleter(), prefix)
 
 
 def _runs_and_files(prefix: str, **_: Any) -> Offered:
-    return [*dict.fromkeys([*_runs(prefix), *_names(FilesCompleter(["gguf"]), prefix)])]
+    return [*dict.fromkeys([*_runs(prefix), *_files("gguf", prefix)])]
 
 
 def _recipes(prefix: str, **_: Any) -> Offered:
-    return _shipped() | dict.fromkeys(_names(FilesCompleter(["toml"]), prefix), "")
+    return _shipped() | dict.fromkeys(_files("toml", prefix), "")
 
 
 def _shipped(**_: Any) -> dict[str, str]:
+    from qtune.recipe import shipped_recipes
+
     return {row["name"]: row["about"] for row in shipped_recipes.rows()}
 
 
 def _settings(prefix: str, **_: Any) -> Offered:
     """`train.epochs=`, and behind the sign the values that are known."""
+    from qtune.recipe.error_messages import settings
+
     key, equals, _value = prefix.partition("=")
     every = settings()
     if equals:
@@ -78,7 +85,15 @@ def _values_of(annotation: Any) -> list[str]:
 
 
 def _metrics(**_: Any) -> Offered:
+    from qtune.evaluate.metrics import METRICS
+
     return list(METRICS)
+
+
+def _files(suffix: str, prefix: str) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return _names(FilesCompleter([suffix]), prefix)
 
 
 def _names(completer: Callable[..., Any], prefix: str) -> list[str]:
@@ -94,3 +109,12 @@ OFFERED_BY_DEST: dict[str, Callable[..., Offered]] = {
     "set": _settings,
     "metric": _metrics,
 }
+
+VERB = Verb(
+    name="completion",
+    help="shell completion script",
+    arguments=add_arguments,
+    act=act,
+    answers_json=False,
+    order=170,
+)

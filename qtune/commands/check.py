@@ -1,0 +1,59 @@
+"""`qtune check`: a recipe and its data, held against each other."""
+
+import dataclasses
+from argparse import ArgumentParser, Namespace
+
+from qtune.commands import arguments, terminal
+from qtune.commands.verb import Verb
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    arguments.recipe_arguments(parser)
+    parser.add_argument(
+        "--no-plan", action="store_true", help="leave out the plan: seconds less, and no device is asked"
+    )
+
+
+def act(options: Namespace) -> None:
+    _without_plan(options) if options.no_plan else _with_plan(options)
+
+
+def _with_plan(options: Namespace) -> None:
+    with terminal.doing_of(options) as doing:
+        recipe, _ = arguments.load_recipe(options)
+        arguments.make_tracker_ready(recipe)
+        with terminal.importing(doing):
+            from qtune import run as story
+
+        ready = story.get_ready(recipe, doing=doing)
+    if options.json:
+        terminal.print_json({"data": dataclasses.asdict(ready.prepared.report), "plan": ready.plan.as_json()})
+    else:
+        story.show(ready, doing.console, with_row=True)
+
+
+def _without_plan(options: Namespace) -> None:
+    with terminal.doing_of(options) as doing:
+        recipe, _ = arguments.load_recipe(options)
+        arguments.make_tracker_ready(recipe)
+        with terminal.importing(doing):
+            from qtune import logs, reading
+            from qtune.report import tables
+
+        logs.quiet_libraries()
+        doing(f"reading {recipe.data.train}")
+        data = dataclasses.asdict(reading.read(recipe, doing.rows).prepared.report)
+    if options.json:
+        terminal.print_json({"data": data, "plan": None})
+    else:
+        doing.console.print(tables.data_table(data))
+
+
+VERB = Verb(
+    name="check",
+    help="validate a recipe and its data, and train nothing",
+    arguments=add_arguments,
+    act=act,
+    said=arguments.said_by_line,
+    order=40,
+)

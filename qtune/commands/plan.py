@@ -1,0 +1,87 @@
+"""`qtune plan`: will it fit, how, and what it costs."""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+
+from qtune.commands import arguments, terminal
+from qtune.commands.verb import Verb
+from qtune.units import GIB
+
+CARDS_GIB = (6, 8, 12, 16, 24, 48, 80)  # the sizes that consumer and rented cards come in
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    arguments.recipe_arguments(parser)
+    parser.add_argument(
+        "--device-memory", type=_card, metavar="SIZE", help='plan for a card with this much, as 8GiB or "RTX 4090"'
+    )
+    parser.add_argument("--host-memory", type=arguments.size, metavar="SIZE", help="and a host with this much")
+    parser.add_argument("--longest", action="store_true", help="the longest context that fits, by card size")
+
+
+def _card(text: str) -> int:
+    """Bytes of a size, or of a card by its name."""
+    from qtune import gpu_models
+
+    try:
+        return gpu_models.memory_of(text)
+    except ValueError as fault:
+        raise ArgumentTypeError(str(fault)) from None
+
+
+def act(options: Namespace) -> None:
+    _longest(options) if options.longest else _plan(options)
+
+
+def _plan(options: Namespace) -> None:
+    with terminal.doing_of(options) as doing:
+        recipe, _ = arguments.load_recipe(options, needs_weights=False)
+        with terminal.importing(doing):
+            from qtune import run as story
+        from qtune import hardware
+        from qtune.report import plan_table
+
+        here, asked, host = hardware.find_device(), options.device_memory, options.host_memory
+        target = hardware.imagined_card(asked, host, here) if asked else hardware.with_host(here, host)
+        plan = story.plan_without_downloads(recipe, target, doing)
+    if options.json:
+        terminal.print_json(plan.as_json())
+    else:
+        doing.console.print(plan_table.whole_plan(plan.as_json()))
+    story.refuse_unless_it_fits(recipe, plan)
+
+
+def _longest(options: Namespace) -> None:
+    with terminal.doing_of(options) as doing:
+        recipe, _ = arguments.load_recipe(options, needs_weights=False)
+        with terminal.importing(doing):
+            from qtune import run as story
+        from qtune import hardware
+        from qtune.plan.planner import budget_of
+        from qtune.report import plan_table
+
+        here, asked, host = hardware.find_device(), options.device_memory, options.host_memory
+        sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
+        cards = [hardware.imagined_card(size, host, here) for size in sizes]
+        rows = [
+            {
+                "device_bytes": card.total_bytes,
+                "host_bytes": budget_of(recipe, card).host_bytes,
+                "tokens": most.tokens,
+                "bound": most.bound,
+            }
+            for card, most in story.longest_contexts(recipe, cards, doing)
+        ]
+    if options.json:
+        terminal.print_json(rows)
+    else:
+        doing.console.print(plan_table.longest_table(recipe.model.base, rows))
+
+
+VERB = Verb(
+    name="plan",
+    help="will it fit, how, and what it costs; nothing is downloaded or trained",
+    arguments=add_arguments,
+    act=act,
+    said=arguments.said_by_line,
+    order=30,
+)

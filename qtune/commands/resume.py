@@ -1,0 +1,84 @@
+"""`qtune resume`: go on with a run that was stopped."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+from qtune.commands import arguments, terminal
+from qtune.commands.run import going_on_told, told
+from qtune.commands.verb import Verb
+from qtune.errors import RecipeError, RunFolderError, UserError
+
+if TYPE_CHECKING:
+    from qtune.rundir import RunDir
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    arguments.run_argument(parser)
+    arguments.set_argument(parser)
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on although this field, such as train.epochs, is not what it was; may be given again",
+    )
+
+
+def refuse(options: Namespace) -> None:
+    """Without its checkpoints a run would begin again, over the adapter that it has."""
+    from qtune.rundir import RunDir
+
+    if RunDir(options.run).checkpoints_removed.is_file():
+        raise RunFolderError(
+            f"{options.run}: its checkpoints were removed, so it cannot go on. `qtune run` begins a new run."
+        )
+
+
+def act(options: Namespace) -> int:
+    from qtune import logs
+    from qtune.rundir import RunDir
+
+    folder = RunDir.open_to_resume(options.run)
+    logs.hold()
+    with folder.held(), going_on_told(folder):
+        return _go_on(folder, options)
+
+
+def _go_on(folder: "RunDir", options: Namespace) -> int:
+    from qtune import resume
+
+    with terminal.doing_of(options, is_log=True) as doing:
+        recipe = resume.recipe_of(folder, options.set)
+        arguments.make_tracker_ready(recipe)
+        arguments.stay_offline_when_local(recipe)
+        with terminal.importing(doing):
+            from qtune import run as story
+
+        ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, doing)
+    console = doing.console
+    resume.remember(folder, options.set)
+    return told(folder, story.run(ready, folder, console, point, resumed), console, options.json)
+
+
+def said(fault: UserError, options: Namespace) -> str:
+    """The message, behind the line of the run's own recipe that it blames, where it blames one."""
+    from qtune.recipe import load
+    from qtune.resume import Invocation
+    from qtune.rundir import RunDir
+
+    run = RunDir(options.run)
+    if isinstance(fault, RecipeError | RunFolderError) or not run.invocation.is_file():
+        return str(fault)
+    began = Invocation.of_run(run)
+    return load.blamed(str(fault), run.recipe, [*began.overrides, *options.set], began.demo)
+
+
+VERB = Verb(
+    name="resume",
+    help="go on with a run that was stopped, exactly where it was",
+    arguments=add_arguments,
+    refuse=refuse,
+    act=act,
+    said=said,
+    order=20,
+)
