@@ -139,7 +139,7 @@ def test_a_run_without_held_out_rows_says_so(tiny_base: Path, tmp_path: Path, ca
 
 
 def test_without_lm_eval_the_extra_is_named(finished: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtune.early.find_spec", lambda name: None)
+    monkeypatch.setattr("qtune.evaluate.benchmarks.find_spec", lambda name: None)
     assert qtune("eval", finished, "--tasks", "arc_easy") == 2
     told = capsys.readouterr()
     assert told.err.startswith("--tasks: needs lm-eval, which is not installed: pip install '.[eval]'")

@@ -1,12 +1,11 @@
 """`qtune eval`: score a finished run again."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from importlib.util import find_spec
 from pathlib import Path
 
 from qtune.commands import arguments, terminal
 from qtune.commands.verb import Verb
-from qtune.errors import MachineError, UserError, how_to_install
+from qtune.errors import UserError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -45,13 +44,13 @@ def _names(text: str) -> list[str]:
 
 
 def refuse(options: Namespace) -> None:
+    from qtune.evaluate import benchmarks
+
     _refuse_idle(options)
     if options.data is not None and not options.data.is_file():
         raise UserError(f"--data {options.data}: there is no such file.")
-    if options.tasks and find_spec("lm_eval") is None:
-        raise MachineError(f"--tasks: needs lm-eval, which is not installed: {how_to_install('eval')}")
-    if options.task_folder is not None and not options.task_folder.is_dir():
-        raise UserError(f"--task-folder: there is no folder {options.task_folder}.")
+    if options.tasks:
+        benchmarks.refuse_absent(options.task_folder)
     for path in options.merged:
         _refuse_merged(path)
 

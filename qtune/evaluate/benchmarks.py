@@ -4,18 +4,17 @@ Settings are lm-eval's own, so that scores can be held against published ones: i
 chat template.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from qtune.errors import MachineError, OutOfMemory, UserError, how_to_install
-from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 BATCH_SIZES = (8, 1)  # the second where the first does not fit
@@ -44,10 +43,7 @@ class Benchmarks:
 
         Raises MachineError where lm-eval is not installed or the data cannot be had, UserError for an unknown task.
         """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise MachineError(f"--tasks: needs lm-eval, which is not installed: {how_to_install('eval')}")
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"--task-folder: there is no folder {folder}.")
+        refuse_absent(folder)
         manager = _manager(names, folder)
         for name in names:
             _refuse_unknown(name, manager.all_tasks)
@@ -57,15 +53,18 @@ class Benchmarks:
 
     def run(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
         limit: int | None,
         device: str,
         compute_dtype: str,
     ) -> list[Result]:
         """Every task on `model`, `limit` rows of each at the most. Raises OutOfMemory where one row does not fit."""
+        import torch
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
+
+        from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 
         dtype = None if compute_dtype == "float32" else compute_dtype
         for batch_size in BATCH_SIZES:
@@ -95,6 +94,14 @@ class Benchmarks:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return loaded
+
+
+def refuse_absent(folder: Path | None) -> None:
+    """Raises MachineError where lm-eval is not installed, UserError for a folder of tasks that is not there."""
+    if find_spec("lm_eval") is None:
+        raise MachineError(f"--tasks: needs lm-eval, which is not installed: {how_to_install('eval')}")
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--task-folder: there is no folder {folder}.")
 
 
 def results_of(found: dict[str, dict[str, Any]]) -> list[Result]:

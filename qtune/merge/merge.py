@@ -162,10 +162,10 @@ def _refusing_bad_disk(output: Path) -> Iterator[None]:
         ) from None
 
 
-def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
+def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
     """The bases to try, in order of preference where they measure alike."""
     refuse_dequantised_alone(onto, lock)
-    if not lock["quantized_modules"]:
+    if not lock.quantized_modules:
         return ("original",)
     if onto != "auto":
         return (onto,)
@@ -177,9 +177,9 @@ def _candidates(onto: Onto | Literal["auto"], lock: dict[str, Any], rows: Sequen
     return ("dequantised", "original")
 
 
-def refuse_dequantised_alone(onto: str | None, lock: dict[str, Any]) -> None:
+def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
     """Raises UserError where the dequantised base is asked for and the run had none."""
-    if onto == "dequantised" and not lock["quantized_modules"]:
+    if onto == "dequantised" and not lock.quantized_modules:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
 
 

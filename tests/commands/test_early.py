@@ -63,8 +63,9 @@ def test_it_is_refused_before_torch(name: str, place: Path) -> None:
     """Most of these came after the imports, some after minutes of reading, planning or scoring."""
     arguments, words = REFUSED[name]
     code = (
-        "import sys; from qtune import cli; from qtune.commands import arguments, eval;"
-        " arguments.find_spec = eval.find_spec = lambda name: None;"
+        "import sys; from qtune import cli; from qtune.commands import arguments;"
+        " from qtune.evaluate import benchmarks;"
+        " arguments.find_spec = benchmarks.find_spec = lambda name: None;"
         f" status = cli.main({arguments!r}); sys.exit(status if 'torch' not in sys.modules else 99)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=place)
