@@ -16,8 +16,8 @@ from qtune.data.scan import Tell
 from qtune.errors import DataError, QtuneError, UserError
 from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.benchmarks import Benchmarks
+from qtune.evaluate.gguf_score import score_file
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
-from qtune.gguf.score import score_file
 from qtune.lock import Lock
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
 from qtune.model.open_model import Merged, Opened

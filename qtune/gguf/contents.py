@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter
 from transformers import PreTrainedTokenizerBase
 
 from qtune.gguf import lora, writer
-from qtune.gguf.architectures import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
+from qtune.gguf.layout import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.tokenizer_check import Reference, matching
 from qtune.gguf.writer import F32, FILE_TYPE_BY_QUANT, Entry, Quant, Stored, Written, stored, stored_type

@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFWriter, Keys
 
 from qtune.errors import ModelError
-from qtune.gguf.architectures import Layout
+from qtune.gguf.layout import Layout
 from qtune.gguf.writer import F32, Entry, Stored, stored
 from qtune.merge.lora_delta import AdapterWeights
 

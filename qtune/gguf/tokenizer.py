@@ -16,27 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerBase
 
 from qtune.errors import ModelError
+from qtune.gguf.architectures import BYTE_LEVEL, CUTS, DIGITS
 
-BYTE_LEVEL, DIGITS = "byte level", "digits"  # cuts that tokenizer.json names rather than spells
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# By llama.cpp's name: how text is cut, and whether a piece that is a token is taken whole, whatever the merges say.
-CUTS_BY_PRE: dict[str, tuple[tuple[str, ...], bool]] = {
-    "gpt-2": ((BYTE_LEVEL,), False),
-    "smollm": ((DIGITS, BYTE_LEVEL), False),
-    "llama-bpe": ((LLAMA_3,), True),
-    "smaug-bpe": ((LLAMA_3,), False),
-    "qwen2": ((QWEN_2,), False),
-    "tekken": ((TEKKEN,), True),
-}
 SPACE = "\u2581"  # what SentencePiece writes for a space
 UNMERGED_SCORE = -1e9
 IDS = {
@@ -157,11 +138,11 @@ class Vocabulary:
         return [token for token, kind in zip(self.tokens, self.types, strict=True) if kind in kinds]
 
     def _byte_level(self) -> Tokenizer:
-        cuts, takes_whole = CUTS_BY_PRE[self.pre]
+        cut = CUTS[self.pre]
         merges = [_pair(merge) for merge in self.merges]
-        made = Tokenizer(models.BPE(self._vocab(), merges, ignore_merges=takes_whole))
-        spelled = [] if BYTE_LEVEL in cuts else [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        made.pre_tokenizer = pre_tokenizers.Sequence([*map(_cutter, cuts), *spelled])
+        made = Tokenizer(models.BPE(self._vocab(), merges, ignore_merges=cut.takes_whole))
+        spelled = [] if BYTE_LEVEL in cut.steps else [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        made.pre_tokenizer = pre_tokenizers.Sequence([*map(_cutter, cut.steps), *spelled])
         return made
 
     def _sentencepiece(self) -> Tokenizer:
@@ -200,7 +181,7 @@ def _described(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _refused(what: str) -> ModelError:
     return ModelError(
         f"the base's tokenizer {what}, and a GGUF file takes SentencePiece with byte fallback, or byte-level BPE cut as"
-        f" {', '.join(CUTS_BY_PRE)} do. Use `qtune merge`, and a server that reads Hugging Face folders."
+        f" {', '.join(CUTS)} do. Use `qtune merge`, and a server that reads Hugging Face folders."
     )
 
 
@@ -252,14 +233,15 @@ def _pre(described: dict[str, Any]) -> str:
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     cuts = tuple(cut for step in steps if (cut := _cut(step)) is not None)
     takes_whole = bool(described["model"].get("ignore_merges"))
-    found = next((pre for pre, known in CUTS_BY_PRE.items() if known == (cuts, takes_whole)), None)
-    if found is None:
+    named = (cut.pre for cut in CUTS.values() if (cut.steps, cut.takes_whole) == (cuts, takes_whole))
+    pre = next(named, None)
+    if pre is None:
         raise _refused("cuts text in a way that has no name there")
-    return found
+    return pre
 
 
 def _cut(step: dict[str, Any]) -> str | None:
-    """One step of cutting as CUTS_BY_PRE has it; None where it only spells bytes."""
+    """One step of cutting as a `Cut` has it; None where it only spells bytes."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return BYTE_LEVEL if step["use_regex"] else None
     if step["type"] == "Digits" and step["individual_digits"]:

@@ -14,8 +14,8 @@ import torch
 from gguf import GGUFReader, Keys, ReaderTensor
 from numpy.typing import NDArray
 
-from qtune.gguf.architectures import ROPE_FACTORS, Layout
 from qtune.gguf.contents import Draft
+from qtune.gguf.layout import ROPE_FACTORS, Layout
 from qtune.gguf.writer import BLOCK, ROUNDING, Entry, packed, restored
 from qtune.merge.live_weights import layer_called, noise, tuned
 from qtune.merge.weights_proof import Trained, Wanted, WeightsProof

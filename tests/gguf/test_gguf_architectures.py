@@ -8,7 +8,7 @@ from made_bases import KINDS, LLAMA_3_ROPE, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qtune.errors import ModelError
-from qtune.gguf.architectures import ROPE_FACTORS, TOKEN_EMBEDDING, Layout
+from qtune.gguf.layout import ROPE_FACTORS, TOKEN_EMBEDDING, Layout
 
 
 def config(kind: str = "llama", **changes: object) -> object:

@@ -15,8 +15,8 @@ from tokenizers import normalizers
 from qtune import cli
 from qtune.errors import ModelError
 from qtune.gguf import llama_cpp, lora
-from qtune.gguf.architectures import Layout
 from qtune.gguf.export import ExportReport, export
+from qtune.gguf.layout import Layout
 from qtune.gguf.lora import refuse_what_is_no_lora
 from qtune.merge.lora_delta import AdapterWeights, Change
 from qtune.merge.merge import SPARE_DISK_BYTES

@@ -99,10 +99,19 @@ def _finished(made: Tokenizer, **roles: str) -> PreTrainedTokenizerFast:
 
 
 def make_base(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None, **changes: Any) -> Path:
-    """A base in the new `folder`: random weights large enough that every layer matters, three rows of padding."""
+    """A base in the new `folder`: random weights large enough that every layer matters, three rows of padding.
+
+    `kind` is one of KINDS, or a model_type of transformers.
+    """
     tokenizer = tokenizer or byte_level()
     torch.manual_seed(0)
-    settings = {**SIZES, "vocab_size": len(tokenizer) + 3, "initializer_range": 0.2, **KINDS[kind], **changes}
+    settings = {
+        **SIZES,
+        "vocab_size": len(tokenizer) + 3,
+        "initializer_range": 0.2,
+        **KINDS.get(kind, {"model_type": kind}),
+        **changes,
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):

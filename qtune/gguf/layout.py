@@ -1,8 +1,7 @@
 """Where the weights of a Hugging Face checkpoint stand in a GGUF file, and what the file says of their architecture.
 
-In what llama.cpp calls `llama`, RoPE turns neighbouring channels of a head together, where transformers pairs the first
-half with the second: there the rows of q_proj and k_proj change places. Qwen's stay. Llama 3's stretched RoPE is no key
-but a tensor, without which a file loads and is quietly worse.
+What is a family's own is in `architectures`. Llama 3's stretched RoPE is no key but a tensor, without which a file
+loads and is quietly worse.
 
 Letters: H heads, D channels of a head.
 """
@@ -13,33 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import GGUFWriter, RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qtune.errors import ModelError
+from qtune.gguf.architectures import FAMILIES, Family
 
 TOKEN_EMBEDDING, OUTPUT_NORM, OUTPUT = "token_embd.weight", "output_norm.weight", "output.weight"
 ROPE_FACTORS = "rope_freqs.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # old checkpoints stored them
-SMOLLM3_ROPE_EVERY = 4  # llama.cpp leaves RoPE out of every fourth layer, whatever the file says
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of transformers: what llama.cpp calls it, and whether queries and keys are arranged anew."""
-
-    arch: MODEL_ARCH
-    is_rearranged: bool
-
-
-FAMILIES = {
-    "llama": Family(MODEL_ARCH.LLAMA, True),
-    "mistral": Family(MODEL_ARCH.LLAMA, True),
-    "qwen2": Family(MODEL_ARCH.QWEN2, False),
-    "qwen3": Family(MODEL_ARCH.QWEN3, False),
-    "smollm3": Family(MODEL_ARCH.SMOLLM3, True),
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +50,8 @@ class Layout:
         rope, config = self.rope, self.config
         kind = rope["rope_type"]
         faults = []
-        if config.hidden_act != "silu":
-            faults.append(f"hidden_act is {config.hidden_act}, and llama.cpp computes silu")
+        if config.hidden_act != self.family.activation:
+            faults.append(f"hidden_act is {config.hidden_act}, and llama.cpp computes {self.family.activation}")
         if kind not in ("default", "linear", "llama3", "yarn"):
             faults.append(f"rope_type is {kind}, and llama.cpp has default, linear, llama3 and yarn")
         if kind == "yarn" and any(
@@ -78,18 +60,12 @@ class Layout:
             faults.append("its yarn scaling sets an attention factor, which llama.cpp works out by itself")
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             faults.append("only a part of each head is rotated")
-        if self.family.arch == MODEL_ARCH.SMOLLM3 and not self._ropes_as_smollm3():
-            faults.append(f"no_rope_layers is not every {SMOLLM3_ROPE_EVERY}th, which llama.cpp takes for granted")
-        return faults
-
-    def _ropes_as_smollm3(self) -> bool:
-        layers = range(1, self.config.num_hidden_layers + 1)
-        return list(self.config.no_rope_layers) == [int(layer % SMOLLM3_ROPE_EVERY != 0) for layer in layers]
+        return [*faults, *self.family.faults(config)]
 
     @property
     def name(self) -> str:
         """The architecture as a GGUF file spells it."""
-        return MODEL_ARCH_NAMES[self.family.arch]
+        return self.family.gguf_name
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -115,13 +91,12 @@ class Layout:
         kept = [name for name in stored if not COMPUTED.search(name)]
         if self.config.tie_word_embeddings and EMBEDDING in kept:
             kept = [name for name in kept if name != HEAD]
-        places = get_tensor_name_map(self.family.arch, self.config.num_hidden_layers)
-        found = {name: places.get_name(name, try_suffixes=(".weight", ".bias")) for name in kept}
+        places = self.family.places(kept, self.config.num_hidden_layers)
         if self.config.tie_word_embeddings and EMBEDDING not in kept and HEAD in kept:
-            found[HEAD] = TOKEN_EMBEDDING
-        if homeless := [name for name, place in found.items() if place is None]:
+            places[HEAD] = TOKEN_EMBEDDING
+        if homeless := [name for name, place in places.items() if place is None]:
             raise ModelError(f"model.base: {', '.join(homeless[:8])}: no {self.name} of llama.cpp has such tensors.")
-        named = {name: place for name, place in found.items() if place is not None}
+        named = {name: place for name, place in places.items() if place is not None}
         self._refuse_incomplete(set(named.values()))
         return named
 
@@ -135,7 +110,7 @@ class Layout:
     def order(self, name: str, rows: int) -> torch.Tensor | None:
         """Which of the `rows` of the checkpoint's tensor `name` llama.cpp has where (rows,); None where they stay."""
         module = name.rpartition(".")[0].rpartition(".")[2]
-        if not self.family.is_rearranged or module not in ("q_proj", "k_proj"):
+        if module not in self.family.rearranged:
             return None
         heads = self.config.num_attention_heads if module == "q_proj" else self.config.num_key_value_heads
         # (H * D): channel i of the first half goes beside channel i of the second
@@ -171,6 +146,7 @@ class Layout:
         writer.add_rope_freq_base(self.rope["rope_theta"])
         if self.rope["rope_type"] in ("linear", "yarn"):
             self._describe_scaling(writer)
+        self.family.describe(writer, config)
 
     def _describe_scaling(self, writer: GGUFWriter) -> None:
         rope = self.rope
