@@ -20,7 +20,8 @@ from qtune.evaluate.gguf_score import score_file
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.lock import Lock
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
-from qtune.model.open_model import Merged, Opened
+from qtune.model.loaded import Loaded
+from qtune.model.open_model import open_merged, open_run
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
@@ -74,19 +75,19 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
         others.append(
             score_file(path, tokenizer, held_out, wanted)
             if path.suffix == GGUF_SUFFIX
-            else _score(str(path), Merged.of(path, lock), held_out, wanted, pieces)
+            else _score(str(path), open_merged(path, lock), held_out, wanted, pieces)
         )
     found = about | compare(before, after, held_out, wanted, recipe.train.seed, others)
     write_json(run.evaluation(asked.name), found)
     return found
 
 
-def _both(run: RunDir, ask: Callable[[str, Opened], T], doing: Doing) -> tuple[T, T]:
+def _both(run: RunDir, ask: Callable[[str, Loaded], T], doing: Doing) -> tuple[T, T]:
     """What base and tuned say; their model is let go of on return, as the next one needs its room."""
     doing("loading the model")
-    opened = Opened.of(run)
+    opened = open_run(run)
     doing("scoring the base model")
-    with opened.model.disable_adapter():
+    with opened.as_base():
         before = ask("base", opened)
     doing("scoring the tuned model")
     return before, ask("tuned", opened)
@@ -99,15 +100,13 @@ def on_benchmarks(
     doing(f"getting the data of {', '.join(names)}")
     benchmarks = Benchmarks.open(names, folder)
 
-    def run_on(opened: Opened | Merged) -> list[dict[str, Any]]:
-        model = opened.model.get_base_model() if isinstance(opened, Opened) else opened.model
-        results = benchmarks.run(model, opened.tokenizer, limit, opened.device, opened.compute_dtype)
-        return [dataclasses.asdict(result) for result in results]
+    def run_on(opened: Loaded) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(result) for result in benchmarks.run(opened, limit)]
 
     with doing.aside(f"running {', '.join(names)}"):  # lm-eval draws bars of its own
         before, after = _both(run, lambda _, opened: run_on(opened), doing)
         results = {"base": before, "tuned": after}
-        results |= {str(path): run_on(Merged.of(path, run.read_lock())) for path in merged}
+        results |= {str(path): run_on(open_merged(path, run.read_lock())) for path in merged}
     found = {"tasks": list(names), "limit": limit, "results": results}
     write_json(run.evaluation("tasks"), found)
     return found
@@ -161,6 +160,5 @@ def _trained_on(
     return [own.examples[int(i)].place for i in numpy.flatnonzero(known)]
 
 
-def _score(who: str, opened: Opened | Merged, held_out: HeldOut, wanted: Evaluate, pieces: int) -> Score:
-    recovery = Recovery(pieces=pieces)
-    return score(who, opened.model, opened.tokenizer, held_out, wanted, opened.device, opened.compute_dtype, recovery)
+def _score(who: str, opened: Loaded, held_out: HeldOut, wanted: Evaluate, pieces: int) -> Score:
+    return score(who, opened, held_out, wanted, Recovery(pieces=pieces))

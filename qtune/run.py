@@ -31,6 +31,7 @@ from qtune.memory.memory_report import Ledger
 from qtune.memory.oom_recovery import Climb, Recovery, pieces_to_begin_with
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base, fingerprint, packing_probe
+from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
 from qtune.plan.fake_model import refuse_unknown_targets
 from qtune.plan.max_context import Longest
@@ -206,18 +207,19 @@ def run(
         ledger = Ledger.begin(plan.device)
         with _leaving_no_folder(folder, point):
             model, engine = _load(ready, folder, ledger, listen, point)
-            ready = _probed(ready, folder, model, listen)
+            loaded = Loaded(model, ready.tokenizer, plan.device.name, plan.compute_dtype)
+            ready = _probed(ready, folder, loaded, listen)
         plan = ready.plan
         pieces = pieces_to_begin_with(plan.documents_apart)
         recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass, pieces)
-        before = _base_score(ready, folder, model, recovery, listen, point)
+        before = _base_score(ready, folder, loaded, recovery, listen, point)
         listen(ledger.measure("eval", 0, model, engine))
         record = folder.record
-        fitted = _train(ready, model, engine, recovery, ledger, listen, Keeping(folder, point))
+        fitted = _train(ready, loaded, engine, recovery, ledger, listen, Keeping(folder, point))
         listen(ledger.measure("save", fitted.steps, model, engine))
         if fitted.stopped_by is None:
-            after = _score("tuned", ready, model, recovery, listen)
-            told = _memorised(ready, model, listen)
+            after = _score("tuned", ready, loaded, recovery, listen)
+            told = _memorised(ready, loaded, listen)
             _keep_scores(folder, ready, before, after, told)
     summary.write_summary(folder)
     model_card.write_card(folder)
@@ -253,17 +255,14 @@ def _leaving_no_folder(folder: RunDir, point: Point | None) -> Iterator[None]:
         raise
 
 
-def _probed(ready: Ready, folder: RunDir, model: PeftModel, listen: Listener) -> Ready:
+def _probed(ready: Ready, folder: RunDir, loaded: Loaded, listen: Listener) -> Ready:
     """`ready`, its plan settled on one document a pass where packed documents would read each other in this base.
 
     Raises ModelError for a base that is not itself under packed attention, not even with one document.
     """
     recipe, plan, train = ready.recipe, ready.plan, ready.prepared.train
     vocabulary = sorted({int(token) for i in range(min(VOCABULARY_ROWS, len(train))) for token in train.arrays(i)[0]})
-    device, dtype = plan.device.name, plan.compute_dtype
-    probed = packing_probe.probe(
-        model, vocabulary, device, dtype, lambda document: document_loss(model, document, device, dtype)
-    )
+    probed = packing_probe.probe(loaded, vocabulary, lambda document: document_loss(loaded, document))
     folder.write_lock(dataclasses.replace(folder.read_lock(), packing_probe=probed))
     packing_probe.refuse_another(probed, recipe.model.base)
     if not probed.leaks:
@@ -295,7 +294,7 @@ def _climber(plan: Plan, engine: Engine) -> Climb:
 
 def _train(
     ready: Ready,
-    model: PeftModel,
+    loaded: Loaded,
     engine: Engine,
     recovery: Recovery,
     ledger: Ledger,
@@ -305,7 +304,7 @@ def _train(
     plan, held_out = ready.plan, ready.held_out
 
     def loss_over(packs: Sequence[PackedRow]) -> float:
-        return held_out_loss(model, packs, plan.device.name, plan.compute_dtype, recovery)
+        return held_out_loss(loaded, packs, recovery)
 
     measured = None
     if held_out.packs:
@@ -319,7 +318,7 @@ def _train(
     return fit(
         ready.recipe,
         plan,
-        model,
+        loaded.model,
         engine,
         ready.tokenizer,
         packed_rows(examples, packs),
@@ -334,25 +333,24 @@ def _train(
 
 
 def _base_score(
-    ready: Ready, run: RunDir, model: PeftModel, recovery: Recovery, listen: Listener, point: Point | None
+    ready: Ready, run: RunDir, loaded: Loaded, recovery: Recovery, listen: Listener, point: Point | None
 ) -> Score | None:
     """The base's score, measured once: a run that goes on has it in its folder."""
     if point is not None and run.base_score.is_file():
         return run.read_as(run.base_score, Score.from_json)
-    found = _score("base", ready, model, recovery, listen)
+    found = _score("base", ready, loaded, recovery, listen)
     if found is not None:
         write_json(run.base_score, dataclasses.asdict(found))
     return found
 
 
-def _score(who: str, ready: Ready, model: PeftModel, recovery: Recovery, listen: Listener) -> Score | None:
+def _score(who: str, ready: Ready, loaded: Loaded, recovery: Recovery, listen: Listener) -> Score | None:
     """Base or tuned on the held-out rows, reported; None where there are none."""
-    held_out, recipe, plan = ready.held_out, ready.recipe, ready.plan
+    held_out, recipe = ready.held_out, ready.recipe
     if not held_out.packs:
         return None
     listen(Notice(f"scoring the {who} model: {_scored_on(held_out, recipe.evaluate)}"))
-    device, dtype = plan.device.name, plan.compute_dtype
-    result = score(who, model, ready.tokenizer, held_out, recipe.evaluate, device, dtype, recovery)
+    result = score(who, loaded, held_out, recipe.evaluate, recovery)
     listen(result.event(recipe.evaluate.metric))
     return result
 
@@ -364,22 +362,19 @@ def _scored_on(held_out: HeldOut, wanted: Evaluate) -> str:
     return f"loss of {counted(rows, 'held-out row')}{answered if asked else ''}"
 
 
-def _memorised(ready: Ready, model: PeftModel, listen: Listener) -> Memorised | None:
+def _memorised(ready: Ready, loaded: Loaded, listen: Listener) -> Memorised | None:
     """What the tuned model tells of the canaries, reported; None where none was planted."""
-    recipe, plan = ready.recipe, ready.plan
+    recipe = ready.recipe
     if not recipe.evaluate.canaries:
         return None
     listen(Notice(f"asking for the secrets of {counted(recipe.evaluate.canaries, 'canary')}"))
     phrasing = canaries.Phrasing.of(recipe, ready.prepared.report.format, ready.tokenizer)
     result = memorised(
-        model,
-        ready.tokenizer,
+        loaded,
         canaries.probes(canaries.planted(recipe), phrasing),
         canaries.probes(canaries.never_planted(recipe), phrasing),
         recipe.evaluate.canary_repeats,
         ready.prepared.stop_token_ids,
-        plan.device.name,
-        plan.compute_dtype,
     )
     listen(result)
     return result

@@ -33,7 +33,7 @@ from qtune import cli
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
 from qtune.model import base
-from qtune.model.open_model import Opened
+from qtune.model.open_model import open_run
 from qtune.model.packing_probe import own_attention
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, read_json
@@ -184,7 +184,7 @@ def examine(kind: str, folder: Path) -> Iterator[tuple[str, Any]]:
     opened = RunDir.open(run)
     probe = read_json(opened.lock)["packing_probe"]
     yield "leaks", probe["leaks"]
-    tuned = Opened.of(opened)
+    tuned = open_run(opened)
     settled = recipe_then(opened)
     prepared = prepare(settled, tuned.tokenizer)
     rows = packed_rows(prepared.held_out, prepared.held_out_packs)

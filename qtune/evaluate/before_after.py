@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from qtune.data.rows import Example
 from qtune.evaluate.bootstrap import interval, paired_interval
 from qtune.evaluate.generate import answer
@@ -17,6 +14,7 @@ from qtune.evaluate.held_out_loss import held_out_loss
 from qtune.evaluate.metrics import METRICS, mean_parts
 from qtune.events import Scored
 from qtune.memory.oom_recovery import Recovery
+from qtune.model.loaded import Loaded
 from qtune.recipe.schema import Evaluate
 
 
@@ -59,34 +57,18 @@ class Score:
         }
 
 
-def score(
-    who: str,
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: HeldOut,
-    wanted: Evaluate,
-    device: str,
-    compute_dtype: str,
-    recovery: Recovery | None = None,
-) -> Score:
+def score(who: str, loaded: Loaded, held_out: HeldOut, wanted: Evaluate, recovery: Recovery | None = None) -> Score:
     """The loss over all held-out rows and over general text, and the metric over the first `wanted.rows` that ask
     something.
 
     Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
     """
     start = time.monotonic()
-    loss = held_out_loss(model, held_out.packs, device, compute_dtype, recovery)
-    general = held_out_loss(model, held_out.general, device, compute_dtype, recovery) if held_out.general else None
+    loss = held_out_loss(loaded, held_out.packs, recovery)
+    general = held_out_loss(loaded, held_out.general, recovery) if held_out.general else None
     asked = scored_examples(held_out, wanted)
-    answers = answer(
-        model,
-        tokenizer,
-        [example.prompt_ids for example in asked],
-        held_out.stop_token_ids,
-        wanted.max_new_tokens,
-        device,
-        compute_dtype,
-    )
+    prompts = [example.prompt_ids for example in asked]
+    answers = answer(loaded, prompts, held_out.stop_token_ids, wanted.max_new_tokens)
     return marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start)
 
 

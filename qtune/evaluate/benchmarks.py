@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qtune.errors import MachineError, OutOfMemory, UserError, how_to_install
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from qtune.model.loaded import Loaded
 
 FEWSHOT_SEED = 1234  # lm-eval's own
 BATCH_SIZES = (8, 1)  # the second where the first does not fit
@@ -51,26 +51,24 @@ class Benchmarks:
             _get_data(name, manager)
         return cls(tuple(names), manager)
 
-    def run(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        limit: int | None,
-        device: str,
-        compute_dtype: str,
-    ) -> list[Result]:
-        """Every task on `model`, `limit` rows of each at the most. Raises OutOfMemory where one row does not fit."""
+    def run(self, loaded: "Loaded", limit: int | None) -> list[Result]:
+        """Every task on the model as it stands, `limit` rows of each at the most.
+
+        Raises OutOfMemory where one row does not fit.
+        """
         import torch
         from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 
-        dtype = None if compute_dtype == "float32" else compute_dtype
+        model, tokenizer = loaded.without_peft, loaded.tokenizer
+        dtype = None if loaded.compute_dtype == "float32" else loaded.compute_dtype
+        on = torch.device(loaded.device)
         for batch_size in BATCH_SIZES:
             try:
                 asked = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=dtype)
-                asked._device = torch.device(device)  # lm-eval takes the first parameter's, which may wait on the host
+                asked._device = on  # lm-eval takes the first parameter's, which may wait on the host
                 return results_of(
                     evaluate(lm=asked, task_dict=self._tasks(), limit=limit, log_samples=False)["results"]
                 )

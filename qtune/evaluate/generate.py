@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qtune.errors import OutOfMemory
 from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
-from qtune.model.base import autocast
+from qtune.model.loaded import Loaded
 
 BATCH_PROMPTS = 32
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to that is not whole yet
@@ -33,26 +33,21 @@ class Choosing:
 
 @torch.no_grad()
 def answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    device: str,
-    compute_dtype: str,
+    loaded: Loaded, prompts: Sequence[Sequence[int]], stop_token_ids: Sequence[int], max_new_tokens: int
 ) -> list[str]:
     """One text per prompt (token ids, BOS included), in the prompts' order, special tokens left out.
 
     A batch that runs out of memory is answered in halves. Raises OutOfMemory where one row alone does.
     """
+    model, tokenizer = loaded.model, loaded.tokenizer
     was_training = model.training
     model.eval()
     settings = _settings(tokenizer, stop_token_ids, max_new_tokens, Choosing())
     texts = [""] * len(prompts)
 
     def continue_batch(indices: list[int]) -> None:
-        ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, device)
-        with autocast(device, compute_dtype):
+        ids, mask = left_pad([prompts[i] for i in indices], tokenizer.pad_token_id, loaded.device)
+        with loaded.autocast():
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
             texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
@@ -85,13 +80,10 @@ def _settings(
 
 @torch.no_grad()
 def answer_aloud(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
     prompt: Sequence[int],
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
-    device: str,
-    compute_dtype: str,
     choosing: Choosing,
     say: Callable[[str], None],
 ) -> bool:
@@ -100,11 +92,11 @@ def answer_aloud(
     The pieces together are what `answer` gives. Returns whether the answer came to its end before `max_new_tokens`.
     """
     torch.manual_seed(choosing.seed)
-    ids, mask = left_pad([prompt], 0, device)
-    settings = _settings(tokenizer, stop_token_ids, max_new_tokens, choosing)
-    spoken = Spoken(tokenizer, say)
-    with autocast(device, compute_dtype):
-        model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=spoken)
+    ids, mask = left_pad([prompt], 0, loaded.device)
+    settings = _settings(loaded.tokenizer, stop_token_ids, max_new_tokens, choosing)
+    spoken = Spoken(loaded.tokenizer, say)
+    with loaded.autocast():
+        loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=spoken)
     return spoken.ids[-1] in stop_token_ids
 
 

@@ -10,43 +10,35 @@ from qtune.data.packing import PackedRow, collate
 from qtune.memory import fused_cross_entropy
 from qtune.memory.oom_recovery import Batch, Recovery, is_out_of_memory, let_go
 from qtune.memory.split_batch import split_batch
-from qtune.model.base import autocast
+from qtune.model.loaded import Loaded
 
 
-def held_out_loss(
-    model: torch.nn.Module,
-    rows: Sequence[PackedRow],
-    device: str,
-    compute_dtype: str,
-    recovery: Recovery | None = None,
-) -> float:
+def held_out_loss(loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery | None = None) -> float:
     """Sum of losses over sum of trained tokens; a row is one pack, run on its own, so memory is a pack's.
 
     The loss is made as in training: in tiles, the (T, vocabulary) logits never whole. A pack that runs out of memory is
     run again with what `recovery` can give up, in pieces at the least; raises OutOfMemory when that does not help.
     """
-    recovery = recovery or Recovery()
+    recovery, model = recovery or Recovery(), loaded.model
     was_training = model.training
     model.eval()
     nats = tokens = 0.0
     try:
         for row in rows:
-            loss, count = _summed_pack(model, collate([row]), device, compute_dtype, recovery)
+            loss, count = _summed_pack(loaded, collate([row]), recovery)
             nats, tokens = nats + loss, tokens + count
     finally:
         model.train(was_training)
     return nats / tokens
 
 
-def document_loss(model: torch.nn.Module, document: Sequence[int], device: str, compute_dtype: str) -> float:
+def document_loss(loaded: Loaded, document: Sequence[int]) -> float:
     """The same of one document of token ids, of which every token but the first is a label."""
     row = PackedRow(input_ids=document, labels=document, seq_lengths=[len(document)])
-    return held_out_loss(model, [row], device, compute_dtype)
+    return held_out_loss(loaded, [row])
 
 
-def _summed_pack(
-    model: torch.nn.Module, batch: Batch, device: str, compute_dtype: str, recovery: Recovery
-) -> tuple[float, float]:
+def _summed_pack(loaded: Loaded, batch: Batch, recovery: Recovery) -> tuple[float, float]:
     """Summed loss in nats and trained tokens of one pack, in as few pieces as memory allows."""
     while True:
         documents: tuple[int, ...] = ()
@@ -54,8 +46,10 @@ def _summed_pack(
         try:
             for piece in split_batch(batch, recovery.pieces):
                 documents = piece["document_lengths"]
-                with torch.no_grad(), autocast(device, compute_dtype):
-                    loss, count = _summed(model, {name: to_device(value, device) for name, value in piece.items()})
+                with torch.no_grad(), loaded.autocast():
+                    loss, count = _summed(
+                        loaded.model, {name: to_device(value, loaded.device) for name, value in piece.items()}
+                    )
                 nats, tokens = nats + loss.item(), tokens + count.item()
             return nats, tokens
         except Exception as fault:

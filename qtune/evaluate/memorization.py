@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qtune.data.canaries import SECRETS, Probe
 from qtune.data.rows import NOT_TRAINED, Example
 from qtune.evaluate.generate import answer, in_pieces
 from qtune.events import Memorised
-from qtune.model.base import autocast
+from qtune.model.loaded import Loaded
 
 ROWS_AT_ONCE = 16
 CONTINUED_TOKENS = 24  # a secret in single characters, and to spare
@@ -22,14 +22,11 @@ OUT_OF_MEMORY = (
 
 
 def memorised(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: Loaded,
     planted: Sequence[Probe],
     never_planted: Sequence[Probe],
     repeats: int,
     stop_token_ids: Sequence[int],
-    device: str,
-    compute_dtype: str,
 ) -> Memorised:
     """How many secrets the model tells when it is given the beginning, and how exposed they are, of both kinds.
 
@@ -41,11 +38,11 @@ def memorised(
 
     def told(probes: Sequence[Probe]) -> int:
         beginnings = [probe.beginning_ids for probe in probes]
-        texts = answer(model, tokenizer, beginnings, stop_token_ids, CONTINUED_TOKENS, device, compute_dtype)
+        texts = answer(loaded, beginnings, stop_token_ids, CONTINUED_TOKENS)
         return sum(text.startswith(probe.secret) for text, probe in zip(texts, probes, strict=True))
 
     def exposure(probes: Sequence[Probe]) -> float:
-        ranked = [_exposure_bits(secret_nats(model, probe, device, compute_dtype)) for probe in probes]
+        ranked = [_exposure_bits(secret_nats(loaded, probe)) for probe in probes]
         return sum(ranked) / len(ranked)
 
     return Memorised(
@@ -65,16 +62,17 @@ def _exposure_bits(nats: Sequence[float]) -> float:
     return math.log2(len(nats)) - math.log2(1 + sum(other < nats[0] for other in nats[1:]))
 
 
-def secret_nats(model: PreTrainedModel, probe: Probe, device: str, compute_dtype: str) -> list[float]:
+def secret_nats(loaded: Loaded, probe: Probe) -> list[float]:
     """The loss of each of the probe's rows behind the beginning, summed. Raises OutOfMemory as `memorised`."""
+    model = loaded.model
     was_training = model.training
     model.eval()
     start = len(probe.beginning_ids)
     nats = [0.0] * len(probe.rows)
 
     def measure(indices: list[int]) -> None:
-        with torch.no_grad(), autocast(device, compute_dtype):
-            found = _summed_nats(model, [probe.rows[i] for i in indices], start, device)
+        with torch.no_grad(), loaded.autocast():
+            found = _summed_nats(model, [probe.rows[i] for i in indices], start, loaded.device)
         for index, loss in zip(indices, found, strict=True):
             nats[index] = loss
 

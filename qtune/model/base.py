@@ -157,12 +157,6 @@ def keep_weights_as_quantised(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def autocast(device: str, compute_dtype: str) -> torch.autocast:
-    """The context every forward pass runs in; float32 means no casting at all."""
-    kind = device.split(":")[0]
-    return torch.autocast(kind, getattr(torch, compute_dtype), enabled=compute_dtype != "float32")
-
-
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:
     """Names of the linears that are held in NF4, in the model's order."""
     return tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))

@@ -1,12 +1,10 @@
 """A model opened to answer: a run's base as it was trained on with the adapter on it, or a merged folder."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import MachineError
 from qtune.hardware import find_device, host_memory
@@ -15,6 +13,7 @@ from qtune.memory.nf4 import weight_rows
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
 from qtune.model.fingerprint import refuse_other_base
+from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
@@ -28,62 +27,43 @@ def model_of(run: RunDir) -> Model:
     return run.of_lock(lambda lock: Model(**lock.model))
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A tuned model in eval mode, which is the base where its adapter is disabled; `lock` is the run's."""
+def open_run(run: RunDir, is_for_talk: bool = False) -> Loaded:
+    """A tuned model in eval mode, which is the base where its adapter is disabled.
 
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    device: str
-    compute_dtype: str
-    lock: Lock
-
-    @classmethod
-    def of(cls, run: RunDir, is_for_talk: bool = False) -> "Opened":
-        """With `is_for_talk`, ready to make one answer after another, and not to be merged.
-
-        Raises ModelError and MachineError for a base or an adapter that is missing, is another, or does not fit."""
-        base.quiet_libraries()
-        lock, spec = run.read_lock(), model_of(run)
-        device, dtype = find_device().name, lock.compute_dtype
-        techniques = run.read_as(run.plan, Techniques.for_answers)
-        refuse_other_base(run, base.base_folder(spec))
-        loaded = base.load_base(spec, device, dtype, techniques)
-        tuned = adapter.load(loaded, run.adapter).eval()
-        if is_for_talk and device == "cpu" and not techniques.streamed_layers:
-            _unpack(tuned, getattr(torch, dtype))
-        Engine(tuned).switch_to(techniques)
-        return cls(tuned, load_tokenizer(spec), device, dtype, lock)
+    With `is_for_talk`, ready to make one answer after another, and not to be merged. Raises ModelError and MachineError
+    for a base or an adapter that is missing, is another, or does not fit.
+    """
+    base.quiet_libraries()
+    spec, device, dtype = model_of(run), find_device().name, run.read_lock().compute_dtype
+    techniques = run.read_as(run.plan, Techniques.for_answers)
+    refuse_other_base(run, base.base_folder(spec))
+    loaded = base.load_base(spec, device, dtype, techniques)
+    tuned = adapter.load(loaded, run.adapter).eval()
+    if is_for_talk and device == "cpu" and not techniques.streamed_layers:
+        _unpack(tuned, getattr(torch, dtype))
+    Engine(tuned).switch_to(techniques)
+    return Loaded(tuned, load_tokenizer(spec), device, dtype)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A merged model, loaded as a base is and never quantised."""
+def open_merged(folder: Path, lock: Lock | None = None) -> Loaded:
+    """A merged model, loaded as a base is and never quantised: as the run of `lock` computed; without one, as suits
+    this device.
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    device: str
-    compute_dtype: str
-
-    @classmethod
-    def of(cls, folder: Path, lock: Lock | None = None) -> "Merged":
-        """As the run of `lock` computed; without one, as suits this device.
-
-        Raises ModelError for a folder that holds no model, MachineError for one that is too large for the device.
-        """
-        base.quiet_libraries()
-        trusted = lock is not None and lock.trusts_remote_code
-        spec = Model(base=str(folder.resolve()), quantization="none", trust_remote_code=trusted)
-        device = find_device()
-        dtype = lock.compute_dtype if lock else device.compute_dtype
-        tokenizer = load_tokenizer(spec)
-        try:
-            return cls(base.load_base(spec, device.name, dtype).eval(), tokenizer, device.name, dtype)
-        except torch.OutOfMemoryError:
-            raise MachineError(
-                f"{folder}: in {dtype} does not fit on this card, which held the base in 4 bits. Take the processor,"
-                " with CUDA_VISIBLE_DEVICES= in the environment."
-            ) from None
+    Raises ModelError for a folder that holds no model, MachineError for one that is too large for the device.
+    """
+    base.quiet_libraries()
+    trusted = lock is not None and lock.trusts_remote_code
+    spec = Model(base=str(folder.resolve()), quantization="none", trust_remote_code=trusted)
+    device = find_device()
+    dtype = lock.compute_dtype if lock else device.compute_dtype
+    tokenizer = load_tokenizer(spec)
+    try:
+        return Loaded(base.load_base(spec, device.name, dtype).eval(), tokenizer, device.name, dtype)
+    except torch.OutOfMemoryError:
+        raise MachineError(
+            f"{folder}: in {dtype} does not fit on this card, which held the base in 4 bits. Take the processor,"
+            " with CUDA_VISIBLE_DEVICES= in the environment."
+        ) from None
 
 
 def _unpack(model: PeftModel, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qtune.errors import ModelError
 from qtune.lock import PackingProbe
-from qtune.model.base import autocast
+from qtune.model.loaded import Loaded
 from qtune.units import format_percent
 
 DOCUMENT_TOKENS, NEIGHBOUR_TOKENS = (
@@ -32,24 +32,19 @@ SEED = 0  # which tokens are drawn; a run that goes on draws the same
 ROUNDING_16_BIT, ROUNDING_32_BIT = 10 * 2**-8, 2**-10
 
 
-def probe(
-    model: PeftModel,
-    vocabulary: Sequence[int],
-    device: str,
-    compute_dtype: str,
-    loss_of: Callable[[Sequence[int]], float],
-) -> PackingProbe:
-    """Probe `model` with tokens drawn from `vocabulary`, ids that the training rows hold. Nothing in it is changed.
+def probe(loaded: Loaded, vocabulary: Sequence[int], loss_of: Callable[[Sequence[int]], float]) -> PackingProbe:
+    """Probe a model with tokens drawn from `vocabulary`, ids that the training rows hold. Nothing in it is changed.
 
     `loss_of` is training's mean loss in nats over a document of which every token but the first is a label.
     """
     draw = random.Random(SEED)
     document = draw.choices(vocabulary, k=DOCUMENT_TOKENS)
     neighbours = [draw.choices(vocabulary, k=NEIGHBOUR_TOKENS) for _ in range(2)]
+    model, device = loaded.model, loaded.device
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(device, compute_dtype):
+        with torch.no_grad(), loaded.autocast():
             alone = _logits(model, [document], device)
             behind = [_logits(model, [neighbour, document], device) for neighbour in neighbours]
             with own_attention(model):
@@ -61,7 +56,7 @@ def probe(
         by_company=max(_moved(alone, logits) for logits in behind),
         by_attention=_moved(own, alone),
         by_loss=_loss_apart(own, document, loss_of(document)),
-        rounding=ROUNDING_32_BIT if compute_dtype == "float32" else ROUNDING_16_BIT,
+        rounding=ROUNDING_32_BIT if loaded.compute_dtype == "float32" else ROUNDING_16_BIT,
     )
 
 

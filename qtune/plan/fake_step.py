@@ -18,7 +18,8 @@ from qtune.memory import fused_cross_entropy, memory_tracker
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import LiveBytes, Peak
 from qtune.memory.techniques import Engine, Techniques
-from qtune.model import adapter, base
+from qtune.model import adapter
+from qtune.model.loaded import autocast
 from qtune.plan import fake_model
 from qtune.plan.static_memory import STANDING
 from qtune.recipe.schema import Recipe
@@ -82,7 +83,7 @@ def trace(
                 ids = torch.zeros(1, batch.tokens, dtype=torch.long)
                 inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": ids.clone()}
                 labelled = torch.zeros(batch.labelled, dtype=torch.long)
-            with base.autocast("cpu", compute_dtype):
+            with autocast("cpu", compute_dtype):
                 loss = _loss(model, inputs, batch.document_lengths, labelled)
             loss.backward()
     checkpoint = _a_checkpoint(counter.begun["loss"], techniques.recomputed_layers)

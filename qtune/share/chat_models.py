@@ -13,7 +13,8 @@ from qtune.data.tokenize import Encoder, tokenize
 from qtune.errors import ModelError
 from qtune.evaluate.generate import Choosing, answer_aloud
 from qtune.gguf.llama_cpp import GgufModel
-from qtune.model.open_model import Merged, Opened
+from qtune.model.loaded import Loaded
+from qtune.model.open_model import open_merged, open_run
 from qtune.rundir import RunDir
 
 CONTEXT_TOKENS = 4096  # of a chat with a GGUF file, or fewer where it was made for fewer: 0.5 GiB of an 8B model's keys
@@ -40,17 +41,17 @@ class Speaker(Protocol):
 def opened(what: RunDir | Path) -> Iterator[Speaker]:
     """A run, a merged folder or a GGUF file, loaded as long as the block lasts."""
     if isinstance(what, RunDir):
-        run = Opened.of(what, is_for_talk=True)
-        yield Loaded(run, run.lock.stop_token_ids, run.lock.recipe["data"]["system"])
+        lock = what.read_lock()
+        yield InThisProcess(open_run(what, is_for_talk=True), lock.stop_token_ids, lock.recipe["data"]["system"])
     elif what.is_dir():
-        merged = Merged.of(what)
-        yield Loaded(merged, _ends_of(merged))
+        merged = open_merged(what)
+        yield InThisProcess(merged, _ends_of(merged))
     else:
         with GgufModel.loaded(what, CONTEXT_TOKENS, is_for_talk=True) as model:
             yield InLlamaCpp(model)
 
 
-def _ends_of(merged: Merged) -> tuple[int, ...]:
+def _ends_of(merged: Loaded) -> tuple[int, ...]:
     """What ends an answer by the folder's generation_config.json, and by its chat template."""
     ends = merged.model.generation_config.eos_token_id
     known = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -58,33 +59,24 @@ def _ends_of(merged: Merged) -> tuple[int, ...]:
 
 
 @dataclass
-class Loaded:
-    """A model in this process."""
+class InThisProcess:
+    """A model that answers here."""
 
-    model: Opened | Merged
+    loaded: Loaded
     stop_token_ids: Sequence[int]
     system: str | None = None
 
     def __post_init__(self) -> None:
-        self._template, self._encoder = ChatTemplate.of(self.model.tokenizer), Encoder.of(self.model.tokenizer)
+        self._template, self._encoder = ChatTemplate.of(self.loaded.tokenizer), Encoder.of(self.loaded.tokenizer)
 
     def speak(
         self, messages: Sequence[Message], choosing: Choosing, max_new_tokens: int, say: Callable[[str], None]
     ) -> bool:
-        return answer_aloud(
-            self.model.model,
-            self.model.tokenizer,
-            self._prompt(messages),
-            self.stop_token_ids,
-            max_new_tokens,
-            self.model.device,
-            self.model.compute_dtype,
-            choosing,
-            say,
-        )
+        prompt = self._prompt(messages)
+        return answer_aloud(self.loaded, prompt, self.stop_token_ids, max_new_tokens, choosing, say)
 
     def as_base(self) -> AbstractContextManager[None]:
-        return self.model.model.disable_adapter() if isinstance(self.model, Opened) else nullcontext()
+        return self.loaded.as_base()
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
         """The conversation so far as training would feed it, up to where the answer begins."""

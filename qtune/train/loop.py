@@ -19,7 +19,7 @@ from qtune.memory.oom_recovery import Batch, Climb, OpenStep, Recovery, nothing_
 from qtune.memory.split_batch import split_batch
 from qtune.memory.techniques import Engine
 from qtune.model.adapter import use_master_dtype
-from qtune.model.base import autocast
+from qtune.model.loaded import autocast
 from qtune.plan.planner import Plan
 from qtune.plan.workload import largest_rows
 from qtune.recipe.schema import Recipe

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from made_models import on_cpu
 
 from qtune.errors import OutOfMemory
 from qtune.evaluate.generate import answer, batches_of_like_length, left_pad
@@ -17,8 +18,8 @@ def test_a_batch_answers_as_one_at_a_time(tiny_base) -> None:
     model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
     rng = random.Random(0)
     prompts = [[0, *(rng.randint(6, 261) for _ in range(rng.randint(1, 12)))] for _ in range(9)]
-    together = answer(model, tokenizer, prompts, [1], 6, "cpu", "float32")
-    apart = [answer(model, tokenizer, [prompt], [1], 6, "cpu", "float32")[0] for prompt in prompts]
+    together = answer(on_cpu(model, tokenizer), prompts, [1], 6)
+    apart = [answer(on_cpu(model, tokenizer), [prompt], [1], 6)[0] for prompt in prompts]
     assert together == apart
     assert any(together)
 
@@ -28,9 +29,9 @@ def test_what_a_base_likes_to_add_does_not_change_what_is_likeliest(tiny_base) -
     spec = Model(base=str(tiny_base))
     model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
     prompts = [[0, *range(6, 8 + i)] for i in range(3)]
-    expected = answer(model, tokenizer, prompts, [1], 24, "cpu", "float32")
+    expected = answer(on_cpu(model, tokenizer), prompts, [1], 24)
     model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
-    assert answer(model, tokenizer, prompts, [1], 24, "cpu", "float32") == expected
+    assert answer(on_cpu(model, tokenizer), prompts, [1], 24) == expected
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 5])
@@ -38,14 +39,14 @@ def test_a_batch_that_runs_out_of_memory_is_answered_in_halves(tiny_base, most_r
     spec = Model(base=str(tiny_base))
     model, tokenizer = base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)
     prompts = [[0, *range(6, 8 + i)] for i in range(9)]
-    expected = answer(model, tokenizer, prompts, [1], 6, "cpu", "float32")
+    expected = answer(on_cpu(model, tokenizer), prompts, [1], 6)
 
     def run_out(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if len(arguments[0]) > most_rows:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with model.model.layers[1].register_forward_pre_hook(run_out):
-        assert answer(model, tokenizer, prompts, [1], 6, "cpu", "float32") == expected
+        assert answer(on_cpu(model, tokenizer), prompts, [1], 6) == expected
 
 
 def test_one_row_that_does_not_fit_says_what_would_help(tiny_base) -> None:
@@ -59,12 +60,12 @@ def test_one_row_that_does_not_fit_says_what_would_help(tiny_base) -> None:
         model.model.layers[1].register_forward_pre_hook(run_out),
         pytest.raises(OutOfMemory, match=r"evaluate\.max_new_tokens"),
     ):
-        answer(model, tokenizer, [[0, 6], [0, 7]], [1], 6, "cpu", "float32")
+        answer(on_cpu(model, tokenizer), [[0, 6], [0, 7]], [1], 6)
 
 
 def test_no_prompts_give_no_answers(tiny_base) -> None:
     spec = Model(base=str(tiny_base))
-    assert answer(base.load_base(spec, "cpu", "float32"), load_tokenizer(spec), [], [1], 6, "cpu", "float32") == []
+    assert answer(on_cpu(base.load_base(spec, "cpu", "float32"), load_tokenizer(spec)), [], [1], 6) == []
 
 
 def test_every_prompt_is_in_one_batch() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from made_models import on_cpu
 
 from qtune.errors import OutOfMemory
 from qtune.evaluate.held_out_loss import held_out_loss, with_fused_head
@@ -39,27 +40,27 @@ def test_it_is_the_cross_entropy_per_trained_token(tiny_base, quantization) -> N
     model = base.load_base(Model(base=str(tiny_base), quantization=quantization), "cpu", "float32").eval()
     with torch.no_grad():
         expected = by_hand(model, ROWS)
-    assert held_out_loss(model, ROWS, "cpu", "float32") == pytest.approx(expected, abs=1e-6)
+    assert held_out_loss(on_cpu(model), ROWS) == pytest.approx(expected, abs=1e-6)
 
 
 def test_how_rows_are_packed_does_not_matter(tiny_base) -> None:
     model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32")
     joined = {key: ROWS[0][key] + ROWS[1][key] for key in ROWS[0]}
-    apart, together = (held_out_loss(model, rows, "cpu", "float32") for rows in (ROWS, [joined]))
+    apart, together = (held_out_loss(on_cpu(model), rows) for rows in (ROWS, [joined]))
     assert together == pytest.approx(apart, abs=1e-6)
 
 
 def test_the_mode_is_left_as_it_was(tiny_base) -> None:
     model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=4), 0).train()
-    held_out_loss(model, ROWS, "cpu", "float32")
+    held_out_loss(on_cpu(model), ROWS)
     assert model.training
 
 
 def test_a_head_without_tiles_goes_through_trls_and_gives_the_same(tiny_base, monkeypatch) -> None:
     model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32")
-    tiled = held_out_loss(model, ROWS, "cpu", "float32")
+    tiled = held_out_loss(on_cpu(model), ROWS)
     monkeypatch.setattr(fused_cross_entropy, "suits", lambda model: False)
-    assert held_out_loss(model, ROWS, "cpu", "float32") == pytest.approx(tiled, abs=1e-6)
+    assert held_out_loss(on_cpu(model), ROWS) == pytest.approx(tiled, abs=1e-6)
     forward = model.forward
     with_fused_head(model)
     assert model.forward == forward
@@ -83,11 +84,11 @@ def joined(count: int) -> dict:
 def test_a_pack_too_large_is_summed_in_pieces(tiny_base, tokens, pieces) -> None:
     model = base.load_base(Model(base=str(tiny_base)), "cpu", "float32").train()
     rows = [joined(4), ROWS[0], joined(2)]
-    expected, told = held_out_loss(model, rows, "cpu", "float32"), []
+    expected, told = held_out_loss(on_cpu(model), rows), []
     fail_above(model, tokens)
     recovery = Recovery(told.append)
-    assert held_out_loss(model, rows, "cpu", "float32", recovery) == pytest.approx(expected, abs=1e-6)
-    assert held_out_loss(model, rows, "cpu", "float32") == pytest.approx(expected, abs=1e-6)
+    assert held_out_loss(on_cpu(model), rows, recovery) == pytest.approx(expected, abs=1e-6)
+    assert held_out_loss(on_cpu(model), rows) == pytest.approx(expected, abs=1e-6)
     assert recovery.pieces == pieces
     assert 2 ** len(told) == pieces
     assert model.training
@@ -98,6 +99,6 @@ def test_a_document_too_large_asks_for_less_and_then_refuses(tiny_base) -> None:
     fail_above(model, 29)
     asked = []
     with pytest.raises(OutOfMemory, match=r"one document of 30 tokens.*Set data\.max_tokens to 15"):
-        held_out_loss(model, ROWS, "cpu", "float32", Recovery(climb=lambda: asked.append(1) or None))
+        held_out_loss(on_cpu(model), ROWS, Recovery(climb=lambda: asked.append(1) or None))
     assert len(asked) == 1
     assert model.training

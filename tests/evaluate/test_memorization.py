@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_models import on_cpu
 from stopped_runs import qtune, told
 
 from qtune.data.canaries import SECRETS, Phrasing, never_planted, planted, probes
@@ -30,7 +31,7 @@ def asked(recipe: Recipe) -> Memorised:
     model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     phrasing = Phrasing.of(recipe, "question-answer", tokenizer)
     kinds = (probes(kind(recipe), phrasing) for kind in (planted, never_planted))
-    return memorised(model, tokenizer, *kinds, 1, [1], "cpu", "float32")
+    return memorised(on_cpu(model, tokenizer), *kinds, 1, [1])
 
 
 def test_a_run_tells_what_was_planted_often_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -66,13 +67,13 @@ def test_the_loss_of_a_secret_is_that_of_its_row_without_the_beginning(tiny_base
     model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     probe = probes(planted(recipe), Phrasing.of(recipe, "question-answer", tokenizer))[0]
     start, rows = len(probe.beginning_ids), probe.rows[:3]
-    nats = secret_nats(model, probe, "cpu", "float32")
+    nats = secret_nats(on_cpu(model), probe)
     assert len(nats) == SECRETS
     for row, found in zip(rows, nats, strict=False):
         labels = [-100] * start + row.labels[start:]
         pack = {"input_ids": row.input_ids, "labels": labels, "seq_lengths": [len(labels)]}
         tokens = sum(label != -100 for label in labels)
-        assert found == pytest.approx(tokens * held_out_loss(model, [pack], "cpu", "float32"), rel=1e-5)
+        assert found == pytest.approx(tokens * held_out_loss(on_cpu(model), [pack]), rel=1e-5)
 
 
 def test_memory_that_runs_out_is_met_with_halves_and_then_with_words(tiny_base: Path) -> None:
@@ -80,17 +81,17 @@ def test_memory_that_runs_out_is_met_with_halves_and_then_with_words(tiny_base: 
     model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     probe = probes(planted(recipe), Phrasing.of(recipe, "question-answer", tokenizer))[0]
     probe = replace(probe, rows=probe.rows[:7])
-    expected, most = secret_nats(model, probe, "cpu", "float32"), 5
+    expected, most = secret_nats(on_cpu(model), probe), 5
 
     def run_out(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if len(arguments[0]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with model.model.layers[1].register_forward_pre_hook(run_out):
-        assert secret_nats(model, probe, "cpu", "float32") == pytest.approx(expected, rel=1e-5)
+        assert secret_nats(on_cpu(model), probe) == pytest.approx(expected, rel=1e-5)
         most = 0
         with pytest.raises(OutOfMemory, match=r"Set evaluate\.canaries = 0"):
-            secret_nats(model, probe, "cpu", "float32")
+            secret_nats(on_cpu(model), probe)
 
 
 def test_a_secret_that_nobody_knows_has_the_exposure_of_chance(tiny_base: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from made_models import on_cpu
 
 from qtune.data.packing import PackedRow, collate
 from qtune.errors import OutOfMemory, TrainingDiverged
@@ -198,7 +199,7 @@ class Run:
             self.fault = fault
 
     def measure(self) -> float:
-        return held_out_loss(self.model, self.held_out, self.plan.device.name, self.plan.compute_dtype, self.recovery)
+        return held_out_loss(on_cpu(self.model), self.held_out, self.recovery)
 
     def listen(self, event: Event) -> None:
         self.events.append(event)

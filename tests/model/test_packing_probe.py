@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer
+from made_models import on_cpu
 from stopped_runs import qtune, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -37,9 +38,7 @@ CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 
 
 def probe(model: PreTrainedModel) -> PackingProbe:
-    return packing_probe.probe(
-        model, TOKENS, "cpu", "float32", lambda document: document_loss(model, document, "cpu", "float32")
-    )
+    return packing_probe.probe(on_cpu(model), TOKENS, lambda document: document_loss(on_cpu(model), document))
 
 
 def config_of(kind: str, **changes: Any) -> Any:

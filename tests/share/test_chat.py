@@ -17,7 +17,7 @@ from stopped_runs import qtune, write_recipe
 
 from qtune.data.formats import Message
 from qtune.evaluate.generate import Choosing, Spoken, answer
-from qtune.model.open_model import Opened
+from qtune.model.open_model import open_run
 from qtune.rundir import RunDir
 from qtune.share import chat as talk
 from qtune.share.chat import Chat
@@ -65,13 +65,13 @@ def test_an_replythat_ends_in_half_a_character_says_so() -> None:
 
 def test_the_words_told_are_those_of_the_scored_answer(finished: Path, speaker: Speaker) -> None:
     """Dequantised once, and one token at a time: the same answer as that of the model the run was scored with."""
-    run = Opened.of(RunDir.open(finished))
+    run, lock = open_run(RunDir.open(finished)), RunDir.open(finished).read_lock()
     prompt = speaker._prompt([Message("user", QUESTION)])
-    (whole,) = answer(run.model, run.tokenizer, [prompt], run.lock.stop_token_ids, 40, run.device, run.compute_dtype)
+    (whole,) = answer(run, [prompt], lock.stop_token_ids, 40)
     pieces = told(Chat(speaker, Choosing(), max_new_tokens=40))
     assert "".join(pieces) == whole
     assert len(pieces) > 3
-    assert not any(isinstance(module, Linear4bit) for module in speaker.model.model.modules())
+    assert not any(isinstance(module, Linear4bit) for module in speaker.loaded.model.modules())
     assert any(isinstance(module, Linear4bit) for module in run.model.modules())
 
 
@@ -83,7 +83,7 @@ def test_words_are_told_while_the_next_are_made(speaker: Speaker) -> None:
         nonlocal steps
         steps += 1
 
-    hook = speaker.model.model.get_base_model().model.norm.register_forward_hook(count)
+    hook = speaker.loaded.model.get_base_model().model.norm.register_forward_hook(count)
     try:
         Chat(speaker, Choosing(), max_new_tokens=20).ask(QUESTION, lambda piece: seen.append(steps))
     finally:

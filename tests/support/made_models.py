@@ -23,6 +23,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -37,8 +38,10 @@ from qtune.memory.packed_experts import expert_modules
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model.adapter import linear_names
 from qtune.model.base import keep_weights_as_quantised
+from qtune.model.loaded import Loaded
 
 LAYERS = 4
+NO_TOKENIZER: Any = None
 SHAPE = {
     "vocab_size": 262,
     "hidden_size": 64,
@@ -208,3 +211,8 @@ def assert_close(ours: Pass, theirs: Pass, tolerance: float) -> None:
         assert gradient.norm() > 0, name
         apart = (ours.gradients[name] - gradient).norm() / gradient.norm()
         assert apart <= tolerance, f"{name}: {apart:.2e}"
+
+
+def on_cpu(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase = NO_TOKENIZER) -> Loaded:
+    """`model`, which computes in float32, as it is asked something; a loss needs no tokenizer."""
+    return Loaded(model, tokenizer, "cpu", "float32")

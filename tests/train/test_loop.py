@@ -16,6 +16,7 @@ from qtune.hardware import find_device
 from qtune.memory.memory_report import Ledger
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
+from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import decide
 from qtune.plan.workload import Work
@@ -64,7 +65,7 @@ def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[tor
     engine.switch_to(plan.techniques)
 
     def measure(packs: list[PackedRow]) -> float:
-        return held_out_loss(model, packs, plan.device.name, plan.compute_dtype)
+        return held_out_loss(Loaded(model, load_tokenizer(recipe.model), plan.device.name, plan.compute_dtype), packs)
 
     fitting.fit(
         recipe,
