@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["QTUNE_CACHE"] = "off"  # no test leaves rows in the cache of whoever runs it
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, by an import: none asks the hub, or waits until it does not answer
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-os.environ["QTUNE_CACHE"] = "off"  # no test leaves rows in the cache of whoever runs it
 
 SPECIAL = ["<s>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (

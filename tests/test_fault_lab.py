@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 TORTURE = Path(__file__).resolve().parent.parent / "scripts" / "torture.py"
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the lab forks, 
 
 
 def torture(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TORTURE, *arguments], capture_output=True, text=True, check=False)
+    return forked.run([TORTURE, *arguments])
 
 
 def test_no_lane_fails(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_a_failure_is_told_in_full_and_exits_1(tmp_path: Path) -> None:
         f" sys.argv = ['torture.py', '--only', 'X1', '--seed', '7', '--output', {str(tmp_path / 'page.md')!r}];"
         " torture.main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    ended = forked.run(["-c", code])
     assert ended.returncode == 1, ended.stderr
     assert "X1 case 2: seed 7 was bad\n  again: scripts/torture.py --only X1 --seed 7 --cases X1=2" in ended.stdout
     page = (tmp_path / "page.md").read_text()

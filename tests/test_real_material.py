@@ -1,10 +1,9 @@
 """Real weights and rows: train, then read adapter and merge back with plain libraries in a fresh process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from qtune import cli
@@ -70,8 +69,7 @@ max_new_tokens = 8
 
 def plain_loss(base: Path, adapter: Path | str, dtype: str, rows: Path) -> float:
     """The held-out loss by plain transformers and peft, in a process of its own."""
-    command = [sys.executable, "-c", PLAIN_LOSS, str(base), str(adapter), dtype, str(rows)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(forked.run(["-c", PLAIN_LOSS, base, adapter, dtype, rows]).stdout)
 
 
 @pytest.mark.parametrize("base", ["stories260K-llama", "TinyStories-656K-llama"])

@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from made_runs import edit_json, make_run, token_rows
 from safetensors.torch import load_file, save_file
@@ -94,8 +93,7 @@ def test_killed_twice_inside_shards_it_is_the_merge_that_was_not_killed(run, tmp
     """Once in the first of the two bases that `auto` tries, once in the second; nothing in the process had a say."""
     output, rows = tmp_path / "out", token_rows()
     for stop_at in (8, 21 + 13):
-        command = [sys.executable, "-c", CHILD, run.path, output, "auto", str(stop_at), json.dumps(rows)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        done = forked.run(["-c", CHILD, run.path, output, "auto", str(stop_at), json.dumps(rows)])
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not output.exists()
     (heard,) = go_on(run, output, onto="auto", rows=rows)

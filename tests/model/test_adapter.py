@@ -1,9 +1,8 @@
 """The adapter: counted by hand, silent at the start, the same after saving."""
 
 import json
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 
@@ -67,7 +66,7 @@ def test_plain_peft_in_another_process_reads_the_same_model(tiny_base, tmp_path,
         "torch.save(m(input_ids=torch.arange(6, 30)[None]).logits.detach(), sys.argv[3])"
     )
     target = tmp_path / "logits.pt"
-    subprocess.run([sys.executable, "-c", code, tiny_base, tmp_path / "adapter", target], check=True)
+    forked.run(["-c", code, tiny_base, tmp_path / "adapter", target]).check_returncode()
     ours = model.eval()(input_ids=torch.arange(6, 30)[None]).logits
     torch.testing.assert_close(torch.load(target), ours, atol=1e-5, rtol=1e-5)
 

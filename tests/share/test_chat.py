@@ -187,7 +187,7 @@ class Typed(AtTerminal):
 @pytest.fixture
 def typed(finished: Path, tmp_path: Path) -> Iterator[Typed]:
     drawn = ("--max-new-tokens", "100000", "--temperature", "5", "--seed", "1")
-    chat = Typed([sys.executable, "-m", "qtune", "chat", finished, *drawn], tmp_path, TERM="dumb")
+    chat = Typed([sys.executable, "-m", "qtune", "chat", finished, *drawn], tmp_path, is_forked=True, TERM="dumb")
     yield chat
     chat.close()
 

@@ -10,24 +10,34 @@ import termios
 from collections.abc import Sequence
 from pathlib import Path
 
+from forked import Forked
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class AtTerminal:
-    """`command` in `folder`; `type` what a user types, and `read` what is printed."""
+    """`command` in `folder`; `type` what a user types, and `read` what is printed.
 
-    def __init__(self, command: Sequence[str | Path], folder: Path, **environment: str):
+    One of Python may be forked from a process that has imported the libraries.
+    """
+
+    def __init__(self, command: Sequence[str | Path], folder: Path, is_forked: bool = False, **environment: str):
         self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [str(part) for part in command],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=folder,
-            start_new_session=True,
-            env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), **environment},
-            preexec_fn=_take_terminal,
-        )
+        env = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), **environment}
+        self.process: subprocess.Popen | Forked
+        if is_forked:
+            self.process = Forked(command[1:], (slave, slave, slave), folder, env, takes_terminal=True)
+        else:
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                cwd=folder,
+                start_new_session=True,
+                env=env,
+                preexec_fn=_take_terminal,
+            )
         os.close(slave)
 
     def type(self, text: str) -> None:
