@@ -13,7 +13,7 @@ from qtune.gguf import lora, writer
 from qtune.gguf.layout import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.tokenizer_check import Reference, matching
-from qtune.gguf.writer import F32, FILE_TYPE_BY_QUANT, Entry, Quant, Stored, Written, stored, stored_type
+from qtune.gguf.writer import F32, FILE_TYPE_BY_QUANT, Quant, Stored, TensorEntry, Written, stored, stored_type
 from qtune.merge.merged_tensor import Job
 from qtune.merge.merged_weights import Fold, Onto
 from qtune.merge.parallel_writer import in_order
@@ -33,7 +33,7 @@ class Draft:
     writer: GGUFWriter
     quant: Quant
     onto: Onto
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
     jobs: Iterator[Callable[[], Stored]]
     vocabulary: Vocabulary | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,7 +71,7 @@ def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
     vocabulary.write_to(writer)
     entries = {name: _entry(name, place, specs[name].shape, quant, place == head) for name, place in names.items()}
     factors = layout.rope_factors()
-    first = {} if factors is None else {Entry(ROPE_FACTORS, ROPE_FACTORS, tuple(factors.shape), F32): factors}
+    first = {} if factors is None else {TensorEntry(ROPE_FACTORS, ROPE_FACTORS, tuple(factors.shape), F32): factors}
     jobs: Iterator[Callable[[], Stored]] = chain(
         (partial(stored, *known) for known in first.items()), _jobs(fold, layout, onto, entries)
     )
@@ -96,11 +96,11 @@ def adapter_draft(run: RunDir, fold: Fold) -> Draft:
     return Draft(fold, writer, "f32", onto, tuple(entries), lora.jobs(entries, adapter, layout))
 
 
-def _entry(name: str, place: str, shape: tuple[int, ...], quant: Quant, is_head: bool) -> Entry:
-    return Entry(name, place, shape, stored_type(quant, shape, is_head))
+def _entry(name: str, place: str, shape: tuple[int, ...], quant: Quant, is_head: bool) -> TensorEntry:
+    return TensorEntry(name, place, shape, stored_type(quant, shape, is_head))
 
 
-def _jobs(fold: Fold, layout: Layout, onto: Onto, entries: dict[str, Entry]) -> Iterator[Callable[[], Stored]]:
+def _jobs(fold: Fold, layout: Layout, onto: Onto, entries: dict[str, TensorEntry]) -> Iterator[Callable[[], Stored]]:
     for shard in fold.checkpoint.shards:
         for spec in shard.tensors:
             if entry := entries.get(spec.name):
@@ -108,7 +108,7 @@ def _jobs(fold: Fold, layout: Layout, onto: Onto, entries: dict[str, Entry]) -> 
                 yield from (partial(_stored, entry, job) for job in fold.jobs(shard, spec.name, onto, order))
 
 
-def _stored(entry: Entry, job: Job) -> Stored:
+def _stored(entry: TensorEntry, job: Job) -> Stored:
     return stored(entry, job().rows.float())
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from gguf import GGUFReader
 
 from qtune.errors import MachineError, UserError
-from qtune.gguf import llama_cpp_verdict, modelfile, writer
+from qtune.gguf import modelfile, verify, writer
 from qtune.gguf.contents import Draft, adapter_draft, model_draft
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.verify import GgufVerdict
@@ -104,7 +104,7 @@ def export(
         except OSError as fault:
             raise MachineError(f"{output}: writing failed ({fault.strerror or fault}).") from None
         read = _read_back(draft, path, written)
-        verdict, unasked = llama_cpp_verdict.asked(run, draft, path, output, rows, progress)
+        verdict, unasked = verify.asked(run, draft, path, output, rows, progress)
         report = ExportReport(
             output=str(output),
             to=to,

@@ -12,7 +12,7 @@ from gguf import GGUFWriter, Keys
 
 from qtune.errors import ModelError
 from qtune.gguf.layout import Layout
-from qtune.gguf.writer import F32, Entry, Stored, stored
+from qtune.gguf.writer import F32, Stored, TensorEntry, stored
 from qtune.merge.lora_delta import AdapterWeights
 
 
@@ -32,16 +32,16 @@ def describe(writer: GGUFWriter, adapter: AdapterWeights) -> None:
     writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(adapter))
 
 
-def entries(adapter: AdapterWeights, names: dict[str, str]) -> list[Entry]:
+def entries(adapter: AdapterWeights, names: dict[str, str]) -> list[TensorEntry]:
     """A and B of every module, in float32; `names` are the places of the base's tensors."""
     return [
-        Entry(f"{module}.weight", f"{names[f'{module}.weight']}.{part}", tuple(tensor.shape), F32)
+        TensorEntry(f"{module}.weight", f"{names[f'{module}.weight']}.{part}", tuple(tensor.shape), F32)
         for module, change in adapter.changes.items()
         for part, tensor in (("lora_a", change.a), ("lora_b", change.b))
     ]
 
 
-def jobs(entries: Iterable[Entry], adapter: AdapterWeights, layout: Layout) -> Iterator[Callable[[], Stored]]:
+def jobs(entries: Iterable[TensorEntry], adapter: AdapterWeights, layout: Layout) -> Iterator[Callable[[], Stored]]:
     """What makes `entries`: A (R, I), and B (O, R) with its rows where llama.cpp has the base's."""
     return (partial(stored, entry, tensor) for entry, tensor in zip(entries, _tensors(adapter, layout), strict=True))
 

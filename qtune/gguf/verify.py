@@ -2,16 +2,21 @@
 
 The live adapter computes in float32; llama.cpp computes as it does when it serves, with inputs rounded to what the
 weights are stored in. Without the extra that has it nothing is claimed.
+
+A whole model is asked as it is. A LoRA alone is asked on the run's base as training held it, so that the adapter is all
+there is between the two sides: that base is written in f16 beside it, and removed once llama.cpp has answered.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from qtune.gguf import weights_proof
-from qtune.gguf.contents import Draft
+from qtune.errors import MachineError, ModelError
+from qtune.gguf import llama_cpp, weights_proof
+from qtune.gguf.contents import Draft, base_draft
 from qtune.gguf.llama_cpp import GgufModel
 from qtune.gguf.tokenizer_check import differing
 from qtune.gguf.writer import Quant
@@ -27,8 +32,10 @@ from qtune.merge.logit_distance import (
     is_loss_rise_at_most,
     usable_rows,
 )
+from qtune.merge.merge import Progress, check_disk, counting
 from qtune.merge.verify import ORIGINAL_LOSS_RISE, Live, measure
 from qtune.merge.weights_proof import WeightsProof
+from qtune.rundir import RunDir
 from qtune.units import format_percent
 
 # Another token than the live model's counts as the same where the live model finds it as likely but for this much:
@@ -41,6 +48,7 @@ AGREEMENT_BOUND_FRACTION: dict[Quant, float] = {"f32": 0.99, "f16": 0.99, "bf16"
 # that the base alone has, 0.007 was left at 0.9 of an adapter's scale, 0.1 at 1.4 and 0.2 at a half.
 UNEXPLAINED_FRACTION, NEGLIGIBLE_KL = 0.05, 1e-4
 SHOWN_ROWS = 16  # where nothing is bounded
+BASE_NAME = "base.gguf"
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,56 @@ class GgufVerdict:
         if rise is not None and self.file_loss - self.live_loss > rise:
             found.append(f"held-out loss {self.file_loss:.4f} after {self.live_loss:.4f} (at most {rise} more)")
         return tuple(found)
+
+
+def asked(
+    run: RunDir, draft: Draft, path: Path, output: Path, rows: Sequence[Sequence[int]], progress: Progress | None
+) -> tuple[GgufVerdict | None, tuple[str, ...]]:
+    """The verdict on the file at `path`, which is to stand in `output`; or none, and a sentence that says why.
+
+    Raises ModelError for a file that llama.cpp does not load.
+    """
+    if not llama_cpp.is_installed():
+        return None, (_not_verified(llama_cpp.HOW_TO_GET_IT),)
+    if not any(len(row) > 1 for row in rows):
+        return None, (_not_verified("the run kept no held-out rows to compare on."),)
+    try:
+        if draft.vocabulary is None:
+            return _asked_on_base(run, draft, path, output, rows, progress)
+        _tell_of_asking(progress, draft)
+        return judge(Live.open(run), path, rows, draft), ()
+    except MachineError as fault:
+        return None, (_not_verified(fault),)
+
+
+def _not_verified(why: object) -> str:
+    return f"Not verified with llama.cpp: {why}"
+
+
+def _tell_of_asking(progress: Progress | None, draft: Draft) -> None:
+    if progress is not None:
+        progress(len(draft.entries), len(draft.entries), "and asking llama.cpp")
+
+
+def _asked_on_base(
+    run: RunDir, draft: Draft, path: Path, output: Path, rows: Sequence[Sequence[int]], progress: Progress | None
+) -> tuple[GgufVerdict | None, tuple[str, ...]]:
+    """The verdict on a LoRA alone; a base that cannot be written is no fault of it.
+
+    Its texts are none: the tokenizer is in the file of the base.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        base_path = Path(folder) / BASE_NAME
+        try:
+            base = base_draft(run, draft.fold)
+            check_disk(output, base.bytes, "base that the LoRA is verified on")
+            base.write(base_path, counting(progress, len(base.entries)))
+        except ModelError as fault:
+            return None, (_not_verified(fault),)
+        except OSError as fault:
+            return None, (_not_verified(f"its base could not be written ({fault.strerror or fault})."),)
+        _tell_of_asking(progress, base)
+        return judge(Live.open(run), base_path, rows, draft, path), ()
 
 
 def judge(live: Live, path: Path, rows: Sequence[Sequence[int]], draft: Draft, lora: Path | None = None) -> GgufVerdict:

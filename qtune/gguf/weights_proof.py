@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qtune.gguf.contents import Draft
 from qtune.gguf.layout import ROPE_FACTORS, Layout
-from qtune.gguf.writer import BLOCK, ROUNDING, Entry, packed, restored
+from qtune.gguf.writer import BLOCK, ROUNDING, TensorEntry, packed, restored
 from qtune.merge.live_weights import layer_called, noise, tuned
 from qtune.merge.weights_proof import Trained, Wanted, WeightsProof
 
@@ -39,7 +39,7 @@ def prove(trained: Trained, draft: Draft, path: Path) -> WeightsProof:
     return WeightsProof.of(counted)
 
 
-def _wanted(trained: Trained, layout: Layout, entry: Entry) -> Wanted:
+def _wanted(trained: Trained, layout: Layout, entry: TensorEntry) -> Wanted:
     """Row by row as llama.cpp has them."""
     if entry.source == ROPE_FACTORS:
         factors = layout.rope_factors()
@@ -50,7 +50,7 @@ def _wanted(trained: Trained, layout: Layout, entry: Entry) -> Wanted:
     return Wanted(layout.arranged(entry.source, wanted.weight.cpu()), noise)
 
 
-def _strays(entry: Entry, wanted: Wanted, found: ReaderTensor) -> int:
+def _strays(entry: TensorEntry, wanted: Wanted, found: ReaderTensor) -> int:
     if (tuple(found.shape[::-1]), found.tensor_type) != (entry.shape, entry.kind):
         return wanted.weight.numel()
     width = entry.shape[-1] if entry.kind.name in ROUNDING else BLOCK
@@ -75,11 +75,11 @@ def _ends_of_blocks(wanted: torch.Tensor, noise: torch.Tensor) -> Sequence[torch
     return [wanted + shift for shift in (-inner, inner, -noise, noise)]
 
 
-def _stored_and_restored(entry: Entry, rows: torch.Tensor) -> torch.Tensor:
+def _stored_and_restored(entry: TensorEntry, rows: torch.Tensor) -> torch.Tensor:
     return restored(packed(entry, rows).reshape(len(rows), -1), entry.kind).view(rows.shape)
 
 
-def _restored(entry: Entry, data: NDArray[Any]) -> torch.Tensor:
+def _restored(entry: TensorEntry, data: NDArray[Any]) -> torch.Tensor:
     """The numbers of a tensor in their order; copied, as the file is mapped and must not be written to."""
     return restored(np.array(data).reshape(-1).view(np.uint8), entry.kind)
 

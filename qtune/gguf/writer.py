@@ -60,7 +60,7 @@ def stored_bytes(kind: GGMLQuantizationType, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file: `source` is its name in the checkpoint, `place` its name here."""
 
     source: str
@@ -93,13 +93,15 @@ class Stored:
     fraction: float
 
 
-def stored(entry: Entry, rows: torch.Tensor) -> Stored:
+def stored(entry: TensorEntry, rows: torch.Tensor) -> Stored:
     """`rows` (O, I), float32 on the host, of `entry`. Raises ModelError for a weight that float16 cannot hold."""
     content = packed(entry, rows)
     return Stored(entry.place, content, worst_fraction(content.reshape(len(rows), -1), rows, entry.kind))
 
 
-def write(writer: GGUFWriter, path: Path, entries: Sequence[Entry], parts: Iterable[Stored]) -> dict[str, Written]:
+def write(
+    writer: GGUFWriter, path: Path, entries: Sequence[TensorEntry], parts: Iterable[Stored]
+) -> dict[str, Written]:
     """Everything `writer` was told and where each entry will stand, then `parts`, which follow each other as the
     entries do; by place. The file is on the disk on return."""
     for entry in entries:
@@ -119,7 +121,7 @@ def write(writer: GGUFWriter, path: Path, entries: Sequence[Entry], parts: Itera
     return {place: Written(fraction, digest.hexdigest()) for place, (fraction, digest) in written.items()}
 
 
-def _put_one(put: Put, entry: Entry, parts: Iterable[Stored]) -> tuple[float, Any]:
+def _put_one(put: Put, entry: TensorEntry, parts: Iterable[Stored]) -> tuple[float, Any]:
     """Its worst fraction, and the digest, which is that of its bytes once they are written."""
     fraction, missing, digest = 0.0, entry.bytes, xxh3_128()
     for part in parts:
@@ -134,7 +136,7 @@ def _padding(writer: GGUFWriter, count: int) -> bytes:
     return bytes(-count % writer.data_alignment)
 
 
-def packed(entry: Entry, rows: torch.Tensor) -> NDArray[np.uint8]:
+def packed(entry: TensorEntry, rows: torch.Tensor) -> NDArray[np.uint8]:
     """The bytes of `rows` as stored. Raises ModelError for a weight that float16 cannot hold."""
     if entry.kind == Q8_0:
         return _in_8_bits(rows)
@@ -170,7 +172,7 @@ class ReadBack:
         return self.worst_fraction <= 1
 
 
-def read_back(path: Path, reader: GGUFReader, entries: Sequence[Entry], written: dict[str, Written]) -> ReadBack:
+def read_back(path: Path, reader: GGUFReader, entries: Sequence[TensorEntry], written: dict[str, Written]) -> ReadBack:
     """Every tensor of the file at `path` against what was written, byte by byte, and so against its weights."""
     found = {tensor.name: tensor for tensor in reader.tensors}
     are_right = in_order(
@@ -183,7 +185,7 @@ def read_back(path: Path, reader: GGUFReader, entries: Sequence[Entry], written:
     return ReadBack(len(fractions), fractions[worst], worst)
 
 
-def _is_as_written(path: Path, found: ReaderTensor | None, entry: Entry, written: Written) -> bool:
+def _is_as_written(path: Path, found: ReaderTensor | None, entry: TensorEntry, written: Written) -> bool:
     if found is None or (tuple(found.shape[::-1]), found.tensor_type) != (entry.shape, entry.kind):
         return False
     return _xxh3(path, int(found.data_offset), int(found.n_bytes)) == written.xxh3

@@ -14,8 +14,8 @@ from qtune.gguf.writer import (
     Q8_0,
     QUANTS,
     TYPE_BY_QUANT,
-    Entry,
     Quant,
+    TensorEntry,
     packed,
     read_back,
     restored,
@@ -34,8 +34,8 @@ def weights(scale: float = 0.02) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) * scale
 
 
-def entry(quant: Quant, name: str = "a.weight") -> Entry:
-    return Entry(f"model.{name}", name, SHAPE, TYPE_BY_QUANT[quant])
+def entry(quant: Quant, name: str = "a.weight") -> TensorEntry:
+    return TensorEntry(f"model.{name}", name, SHAPE, TYPE_BY_QUANT[quant])
 
 
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES.keys())
@@ -62,7 +62,7 @@ def awkward_blocks() -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [weights(), weights(3e3), awkward_blocks()], ids=["usual", "large", "awkward"])
 def test_8_bits_are_the_gguf_packages_to_the_bit(rows) -> None:
-    content = packed(Entry("model.a", "a", tuple(rows.shape), Q8_0), rows)
+    content = packed(TensorEntry("model.a", "a", tuple(rows.shape), Q8_0), rows)
     assert np.array_equal(content.reshape(len(rows), -1), quants.quantize(rows.numpy(), Q8_0))
     assert np.array_equal(restored(content, Q8_0).numpy(), quants.dequantize(content, Q8_0))
 
@@ -90,8 +90,8 @@ def test_a_weight_that_float16_cannot_hold_is_named() -> None:
     assert packed(entry("bf16"), weights() + 1e5).nbytes == stored_bytes(TYPE_BY_QUANT["bf16"], SHAPE)
 
 
-def two_tensors(path: Path) -> tuple[list[Entry], dict]:
-    entries = [entry("q8_0", "a.weight"), Entry("model.n", "b.weight", (5,), F32)]
+def two_tensors(path: Path) -> tuple[list[TensorEntry], dict]:
+    entries = [entry("q8_0", "a.weight"), TensorEntry("model.n", "b.weight", (5,), F32)]
     halves = [stored(entries[0], rows) for rows in weights().split(SHAPE[0] // 2)]
     return entries, write(GGUFWriter(None, "llama"), path, entries, [*halves, stored(entries[1], torch.ones(5))])
 
@@ -116,7 +116,7 @@ def test_one_changed_bit_is_found(tmp_path) -> None:
 
 def test_a_missing_or_added_tensor_is_found(tmp_path) -> None:
     entries, written = two_tensors(tmp_path / "x.gguf")
-    other = Entry("model.c", "c.weight", (5,), F32)
+    other = TensorEntry("model.c", "c.weight", (5,), F32)
     more = {**written, "c.weight": written["b.weight"]}
     assert (
         read_back(tmp_path / "x.gguf", GGUFReader(tmp_path / "x.gguf"), [*entries, other], more).worst_tensor
