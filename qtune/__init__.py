@@ -1,11 +1,80 @@
-"""qtune: QLoRA fine-tuning on one consumer GPU."""
+"""qtune: QLoRA fine-tuning on one consumer GPU.
 
-import os
-import sys
+    import qtune
+
+    recipe = qtune.load_recipe("medical", demo=True)
+    run = qtune.finetune(recipe)
+    print(run.scores["tuned"]["score"], run.losses)
+    run.merge("merged")
+
+docs/python.md tells of all of it. Nothing is imported until it is asked for, and importing qtune changes nothing in
+the process that does.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# With the package `kernels` installed, bitsandbytes and transformers fetch native code from the hub and run it, the
-# first while it is imported. Nobody asked for that, and no setting turns it off: they are not to find the package.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+if TYPE_CHECKING:
+    from qtune import errors, events
+    from qtune.errors import (
+        DataError,
+        DiskFull,
+        DoesNotFit,
+        MachineError,
+        ModelError,
+        OutOfMemory,
+        QtuneError,
+        RecipeError,
+        RunFolderError,
+        TrainingDiverged,
+        UserError,
+        VerificationFailed,
+    )
+    from qtune.library import Run, check_data, load_recipe, make_plan, open_run
+    from qtune.recipe.load import make_recipe
+    from qtune.recipe.schema import Recipe
+
+__all__ = [
+    "DataError",
+    "DiskFull",
+    "DoesNotFit",
+    "MachineError",
+    "ModelError",
+    "OutOfMemory",
+    "QtuneError",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "RunFolderError",
+    "TrainingDiverged",
+    "UserError",
+    "VerificationFailed",
+    "check_data",
+    "errors",
+    "events",
+    "load_recipe",
+    "make_plan",
+    "make_recipe",
+    "open_run",
+]
+
+_MODULES = {"errors": "qtune.errors", "events": "qtune.events"}
+_HOMES = {  # of what is neither an error nor one of _MODULES
+    "Recipe": "qtune.recipe.schema",
+    "make_recipe": "qtune.recipe.load",
+    **dict.fromkeys(("Run", "check_data", "load_recipe", "make_plan", "open_run"), "qtune.library"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'qtune' has no attribute {name!r}")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    return getattr(import_module(_HOMES.get(name, "qtune.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -19,6 +19,7 @@ from qtune import __version__
 from qtune.commands import completion
 from qtune.commands.verb import Verb
 from qtune.errors import QtuneError, UserError
+from qtune.fast_imports import settle_own_process
 from qtune.registry import registered
 
 EXAMPLES = """\
@@ -39,6 +40,7 @@ start here:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns its exit code."""
+    settle_own_process()
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what fits behind what was typed
         completion.answer(parser)

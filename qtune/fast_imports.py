@@ -1,31 +1,69 @@
-"""The libraries that train, imported in less time than they take by themselves."""
+"""The libraries that train, imported in less time than they take by themselves, and without code from elsewhere."""
 
 import functools
 import gc
 import inspect
+import logging
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+TELEMETRY = "HF_HUB_DISABLE_TELEMETRY"  # read by huggingface_hub when it is imported
+KERNELS = "kernels"
+
+
+def settle_own_process() -> None:
+    """For a process of our own, from its first line on: no telemetry, and no native code of others.
+
+    With the package `kernels` installed, bitsandbytes and transformers fetch native code from the hub and run it, the
+    first while it is imported. Nobody asked for that, and no setting turns it off: they are not to find the package.
+    """
+    os.environ.setdefault(TELEMETRY, "1")
+    sys.modules.setdefault(KERNELS, None)  # type: ignore[arg-type]
 
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """Inside, libraries are imported without what only delays it: the garbage collector, which goes over all that has
-    been made so far again and again, and torch's compiler, which bitsandbytes asks for kernel by kernel.
+    been made so far again and again, and torch's compiler, which bitsandbytes asks for kernel by kernel; and settled as
+    in `settle_own_process`. Afterwards the process is as it was.
 
     A function that is to be compiled is compiled when it is first called.
     """
+    collects = gc.isenabled()
     gc.disable()
-    import torch
+    try:
+        with _settled():
+            import torch
 
-    compile_now = torch.compile
-    torch.compile = compiled_when_called(compile_now)
+            compile_now = torch.compile
+            torch.compile = compiled_when_called(compile_now)
+            try:
+                yield
+            finally:
+                torch.compile = compile_now
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    has_telemetry, knows_kernels = TELEMETRY not in os.environ, KERNELS not in sys.modules
+    show_warning = warnings.showwarning
+    settle_own_process()
     try:
         yield
     finally:
-        torch.compile = compile_now
-        gc.freeze()  # nothing of what was imported is ever garbage
-        gc.enable()
+        if warnings.showwarning is not show_warning:
+            logging.captureWarnings(False)  # detect-secrets has them captured when it is imported
+        if has_telemetry:
+            del os.environ[TELEMETRY]
+        if knows_kernels:
+            del sys.modules[KERNELS]
 
 
 def compiled_when_called(compile_now: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,6 +49,7 @@ ROOMS = [
     "rescore",
     "reading",
     "run",
+    "library",
     "commands",
     "cli",
 ]

@@ -60,12 +60,16 @@ def make_tracker_ready(recipe: "Recipe") -> None:
 
 def stay_offline_when_local(recipe: "Recipe") -> None:
     """Without a hub name in the recipe no library may ask the network for anything."""
-    stay_offline_with(recipe.model.base, recipe.data.train, recipe.data.held_out)
+    from qtune.library import sources
+
+    stay_offline_with(*sources(recipe))
 
 
-def stay_offline_with(*sources: str | None) -> None:
-    if all(source is None or source == "demo" or Path(source).is_absolute() for source in sources):
-        os.environ["HF_HUB_OFFLINE"] = "1"
+def stay_offline_with(*names: str | None) -> None:
+    from qtune.library import OFFLINE, are_here
+
+    if are_here(*names):
+        os.environ[OFFLINE] = "1"
 
 
 def run_argument(parser: ArgumentParser) -> None:

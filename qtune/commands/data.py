@@ -26,27 +26,12 @@ def check(options: Namespace) -> int:
     with terminal.doing_of(options) as doing:
         recipe, _ = arguments.load_recipe(options)
         with terminal.importing(doing):
-            from qtune import logs
-            from qtune.audit.audit import audit
-            from qtune.audit.run_refusals import refusals
-            from qtune.audit.thresholds import judge
-            from qtune.evaluate.held_out import fault_asked
-            from qtune.model.tokenizer import load_tokenizer
-            from qtune.recipe.paths import GENERAL_WORDS
+            from qtune import library
             from qtune.report import length_histogram
             from qtune.report.audit_table import audit_json, audit_table
 
         picture = length_histogram.picture_path(options.plot) if options.plot else None
-        logs.quiet_libraries()
-        doing(f"reading {recipe.model.base}")
-        tokenizer = load_tokenizer(recipe.model)
-        if recipe.evaluate.general not in GENERAL_WORDS:
-            from qtune.evaluate.forgetting import general_packs
-
-            general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)  # a run refuses one without text
-        doing(f"reading {recipe.data.train}")
-        found = audit(recipe.data, tokenizer, doing.rows, fault_asked(recipe.evaluate))
-        checked = judge(found, recipe.data, refusals(found, recipe, tokenizer))
+        checked = library.check_data(recipe, doing)
     if picture is not None and checked.tokens is not None:
         length_histogram.draw(checked.tokens, picture)
     if options.json:

@@ -1,7 +1,5 @@
 """`qtune doctor`: what this machine has, and what that means for a run; or which servers can take a run."""
 
-import importlib.metadata
-import platform
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
@@ -91,11 +89,15 @@ def examine() -> list[Finding]:
 
 
 def _python() -> Finding:
+    import platform
+
     return Finding("python", platform.python_version(), f"{sys.executable}")
 
 
 def _packages() -> Iterator[Finding]:
     """The packages that decide how a run goes, held against what this qtune asks for."""
+    import importlib.metadata
+
     from packaging.requirements import Requirement
 
     for text in importlib.metadata.requires("qtune") or ():

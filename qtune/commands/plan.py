@@ -36,18 +36,16 @@ def _plan(options: Namespace) -> None:
     with terminal.doing_of(options) as doing:
         recipe, _ = arguments.load_recipe(options, needs_weights=False)
         with terminal.importing(doing):
-            from qtune import run as story
-        from qtune import hardware
-        from qtune.report import plan_table
+            from qtune import library
+            from qtune.plan.planner import refuse_unless_it_fits
+            from qtune.report import plan_table
 
-        here, asked, host = hardware.find_device(), options.device_memory, options.host_memory
-        target = hardware.imagined_card(asked, host, here) if asked else hardware.with_host(here, host)
-        plan = story.plan_without_downloads(recipe, target, doing)
+        plan = library.make_plan(recipe, options.device_memory, options.host_memory, doing)
     if options.json:
         terminal.print_json(plan.as_json())
     else:
         doing.console.print(plan_table.whole_plan(plan.as_json()))
-    story.refuse_unless_it_fits(recipe, plan)
+    refuse_unless_it_fits(recipe, plan)
 
 
 def _longest(options: Namespace) -> None:

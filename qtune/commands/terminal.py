@@ -1,6 +1,7 @@
 """What verbs say and ask at the terminal."""
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def importing(doing: "Doing") -> Iterator[None]:
     doing("importing libraries")
     with quick_imports():
         yield
+    gc.freeze()  # nothing of what was imported is ever garbage
 
 
 def print_json(value: Any) -> None:

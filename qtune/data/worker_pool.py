@@ -26,6 +26,7 @@ R = TypeVar("R")
 
 BATCHES_HERE = 4  # two processes take as long to start as this many batches take
 MOST_PROCESSES = 6  # reading rows and looking at results keeps this process busy with so many
+SETTLED = "from qtune.fast_imports import settle_own_process; settle_own_process()"
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
@@ -93,7 +94,7 @@ class Worker:
         self._connection, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                [sys.executable, "-P", "-c", f"{SETTLED}; from {__name__} import serve; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

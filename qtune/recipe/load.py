@@ -77,20 +77,55 @@ def load(
     `needs_weights` a folder that holds the base's config.json alone will do. Raises RecipeError with every fault that
     is found.
     """
-    found = toml_reader.read(path)
+    document = toml_reader.read(path)
     given, wrong = _parse_overrides(overrides)
-    origin = Origin(str(path), found.lines, given)
-    values = _put_all(paths.made_absolute(found.values, beside or path.resolve().parent), given)
-    recipe, faults = _validate(values, [each.key for each in found.broken])
+    origin = Origin(str(path), document.lines, given)
+    values = _put_all(paths.made_absolute(document.values, beside or path.resolve().parent), given)
+    recipe, faults = _validate(values, [each.key for each in document.broken])
     faults += _faults_of_paths(values, origin, demo, needs_weights)
-    if not found.broken:  # else what a setting is held against may stand in a line that was not read
+    if not document.broken:  # else what a setting is held against may stand in a line that was not read
         faults += _faults_together(values, origin, demo)
-    if faults or wrong or found.broken or recipe is None:
-        raise RecipeError([*origin.sentences(faults, found.broken), *wrong])
+    if faults or wrong or document.broken or recipe is None:
+        raise RecipeError([*origin.sentences(faults, document.broken), *wrong])
     if demo and recipe.demo is not None:
         recipe, faults = _validate(_put_all(_with_demo(values, recipe.demo), given))
         assert recipe is not None, f"a valid [demo] in a valid recipe: {faults}"
     return recipe
+
+
+def make_recipe(**settings: Any) -> Recipe:
+    """A recipe from Python values, a dict for each table: `make_recipe(name="my", model={"base": "demo"}, data={...})`.
+
+    Names of files are relative to the current folder. Raises RecipeError with every fault that is found.
+    """
+    origin = Origin("recipe", {}, ())
+    values = paths.made_absolute(settings, Path.cwd())
+    recipe, faults = _validate(values)
+    faults += [*_faults_of_paths(values, origin, False, True), *_faults_together(values, origin, False)]
+    if faults or recipe is None:
+        raise RecipeError(origin.sentences(faults))
+    return recipe
+
+
+def as_toml(recipe: Recipe) -> str:
+    """A recipe as the text of a file that says the same: what was set, and has an effect."""
+    values = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"demo"})
+    for idle in conflicts.idle(values):
+        del conflicts.value_of(values, idle.key[:-1])[idle.key[-1]]
+    return "\n".join(_toml_lines(values, ()))
+
+
+def _toml_lines(table: Values, name: Key) -> Iterator[str]:
+    """A TOML value is written as JSON writes it, as long as it is none of JSON's objects and no null."""
+    if name:
+        yield f"[{dotted(name)}]"
+    inner = {key: value for key, value in table.items() if isinstance(value, dict)}
+    for key, value in table.items():
+        if key not in inner:
+            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    yield ""
+    for key, value in inner.items():
+        yield from _toml_lines(value, (*name, key))
 
 
 def blamed(message: str, path: Path, overrides: Sequence[str], demo: bool) -> str:
