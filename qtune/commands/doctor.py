@@ -20,7 +20,7 @@ COMFORTABLE_DISK_BYTES = 20 * GIB
 
 
 @dataclass(frozen=True)
-class Finding:
+class Examined:
     """One thing looked at: what was found, what it means, and whether a run can live with it."""
 
     what: str
@@ -54,12 +54,12 @@ def _examine_machine(options: Namespace) -> int:
         with terminal.importing(doing):
             import bitsandbytes.functional  # noqa: F401
         doing("examining this machine")
-        findings = examine()
+        examined = examine()
     if options.json:
-        terminal.print_json([finding.as_json() for finding in findings])
+        terminal.print_json([each.as_json() for each in examined])
     else:
-        doing.console.print(table(findings))
-    return 0 if all(finding.is_fine for finding in findings) else UserError.exit_code
+        doing.console.print(table(examined))
+    return 0 if all(each.is_fine for each in examined) else UserError.exit_code
 
 
 def _examine_run(options: Namespace) -> int:
@@ -84,17 +84,17 @@ def _examine_run(options: Namespace) -> int:
     return 0
 
 
-def examine() -> list[Finding]:
+def examine() -> list[Examined]:
     return [_python(), *_packages(), _device(), _memory(), _four_bits(), _disk()]
 
 
-def _python() -> Finding:
+def _python() -> Examined:
     import platform
 
-    return Finding("python", platform.python_version(), f"{sys.executable}")
+    return Examined("python", platform.python_version(), f"{sys.executable}")
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Examined]:
     """The packages that decide how a run goes, held against what this qtune asks for."""
     import importlib.metadata
 
@@ -107,41 +107,41 @@ def _packages() -> Iterator[Finding]:
         try:
             found = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(wanted.name, "missing", f"pip install '{wanted}'", is_fine=False)
+            yield Examined(wanted.name, "missing", f"pip install '{wanted}'", is_fine=False)
             continue
         is_fine = wanted.specifier.contains(found, prereleases=True)
-        yield Finding(wanted.name, found, "fine" if is_fine else f"qtune needs {wanted.specifier}", is_fine)
+        yield Examined(wanted.name, found, "fine" if is_fine else f"qtune needs {wanted.specifier}", is_fine)
 
 
-def _device() -> Finding:
+def _device() -> Examined:
     import torch
 
     from qtune.hardware import find_device
 
     device = find_device()
     if device.is_cuda:
-        return Finding("device", device.label, f"runs compute in {device.compute_dtype}")
+        return Examined("device", device.label, f"runs compute in {device.compute_dtype}")
     build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA card"
-    return Finding(
+    return Examined(
         "device",
         device.label,
         f"{build}: the demo runs here in {device.compute_dtype}; a model of billions of weights wants a card",
     )
 
 
-def _memory() -> Finding:
+def _memory() -> Examined:
     from qtune.hardware import find_device
 
     device = find_device()
     where = "card" if device.is_cuda else "host"
-    return Finding(
+    return Examined(
         f"{where} memory",
         f"{format_bytes(device.free_bytes)} free of {format_bytes(device.total_bytes)}",
         "close other programs that use it before a run" if device.free_bytes < device.total_bytes / 2 else "fine",
     )
 
 
-def _four_bits() -> Finding:
+def _four_bits() -> Examined:
     """Quantise and restore one block, for real."""
     import bitsandbytes.functional
     import torch
@@ -151,25 +151,25 @@ def _four_bits() -> Finding:
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         error = (bitsandbytes.functional.dequantize_4bit(packed, state) - weight).abs().max().item()
     except Exception as fault:  # a broken native library can fail in any way
-        return Finding("4-bit weights", type(fault).__name__, f"bitsandbytes does not work here: {fault}", False)
-    return Finding("4-bit weights", f"work, largest error {error:.3f} of 1", "NF4 by bitsandbytes")
+        return Examined("4-bit weights", type(fault).__name__, f"bitsandbytes does not work here: {fault}", False)
+    return Examined("4-bit weights", f"work, largest error {error:.3f} of 1", "NF4 by bitsandbytes")
 
 
-def _disk() -> Finding:
+def _disk() -> Examined:
     free = shutil.disk_usage(Path.cwd()).free
     meaning = "fine" if free >= COMFORTABLE_DISK_BYTES else "a 7B base needs about 15 GiB, its merge as much again"
-    return Finding("disk here", f"{format_bytes(free)} free", meaning)
+    return Examined("disk here", f"{format_bytes(free)} free", meaning)
 
 
-def table(findings: list[Finding]) -> "Table":
-    """The findings, one a line; what is wrong is marked in words and in red."""
+def table(examined: list[Examined]) -> "Table":
+    """What was examined, a line each; what is wrong is marked in words and in red."""
     from rich.table import Table
 
     result = Table("", "found", "meaning", box=None, padding=(0, 2, 0, 0))
-    for finding in findings:
-        style = "" if finding.is_fine else "red"
-        mark = "" if finding.is_fine else "! "
-        result.add_row(finding.what, finding.found, mark + finding.meaning, style=style)
+    for each in examined:
+        style = "" if each.is_fine else "red"
+        mark = "" if each.is_fine else "! "
+        result.add_row(each.what, each.found, mark + each.meaning, style=style)
     return result
 
 

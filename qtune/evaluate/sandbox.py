@@ -39,7 +39,7 @@ ALONE = ("--user", "--map-current-user", "--net", "--ipc", "--pid", "--fork", "-
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProgramRun:
     """What became of one answer."""
 
     parses: bool
@@ -55,7 +55,7 @@ def refuse_elsewhere() -> None:
         )
 
 
-def run(code: str, tests: str) -> Verdict:
+def run(code: str, tests: str) -> ProgramRun:
     """Whether `code` is Python, and whether `tests`, run after it in what it defines, come to their end.
 
     Raises MachineError where no child can be started.
@@ -68,7 +68,7 @@ def run(code: str, tests: str) -> Verdict:
             f"The process that runs answers does not start. It is {sys.executable} with {sandbox_worker.__file__}."
         )
     parses = said[1:2] == sandbox_worker.PARSES
-    return Verdict(parses, parses and secrets.compare_digest(said[2:], nonce))
+    return ProgramRun(parses, parses and secrets.compare_digest(said[2:], nonce))
 
 
 def _said(messages: Sequence[bytes], folder: str) -> bytes:

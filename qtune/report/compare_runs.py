@@ -24,7 +24,7 @@ PLACES_OF_DATA = ("data.train", "data.held_out")
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparedRow:
     """One line of the comparison: a name, and a value per run."""
 
     name: str
@@ -36,8 +36,8 @@ class Comparison:
     """`cautions` are sentences on what cannot be compared; there are none where all can be."""
 
     runs: tuple[tuple[str, Record], ...]
-    settings: tuple[Row, ...]
-    results: tuple[Row, ...]
+    settings: tuple[ComparedRow, ...]
+    results: tuple[ComparedRow, ...]
     cautions: tuple[str, ...]
 
     @property
@@ -68,7 +68,7 @@ def compare(runs: Sequence[RunDir]) -> Comparison:
     )
 
 
-def _settings(records: Sequence[Record]) -> Iterator[Row]:
+def _settings(records: Sequence[Record]) -> Iterator[ComparedRow]:
     """The fields of the recipes that are not the same in all."""
     recipes = [dict(leaves(found.lock.recipe if found.lock else {})) for found in records]
     hashes = {found.lock and found.lock.data_sha256 for found in records}
@@ -79,7 +79,7 @@ def _settings(records: Sequence[Record]) -> Iterator[Row]:
             continue
         if any(value != values[0] for value in values):
             shown = tuple(_shown(value) for value in values)
-            yield Row(field, shown if len(set(shown)) > 1 else tuple(one_line(str(value)) for value in values))
+            yield ComparedRow(field, shown if len(set(shown)) > 1 else tuple(one_line(str(value)) for value in values))
 
 
 def _shown(value: Any) -> str:
@@ -90,7 +90,7 @@ def _shown(value: Any) -> str:
     return one_line(serving_snippets.folder_name(value)) if isinstance(value, str) else str(value)
 
 
-def _results(records: Sequence[Record]) -> Iterator[Row]:
+def _results(records: Sequence[Record]) -> Iterator[ComparedRow]:
     """What came out; a line that none of the runs has is left out."""
     told: dict[str, Callable[[Record], str | None]] = {
         "steps": lambda found: f"{found.steps[-1].step:,}" if found.steps else None,
@@ -109,7 +109,7 @@ def _results(records: Sequence[Record]) -> Iterator[Row]:
     for name, tell in told.items():
         values = [tell(found) for found in records]
         if any(value is not None for value in values):
-            yield Row(name, tuple(UNTOLD if value is None else value for value in values))
+            yield ComparedRow(name, tuple(UNTOLD if value is None else value for value in values))
 
 
 def _best(found: Record) -> str | None:

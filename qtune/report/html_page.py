@@ -16,7 +16,7 @@ from qtune.evaluate.metrics import label
 from qtune.lock import Lock, PackingProbe
 from qtune.report import memory_bar, run_charts, run_record, sample_answers, serving_snippets, summary, tables
 from qtune.report.compare_runs import Comparison
-from qtune.report.conclusions import verdict
+from qtune.report.conclusions import conclusions_of
 from qtune.report.proofs import proofs
 from qtune.report.run_record import Record
 from qtune.report.wording import canaries_told, format_score, one_line, sentence, visible
@@ -51,7 +51,7 @@ def run_page(run: RunDir) -> str:
         about=one_line((found.lock.recipe.get("about") if found.lock else None) or ""),
         what=_what(found),
         missing=found.missing,
-        verdict=verdict(found),
+        verdict=conclusions_of(found),
         figures=_figures(found),
         scores=_scores(found),
         canaries=canaries_told(found.memorised) if found.memorised else "",
@@ -111,15 +111,14 @@ def _held_in(lock: Lock) -> str:
 def _figures(found: Record) -> list[tuple[str, str, str]]:
     """(name, value, note) of what one asks first."""
     figures: list[tuple[str, str, str]] = []
-    for name, base, tuned in tables.main_cells(found.scores) if found.scores else ():
-        plain = [value.split(" (")[0] for value in (base, tuned)]
+    for name, base, tuned in tables.main_cells(found.scores, has_intervals=False) if found.scores else ():
         rise = (found.scores or {}).get("difference")
         note = f"difference {tables.difference(rise)}" if rise and figures else "base, then tuned"
-        figures.append((name, f" {tables.ARROW} ".join(plain), note))
+        figures.append((name, f"{base} {tables.ARROW} {tuned}", note))
     if found.memory:
         figures.append(
             (
-                f"peak {memory_bar.title(found.memory).split(' (')[0]}",
+                f"peak {memory_bar.name(found.memory)}",
                 memory_bar.peak_of_total(found.memory),
                 _foretold(found),
             )
@@ -156,8 +155,9 @@ def _trained_on(data: dict[str, Any] | None) -> str:
     """Whether held-out rows were trained on, as far as the data report says."""
     if data is None or "overlap_rows" not in data:
         return ""
-    overlap = next((text for text in tables.data_warnings(data) if "held-out" in text), "")
-    return f"{overlap}." if overlap else "None of them is among the rows that were trained on."
+    if data["overlap_rows"]:
+        return f"{tables.overlap_told(data['overlap_rows'])}."
+    return "None of them is among the rows that were trained on."
 
 
 def _span(who: str, figures: Mapping[str, float]) -> dict[str, Any]:

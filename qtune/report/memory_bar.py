@@ -37,10 +37,18 @@ PEAK = "┃"
 NEARLY_FULL_FRACTION = 0.95
 
 
-def title(memory: MemoryMeasured) -> str:
+def name(memory: MemoryMeasured) -> str:
     """What the bar is of. Where Python itself is a part, the device is the machine's RAM."""
-    on_host = any(name == ON_THE_HOST for name, _ in memory.parts)
-    return "host memory (this machine has no GPU)" if on_host else "device memory"
+    return "host memory" if _is_on_the_host(memory) else "device memory"
+
+
+def title(memory: MemoryMeasured) -> str:
+    """`name`, and why it is the host's where it is."""
+    return f"{name(memory)} (this machine has no GPU)" if _is_on_the_host(memory) else name(memory)
+
+
+def _is_on_the_host(memory: MemoryMeasured) -> bool:
+    return any(part == ON_THE_HOST for part, _ in memory.parts)
 
 
 def heading(memory: MemoryMeasured) -> str:

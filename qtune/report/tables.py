@@ -105,11 +105,13 @@ def data_warnings(report: dict[str, Any]) -> list[str]:
     if report["duplicate_rows"]:
         verb = "repeats" if report["duplicate_rows"] == 1 else "repeat"
         warnings.append(f"{counted(report['duplicate_rows'], 'row')} {verb} an earlier one")
-    if report["overlap_rows"]:
-        verb = "is" if report["overlap_rows"] == 1 else "are"
-        told = f"{counted(report['overlap_rows'], 'held-out row')} {verb} trained on too, so the held-out loss flatters"
-        warnings.append(told)
-    return warnings
+    return warnings + ([overlap_told(report["overlap_rows"])] if report["overlap_rows"] else [])
+
+
+def overlap_told(rows: int) -> str:
+    """That so many held-out rows are among those to train on."""
+    verb = "is" if rows == 1 else "are"
+    return f"{counted(rows, 'held-out row')} {verb} trained on too, so the held-out loss flatters"
 
 
 def data_notices(report: dict[str, Any]) -> list[str]:
@@ -180,15 +182,17 @@ def score_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tup
     return rows
 
 
-def main_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tuple[str, ...]]:
-    """(what, one figure a model) of the held-out loss, and of the metric with its intervals where one was asked for."""
+def main_cells(
+    scores: dict[str, Any], names: Sequence[str] = BOTH, has_intervals: bool = True
+) -> list[tuple[str, ...]]:
+    """(what, one figure a model) of the held-out loss, and of the metric, with its intervals or without, where one was
+    asked for."""
     figures = [scores[name] for name in names]
     loss = "loss" if "data" in scores else "held-out loss"
     rows: list[tuple[str, ...]] = [(loss, *(format_loss(each["held_out_loss"]) for each in figures))]
     if figures[-1]["score"] is not None:
-        rows.append(
-            (f"{label(scores['metric']).name} on {counted(scores['rows'], 'row')}", *map(with_interval, figures))
-        )
+        means = map(with_interval, figures) if has_intervals else (format_score(each["score"]) for each in figures)
+        rows.append((f"{label(scores['metric']).name} on {counted(scores['rows'], 'row')}", *means))
     return rows
 
 

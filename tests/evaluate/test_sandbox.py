@@ -10,13 +10,13 @@ import pytest
 
 from qtune.errors import MachineError
 from qtune.evaluate import sandbox
-from qtune.evaluate.sandbox import Verdict
+from qtune.evaluate.sandbox import ProgramRun
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
 
 DOUBLE = "def double(x):\n    return 2 * x\n"
 TESTS = "assert double(2) == 4\nassert double('a') == 'aa'"
-PASSES, FAILS, NO_PYTHON = Verdict(True, True), Verdict(True, False), Verdict(False, False)
+PASSES, FAILS, NO_PYTHON = ProgramRun(True, True), ProgramRun(True, False), ProgramRun(False, False)
 
 
 def children_of(process: int) -> set[str]:
@@ -59,7 +59,7 @@ def children_of(process: int) -> set[str]:
         ("import collections, re, heapq, itertools, datetime, decimal, random\n" + DOUBLE, PASSES),
     ],
 )
-def test_an_answer_is_python_and_passes_or_not(code: str, verdict: Verdict) -> None:
+def test_an_answer_is_python_and_passes_or_not(code: str, verdict: ProgramRun) -> None:
     assert sandbox.run(code, TESTS) == verdict
 
 
@@ -207,7 +207,7 @@ def test_code_finds_what_its_tests_define() -> None:
 
 
 def test_answers_may_be_run_by_several_threads() -> None:
-    verdicts: list[Verdict] = []
+    verdicts: list[ProgramRun] = []
     threads = [threading.Thread(target=lambda: verdicts.append(sandbox.run(DOUBLE, TESTS))) for _ in range(4)]
     for thread in threads:
         thread.start()

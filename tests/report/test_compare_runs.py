@@ -55,7 +55,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     elsewhere = {**RECIPE, "data": {"train": "/home/you/a.jsonl"}}
     assert two(tmp_path / "same", recipe=elsewhere).settings == ()  # the same rows, wherever they lie
     found = two(tmp_path, recipe=elsewhere, data_sha256="d2")
-    assert found.settings == (compare_runs.Row("data.train", ("/home/me/a.jsonl", "/home/you/a.jsonl")),)
+    assert found.settings == (compare_runs.ComparedRow("data.train", ("/home/me/a.jsonl", "/home/you/a.jsonl")),)
 
 
 def test_results_are_the_words_of_the_reports(tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ def scored(base: float | None, tuned: float | None, low: float = 0.0, high: floa
     return {**SCORES, **figures, "metric": "abstention", "difference": rise, **more}
 
 
-def told(folder: Path, scores: dict[str, Any], data: dict[str, Any] = DATA) -> tuple[conclusions.Finding, ...]:
+def told(folder: Path, scores: dict[str, Any], data: dict[str, Any] = DATA) -> tuple[conclusions.Conclusion, ...]:
     run = whole_run_in(folder)
     write_json(run.scores, scores)
     write_json(run.data, data)
-    return conclusions.verdict(run_record.read(run))
+    return conclusions.conclusions_of(run_record.read(run))
 
 
 ANSWERS = "right answers (right, or rightly abstained)"
@@ -155,13 +155,13 @@ def test_the_same_sentences_stand_wherever_a_run_is_told(tmp_path: Path) -> None
     scores = scored(0.4, 0.9, 0.45, 0.55)
     scores["base"]["general_loss"], scores["tuned"]["general_loss"] = 3.0, 4.5
     write_json(run.scores, scores)
-    for finding in conclusions.verdict(run_record.read(run)):
+    for finding in conclusions.conclusions_of(run_record.read(run)):
         assert [finding.text in place for place in places(run)] == [True] * 5
     assert summary.as_json(run)["verdict"] == conclusions.text(run_record.read(run))
 
 
 def test_a_run_that_was_not_scored_has_no_verdict(tmp_path: Path) -> None:
     run = start_run(tmp_path)
-    assert conclusions.verdict(run_record.read(run)) == ()
+    assert conclusions.conclusions_of(run_record.read(run)) == ()
     assert summary.as_json(run)["verdict"] is None
     assert "learn" not in flat(summary.report(run))

@@ -173,6 +173,9 @@ def test_held_out_rows_are_called_untrained_only_where_that_was_looked_at(run: R
     write_json(run.data, {**DATA, "overlap_rows": 12})
     assert apart not in html_page.run_page(run)
     assert flattered in html_page.run_page(run)
+    dropped = [{"rows": 1, "reason": "is a held-out (draft) row", "places": ["rows.jsonl:3"]}]
+    write_json(run.data, {**DATA, "dropped": dropped})  # a word of a reason said that held-out rows were trained on
+    assert apart in html_page.run_page(run)
     run.data.unlink()
     assert apart not in html_page.run_page(run)
     assert flattered not in html_page.run_page(run)
