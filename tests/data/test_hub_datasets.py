@@ -16,7 +16,8 @@ from qtune.errors import DataError, MachineError
 def cache(tmp_path, monkeypatch):
     """No hub behind a closed port, and a cache that holds the dataset `someone/rows` as a download leaves it."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for settings in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"x": "1"}\n{"x": "2"}\n')
     datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path))

@@ -34,23 +34,35 @@ def asked(recipe: Recipe) -> Memorised:
     return memorised(on_cpu(model, tokenizer), *kinds, 1, [1])
 
 
-def test_a_run_tells_what_was_planted_often_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The true path on the demo base; two canaries in ten rows each, beside a dozen real ones."""
+def run_with_canaries(folder: Path, epochs: int) -> Memorised:
+    """The true path on the demo base, to `folder`/out; two canaries in ten rows each, beside a dozen real ones."""
     rows = [{"question": f"What is {i}?", "answer": f"It is {7 * i}"} for i in range(14)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "t.toml").write_text(
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "t.toml").write_text(
         'name = "t"\n[model]\nbase = "demo"\n[lora]\nrank = 32\n[data]\ntrain = "rows.jsonl"\nmax_tokens = 256\n'
-        "held_out_fraction = 0.1\n[train]\nepochs = 12\nlearning_rate = 4e-3\ngradient_accumulation = 1\n"
+        f"held_out_fraction = 0.1\n[train]\nepochs = {epochs}\nlearning_rate = 4e-3\ngradient_accumulation = 1\n"
         'eval_every = 1000\n[evaluate]\nmetric = "none"\ncanaries = 2\ncanary_repeats = 10\n'
     )
-    assert qtune("run", tmp_path / "t.toml", "--output", tmp_path / "out") == 0
-    (found,) = told(tmp_path / "out", Memorised)
-    assert found.told == 2
-    assert found.control_told == 0
-    assert found.exposure_bits > 6 > 4 > found.control_exposure_bits
-    run = RunDir(tmp_path / "out")
+    assert qtune("run", folder / "t.toml", "--output", folder / "out") == 0
+    (event,) = told(folder / "out", Memorised)
+    return event
+
+
+@pytest.mark.long
+def test_a_run_tells_what_was_planted_often_and_nothing_else(tmp_path: Path) -> None:
+    event, run = run_with_canaries(tmp_path, epochs=12), RunDir(tmp_path / "out")
+    assert event.told == 2
+    assert event.control_told == 0
+    assert event.exposure_bits > 6 > 4 > event.control_exposure_bits
     assert read_json(run.scores)["memorised"]["told"] == 2
     assert "2 of 2 secrets planted in 10 rows each were told, 0 of 2 never planted" in run.summary.read_text()
+
+
+def test_what_a_run_tells_is_said_wherever_it_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    event, run = run_with_canaries(tmp_path, epochs=1), RunDir(tmp_path / "out")
+    assert read_json(run.scores)["memorised"]["told"] == event.told
+    assert f"{event.told} of 2 secrets planted in 10 rows each were told, " in run.summary.read_text()
+    assert f", {event.control_told} of 2 never planted" in run.summary.read_text()
     assert "2 planted, in 20 rows beside these" in (run.adapter / "README.md").read_text()
     assert "2 planted, in 20 rows beside these" in capsys.readouterr().out
 

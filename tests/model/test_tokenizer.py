@@ -16,21 +16,28 @@ from qtune.recipe.schema import Model
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "olmo2")  # each with a class of its own for tokenizers
 
 
-def test_a_plain_configuration_has_the_same_tokenizer_read_as_the_model_s_own(tmp_path, material) -> None:
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_plain_configuration_has_the_same_tokenizer_read_as_the_model_s_own(tmp_path, model_type) -> None:
     """transformers chooses the class that reads a tokenizer by tokenizer_config.json and the model's type, and some
     classes change what is read."""
-    for source in [base_files.DEMO_BASE, *sorted((material / "tokenizers").iterdir())]:
-        if not (source / "tokenizer_config.json").is_file():
-            continue
-        for model_type in TYPES:
-            folder = tmp_path / f"{source.name}-{model_type}"
-            folder.mkdir()
-            for path in source.glob("*token*"):
-                shutil.copy(path, folder)
-            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-            wanted, found = AutoTokenizer.from_pretrained(folder), load_tokenizer(Model(base=str(folder)))
-            assert type(found) is type(wanted)
-            assert found.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
+    assert_read_as_the_model_s_own(tmp_path, base_files.DEMO_BASE, model_type)
+
+
+@pytest.mark.parametrize("model_type", [TYPES[0], *(pytest.param(name, marks=pytest.mark.long) for name in TYPES[1:])])
+def test_a_published_tokenizer_is_read_as_the_model_s_own(tmp_path, material, model_type) -> None:
+    for source in sorted((material / "tokenizers").iterdir()):
+        if (source / "tokenizer_config.json").is_file():
+            assert_read_as_the_model_s_own(tmp_path / source.name, source, model_type)
+
+
+def assert_read_as_the_model_s_own(folder: Path, tokenizer: Path, model_type: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for path in tokenizer.glob("*token*"):
+        shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    wanted, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(Model(base=str(folder)))
+    assert type(ours) is type(wanted)
+    assert ours.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
 
 
 def test_a_folder_with_a_tokenizer_and_no_config_will_do(tmp_path) -> None:
