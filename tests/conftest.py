@@ -1,5 +1,6 @@
 """Tiny real models, made once: a Llama with its own tokenizer and chat template, on disk as a user would have it."""
 
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes wait for each other
 os.environ["QTUNE_CACHE"] = "off"  # no test leaves rows in the cache of whoever runs it
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, by an import: none asks the hub, or waits until it does not answer
 
@@ -30,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all") and not any("::" in argument for argument in config.args):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is walked by no collection any more: where memory runs out, there are many."""
+    gc.collect()
+    gc.freeze()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
