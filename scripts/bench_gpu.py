@@ -61,6 +61,7 @@ from qtune.memory.memory_tracker import LiveBytes
 from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
+from qtune.model.loaded import Loaded
 from qtune.plan.fake_step import Batch
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import STEPS, Budget
@@ -69,7 +70,9 @@ from qtune.plan.planner import Plan, decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import finish_step
-from qtune.train.loop import fit
+from qtune.train.learner import Learner
+from qtune.train.loop import TrainingSession
+from qtune.train.rows import TrainingRows
 from qtune.units import GIB
 
 Figures = dict[str, Any]
@@ -605,11 +608,11 @@ def qtune_run(lab: Lab, forecaster: Forecaster, rows: Sequence[PackedRow], card_
     plan = decide(recipe, device, forecaster.config, Work.of_rows(packed))
     events: list[Event] = []
     reset_peak(lab)
-    loaded = random_weights(forecaster.config, recipe.model, device.name, plan.compute_dtype, plan.techniques)
-    stage = set_up(loaded, recipe, plan.techniques, plan.compute_dtype, device.name)
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger.begin(device)
-        fit(recipe, plan, stage.model, stage.engine, any_tokenizer(), packed, None, ledger, events.append, Path(folder))
+    frozen = random_weights(forecaster.config, recipe.model, device.name, plan.compute_dtype, plan.techniques)
+    stage = set_up(frozen, recipe, plan.techniques, plan.compute_dtype, device.name)
+    loaded = Loaded(stage.model, any_tokenizer(), device.name, plan.compute_dtype)
+    learner = Learner.of(loaded, stage.engine, Ledger.begin(device), plan, events.append)
+    TrainingSession(recipe, plan, learner, TrainingRows(packed), events.append).run()
     steps = [event for event in events if isinstance(event, StepDone)][min(TRL_FIRST, count) :]
     speed = sum(event.tokens for event in steps) / sum(event.step_seconds for event in steps)
     return {

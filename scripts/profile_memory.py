@@ -34,7 +34,6 @@ import bitsandbytes
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
-from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
@@ -52,11 +51,13 @@ from qtune.hardware import find_device
 from qtune.memory import fused_cross_entropy, memory_tracker, mixture_of_experts, packed_attention, packed_experts
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_parts import PASSING_PARTS, STANDING_PARTS
+from qtune.memory.memory_report import Ledger
 from qtune.memory.memory_tracker import LiveBytes, Peak
-from qtune.memory.oom_recovery import OpenStep, Recovery
+from qtune.memory.oom_recovery import Recovery
 from qtune.memory.techniques import Engine, Techniques
 from qtune.memory.weight_streaming import frozen_tensors, spread
 from qtune.model import adapter, base
+from qtune.model.loaded import Loaded, autocast
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import Plan, decide, refuse_unless_it_fits
 from qtune.plan.workload import Work, largest_rows
@@ -64,8 +65,10 @@ from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Model, Recipe
 from qtune.rundir import is_used
 from qtune.train.dry_run import as_after_a_step, count_what_is_there, finish_step
-from qtune.train.loop import MeteredTrainer
+from qtune.train.learner import Learner
+from qtune.train.rows import TrainingRows
 from qtune.train.sft_config import sft_config
+from qtune.train.trainer import MeteredTrainer
 from qtune.units import format_bytes
 
 Batch = dict[str, Any]
@@ -249,7 +252,7 @@ def set_up(loaded: PreTrainedModel, recipe: Recipe, techniques: Techniques, comp
     optimizer = OPTIMIZERS[recipe.train.optimizer](adapter.trained_parameters(model), lr=recipe.train.learning_rate)
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        with base.autocast(device, compute_dtype):
+        with autocast(device, compute_dtype):
             output = model(**batch, tiled_loss=True)
         loss: torch.Tensor = output.nats / output.tokens
         return loss
@@ -259,22 +262,12 @@ def set_up(loaded: PreTrainedModel, recipe: Recipe, techniques: Techniques, comp
 
 def with_trl_loss(stage: Stage, recipe: Recipe, plan: Plan, rows: Sequence[PackedRow], folder: Path) -> Stage:
     """The same with trl's loss, which a run takes for a head that scales, caps or biases its logits."""
-    trainer = MeteredTrainer(
-        model=stage.model,
-        args=sft_config(recipe, plan, folder),
-        data_collator=collate,
-        train_dataset=Dataset.from_list([dict(row) for row in rows]),
-        processing_class=any_tokenizer(),
-    )
+    loaded = Loaded(stage.model, any_tokenizer(), plan.device.name, plan.compute_dtype)
+    learner = Learner(loaded, stage.engine, Recovery(), Ledger.begin(plan.device))
+    trainer = MeteredTrainer(learner, sft_config(recipe, plan, folder), TrainingRows(rows), None)
     adapter.use_master_dtype(stage.model, recipe.lora.master_dtype)
-    trainer.open_step = OpenStep(Recovery(), "The step", trainer.args.device, stage.model.zero_grad)
-
-    def loss_of(batch: Batch) -> torch.Tensor:
-        with base.autocast(plan.device.name, plan.compute_dtype):
-            loss: torch.Tensor = trainer.compute_loss(stage.model, batch)
-        return loss
-
-    return dataclasses.replace(stage, loss_of=loss_of)
+    trainer.begin_step("The step")
+    return dataclasses.replace(stage, loss_of=trainer.loss_of)
 
 
 def any_tokenizer() -> PreTrainedTokenizerFast:

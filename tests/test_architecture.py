@@ -48,6 +48,7 @@ ROOMS = [
     "resume",
     "rescore",
     "reading",
+    "ready",
     "run",
     "library",
     "commands",

@@ -7,7 +7,7 @@ import forked
 import pytest
 
 from qtune import cli
-from qtune import run as story
+from qtune import ready as readiness
 from qtune.recipe.load import load
 from qtune.rundir import RunDir, read_json
 
@@ -82,7 +82,7 @@ def test_adapter_and_merge_are_the_trained_model_elsewhere(material, tmp_path, m
     scores = read_json(run.scores)
     assert scores["tuned"]["held_out_loss"] < scores["base"]["held_out_loss"] - 0.3
 
-    held_out = story.get_ready(load(tmp_path / "real.toml")).prepared.held_out
+    held_out = readiness.get_ready(load(tmp_path / "real.toml")).prepared.held_out
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([(example.input_ids, example.labels) for example in held_out]))
     dtype = read_json(run.lock)["compute_dtype"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qtune import run as story
+from qtune import ready as readiness
 from qtune.hardware import Device
 from qtune.model import base
 from qtune.plan.fake_step import Batch
@@ -29,7 +29,7 @@ def test_it_loads_and_plans(path: Path) -> None:
 
 @pytest.mark.parametrize("path", shipped_recipes.shipped(), ids=lambda path: path.stem)
 def test_its_demo_is_ready_to_train(path: Path) -> None:
-    ready = story.get_ready(load(path, demo=True))
+    ready = readiness.get_ready(load(path, demo=True))
     report = ready.prepared.report
     assert report.train_rows > 0
     assert report.held_out_rows > 0

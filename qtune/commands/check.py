@@ -23,13 +23,15 @@ def _with_plan(options: Namespace) -> None:
         recipe, _ = arguments.load_recipe(options)
         arguments.make_tracker_ready(recipe)
         with terminal.importing(doing):
-            from qtune import run as story
+            from qtune.ready import get_ready
+        from qtune.report import run_header
 
-        ready = story.get_ready(recipe, doing=doing)
+        ready = get_ready(recipe, doing=doing)
+    data, plan = dataclasses.asdict(ready.prepared.report), ready.plan.as_json()
     if options.json:
-        terminal.print_json({"data": dataclasses.asdict(ready.prepared.report), "plan": ready.plan.as_json()})
+        terminal.print_json({"data": data, "plan": plan})
     else:
-        story.show(ready, doing.console, with_row=True)
+        run_header.show(doing.console, recipe, data, plan, with_row=True)
 
 
 def _without_plan(options: Namespace) -> None:

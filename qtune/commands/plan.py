@@ -52,7 +52,7 @@ def _longest(options: Namespace) -> None:
     with terminal.doing_of(options) as doing:
         recipe, _ = arguments.load_recipe(options, needs_weights=False)
         with terminal.importing(doing):
-            from qtune import run as story
+            from qtune import ready
         from qtune import hardware
         from qtune.plan.planner import budget_of
         from qtune.report import plan_table
@@ -67,7 +67,7 @@ def _longest(options: Namespace) -> None:
                 "tokens": most.tokens,
                 "bound": most.bound,
             }
-            for card, most in story.longest_contexts(recipe, cards, doing)
+            for card, most in ready.longest_contexts(recipe, cards, doing)
         ]
     if options.json:
         terminal.print_json(rows)

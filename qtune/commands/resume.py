@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from qtune.commands import arguments, terminal
-from qtune.commands.run import going_on_told, told
+from qtune.commands.run import drawn, going_on_told, told
 from qtune.commands.verb import Verb
 from qtune.errors import RecipeError, RunFolderError, UserError
 
@@ -52,12 +52,13 @@ def _go_on(folder: "RunDir", options: Namespace) -> int:
         arguments.make_tracker_ready(recipe)
         arguments.stay_offline_when_local(recipe)
         with terminal.importing(doing):
-            from qtune import run as story
+            from qtune import run  # noqa: F401
+            from qtune.ready import get_ready_again
 
-        ready, point, resumed = story.get_ready_again(folder, recipe, options.allow_change, doing)
+        ready, going_on = get_ready_again(folder, recipe, options.allow_change, doing)
     console = doing.console
     resume.remember(folder, options.set)
-    return told(folder, story.run(ready, folder, console, point, resumed), console, options.json)
+    return told(folder, drawn(ready, folder, console, going_on), console, options.json)
 
 
 def said(fault: UserError, options: Namespace) -> str:

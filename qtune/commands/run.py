@@ -4,6 +4,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from qtune.commands.verb import Verb
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qtune.ready import GoingOn, Ready
     from qtune.rundir import RunDir
     from qtune.train.loop import Fitted
 
@@ -33,17 +35,28 @@ def act(options: Namespace) -> int:
         recipe, path = arguments.load_recipe(options)
         arguments.make_tracker_ready(recipe)
         with terminal.importing(doing):
-            from qtune import run as story
+            from qtune import ready as readiness
         from qtune.recipe.load import given_anywhere
+        from qtune.report import run_header
         from qtune.resume import Invocation
 
-        ready = story.get_ready(recipe, doing=doing)
+        ready = readiness.get_ready(recipe, doing=doing)
     console = doing.console
-    story.show(ready, console)
+    run_header.show(console, recipe, asdict(ready.prepared.report), ready.plan.as_json())
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
-    folder = story.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
+    folder = readiness.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
     with folder.held(), going_on_told(folder):
-        return told(folder, story.run(ready, folder, console), console, options.json)
+        return told(folder, drawn(ready, folder, console), console, options.json)
+
+
+def drawn(ready: "Ready", folder: "RunDir", console: "Console", going_on: "GoingOn | None" = None) -> "Fitted":
+    """The run, drawn on the terminal while it runs."""
+    from qtune import run as story
+    from qtune.report.dashboard import listener_for
+
+    story.get_weights(ready, folder, lambda said: console.print(said, style="dim", markup=False))
+    with listener_for(console, ready.title, ready.plan.steps) as dashboard:
+        return story.run(ready, folder, dashboard, going_on, catches_signals=True)
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.held_out_loss import held_out_loss
 from qtune.evaluate.metrics import METRICS, mean_parts
-from qtune.events import Scored
+from qtune.events import Listener, Notice, Scored
 from qtune.memory.oom_recovery import Recovery
 from qtune.model.loaded import Loaded
 from qtune.recipe.schema import Evaluate
+from qtune.units import counted
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ def score(who: str, loaded: Loaded, held_out: HeldOut, wanted: Evaluate, recover
     prompts = [example.prompt_ids for example in asked]
     answers = answer(loaded, prompts, held_out.stop_token_ids, wanted.max_new_tokens)
     return marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start)
+
+
+def score_told(
+    who: str, loaded: Loaded, held_out: HeldOut, wanted: Evaluate, recovery: Recovery, listen: Listener
+) -> Score | None:
+    """The same, told before and after; None where there are no held-out rows."""
+    if not held_out.packs:
+        return None
+    listen(Notice(f"scoring the {who} model: {_scored_on(held_out, wanted)}"))
+    result = score(who, loaded, held_out, wanted, recovery)
+    listen(result.event(wanted.metric))
+    return result
+
+
+def _scored_on(held_out: HeldOut, wanted: Evaluate) -> str:
+    """What is asked of each model: `loss of 20 held-out rows, 4 of them answered`."""
+    rows, asked = len(held_out.examples), len(scored_examples(held_out, wanted))
+    answered = f", {asked:,} of them answered" if asked < rows else ", all of them answered"
+    return f"loss of {counted(rows, 'held-out row')}{answered if asked else ''}"
 
 
 def marked(

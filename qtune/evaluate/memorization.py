@@ -8,11 +8,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from qtune.data import canaries
 from qtune.data.canaries import SECRETS, Probe
+from qtune.data.prepare import Prepared
 from qtune.data.rows import NOT_TRAINED, Example
 from qtune.evaluate.generate import answer, in_pieces
-from qtune.events import Memorised
+from qtune.events import Listener, Memorised, Notice
 from qtune.model.loaded import Loaded
+from qtune.recipe.schema import Recipe
+from qtune.units import counted
 
 ROWS_AT_ONCE = 16
 CONTINUED_TOKENS = 24  # a secret in single characters, and to spare
@@ -55,6 +59,18 @@ def memorised(
         most_exposure_bits=math.log2(SECRETS),
         memorised_seconds=time.monotonic() - start,
     )
+
+
+def memorised_told(recipe: Recipe, prepared: Prepared, loaded: Loaded, listen: Listener) -> Memorised | None:
+    """What the tuned model tells of the canaries, said before and after; None where none was planted."""
+    if not recipe.evaluate.canaries:
+        return None
+    listen(Notice(f"asking for the secrets of {counted(recipe.evaluate.canaries, 'canary')}"))
+    phrasing = canaries.Phrasing.of(recipe, prepared.report.format, loaded.tokenizer)
+    planted, never = (canaries.probes(kind(recipe), phrasing) for kind in (canaries.planted, canaries.never_planted))
+    result = memorised(loaded, planted, never, recipe.evaluate.canary_repeats, prepared.stop_token_ids)
+    listen(result)
+    return result
 
 
 def _exposure_bits(nats: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from qtune.data.dataset import Examples
 from qtune.errors import ModelError
 from qtune.lock import PackingProbe
 from qtune.model.loaded import Loaded
@@ -26,10 +27,16 @@ DOCUMENT_TOKENS, NEIGHBOUR_TOKENS = (
     24,
     17,
 )  # enough for convolutions of 4 and a state; of unlike length, so no two align
+VOCABULARY_ROWS = 8  # training rows whose tokens are drawn from: some hundred different ones
 SEED = 0  # which tokens are drawn; a run that goes on draws the same
 # Rows of other lengths may be summed in another order: ten times the unit of bfloat16, and that of TF32. On a
 # CPU it was 0 to 1e-5, and the mildest leak seen 0.1 (tests/model/test_packing_probe.py).
 ROUNDING_16_BIT, ROUNDING_32_BIT = 10 * 2**-8, 2**-10
+
+
+def vocabulary_of(train: Examples) -> list[int]:
+    """The tokens of the first training rows, each once, in order."""
+    return sorted({int(token) for i in range(min(VOCABULARY_ROWS, len(train))) for token in train.arrays(i)[0]})
 
 
 def probe(loaded: Loaded, vocabulary: Sequence[int], loss_of: Callable[[Sequence[int]], float]) -> PackingProbe:

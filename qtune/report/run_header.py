@@ -2,12 +2,23 @@
 
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+from qtune.recipe.schema import Recipe
 from qtune.report import plan_table, tables
 from qtune.report.wording import one_line
 from qtune.units import counted, format_count
+
+
+def show(console: Console, recipe: Recipe, data: dict[str, Any], plan: dict[str, Any], with_row: bool = False) -> None:
+    """What will be trained on, and how, before it starts: in brief, or whole where the plan does not fit."""
+    if not plan["fits"]:
+        console.print(tables.data_table(data), plan_table.whole_plan(plan), sep="\n")
+        return
+    console.print(brief(recipe.name, recipe.model.base, data, plan))
+    if with_row and data["sample"]:
+        console.print(tables.sample_panel(data["sample"]))
 
 
 def brief(name: str, base: str, data: dict[str, Any], plan: dict[str, Any]) -> RenderableType:

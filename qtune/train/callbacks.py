@@ -2,31 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune.events import Evaluated, Listener, Notice, StepDone
-from qtune.memory.memory_report import Ledger
-from qtune.memory.techniques import Engine
 from qtune.model.adapter import trained_parameters
+from qtune.train.rows import HeldOutLoss
 from qtune.train.tracker_callback import TrackerCallback
 from qtune.train.trainer import Meter, MeteredTrainer
 
 SECONDS_BETWEEN_LEDGERS = 1.0
 RISEN = 3.0  # times the first loss
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """The held-out loss of the model as it stands: over all `rows`, and over the largest sequence of them alone."""
-
-    rows: int
-    of_all: Callable[[], float]
-    of_largest: Callable[[], float]
 
 
 class Reporter(TrainerCallback):
@@ -35,14 +23,11 @@ class Reporter(TrainerCallback):
     def __init__(
         self,
         trainer: MeteredTrainer,
-        engine: Engine,
-        listen: Listener,
-        ledger: Ledger,
         held_out: HeldOutLoss | None,
+        listen: Listener,
         tracker: TrackerCallback | None = None,
     ):
-        self.trainer, self.engine, self.listen, self.ledger, self.held_out = trainer, engine, listen, ledger, held_out
-        self.tracker = tracker
+        self.trainer, self.held_out, self.listen, self.tracker = trainer, held_out, listen, tracker
         self.best_loss, self.best_step, self.measured_at = math.inf, 0, 0.0
         self.first_loss: float | None = None
         self.has_warned = False
@@ -68,7 +53,7 @@ class Reporter(TrainerCallback):
         now = time.monotonic()
         if now - self.measured_at >= SECONDS_BETWEEN_LEDGERS or state.global_step == 0:
             self.measured_at = now
-            self.measure("step", state.global_step + 1)
+            self.listen(self.trainer.learner.measure("step", state.global_step + 1, self.trainer.optimizer))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.meter.steps += 1
@@ -110,9 +95,9 @@ class Reporter(TrainerCallback):
                 )
             )
 
-    def measure(self, phase: str, step: int) -> None:
-        """Report the bytes of what was just done, which was `phase`."""
-        self.listen(self.ledger.measure(phase, step, self.trainer.model, self.engine, self.trainer.optimizer))
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.evaluate(state.global_step)
+        self.trainer.may_drop = False
 
     def evaluate(self, step: int) -> None:
         """Measure and report the held-out loss after `step` steps."""

@@ -13,9 +13,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from qtune import atomic_files
 from qtune.errors import RunFolderError
+from qtune.memory.techniques import Techniques
+from qtune.rundir import read_json
 
 NAME = "step-{:08}"
 ADAPTER, OPTIMIZER, RANDOM, STATE, LOCK = (
@@ -25,6 +31,52 @@ ADAPTER, OPTIMIZER, RANDOM, STATE, LOCK = (
     "state.json",
     "lock.json",
 )
+FORMAT = 3
+WARMED_FROM_NOUGHT = 2  # the format of checkpoints whose run took step k of n of its warm-up at (k - 1)/n of the peak
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to go on from: its folder, what its state.json says, and of that the techniques it ran with."""
+
+    path: Path
+    values: dict[str, Any]
+    techniques: Techniques
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Raises RunFolderError for a checkpoint that another version of qtune wrote."""
+        values = read_json(path / STATE)
+        try:
+            if values["format"] in (WARMED_FROM_NOUGHT, FORMAT):
+                return cls(path, values, Techniques(**values["techniques"]))
+        except (LookupError, TypeError):
+            pass
+        raise RunFolderError(f"{path}: was written by another version of qtune, which can go on from it.")
+
+    @property
+    def step(self) -> int:
+        return int(self.values["step"])
+
+    def warms_otherwise(self, warmup_steps: int) -> bool:
+        """Whether the rates to come are not those of the run that wrote it."""
+        return self.values["format"] == WARMED_FROM_NOUGHT and self.step < warmup_steps
+
+    @property
+    def micro_batch(self) -> int:
+        return int(self.values["micro_batch"])
+
+    @property
+    def journal_bytes(self) -> dict[str, int]:
+        return dict(self.values["journal_bytes"])
+
+    @property
+    def train_seconds(self) -> float:
+        return float(self.values["train_seconds"])
+
+    def random(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The random numbers' generators: torch's as tensors, and Python's and numpy's."""
+        return load_file(self.path / RANDOM), self.values["random"]
 
 
 @dataclass(frozen=True)

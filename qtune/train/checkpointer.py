@@ -4,8 +4,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,88 +13,43 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune import atomic_files
-from qtune.errors import RunFolderError
 from qtune.events import CheckpointSaved, Listener, Saved
-from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter
 from qtune.recipe.schema import Recipe
-from qtune.rundir import RunDir, read_json
+from qtune.rundir import RunDir
 from qtune.train import checkpoint_files
 from qtune.train.callbacks import Reporter
+from qtune.train.checkpoint_files import FORMAT, Checkpoint
 from qtune.train.lr_schedule import wind
-from qtune.train.optimizer_state import Tensors, put_optimizer_back, put_random_back, take_optimizer, take_random
-from qtune.train.stop_signals import StopOnSignal
+from qtune.train.optimizer_state import put_optimizer_back, take_optimizer, take_random
+from qtune.train.stop_signals import Stop
 from qtune.train.trainer import Meter, MeteredTrainer
 from qtune.units import parse_seconds
 
-FORMAT = 3
-WARMED_FROM_NOUGHT = 2  # the format of checkpoints whose run took step k of n of its warm-up at (k - 1)/n of the peak
 
+class Saver(TrainerCallback):
+    """Writes the checkpoints of one run, and puts back the one that it goes on from."""
 
-@dataclass(frozen=True)
-class Point:
-    """A checkpoint to go on from: its folder, what its state.json says, and of that the techniques it ran with."""
-
-    path: Path
-    values: dict[str, Any]
-    techniques: Techniques
-
-    @classmethod
-    def read(cls, path: Path) -> "Point":
-        """Raises RunFolderError for a checkpoint that another version of qtune wrote."""
-        values = read_json(path / checkpoint_files.STATE)
-        try:
-            if values["format"] in (WARMED_FROM_NOUGHT, FORMAT):
-                return cls(path, values, Techniques(**values["techniques"]))
-        except (LookupError, TypeError):
-            pass
-        raise RunFolderError(f"{path}: was written by another version of qtune, which can go on from it.")
-
-    @property
-    def step(self) -> int:
-        return int(self.values["step"])
-
-    def warms_otherwise(self, warmup_steps: int) -> bool:
-        """Whether the rates to come are not those of the run that wrote it."""
-        return self.values["format"] == WARMED_FROM_NOUGHT and self.step < warmup_steps
-
-    @property
-    def micro_batch(self) -> int:
-        return int(self.values["micro_batch"])
-
-    @property
-    def journal_bytes(self) -> dict[str, int]:
-        return dict(self.values["journal_bytes"])
-
-
-class Saver:
-    """Writes the checkpoints of one run, and puts one back."""
-
-    def __init__(
-        self, recipe: Recipe, run: RunDir, trainer: MeteredTrainer, engine: Engine, reporter: Reporter, listen: Listener
-    ):
+    def __init__(self, recipe: Recipe, run: RunDir, trainer: MeteredTrainer, reporter: Reporter, listen: Listener):
         self._recipe, self._run, self._listen = recipe, run, listen
-        self._trainer, self._engine, self._reporter = trainer, engine, reporter
+        self._trainer, self._reporter = trainer, reporter
         self._names = {weight: name for name, weight in trainer.model.named_parameters()}
         self._best: str | None = None
         self._saved_step = 0
-        self._whole: tuple[Meter, Tensors, dict[str, Any]] | None = None
-
-    @property
-    def every(self) -> int | float:
-        """Steps between checkpoints if whole, else seconds."""
-        every = self._recipe.save.every
-        if isinstance(every, int):
-            return every
-        seconds = parse_seconds(every)
-        assert seconds is not None, "checked by the schema"
-        return seconds
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         held: Any = self._trainer.optimizer
         optimizer: torch.optim.Optimizer = getattr(held, "optimizer", held)  # accelerate wraps it
         return optimizer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The trainer has made its optimizer and its schedule, and knows of no checkpoint of ours."""
+        if self._trainer.going_on_from is not None:
+            self._put_back(self._trainer.going_on_from)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.save()
 
     def save(self) -> None:
         """A checkpoint of the step that was just done. Raises DiskFull; older checkpoints stay."""
@@ -111,15 +65,10 @@ class Saver:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self._listen(CheckpointSaved(step, path.name, size, seconds))
 
-    def note_standing(self) -> None:
-        """Keep what the passes that come next will change, should they be dropped."""
-        self._whole = (replace(self._trainer.meter), *take_random(self._trainer.args.device))
-
     def save_last_whole_step(self) -> None:
         """A checkpoint of the last whole step when the one after it was dropped, unless there is one."""
-        if self._whole is not None and self._saved_step != self._trainer.state.global_step:
-            self._trainer.meter, *random = self._whole
-            put_random_back(self._trainer.args.device, *random)
+        if self._trainer.standing is not None and self._saved_step != self._trainer.state.global_step:
+            self._trainer.put_standing_back()
             self.save()
 
     def _fill(self, folder: Path) -> None:
@@ -138,14 +87,14 @@ class Saver:
         return {
             "step": trainer.state.global_step,
             "micro_batch": trainer.args.per_device_train_batch_size,
-            "techniques": asdict(self._engine.techniques),
-            "pieces": trainer.recovery.pieces,
+            "techniques": asdict(trainer.learner.engine.techniques),
+            "pieces": trainer.learner.recovery.pieces,
             "schedule": trainer.lr_scheduler.state_dict()["last_epoch"],
             "scaler": None if scaler is None else scaler.state_dict(),
             "meter": trainer.meter.as_json(),
             "reporter": self._reporter.standing(),
             "best": self._best,
-            "train_seconds": time.perf_counter() - trainer.began,
+            "train_seconds": trainer.seconds,
             "journal_bytes": self._run.journal_bytes(),
         }
 
@@ -156,16 +105,16 @@ class Saver:
             size = adapter.save(self._trainer.model, folder, self._recipe.model.base)
         self._listen(Saved("adapter", size, time.perf_counter() - start))
 
-    def put_back(self, point: Point) -> None:
-        """Bring trainer, adapter and optimizer to where `point` was taken, all but the random numbers."""
-        trainer, values = self._trainer, point.values
-        optimizer = load_file(point.path / checkpoint_files.OPTIMIZER)
+    def _put_back(self, checkpoint: Checkpoint) -> None:
+        """Bring trainer, adapter and optimizer to where it was taken, all but the random numbers."""
+        trainer, values = self._trainer, checkpoint.values
+        optimizer = load_file(checkpoint.path / checkpoint_files.OPTIMIZER)
         put_optimizer_back(self._optimizer, self._names, optimizer, values["optimizer"])
-        self.put_adapter_back(point)
+        put_adapter_back(trainer, checkpoint)
         self._wind_schedule(values["schedule"])
         if values["scaler"] is not None:
             trainer.accelerator.scaler.load_state_dict(values["scaler"])
-        trainer.recovery.pieces = values["pieces"]
+        trainer.learner.recovery.pieces = values["pieces"]
         trainer.meter = Meter.from_json(values["meter"])
         self._reporter.resume(values["reporter"])
         self._best = values["best"]
@@ -175,30 +124,23 @@ class Saver:
         scheduler: Any = self._trainer.lr_scheduler
         wind(getattr(scheduler, "scheduler", scheduler), steps)  # accelerate wraps it
 
-    def put_adapter_back(self, point: Point) -> None:
-        adapter.put_back(self._trainer.model, point.path / checkpoint_files.ADAPTER)
-        self._trainer.has_begun = True
-
-    def put_random_back(self, point: Point) -> None:
-        tensors = load_file(point.path / checkpoint_files.RANDOM)
-        put_random_back(self._trainer.args.device, tensors, point.values["random"])
-
 
 class SaveWhen(TrainerCallback):
     """Says when a checkpoint is due: at its interval, at the best held-out loss, at the end, on a signal or request."""
 
-    def __init__(self, every: int | float, request: Path, reporter: Reporter, stop: StopOnSignal):
-        self.every, self.request, self.reporter, self.stop = every, request, reporter, stop
+    def __init__(self, every: int | str, run: RunDir, reporter: Reporter, stop: Stop):
+        self.every, self.request = _interval(every), run.checkpoint_request
+        self.reporter, self.stop = reporter, stop
         self.saved_at = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        is_last = state.global_step >= state.max_steps or self.stop.caught is not None
+        is_last = state.global_step >= state.max_steps or self.stop.is_asked
         if is_last or self._is_due(state.global_step) or self.request.exists():
             self.request.unlink(missing_ok=True)
             self._save(control)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.reporter.best_step == state.global_step or self.stop.caught is not None:
+        if self.reporter.best_step == state.global_step or self.stop.is_asked:
             self._save(control)
 
     def _save(self, control: TrainerControl) -> None:
@@ -212,31 +154,36 @@ class SaveWhen(TrainerCallback):
         return time.monotonic() - self.saved_at >= self.every
 
 
-class PutBack(TrainerCallback):
-    """Puts a checkpoint back when the trainer has made its optimizer and its schedule."""
+def _interval(every: int | str) -> int | float:
+    """Steps between checkpoints if whole, else seconds."""
+    if isinstance(every, int):
+        return every
+    seconds = parse_seconds(every)
+    assert seconds is not None, "checked by the schema"
+    return seconds
 
-    def __init__(self, put_back: Callable[[], None]):
-        self.put_back = put_back
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.put_back()
-
-
-def train_from(trainer: MeteredTrainer, step: int) -> int:
-    """Train the steps after `step`, and say after how many training ended.
+def train_from(trainer: MeteredTrainer) -> int:
+    """Train all steps, or those after the checkpoint to go on from; says after how many training ended.
 
     The trainer finds its place in the data by a state file that says no more. Of a run whose steps are all done there
     is only what was saved to put back, as the trainer would take one more.
     """
-    if step == 0:
+    checkpoint = trainer.going_on_from
+    if checkpoint is None or checkpoint.step == 0:
         trainer.train()
-    elif step < trainer.args.max_steps:
-        state = TrainerState(global_step=step, train_batch_size=trainer.args.train_batch_size)
+    elif checkpoint.step < trainer.args.max_steps:
+        state = TrainerState(global_step=checkpoint.step, train_batch_size=trainer.args.train_batch_size)
         state.compute_steps(trainer.args, trainer.args.max_steps)
         with tempfile.TemporaryDirectory(prefix="qtune-") as folder:
             state.save_to_json(str(Path(folder) / "trainer_state.json"))
             trainer.train(resume_from_checkpoint=folder)
     else:
-        trainer.put_adapter_back()
-        return step
+        put_adapter_back(trainer, checkpoint)
+        return checkpoint.step
     return int(trainer.state.global_step)
+
+
+def put_adapter_back(trainer: MeteredTrainer, checkpoint: Checkpoint) -> None:
+    adapter.put_back(trainer.model, checkpoint.path / checkpoint_files.ADAPTER)
+    trainer.has_begun = True

@@ -7,6 +7,7 @@ peak of each phase. What runs out of memory, or takes more than was promised, cl
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -20,7 +21,9 @@ from qtune.memory.memory_tracker import LiveBytes, Peak
 from qtune.memory.oom_recovery import Batch, Climb, free_memory, is_out_of_memory, let_go
 from qtune.memory.techniques import Engine
 from qtune.model.adapter import trained_parameters
-from qtune.plan.planner import Plan
+
+if TYPE_CHECKING:
+    from qtune.plan.planner import Plan
 
 Loss = Callable[[Batch], torch.Tensor]
 
@@ -73,7 +76,7 @@ def rehearse_until_it_fits(
         climbed.append(sentence)
 
 
-def tell(listen: Listener, plan: Plan, found: Rehearsal, climbed: list[str]) -> None:
+def tell(listen: Listener, plan: "Plan", found: Rehearsal, climbed: list[str]) -> None:
     """Report what the rehearsal held, phase by phase, beside the forecast."""
     for phase, peak in found.peaks.items():
         parts = tuple(sorted(peak.device.items(), key=lambda part: -part[1]))

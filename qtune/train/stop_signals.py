@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: the first lets the step finish, a second drops it, a third ends everything."""
+"""Training asked to end: Ctrl-C and SIGTERM, of which the first lets the step finish, a second drops it and a third
+ends everything; or an event set by whoever runs it, which is as much as the first."""
 
 import queue
 import signal
@@ -19,24 +20,30 @@ class StepDropped(BaseException):
     """The step under way was given up; the weights are those of the last whole one."""
 
 
-class StopOnSignal(TrainerCallback):
-    """`caught` is the last signal there was. What a signal does is said at once, by a thread of its own: the handler
+class Stop(TrainerCallback):
+    """Ends training after the step in which it was asked to; `asked` is set from outside, by any thread.
+
+    `caught` is the last signal there was. What a signal does is said at once, by a thread of its own: the handler
     may have broken into the very writing of a line."""
 
-    def __init__(self, trainer: MeteredTrainer, listen: Listener):
-        self._trainer, self._listen = trainer, listen
+    def __init__(self, trainer: MeteredTrainer, listen: Listener, asked: threading.Event):
+        self._trainer, self._listen, self._asked = trainer, listen, asked
         self._to_say: queue.SimpleQueue[Stopping | None] = queue.SimpleQueue()
         self._signals = 0
         self.caught: signal.Signals | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        return self.caught is not None or self._asked.is_set()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._trainer.may_drop = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.caught is not None
+        control.should_training_stop |= self.is_asked
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.caught is not None
+        control.should_training_stop |= self.is_asked
 
     def _note(self, number: int, frame: Any) -> None:
         self._signals += 1
@@ -54,7 +61,8 @@ class StopOnSignal(TrainerCallback):
             self._listen(event)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def catching_signals(self) -> Iterator[None]:
+        """Within it signals are caught; on the main thread alone, where Python delivers them."""
         speaker = threading.Thread(target=self._say, name="stopping", daemon=True)
         speaker.start()
         before = {number: signal.signal(number, self._note) for number in NAMES}

@@ -1,19 +1,24 @@
 """trl's SFTTrainer, made to take steps whole, in an order of our own, and to save and go on as a checkpoint says."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import TrainerControl
-from trl import SFTTrainer
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerControl
+from trl import SFTConfig, SFTTrainer
 
+from qtune.data.packing import collate
 from qtune.errors import TrainingDiverged
 from qtune.memory import fused_cross_entropy
-from qtune.memory.oom_recovery import Batch, OpenStep, Recovery
+from qtune.memory.oom_recovery import Batch, OpenStep
 from qtune.train.atomic_step import keep_steps_whole
+from qtune.train.checkpoint_files import Checkpoint
+from qtune.train.learner import Learner
 from qtune.train.lr_schedule import warming_from_first_step, wind
+from qtune.train.optimizer_state import Tensors, put_random_back, take_random
+from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
 
 SHOWN_PLACES = 5
@@ -45,28 +50,41 @@ class Meter:
         return cls(**{**values, "since": time.perf_counter() - values["since"]})
 
 
-def _nothing() -> None:
-    """What is noted of a run that keeps no checkpoints."""
-
-
 class MeteredTrainer(SFTTrainer):
-    """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all."""
+    """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all.
 
-    meter: Meter
-    recovery: Recovery
-    step_loss: torch.Tensor
-    open_step: OpenStep
-    order: DataOrder
-    places: Callable[[Sequence[int]], list[str]]
-    save_now: Callable[[], None]
-    note_standing: Callable[[], None] = staticmethod(_nothing)
-    put_adapter_back: Callable[[], None]
-    wind_random_back: Callable[[], None]
-    evaluate_now: Callable[[int], None]
-    has_begun = False
+    `has_begun` once the adapter is another than it was, `may_drop` while what is under way can be given up and done
+    again: a step's passes, or an evaluation. `standing` is what the passes that come next will change.
+    """
+
     control: TrainerControl
-    may_drop = True  # whether what is under way can be given up and done again: a step's passes, or an evaluation
-    began: float
+    open_step: OpenStep
+    step_loss: torch.Tensor
+
+    def __init__(self, learner: Learner, settings: SFTConfig, rows: TrainingRows, going_on_from: Checkpoint | None):
+        super().__init__(
+            model=learner.loaded.model,
+            args=settings,
+            data_collator=collate,
+            train_dataset=Dataset.from_list([dict(rows.packs[0])]),  # trl takes no other class, and looks at one row
+            processing_class=learner.loaded.tokenizer,
+        )
+        self.remove_callback(PrinterCallback)
+        self.train_dataset = rows.packs
+        self.learner, self.places, self.going_on_from = learner, rows.places, going_on_from
+        self.order = DataOrder(len(rows.packs), settings.seed)
+        self.has_begun, self.may_drop = False, True
+        self.standing: tuple[Meter, Tensors, dict[str, Any]] | None = None
+        self.start_clock(0.0)
+
+    def start_clock(self, seconds_before: float) -> None:
+        """The time of training begins, `seconds_before` of which a run that goes on has behind it."""
+        self.meter, self._began = Meter(), time.perf_counter() - seconds_before
+
+    @property
+    def seconds(self) -> float:
+        """Since training began, breaks not counted."""
+        return time.perf_counter() - self._began
 
     @property
     def step_under_way(self) -> str:
@@ -74,7 +92,12 @@ class MeteredTrainer(SFTTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        keep_steps_whole(optimizer, self.recovery, lambda: self.step_under_way)
+        keep_steps_whole(optimizer, self.learner.recovery, lambda: self.step_under_way)
+        return optimizer
+
+    def optimizer_of_its_own(self) -> torch.optim.Optimizer:
+        """One as training makes it, which the trainer does not keep."""
+        optimizer, self.optimizer = super().create_optimizer(), None
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
@@ -93,10 +116,14 @@ class MeteredTrainer(SFTTrainer):
         start = time.perf_counter()
         samples, tokens = super().get_batch_samples(*args, **kwargs)
         self.meter.wait_seconds += time.perf_counter() - start
-        self.open_step = OpenStep(self.recovery, self.step_under_way, self.args.device, self.model.zero_grad)
-        self.step_loss = torch.zeros((), device=self.args.device)
+        self.begin_step(self.step_under_way)
         self.has_begun = True
         return samples, tokens
+
+    def begin_step(self, where: str) -> None:
+        """Have the passes that come belong to one optimizer step, called `where` in what is told of it."""
+        self.open_step = OpenStep(self.learner.recovery, where, self.args.device, self.model.zero_grad)
+        self.step_loss = torch.zeros((), device=self.args.device)
 
     def compute_loss(
         self,
@@ -113,6 +140,11 @@ class MeteredTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
         self.open_step.phase = "backward pass"
         return loss
+
+    def loss_of(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch that is a step by itself."""
+        with self.learner.loaded.autocast():
+            return self.compute_loss(self.model, batch)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
@@ -149,24 +181,31 @@ class MeteredTrainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.note_standing()
-        self.may_drop = True
+        self._note_standing()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The held-out loss of a step, behind the loss of that step."""
-        self.note_standing()
-        self.may_drop = True
-        self.evaluate_now(self.state.global_step)
-        self.may_drop = False
+        """The held-out loss of a step, behind the loss of that step; the reporter measures it."""
+        self._note_standing()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
         return {}
 
+    def _note_standing(self) -> None:
+        self.standing = (replace(self.meter), *take_random(self.args.device))
+        self.may_drop = True
+
+    def put_standing_back(self) -> None:
+        """As it was after the last whole step, when the one after it was dropped."""
+        if self.standing is not None:
+            self.meter, *random = self.standing
+            put_random_back(self.args.device, *random)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.save_now()
+        """The saver writes one, in its callback."""
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """The adapter is put back when everything else is there, in `train.resuming`."""
+        """The saver puts it back, when optimizer and schedule are there."""
 
     def _load_rng_state(self, *args: Any, **kwargs: Any) -> None:
         """Called once the batches of the first step are fetched, or before an epoch that begins."""
-        self.wind_random_back()
+        assert self.going_on_from is not None, "nothing else is resumed"
+        put_random_back(self.args.device, *self.going_on_from.random())

@@ -17,7 +17,7 @@ from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
 from qtune.recipe.schema import Lora, Model
-from qtune.train import checkpoint_files, checkpointer
+from qtune.train import checkpoint_files
 
 WHAT = "evil pickles in base, adapter, tokenizer and checkpoint folders are never opened"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.pkl", "special_tokens_map.json")
@@ -121,15 +121,15 @@ def in_checkpoint(dice: random.Random, content: bytes, place: Path, folder: Path
     name = dice.choice([*STRAY, *CHECKPOINT_FILES])
 
     def fill(stage_folder: Path) -> None:
-        (stage_folder / checkpoint_files.STATE).write_text(json.dumps({"format": checkpointer.FORMAT}))
+        (stage_folder / checkpoint_files.STATE).write_text(json.dumps({"format": checkpoint_files.FORMAT}))
         (stage_folder / name).write_bytes(content)
 
     step = checkpoint_files.write(place, 1, fill)
     tensors = [
-        lambda: checkpointer.load_file(step / checkpoint_files.OPTIMIZER),
-        lambda: checkpointer.load_file(step / checkpoint_files.RANDOM),
+        lambda: checkpoint_files.load_file(step / checkpoint_files.OPTIMIZER),
+        lambda: checkpoint_files.load_file(step / checkpoint_files.RANDOM),
     ]
-    readers = [lambda: checkpoint_files.choose(place), lambda: checkpointer.Point.read(step), *tensors]
+    readers = [lambda: checkpoint_files.choose(place), lambda: checkpoint_files.Checkpoint.read(step), *tensors]
     return f"{name}: {'; '.join(map(outcome, readers))}"
 
 

@@ -27,7 +27,7 @@ from conftest import byte_tokenizer, tiny_config
 from transformers import LlamaForCausalLM
 
 from qtune import cli
-from qtune import run as story
+from qtune import ready as readiness
 from qtune.plan.planner import Plan, Settled, decide
 from qtune.recipe.load import load
 from qtune.rundir import RunDir
@@ -205,11 +205,11 @@ def _settle_ahead(path: Path) -> None:
     """Have the plan of a recipe, and of a run of it that goes on, before the children ask: it is half of their time,
     and nothing is written meanwhile."""
     recipe = load(path)
-    plan = story.get_ready(recipe).plan
-    story.get_ready(recipe, Settled(plan.techniques, plan.micro_batch))
+    plan = readiness.get_ready(recipe).plan
+    readiness.get_ready(recipe, Settled(plan.techniques, plan.micro_batch))
 
 
-story.decide = _decide_once
+readiness.decide = _decide_once
 
 
 def _words(rng: random.Random) -> str:

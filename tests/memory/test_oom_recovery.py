@@ -12,7 +12,6 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from made_models import on_cpu
 
 from qtune.data.packing import PackedRow, collate
 from qtune.errors import OutOfMemory, TrainingDiverged
@@ -24,12 +23,15 @@ from qtune.memory.memory_report import Ledger
 from qtune.memory.oom_recovery import OpenStep, Recovery, is_out_of_memory, let_go
 from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
+from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import Plan, decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.atomic_step import HostCopy, keep_steps_whole
-from qtune.train.loop import HeldOutLoss, fit
+from qtune.train.learner import Learner
+from qtune.train.loop import TrainingSession
+from qtune.train.rows import HeldOutLoss, TrainingRows
 
 STEPS, BATCHES, DOCUMENTS = 3, 3, 4
 FIRST_LAYER = "base_model.model.model.layers.0"
@@ -176,30 +178,22 @@ class Run:
         self.engine = Engine(self.model)
         self.engine.switch_to(plan.techniques)
         self.held_out = packs(2, seed=1)
-        self.recovery = Recovery(self.events.append, self.climb)
+        self.loaded = Loaded(self.model, load_tokenizer(recipe.model), plan.device.name, plan.compute_dtype)
+        self.recovery = Recovery(self.events.append, self.climb, self.engine.forget_pass)
+        learner = Learner(self.loaded, self.engine, self.recovery, ledger)
+        rows = TrainingRows(packs(STEPS * BATCHES), HeldOutLoss(len(self.held_out), self.measure, self.measure))
+        session = TrainingSession(recipe, plan, learner, rows, self.listen)
         self.weights: list[list[torch.Tensor]] = [self.weights_now()]
         if disturb is not None:
             disturb(self)
         self.fault: OutOfMemory | None = None
         try:
-            fit(
-                recipe,
-                plan,
-                self.model,
-                self.engine,
-                load_tokenizer(recipe.model),
-                packs(STEPS * BATCHES),
-                HeldOutLoss(len(self.held_out), self.measure, self.measure),
-                ledger,
-                self.listen,
-                folder,
-                self.climb,
-            )
+            session.run()
         except OutOfMemory as fault:
             self.fault = fault
 
     def measure(self) -> float:
-        return held_out_loss(on_cpu(self.model), self.held_out, self.recovery)
+        return held_out_loss(self.loaded, self.held_out, self.recovery)
 
     def listen(self, event: Event) -> None:
         self.events.append(event)

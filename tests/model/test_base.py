@@ -15,8 +15,8 @@ from qtune.errors import MachineError, ModelError
 from qtune.model import base
 from qtune.model.adapter import attach
 from qtune.model.tokenizer import load_tokenizer
+from qtune.ready import get_ready
 from qtune.recipe.schema import Lora, Model, Recipe
-from qtune.run import get_ready
 
 
 def model_at(folder: Path, **changes: object) -> Model:

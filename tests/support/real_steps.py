@@ -11,6 +11,7 @@ from qtune.data.packing import collate
 from qtune.hardware import find_device
 from qtune.memory.techniques import Engine, Techniques
 from qtune.model import adapter, base
+from qtune.model.loaded import autocast
 from qtune.plan.fake_step import Batch
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
@@ -67,7 +68,7 @@ class RealModel:
         optimizer = OPTIMIZERS[self.recipe.train.optimizer](list(adapter.trained_parameters(self.model)), lr=1e-3)
 
         def loss_of(batch: dict) -> torch.Tensor:
-            with base.autocast("cpu", self.dtype):
+            with autocast("cpu", self.dtype):
                 return self.model(**batch, tiled_loss=True).nats
 
         return rehearse(self.model, self.engine, optimizer, batch, loss_of, accumulates, find_device())

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qtune import cli
-from qtune import run as story
+from qtune import ready as readiness
 from qtune.plan.planner import decide
 from qtune.rundir import RunDir
 from qtune.train.trainer import MeteredTrainer
@@ -126,5 +126,5 @@ def plans_made_once() -> Iterator[None]:
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(story, "decide", decide_once)
+        patch.setattr(readiness, "decide", decide_once)
         yield

@@ -25,7 +25,7 @@ from qtune import atomic_files
 from qtune.errors import RunFolderError
 from qtune.events import CheckpointSaved, Evaluated, Finished, Notice, Resumed, StepDone
 from qtune.train.callbacks import Reporter
-from qtune.train.checkpointer import Point
+from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.trainer import MeteredTrainer
 
 
@@ -280,4 +280,4 @@ def test_a_checkpoint_of_another_version_is_not_guessed_at(alone, tmp_path) -> N
     values = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(RunFolderError, match="was written by another version of qtune"):
-        Point.read(path)
+        Checkpoint.read(path)

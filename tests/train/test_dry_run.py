@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config
+from made_models import on_cpu
 from transformers import LlamaForCausalLM
 
 from qtune.data.packing import PackedRow, collate
@@ -23,8 +24,10 @@ from qtune.plan.ladder import STEPS, Budget
 from qtune.plan.planner import Plan, decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
-from qtune.train import loop as fitting
 from qtune.train.dry_run import Rehearsal, rehearse, rehearse_until_it_fits
+from qtune.train.learner import Learner
+from qtune.train.loop import TrainingSession
+from qtune.train.rows import TrainingRows
 
 LAYERS, TOKENS = 2, 600
 
@@ -74,16 +77,8 @@ def run(
     model = adapter.attach(base.load_base(recipe.model, "cpu", "float32"), recipe.lora, recipe.train.seed)
     engine = Engine(model)
     engine.switch_to(plan.techniques)
-    higher = iter(plan.reserve)
-
-    def climb() -> str | None:
-        rung = next(higher, None)
-        if rung is not None:
-            engine.switch_to(rung.techniques)
-        return rung.name if rung else None
-
-    tokenizer = load_tokenizer(recipe.model)
-    fitting.fit(recipe, plan, model, engine, tokenizer, train, None, ledger, events.append, folder, climb)
+    learner = Learner.of(on_cpu(model, load_tokenizer(recipe.model)), engine, ledger, plan, events.append)
+    TrainingSession(recipe, plan, learner, TrainingRows(train), events.append).run()
     return model, events
 
 

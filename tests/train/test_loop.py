@@ -21,8 +21,10 @@ from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
-from qtune.train import loop as fitting
-from qtune.train.trainer import Meter
+from qtune.train.learner import Learner
+from qtune.train.loop import TrainingSession
+from qtune.train.rows import HeldOutLoss, TrainingRows
+from qtune.train.trainer import Meter, MeteredTrainer
 
 LEARNABLE = "the quick brown fox jumps over the lazy dog"
 
@@ -59,26 +61,23 @@ def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[tor
     train, held_out = rows(packs), rows(6, seed=1)
     plan = decide(recipe, find_device(), base.read_config(recipe.model), Work.of_rows(train))
     ledger = Ledger.begin(plan.device)
-    loaded = base.load_base(recipe.model, plan.device.name, plan.compute_dtype)
-    model = adapter.attach(loaded, recipe.lora, recipe.train.seed)
+    model = adapter.attach(
+        base.load_base(recipe.model, plan.device.name, plan.compute_dtype), recipe.lora, recipe.train.seed
+    )
     engine = Engine(model)
     engine.switch_to(plan.techniques)
+    loaded = Loaded(model, load_tokenizer(recipe.model), plan.device.name, plan.compute_dtype)
 
-    def measure(packs: list[PackedRow]) -> float:
-        return held_out_loss(Loaded(model, load_tokenizer(recipe.model), plan.device.name, plan.compute_dtype), packs)
+    def told(event: Event) -> None:
+        events.append(event)
+        if listen:
+            listen(event)
 
-    fitting.fit(
-        recipe,
-        plan,
-        model,
-        engine,
-        load_tokenizer(recipe.model),
-        train,
-        fitting.HeldOutLoss(len(held_out), lambda: measure(held_out), lambda: measure(held_out[:1])),
-        ledger,
-        lambda event: (events.append(event), listen(event) if listen else None),
-        folder,
+    measured = HeldOutLoss(
+        len(held_out), lambda: held_out_loss(loaded, held_out), lambda: held_out_loss(loaded, held_out[:1])
     )
+    learner = Learner.of(loaded, engine, ledger, plan, told)
+    TrainingSession(recipe, plan, learner, TrainingRows(train, measured), told).run(catches_signals=True)
     return model, events
 
 
@@ -121,7 +120,7 @@ def test_the_first_ten_losses_are_a_cross_entropy_written_by_hand(
     """Same weights, same tokens, but the logits whole, and the log-softmax and the mean in float64."""
     by_hand: list[float] = []
     sums: list[tuple[float, int]] = []
-    original = fitting.MeteredTrainer.training_step
+    original = MeteredTrainer.training_step
 
     def spy(self, model, inputs, *args, **kwargs):
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -134,7 +133,7 @@ def test_the_first_ten_losses_are_a_cross_entropy_written_by_hand(
             sums.clear()
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(fitting.MeteredTrainer, "training_step", spy)
+    monkeypatch.setattr(MeteredTrainer, "training_step", spy)
     _, events = run(recipe_for(tiny_base, model=model), tmp_path)
     assert len(by_hand) == 10
     assert losses(events) == pytest.approx(by_hand, abs=tolerance)

@@ -1,0 +1,205 @@
+"""A run before it begins: every claim of its recipe checked, its rows tokenised, its plan settled, its folder made.
+
+Nothing is loaded here; what cannot be is refused.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qtune import __version__, logs, reading
+from qtune.data.prepare import Prepared, prepare
+from qtune.data.tokenize import tokenizer_sha256
+from qtune.errors import MachineError
+from qtune.evaluate.held_out import HeldOut
+from qtune.events import Resumed
+from qtune.hardware import Device, find_device
+from qtune.lock import Lock, LockedBase, Quantization
+from qtune.model import base, fingerprint
+from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
+from qtune.plan.fake_model import refuse_unknown_targets
+from qtune.plan.max_context import Longest
+from qtune.plan.planner import Plan, Settled, decide, longest_on, refuse_unless_it_fits
+from qtune.plan.workload import Work
+from qtune.recipe.schema import Recipe
+from qtune.report.progress_line import Doing
+from qtune.resume import Invocation, changes, recipe_then, refuse_changes
+from qtune.rundir import RunDir, default_path, write_json
+from qtune.train import checkpoint_files
+from qtune.train.checkpoint_files import Checkpoint
+from qtune.units import counted, format_bytes
+
+LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
+PROBE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A recipe whose every claim has been checked: rows tokenised, choices settled, nothing loaded yet."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    plan: Plan
+    held_out: HeldOut
+
+    @property
+    def title(self) -> str:
+        """`medical   Qwen/Qwen3-4B-Instruct   LoRA rank 16`."""
+        return f"{self.recipe.name}   {self.recipe.model.base}   LoRA rank {self.recipe.lora.rank}"
+
+    def lock(self, quantized: Sequence[str]) -> Lock:
+        """What this run stands on, by hash and version; merging and a later resume hold it against what they find.
+
+        `quantized` are the modules of the base that are held in 4 bits.
+        """
+        recipe, model = self.recipe, self.recipe.model
+        folder = base.base_folder(model)
+        return Lock(
+            name=recipe.name,
+            base=LockedBase(model.base, str(folder), fingerprint.fingerprint(folder), fingerprint.glance(folder)),
+            model=model.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json"),
+            quantized_modules=tuple(quantized),
+            quantization=Quantization("nf4", model.double_quantization) if quantized else None,
+            device=self.plan.device.name,
+            compute_dtype=self.plan.compute_dtype,
+            data_sha256=self.prepared.fingerprint,
+            template_sha256=self.prepared.template_fingerprint,
+            tokenizer_sha256=tokenizer_sha256(self.tokenizer),
+            stop_token_ids=tuple(self.prepared.stop_token_ids),
+            seed=recipe.train.seed,
+            versions={"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}},
+        )
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """From which checkpoint a run that was stopped goes on, None for the beginning; `told` says why from that one."""
+
+    checkpoint: Checkpoint | None
+    told: Resumed
+
+
+def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | None = None) -> Ready:
+    """Read the data, settle the plan; `doing` hears how far that is.
+
+    Raises a UserError for anything that could not be trained on, or not be scored afterwards.
+    """
+    base.quiet_libraries()
+    doing = doing or Doing()
+    with _finding(recipe, doing):
+        config = base.read_config_alone(recipe.model)
+    refuse_unknown_targets(config, recipe)
+    doing(f"reading {recipe.data.train}")
+    read = reading.read(recipe, doing.rows)
+    doing("planning")
+    plan = decide(recipe, find_device(), config, Work.of_prepared(read.prepared), settled)
+    return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
+
+
+def _finding(recipe: Recipe, doing: Doing) -> contextlib.AbstractContextManager[None]:
+    """While the base's files are looked for, which the hub draws bars of if it is asked."""
+    name = recipe.model.base
+    if is_on_hub(recipe):
+        return doing.aside(f"asking the hub for {name}")
+    doing(f"reading {name}")
+    return contextlib.nullcontext()
+
+
+def is_on_hub(recipe: Recipe) -> bool:
+    return recipe.model.base != "demo" and not Path(recipe.model.base).is_absolute()
+
+
+def plan_without_downloads(recipe: Recipe, device: Device, doing: Doing) -> Plan:
+    """The plan from config.json alone; rows are read where data and tokenizer are on this machine already.
+
+    Raises a UserError for anything that could not be trained on.
+    """
+    base.quiet_libraries()
+    with _finding(recipe, doing):
+        config = base.read_config_alone(recipe.model)
+    sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
+    is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
+    if not is_here:
+        doing("planning")
+        return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens), weighs_all=True)
+    doing(f"reading {recipe.data.train}")
+    prepared = prepare(recipe, load_tokenizer(recipe.model), doing.rows)
+    doing("planning")
+    return decide(recipe, device, config, Work.of_prepared(prepared), weighs_all=True)
+
+
+def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) -> list[tuple[Device, Longest]]:
+    """The longest sequence that fits on each device, by whichever plan takes it furthest, and what bounds it."""
+    base.quiet_libraries()
+    with _finding(recipe, doing):
+        config = base.read_config_alone(recipe.model)
+    doing(f"planning for {counted(len(devices), 'card')}")
+    return list(zip(devices, longest_on(recipe, devices, config), strict=True))
+
+
+def start_folder(ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None) -> RunDir:
+    """A new run folder that says what was asked for and what was settled, before anything can fail.
+
+    Raises MachineError where the run does not fit in memory, or what it leaves not on the disk.
+    """
+    path = output or default_path(ready.recipe.name, datetime.now())
+    refuse_unless_it_fits(ready.recipe, ready.plan)
+    refuse_full_disk(path, ready.plan.disk_bytes)
+    run = RunDir.create(path, recipe_text, dataclasses.asdict(invocation))
+    logs.write_to(run.log)
+    _describe(ready, run)
+    return run
+
+
+def _describe(ready: Ready, run: RunDir) -> None:
+    write_json(run.plan, ready.plan.as_json())
+    write_json(run.data, dataclasses.asdict(ready.prepared.report))
+    write_json(run.probe, [example.input_ids for example in ready.prepared.held_out[:PROBE_ROWS]])
+
+
+def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str], doing: Doing) -> tuple[Ready, GoingOn]:
+    """What a run that was stopped needs to go on.
+
+    Raises RunFolderError where it no longer is what it was and that was not `allowed`, field by field, and where all
+    its checkpoints are broken.
+    """
+    doing("looking for the newest whole checkpoint")
+    path, why = checkpoint_files.choose(run.checkpoints)
+    checkpoint = None if path is None else Checkpoint.read(path)
+    is_replanned = any(field.startswith("memory.") for field in allowed)
+    settled = None if checkpoint is None or is_replanned else Settled(checkpoint.techniques, checkpoint.micro_batch)
+    ready = get_ready(recipe, settled, doing)
+    refuse_unless_it_fits(recipe, ready.plan)
+    if run.lock.is_file():
+        doing(f"hashing {recipe.model.base}")
+        before = dataclasses.replace(run.read_lock(), recipe=recipe_then(run).model_dump(mode="json"))
+        now = ready.lock(before.quantized_modules)
+        refuse_changes(run, changes(before, now), allowed)
+        refuse_full_disk(run.path, ready.plan.disk_bytes)
+        run.write_lock(now)
+    logs.write_to(run.log)
+    _describe(ready, run)
+    if checkpoint is not None and checkpoint.warms_otherwise(ready.plan.warmup_steps):
+        why += " Its warm-up began at nought; the rest of it is a step ahead of that."
+    return ready, GoingOn(checkpoint, Resumed(checkpoint.step if checkpoint else 0, why))
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Raises MachineError where what a run leaves in `folder`, which need not be there yet, would not fit on its disk
+    after it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise MachineError(
+            f"{folder}: the run needs {format_bytes(needed)} of disk and {format_bytes(free)} are free. Free some, or"
+            " name an --output on another disk."
+        )

@@ -1,0 +1,32 @@
+"""What is trained on, and what is held out of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qtune.data.packing import PackedRow
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The held-out loss of the model as it stands: over all `rows`, and over the largest sequence of them alone."""
+
+    rows: int
+    of_all: Callable[[], float]
+    of_largest: Callable[[], float]
+
+
+def no_places(packs: Sequence[int]) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Sequences to train on; `places` names the rows of the data that those of these numbers were made of."""
+
+    packs: Sequence[PackedRow]
+    held_out: HeldOutLoss | None = None
+    places: Callable[[Sequence[int]], list[str]] = no_places
+
+    @property
+    def held_out_rows(self) -> int:
+        return self.held_out.rows if self.held_out else 0
