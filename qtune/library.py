@@ -91,13 +91,13 @@ def make_plan(
         raise UserError(f"{fault}.") from None
     with quick_imports():
         from qtune import hardware
-        from qtune import run as story
+        from qtune import ready as readiness
         from qtune.report.progress_line import Doing
 
     with at_work(*sources(recipe)):
         here = hardware.find_device()
         target = hardware.imagined_card(asked, host, here) if asked else hardware.with_host(here, host)
-        return story.plan_without_downloads(recipe, target, doing or Doing())
+        return readiness.plan_without_downloads(recipe, target, doing or Doing())
 
 
 def open_run(path: str | Path, base: str | Path | None = None) -> "Run":
