@@ -1,7 +1,7 @@
-"""Folders that are there whole or not at all, and that know when a byte in them has changed.
+"""Files and folders that are there whole or not at all, and folders that know when a byte in them has changed.
 
-A folder is filled beside its place, flushed to disk and renamed into it. SHA256SUMS, in the format of `sha256sum -c`,
-lists every file of a sealed one, so that a missing, added, cut or changed file is found before anything is read.
+Each is made beside its place, flushed to disk and renamed into it. SHA256SUMS, in the format of `sha256sum -c`, lists
+every file of a sealed folder, so that a missing, added, cut or changed file is found before anything is read.
 """
 
 import errno
@@ -17,6 +17,7 @@ from pathlib import Path
 from qtune.errors import DiskFull
 
 SUMS = "SHA256SUMS"
+FOLDER_MODE, FILE_MODE = 0o755, 0o644
 GLANCES, GLANCE_BYTES = 64, 4096
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RUST_OS_ERROR = re.compile(r"(?:\(os error |code: )(\d+)[,)]")  # safetensors, whose errors have no errno
@@ -34,12 +35,28 @@ def filled_in_place(path: Path, replaces: bool = True) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield stage
-            stage.chmod(0o755)
-            _flush_all(stage)
+            _settle(stage)
             _take_place(stage, path) if replaces else os.rename(stage, path)
             flush(path.parent)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path`, flush to disk, then rename over it. Raises DiskFull, and leaves `path` as it was then."""
+    with refusing_full_disk(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, FILE_MODE)
+            os.replace(name, path)
+            flush(path.parent)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
             raise
 
 
@@ -68,8 +85,10 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _flush_all(folder: Path) -> None:
+def _settle(folder: Path) -> None:
+    """Have all of it on the disk, and readable by others: temporary folders, and the files of safetensors, are not."""
     for path in [*folder.rglob("*"), folder]:
+        path.chmod(FOLDER_MODE if path.is_dir() else FILE_MODE)
         flush(path)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from gguf import GGUFReader
 
+from qtune import atomic_files
 from qtune.errors import MachineError, UserError
 from qtune.gguf import modelfile, verify, writer
 from qtune.gguf.contents import Draft, adapter_draft, model_draft
@@ -147,6 +148,7 @@ def _write_small_files(base_folder: Path, folder: Path, modelfile: str | None) -
     for pattern in LICENCES:
         for path in base_folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
+            atomic_files.flush(folder / path.name)
     if modelfile is not None:
         write_synced(folder / MODELFILE_NAME, modelfile.encode())
 

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qtune import __version__
+from qtune.atomic_files import write_text
 from qtune.errors import UserError
 from qtune.evaluate.metrics import label
 from qtune.lock import Lock, PackingProbe
@@ -20,7 +21,7 @@ from qtune.report.conclusions import conclusions_of
 from qtune.report.proofs import proofs
 from qtune.report.run_record import Record
 from qtune.report.wording import canaries_told, format_score, one_line, sentence, visible
-from qtune.rundir import RunDir, write_text
+from qtune.rundir import RunDir
 from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
 
 TEMPLATES = Environment(

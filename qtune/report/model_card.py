@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from qtune.atomic_files import write_text
 from qtune.evaluate.metrics import label
 from qtune.report import conclusions, markdown, memory_bar, run_record, serving_snippets, summary, tables
 from qtune.report.run_record import Record
-from qtune.rundir import RunDir, write_text
+from qtune.rundir import RunDir
 from qtune.units import format_count, format_percent, format_rate, format_seconds
 
 What = Literal["adapter", "merged"]

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from qtune.atomic_files import write_text
 from qtune.lock import Lock
 from qtune.report import (
     braille_plot,
@@ -20,7 +21,7 @@ from qtune.report import (
 )
 from qtune.report.run_record import Record
 from qtune.report.wording import canaries_told, finite, format_loss, format_score, one_line
-from qtune.rundir import RunDir, write_text
+from qtune.rundir import RunDir
 from qtune.units import format_bytes, format_count, format_percent, format_rate, format_seconds
 
 LOSS_ROWS, CURVE_LINES = 12, 14

@@ -14,11 +14,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtune.atomic_files import write_text
 from qtune.errors import MachineError, RunFolderError, UserError
 from qtune.report import model_card, run_record
 from qtune.report.model_card import What
 from qtune.report.wording import one_line
-from qtune.rundir import MERGE_REPORT, RunDir, write_text
+from qtune.rundir import MERGE_REPORT, RunDir
 from qtune.units import counted, format_bytes
 
 ADAPTER_CONFIG = "adapter_config.json"
