@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.prepare import Prepared, prepare
-from qtune.data.scan import Tell
+from qtune.data.sources import Tell
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Recipe

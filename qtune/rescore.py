@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qtune.data.eval_rows import OwnRows
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
-from qtune.data.scan import Tell
+from qtune.data.sources import Tell
 from qtune.errors import DataError, QtuneError, UserError
 from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.benchmarks import Benchmarks

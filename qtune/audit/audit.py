@@ -5,7 +5,6 @@ place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops a
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +19,17 @@ from qtune.audit.row_checks import Seen, Taken, look_at, see_batch
 from qtune.audit.row_locations import parted
 from qtune.data import encodings
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.chunking import Cut
 from qtune.data.csv_dialect import SUFFIXES
 from qtune.data.encodings import TEXT_SUFFIXES, WESTERN, FileEncoding
 from qtune.data.file_readers import read_file
 from qtune.data.formats import DataFormat
-from qtune.data.rows import Conversation, Document, Dropped, RawRow, parse_row, recognise
-from qtune.data.scan import Tell
-from qtune.data.sources import Source
+from qtune.data.row_stream import Encoding, Parsed, UnknownColumns, format_of, parsed_rows
+from qtune.data.rows import Cut, RawRow
+from qtune.data.sources import Source, Tell
 from qtune.data.stop_tokens import StopChain, stop_chain
 from qtune.data.text_files import FileFault
-from qtune.data.tokenize import Encoder, batches_of, characters_of
+from qtune.data.tokenize import Encoder
 from qtune.data.unused_columns import Unused, unused_of
-from qtune.data.worker_pool import spread
-from qtune.errors import DataError
 from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 from qtune.units import format_percent
@@ -75,14 +71,6 @@ class Audit:
     @property
     def held_out_rows(self) -> int:
         return sum(source.rows for source in self.sources if source.is_held_out)
-
-
-class UnknownColumns(DataError):
-    """Rows that no format fits, or not the wanted one."""
-
-    def __init__(self, place: str, reason: str):
-        self.place, self.reason = place, reason
-        super().__init__(f"{place}: {reason}")
 
 
 @dataclass
@@ -128,16 +116,16 @@ def _see_source(
             form = _recognise(readable, data, seen.groups)
             template = ChatTemplate.of(tokenizer) if form and not form.is_text else None
             seen.notices += [readable.notice] if form and readable.notice else []
-            encoder = Encoder.of(tokenizer)
-            look = functools.partial(look_at, template=template, encoder=encoder)
-            batches = batches_of(_items(readable, form, data, seen.groups, progress), characters_of)
-            with contextlib.closing(spread(look, batches)) as every:
-                for batch, looked in every:
-                    see_batch(batch, looked, template, encoder, data, seen)
+            encoding = Encoding(Encoder.of(tokenizer), template, look_at)
+            rows = _readable_rows(readable, form, data, seen.groups, progress)
+            with contextlib.closing(encoding.batches(rows, data)) as batches:
+                for batch in batches:
+                    see_batch(batch, template, data, seen)
                     tell("checking", progress.line if progress.lines else progress.rows, progress.lines)
             chain = stop_chain(template, tokenizer) if form else None
     usable, taken = len(seen.places) - before, len(seen.taken.rows) - taken_before
-    return SourceCounts(source.name, is_held_out, form.name if form else "", progress.rows, usable, taken), chain
+    name = form.name if form else ""
+    return SourceCounts(source.name, is_held_out, name, progress.rows, usable, taken), chain
 
 
 @contextlib.contextmanager
@@ -179,41 +167,16 @@ def _recognise(source: Source, data: Data, groups: Groups) -> DataFormat | None:
     return None
 
 
-def format_of(source: Source, data: Data) -> DataFormat | None:
-    """The format of the rows by the first of them, as ever; by every column there is where it says too little.
-
-    None where no row can be read. Raises UnknownColumns, and FileFault for a file that cannot be read.
-    """
-    first = next((item for item in source.read(data.max_rows) if isinstance(item, RawRow)), None)
-    if first is None:
-        return None
-    with contextlib.suppress(DataError):
-        return recognise(data.format, [first], data.columns.mapped)
-    columns: dict[str, None] = {}
-    for item in source.read(data.max_rows):
-        columns.update(dict.fromkeys(item.values if isinstance(item, RawRow) else ()))
-    try:
-        return recognise(data.format, [first, RawRow(dict(columns), first.place)], data.columns.mapped)
-    except DataError as fault:
-        raise UnknownColumns(first.place, str(fault)) from None
-
-
-def _items(
+def _readable_rows(
     source: Source, form: DataFormat | None, data: Data, groups: Groups, progress: Progress
-) -> Iterator[Conversation | Document]:
-    """The rows that can be understood; the others are grouped by what is wrong with them."""
+) -> Iterator[Parsed]:
+    """The rows up to where the source cannot be read on; of those without a format, the ones that cannot be read."""
     try:
-        for row in source.read(data.max_rows):
+        for row in source.read(data.max_rows) if form is None else parsed_rows(source, form, data):
             progress.rows += 1
             progress.line = parted(row.place)[1]
-            if isinstance(row, Dropped):
-                groups.add(row.fault, row.place, row.reason)
-            elif form:
-                item = parse_row(row, form, data.columns.mapped, data.system)
-                if isinstance(item, Dropped):
-                    groups.add(item.fault, item.place, item.reason)
-                else:
-                    yield item
+            if not isinstance(row, RawRow):
+                yield row
     except FileFault as fault:
         _group_file_fault(fault, groups)
 

@@ -5,15 +5,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qtune.audit import secrets
 from qtune.audit.issues import MOST_PLACES, Groups, Place
 from qtune.audit.near_duplicates import Likeness, Marks
 from qtune.audit.row_locations import Places
+from qtune.audit.secrets import personal_data_in, secrets_in
 from qtune.data import encodings
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.chunking import Cut, fitted
-from qtune.data.rows import Conversation, Document, Dropped, Example
-from qtune.data.tokenize import Encoder, tokenize
+from qtune.data.row_stream import Batch
+from qtune.data.rows import Conversation, Cut, Document, Dropped, Example
 from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 
@@ -55,50 +54,38 @@ class Seen:
 
 @dataclass(frozen=True)
 class Looked:
-    """What was made of a batch, in this process or another.
+    """What was seen in rows that have tokens, in this process or another.
 
-    `told` has a kind and a clause for each thing that is wrong with the text of a row; `marks` are those of the rows
-    that have tokens.
+    `told` has a kind and a clause for each thing that is wrong with the text of a row; `marks` are those of all.
     """
 
-    rows: list[Example | Dropped]
     told: list[list[tuple[str, str]]]
     marks: Marks
 
 
-def look_at(batch: Sequence[Conversation | Document], template: ChatTemplate | None, encoder: Encoder) -> Looked:
-    """All that takes long: tokens, and everything that goes by the text alone."""
-    rows = tokenize(batch, template, encoder)
-    told = [[] if isinstance(row, Dropped) else list(_told_of(item)) for item, row in zip(batch, rows, strict=True)]
-    usable = [item for item, row in zip(batch, rows, strict=True) if not isinstance(row, Dropped)]
-    return Looked(rows, told, Marks.of(list(map(_whole, usable)), list(map(_compared, usable))))
+def look_at(rows: Sequence[Conversation | Document]) -> Looked:
+    """All that goes by the text alone, and takes long."""
+    return Looked([list(_told_of(row)) for row in rows], Marks.of(list(map(_whole, rows)), list(map(_compared, rows))))
 
 
-def see_batch(
-    batch: Sequence[Conversation | Document],
-    looked: Looked,
-    template: ChatTemplate | None,
-    encoder: Encoder,
-    data: Data,
-    seen: Seen,
-) -> None:
-    """Keep what is wrong with each row of a batch that was looked at."""
-    for item, row, told in zip(batch, looked.rows, looked.told, strict=True):
+def see_batch(batch: Batch[Looked], template: ChatTemplate | None, data: Data, seen: Seen) -> None:
+    """Keep what is wrong with each row of a batch."""
+    told = iter(batch.looked.told)
+    for row in batch.rows:
         if isinstance(row, Dropped):
             seen.groups.add(row.fault, row.place, row.reason)
             continue
-        seen.unused.update(item.unused)
-        seen.places.add(row.place)
-        seen.tokens.append(len(row.input_ids))
-        seen.trained.append(row.trained_tokens)
-        parts = fitted(item, row, data, encoder)
-        seen.cut.see(item, len(parts))
-        _see_length(row, parts, data, seen)
-        for code, clause in told:
-            seen.groups.add(code, row.place, clause)
-        if isinstance(item, Conversation):
-            _see_roles(item, template, seen.groups)
-    seen.likeness.add(looked.marks)
+        seen.unused.update(row.parsed.unused)
+        seen.places.add(row.whole.place)
+        seen.tokens.append(len(row.whole.input_ids))
+        seen.trained.append(row.whole.trained_tokens)
+        seen.cut.see(row.parsed, len(row.parts))
+        _see_length(row.whole, row.parts, data, seen)
+        for code, clause in next(told):
+            seen.groups.add(code, row.whole.place, clause)
+        if isinstance(row.parsed, Conversation):
+            _see_roles(row.parsed, template, seen.groups)
+    seen.likeness.add(batch.looked.marks)
 
 
 def _see_length(row: Example, parts: Sequence[Example | Dropped], data: Data, seen: Seen) -> None:
@@ -118,7 +105,7 @@ def _see_length(row: Example, parts: Sequence[Example | Dropped], data: Data, se
 
 def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
     text = item.text if isinstance(item, Document) else "\n".join(message.content for message in item.messages)
-    keys, personal = list(secrets.secrets_in(text)), list(secrets.personal_data_in(text))
+    keys, personal = list(secrets_in(text)), list(personal_data_in(text))
     for code, told in (("secret", keys), ("personal-data", personal)):
         if told:
             yield code, ", ".join(told)

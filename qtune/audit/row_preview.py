@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.audit.audit import format_of
 from qtune.audit.row_locations import parted
 from qtune.data.chat_template import ChatTemplate, special_tokens
 from qtune.data.chunking import fitted
+from qtune.data.row_stream import format_of
 from qtune.data.rows import Dropped, Example, RawRow, parse_row
 from qtune.data.sources import Source
 from qtune.data.tokenize import Encoder, Stretch, stretches, tokenize

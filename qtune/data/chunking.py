@@ -11,7 +11,6 @@ import dataclasses
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from qtune.data.rows import Conversation, Document, Dropped, Example
 from qtune.data.tokenize import Encoder, fit
@@ -21,22 +20,6 @@ SENTENCE = r"[.!?…]+[\"'”’»)\]]*"
 ENDS = tuple(  # where a piece may end, best first: a paragraph, a line and sentence, a sentence, a word
     map(re.compile, (r"\n\s*\n", rf"{SENTENCE}[^\S\n]*\n", rf"{SENTENCE}(?=\s)|[。！？]", r"(?=\s)"))
 )
-
-
-@dataclass
-class Cut:
-    """How many texts were cut so far, and into how many pieces."""
-
-    texts: int = 0
-    pieces: int = 0
-    is_within_text: bool = False
-
-    def see(self, item: Conversation | Document, parts: int) -> None:
-        """Count an item of which a run takes so many parts. A text may come in several documents."""
-        if isinstance(item, Document) and (parts > 1 or item.continues or self.is_within_text):
-            self.texts += not item.continues
-            self.pieces += parts
-            self.is_within_text = item.continues
 
 
 def fitted(item: Conversation | Document, row: Example, data: Data, encoder: Encoder) -> Sequence[Example | Dropped]:

@@ -1,14 +1,19 @@
 """What the user sees of the data before anything is trained."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy
 
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.dataset import Examples
-from qtune.data.rows import Conversation, Document, Dropped
+from qtune.data.dataset import Examples, ExampleWriter
+from qtune.data.formats import DataFormat, RowFault
+from qtune.data.rows import Conversation, Cut, Document, Dropped, EncodedRow, Example
+from qtune.data.sources import SHOWN_FAULTS, Source, refuse_bad_rows
 from qtune.data.unused_columns import Unused
+from qtune.errors import DataError
+from qtune.recipe.schema import Data
 
 SHOWN_PLACES = 3
 
@@ -52,6 +57,110 @@ class DataReport:
     overlap_rows: int
     notices: tuple[str, ...]
     sample: tuple[tuple[str, bool], ...]
+
+
+# Rows that are bad in another way than those before are told of once these are mended: they may follow from them.
+STAGES = (
+    {RowFault.UNREADABLE},
+    set(RowFault) - {RowFault.UNREADABLE, RowFault.TEMPLATE_REFUSES},
+    {RowFault.TEMPLATE_REFUSES},
+)
+
+
+@dataclass
+class Lengths:
+    """How long the rows of a source are, before any is cut or dropped; `long` are the first over `max_tokens`."""
+
+    max_tokens: int
+    rows: int = 0
+    long_rows: int = 0
+    shortest: int = 0
+    longest: int = 0
+    long: list[str] = field(default_factory=list)
+
+    def see(self, row: Example) -> None:
+        tokens = len(row.input_ids)
+        self.shortest = min(self.shortest, tokens) if self.rows else tokens
+        self.longest = max(self.longest, tokens)
+        self.rows += 1
+        if tokens > self.max_tokens:
+            self.long_rows += 1
+            if len(self.long) < SHOWN_FAULTS:
+                self.long.append(f"{row.place}: has {tokens:,} tokens.")
+
+    def refuse_long_rows(self) -> None:
+        if self.long:
+            raise DataError(
+                "\n".join(self.long) + f"\n{self.long_rows:,} of {self.rows:,} rows have more than data.max_tokens ="
+                f" {self.max_tokens:,}, the longest {self.longest:,}. Raise it, or choose data.on_long = "
+                '"drop" or "truncate".'
+            )
+
+
+@dataclass
+class SourceRows:
+    """What went by of one source so far: `examples` are as many as were written, `bad` are rows that nobody could use,
+    `left` those that do not fit, `system` is the first conversation with a system prompt. `unused` counts the usable
+    rows by what of them is read by nobody."""
+
+    source: Source
+    form: DataFormat | None
+    lengths: Lengths
+    examples: int = 0
+    bad: list[Dropped] = field(default_factory=list)
+    left: list[Dropped] = field(default_factory=list)
+    cut: Cut = field(default_factory=Cut)
+    unused: Counter[str] = field(default_factory=Counter)
+    system: Conversation | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.lengths.rows + len(self.bad)
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        return [*(row for stage in STAGES for row in self.bad if row.fault in stage), *self.left]
+
+    @property
+    def is_text(self) -> bool:
+        return self.form is not None and self.form.is_text
+
+    def see(self, row: EncodedRow | Dropped, writer: ExampleWriter) -> None:
+        if isinstance(row, Dropped):
+            self.bad.append(row)
+            return
+        parsed = row.parsed
+        self.lengths.see(row.whole)
+        self.cut.see(parsed, len(row.parts))
+        self.unused.update(parsed.unused)
+        if self.system is None and isinstance(parsed, Conversation) and parsed.messages[0].role == "system":
+            self.system = parsed
+        for part in row.parts:
+            if isinstance(part, Dropped):
+                self.left.append(part)
+            else:
+                self.examples += 1
+                writer.add(part)
+
+    def refuse(self, data: Data) -> None:
+        """Raises DataError for what the recipe does not let pass, and where no row is left."""
+        if not self.rows:
+            raise DataError(f"{self.source.name}: holds no rows.")
+        if data.on_bad_row == "error":
+            for stage in STAGES:
+                refuse_bad_rows([row for row in self.bad if row.fault in stage])
+        if data.on_long == "error" and not self.is_text:
+            self.lengths.refuse_long_rows()
+        if not self.examples:
+            raise DataError(self._nothing_left_message())
+
+    def _nothing_left_message(self) -> str:
+        dropped = self.dropped
+        reason = group_dropped(dropped)[0]
+        message = f"{self.source.name}: no row can be used. {reason.rows:,} of {len(dropped):,} rows: {reason.reason}."
+        if self.lengths.rows:
+            message += f" The shortest row has {self.lengths.shortest:,} tokens: raise data.max_tokens."
+        return message
 
 
 def group_dropped(dropped: Sequence[Dropped]) -> tuple[Reason, ...]:

@@ -6,13 +6,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data import token_cache
-from qtune.data.chat_template import ChatTemplate
 from qtune.data.dataset import Examples, ExampleWriter
+from qtune.data.prepare import encoding_of, take_rows
+from qtune.data.row_stream import format_of
 from qtune.data.rows import Dropped, RawRow, recognise
-from qtune.data.scan import Tell, survey
-from qtune.data.sources import Source
+from qtune.data.sources import Source, Tell
 from qtune.data.tokenize import Encoder
-from qtune.data.tokenize_dataset import tokenise
 from qtune.errors import DataError
 from qtune.recipe.schema import Columns, Data
 
@@ -33,16 +32,13 @@ class OwnRows:
         Raises DataError for a file that cannot be read, bad rows unless `data` drops them, and where none is left.
         """
         source = Source(str(path.absolute()))
-        found = survey(source, _as_in(source, data), tell)
-        template = ChatTemplate.of(tokenizer) if found.has_chats else None
+        wanted = _as_in(source, data)
+        form = format_of(source, wanted)
         with token_cache.staged() as folder:
             writer = ExampleWriter(folder)
-            part = tokenise(found, template, Encoder.of(tokenizer), writer, lambda rows: None)
+            taken = take_rows(source, form, encoding_of([form], Encoder.of(tokenizer)), wanted, writer, tell)
             examples = writer.finish()
-        if not examples:
-            first = "".join(f" {row.place}: {row.reason}." for row in part.dropped[:1])
-            raise DataError(f"{path}: has no row that can be used.{first}")
-        return cls(path, found.form.name if found.form else data.format, examples, part.dropped)
+        return cls(path, form.name if form else data.format, examples, tuple(taken.dropped))
 
     @property
     def packs(self) -> tuple[tuple[int, ...], ...]:

@@ -1,26 +1,35 @@
 """The data room's one door: a recipe and a tokenizer give rows ready to train on, and a report of them."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data import token_cache
 from qtune.data.canaries import Phrasing, planted_rows
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.data_report import DataReport, count_duplicates, count_overlap, group_dropped, template_notices
+from qtune.data.data_report import (
+    DataReport,
+    Lengths,
+    SourceRows,
+    count_duplicates,
+    count_overlap,
+    group_dropped,
+    template_notices,
+)
 from qtune.data.dataset import Examples, ExampleWriter
+from qtune.data.formats import DataFormat
 from qtune.data.held_out_split import held_out_of
 from qtune.data.packing import pack
 from qtune.data.prepared import Prepared
-from qtune.data.scan import Survey, Tell, survey
-from qtune.data.sources import Source
+from qtune.data.row_stream import Encoding, Parsed, format_of, parsed_rows, unlooked
+from qtune.data.rows import Dropped
+from qtune.data.sources import Source, Tell
 from qtune.data.stop_tokens import stop_token_ids
-from qtune.data.token_cache_key import key_of
 from qtune.data.tokenize import Encoder, stretches
-from qtune.data.tokenize_dataset import Tokenised, tokenise
 from qtune.data.unused_columns import unused_of
 from qtune.recipe.schema import Data, Recipe
 
@@ -38,14 +47,14 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     data = recipe.data
     encoder = Encoder.of(tokenizer)
     sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
-    key = key_of(recipe, sources, tokenizer) if token_cache.folder() else None
+    key = token_cache.key_of(recipe, sources, tokenizer) if token_cache.folder() else None
     entry = token_cache.load(key) if key else None
     if entry is not None:
         return Prepared.of_entry(entry, data.train)
     with token_cache.staged() as folder:
         writer = ExampleWriter(folder)
         prepared = _prepare(recipe, sources, encoder, writer, tell)
-        if key and writer.folder and key == key_of(recipe, sources, tokenizer):  # no file changed meanwhile
+        if key and writer.folder and key == token_cache.key_of(recipe, sources, tokenizer):  # no file changed meanwhile
             token_cache.keep(key, writer.folder, *prepared.as_entry())
     return prepared
 
@@ -58,17 +67,16 @@ def _prepare(
     tell: Tell,
 ) -> Prepared:
     data, tokenizer = recipe.data, encoder.tokenizer
-    surveys = [survey(source, data, tell) for source in sources]
-    template = ChatTemplate.of(tokenizer) if any(found.has_chats for found in surveys) else None
-    advance = _counted(tell, sum(found.usable_rows for found in surveys))
-    parts = [tokenise(found, template, encoder, writer, advance) for found in surveys]
-    phrasing = Phrasing(encoder, template if surveys[0].has_chats else None, data.system)
-    planted = planted_rows(recipe, phrasing)
+    forms = [format_of(source, data) for source in sources]
+    encoding = encoding_of(forms, encoder)
+    taken = [take_rows(*each, encoding, data, writer, tell) for each in zip(sources, forms, strict=True)]
+    template = encoding.template
+    planted = planted_rows(recipe, Phrasing(encoder, None if taken[0].is_text else template, data.system))
     for row in planted:
         writer.add(row)
     examples = writer.finish()
     rows = len(examples) - len(planted)
-    real, held_out = _parted(examples[:rows], parts, not surveys[0].has_chats, recipe)
+    real, held_out = _parted(examples[:rows], taken, recipe)
     train = real.followed_by(examples[rows:])
     train_packs = _packs(train, data)
     return Prepared(
@@ -77,28 +85,61 @@ def _prepare(
         train_packs=train_packs,
         held_out_packs=_packs(held_out, data),
         stop_token_ids=stop_token_ids(template, tokenizer),
-        report=_report(recipe, surveys, parts, train, held_out, len(train_packs), template, tokenizer),
+        report=_report(recipe, taken, train, held_out, len(train_packs), encoding),
         fingerprint=_fingerprint(train, held_out),
         template_fingerprint=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
     )
 
 
-def _counted(tell: Tell, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def advance(rows: int) -> None:
-        nonlocal done
-        done += rows
-        tell("tokenising", done, total)
-
-    return advance
+def encoding_of(forms: Sequence[DataFormat | None], encoder: Encoder) -> Encoding[None]:
+    """How rows of these formats are encoded. Raises ModelError where there are chats and no template for them."""
+    has_chats = any(form is not None and not form.is_text for form in forms)
+    return Encoding(encoder, ChatTemplate.of(encoder.tokenizer) if has_chats else None, unlooked)
 
 
-def _parted(examples: Examples, parts: Sequence[Tokenised], is_text: bool, recipe: Recipe) -> tuple[Examples, Examples]:
+def take_rows(
+    source: Source, form: DataFormat | None, encoding: Encoding[None], data: Data, writer: ExampleWriter, tell: Tell
+) -> SourceRows:
+    """Every row's tokens, within data.max_tokens, to `writer`, in the source's order.
+
+    Raises DataError for a source that cannot be read, for rows that the recipe does not let pass, and where none is
+    left.
+    """
+    taken = SourceRows(source, form, Lengths(data.max_tokens))
+    rows = _parsed(source, form, data)
+    if data.on_bad_row == "error":
+        rows = _none_after_a_bad_one(rows)
+    total = source.count_rows(data.max_rows)
+    with contextlib.closing(encoding.batches(rows, data)) as batches:
+        for batch in batches:
+            for row in batch.rows:
+                taken.see(row, writer)
+            tell("tokenising", taken.rows, total)
+    taken.refuse(data)
+    return taken
+
+
+def _parsed(source: Source, form: DataFormat | None, data: Data) -> Iterator[Parsed]:
+    """Where there is no format there is no row that can be read."""
+    if form is not None:
+        return parsed_rows(source, form, data)
+    return (row for row in source.read(data.max_rows) if isinstance(row, Dropped))
+
+
+def _none_after_a_bad_one(rows: Iterable[Parsed]) -> Iterator[Parsed]:
+    """Once a row is bad the run is refused: the other bad ones are counted, and nothing is encoded any more."""
+    is_refused = False
+    for row in rows:
+        is_refused = is_refused or isinstance(row, Dropped)
+        if not is_refused or isinstance(row, Dropped):
+            yield row
+
+
+def _parted(examples: Examples, taken: Sequence[SourceRows], recipe: Recipe) -> tuple[Examples, Examples]:
     """Train and held-out rows, both in file order."""
     if recipe.data.held_out is not None:
-        return examples[: parts[0].rows], examples[parts[0].rows :]
-    apart = held_out_of(len(examples), is_text, recipe.data, recipe.train.seed)
+        return examples[: taken[0].examples], examples[taken[0].examples :]
+    apart = held_out_of(len(examples), taken[0].is_text, recipe.data, recipe.train.seed)
     kept = set(range(len(examples))).difference(apart)
     return examples.take(sorted(kept)), examples.take(apart)
 
@@ -111,27 +152,26 @@ def _packs(examples: Examples, data: Data) -> tuple[tuple[int, ...], ...]:
 
 def _report(
     recipe: Recipe,
-    surveys: Sequence[Survey],
-    parts: Sequence[Tokenised],
+    taken: Sequence[SourceRows],
     train: Examples,
     held_out: Examples,
     packs: int,
-    template: ChatTemplate | None,
-    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding[None],
 ) -> DataReport:
     data, canaries = recipe.data, recipe.evaluate.canaries
     canary_rows = canaries * recipe.evaluate.canary_repeats
     real = train[: len(train) - canary_rows]
     tokens = int(train.tokens.sum())
-    systems = [found.system for found in surveys if found.system is not None]
+    shown = stretches(train[0], data.max_tokens, encoding.encoder.tokenizer)
+    systems = [each.system for each in taken if each.system is not None]
     return DataReport(
         source=data.train,
-        format=surveys[0].form.name if surveys[0].form else data.format,
-        rows_read=sum(found.rows_read for found in surveys),
-        dropped=group_dropped([row for part in parts for row in part.dropped]),
-        unused=unused_of(sum((found.unused for found in surveys), Counter())),
-        cut_texts=sum(part.cut.texts for part in parts),
-        pieces=sum(part.cut.pieces for part in parts),
+        format=taken[0].form.name if taken[0].form else data.format,
+        rows_read=sum(each.rows for each in taken),
+        dropped=group_dropped([row for each in taken for row in each.dropped]),
+        unused=unused_of(sum((each.unused for each in taken), Counter())),
+        cut_texts=sum(each.cut.texts for each in taken),
+        pieces=sum(each.cut.pieces for each in taken),
         truncated_rows=sum(int((part.cut_tokens > 0).sum()) for part in (train, held_out)),
         trained_tokens_lost=sum(int(part.cut_tokens.sum()) for part in (train, held_out)),
         train_rows=len(real),
@@ -146,10 +186,10 @@ def _report(
         duplicate_rows=count_duplicates(real) + count_duplicates(held_out),
         overlap_rows=count_overlap(train, held_out),
         notices=(
-            *(found.source.notice for found in surveys if found.source.notice),
-            *(() if template is None else template_notices(template, systems)),
+            *(each.source.notice for each in taken if each.source.notice),
+            *(() if encoding.template is None else template_notices(encoding.template, systems)),
         ),
-        sample=tuple((each.text, each.is_trained) for each in stretches(train[0], data.max_tokens, tokenizer)),
+        sample=tuple((each.text, each.is_trained) for each in shown),
     )
 
 

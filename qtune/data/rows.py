@@ -1,4 +1,4 @@
-"""What a row is on its way: raw as its file has it, then a conversation or a document, then an example; or left out."""
+"""What a row is on its way: raw as its file has it, then a conversation or a document, then tokens; or left out."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,6 +85,31 @@ class Example:
     def trained_tokens(self) -> int:
         """Labels that count; the first token is never predicted."""
         return len(self.labels[1:]) - self.labels[1:].count(NOT_TRAINED)
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A usable row: `whole` has all its tokens, `parts` are what a run takes of it, or why it takes none."""
+
+    parsed: Conversation | Document
+    whole: Example
+    parts: Sequence[Example | Dropped]
+
+
+@dataclass
+class Cut:
+    """How many texts were cut so far, and into how many pieces."""
+
+    texts: int = 0
+    pieces: int = 0
+    is_within_text: bool = False
+
+    def see(self, item: Conversation | Document, parts: int) -> None:
+        """Count an item of which a run takes so many parts. A text may come in several documents."""
+        if isinstance(item, Document) and (parts > 1 or item.continues or self.is_within_text):
+            self.texts += not item.continues
+            self.pieces += parts
+            self.is_within_text = item.continues
 
 
 def parse_row(

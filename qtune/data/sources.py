@@ -1,20 +1,28 @@
-"""Where rows come from: files and hub datasets. Each row remembers its place."""
+"""Where rows come from: files and hub datasets. Each row remembers its place.
 
-from collections.abc import Iterable, Iterator, Sequence
+`datasets` takes a second to import and brings pandas along, so it is imported for a dataset and not for a file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qtune import atomic_files
-from qtune.data import hub_datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+from qtune import atomic_files, logs
 from qtune.data.csv_dialect import SUFFIXES, Sheet
 from qtune.data.file_readers import read_file
 from qtune.data.rows import Dropped, RawRow
-from qtune.errors import DataError
+from qtune.data.text_files import count_lines
+from qtune.errors import DataError, MachineError
 from qtune.recipe.schema import Data
 
 SHOWN_FAULTS = 3
+TIMEOUT_SECONDS = 10  # for the hub to answer
+Tell = Callable[[str, int, int | None], None]  # what is being done, rows done, rows in all where they are known
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Source:
     @classmethod
     def open(cls, name: str, split: str = "train", subset: str | None = None) -> "Source":
         """Raises DataError and MachineError for a hub dataset that cannot be had; files are looked at when read."""
-        return cls(name) if Path(name).is_absolute() else cls(name, hub_datasets.load(name, split, subset))
+        return cls(name) if Path(name).is_absolute() else cls(name, _load_dataset(name, split, subset))
 
     @classmethod
     def of_train(cls, data: Data) -> "Source":
@@ -46,6 +54,16 @@ class Source:
                 return
             rows += isinstance(item, RawRow)
             yield item
+
+    def count_rows(self, max_rows: int | None) -> int | None:
+        """How many rows `read` gives, where that is soon told, else None; an empty line of a JSONL file counts too."""
+        if isinstance(self.dataset, Sized):
+            rows = len(self.dataset)
+        elif self.dataset is None and self.name.lower().endswith(".jsonl"):
+            rows = count_lines(Path(self.name))
+        else:
+            return None
+        return rows if max_rows is None else min(rows, max_rows)
 
     def _of_dataset(self, dataset: Iterable[dict[str, Any]]) -> Iterator[RawRow]:
         for number, values in enumerate(dataset, start=1):
@@ -70,39 +88,6 @@ class Source:
             return None
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Everything a source held."""
-
-    rows: tuple[RawRow, ...]
-    dropped: tuple[Dropped, ...]
-
-
-def read_rows(
-    source: str,
-    split: str = "train",
-    subset: str | None = None,
-    max_rows: int | None = None,
-    on_bad_row: Literal["error", "drop"] = "error",
-) -> Rows:
-    """Rows of a file (an absolute path) or a hub dataset (a name).
-
-    Raises DataError for a source that cannot be read at all, and for bad rows unless they are to be dropped.
-    """
-    rows: list[RawRow] = []
-    dropped: list[Dropped] = []
-    for item in Source.open(source, split, subset).read(max_rows):
-        if isinstance(item, RawRow):
-            rows.append(item)
-        else:
-            dropped.append(item)
-    if on_bad_row == "error":
-        refuse_bad_rows(dropped)
-    if not rows and not dropped:
-        raise DataError(f"{source}: holds no rows.")
-    return Rows(tuple(rows), tuple(dropped))
-
-
 def refuse_bad_rows(bad: Sequence[Dropped]) -> None:
     """Raises DataError naming the first bad rows, if there are any."""
     if not bad:
@@ -110,3 +95,42 @@ def refuse_bad_rows(bad: Sequence[Dropped]) -> None:
     named = [f"{row.place}: {row.reason}." for row in bad[:SHOWN_FAULTS]]
     more = f"{len(bad) - SHOWN_FAULTS:,} more rows like these. " if len(bad) > SHOWN_FAULTS else ""
     raise DataError("\n".join([*named, f'{more}Mend them, or skip them with data.on_bad_row = "drop".']))
+
+
+def _load_dataset(name: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
+    """The rows of one split, downloaded once and then taken from the cache.
+
+    Raises DataError for a dataset, subset or split that is not there, MachineError where the hub cannot give it.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    logs.quiet_libraries()
+    datasets.disable_progress_bars()
+    try:
+        if not _answers(name):
+            datasets.config.HF_HUB_OFFLINE = True
+        return datasets.load_dataset(name, subset, split=split)
+    except (HFValidationError, RepositoryNotFoundError, DatasetNotFoundError):
+        raise DataError(
+            f"{name}: is no file here, and the Hugging Face hub has no such dataset that you may read. Check the"
+            " name, or log in with `hf auth login` for one that is private or gated."
+        ) from None
+    except ValueError as fault:  # an unknown split or subset; datasets names those there are
+        raise DataError(f"{name}: {str(fault).splitlines()[0]}") from None
+    except Exception as fault:  # the hub, its client and the network fail in as many ways as there are layers
+        raise MachineError(
+            f"{name}: is no file here, and the Hugging Face hub cannot give it ({type(fault).__name__}). Download it"
+            ' where there is a network, and name the local file: train = "rows.jsonl".'
+        ) from None
+
+
+def _answers(name: str) -> bool:
+    """Whether the hub does, asked once. Where not, `datasets` is to go to its cache, not through its retries."""
+    try:
+        HfApi().dataset_info(name, timeout=TIMEOUT_SECONDS)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise
+    except Exception:  # no network, no name service, a proxy, offline mode
+        return False
+    return True

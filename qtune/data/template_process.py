@@ -22,7 +22,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data import template_worker
 from qtune.data.formats import Message
 from qtune.errors import MachineError, ModelError
 from qtune.subprocess_limits import OUR_FOLDER, environment, python
@@ -30,6 +29,8 @@ from qtune.units import MIB, format_bytes
 
 CPU_SECONDS, MEMORY_BYTES = 2, 256 * MIB
 WALL_SECONDS, START_SECONDS = 20, 60  # for a process that waits its turn on a busy machine
+OUT_OF_MEMORY = 77  # the exit status by which the worker says so; any that Python has no use for
+WORKER = str(Path(__file__).with_name("template_worker.py"))
 MAX_STOPS = 10  # rows that cost two seconds each
 BATCH_BYTES = 1 << 18
 
@@ -65,6 +66,7 @@ class Renderer:
                 "variables": variables,
                 "cpu_seconds": CPU_SECONDS,
                 "memory_bytes": MEMORY_BYTES,
+                "out_of_memory_status": OUT_OF_MEMORY,
             }
         )
         self._child: Child | None = None
@@ -141,7 +143,7 @@ class Child:
 
     def __init__(self, settings: str):
         self._process = subprocess.Popen(
-            python(template_worker.__file__, *_library_folders(), OUR_FOLDER),
+            python(WORKER, *_library_folders(), OUR_FOLDER),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -158,7 +160,7 @@ class Child:
             self.end()
             raise MachineError(
                 f"The process that renders chat templates does not start ({_status(self._process)}). It is"
-                f" {sys.executable} with {template_worker.__file__}."
+                f" {sys.executable} with {WORKER}."
             ) from None
 
     def replies(self, batch: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -207,7 +209,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _why(process: subprocess.Popen[bytes]) -> str:
     if process.returncode == -signal.SIGPROF:
         return f"runs for more than {CPU_SECONDS} seconds"
-    if process.returncode == template_worker.OUT_OF_MEMORY:
+    if process.returncode == OUT_OF_MEMORY:
         return f"needs more than {format_bytes(MEMORY_BYTES)}"
     return f"ends the process that renders it ({_status(process)})"
 

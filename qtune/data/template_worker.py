@@ -6,7 +6,7 @@ that it was given, and nothing of the process that trains: no environment, no se
 JSON lines come in and go out. The first line in is the settings, answered by `{}`. Every further one is a list of
 conversations, read whole before the first answer is written, as both sides would wait for one another otherwise. Each
 conversation is answered by a line of its own, {"text": ...} or {"fault": ...}. Too much time ends the process by
-SIGPROF, too much memory by exit status OUT_OF_MEMORY.
+SIGPROF, too much memory by the exit status that the settings name.
 
 Of qtune it imports `subprocess_limits` alone. Its arguments are the folders in which to look for that and for jinja2.
 """
@@ -33,7 +33,6 @@ from jinja2.utils import Namespace
 
 from qtune.subprocess_limits import limit
 
-OUT_OF_MEMORY = 77
 FLUSH_SECONDS = 0.02
 FAULT_CHARACTERS = 300
 
@@ -136,7 +135,7 @@ def answered(
             text = template.render(**settings["variables"], tools=None, documents=None, **conversation)
             yield as_line({"text": text})
         except MemoryError:
-            os._exit(OUT_OF_MEMORY)
+            os._exit(settings["out_of_memory_status"])
         except Exception as fault:  # a template is a program, and fails in as many ways as one
             yield as_line({"fault": told(fault)})
     signal.setitimer(signal.ITIMER_PROF, 0)

@@ -39,6 +39,14 @@ def blocks_of(path: Path) -> Iterator[bytes]:
             yield block
 
 
+def count_lines(path: Path) -> int:
+    """How many lines there are, the last with an end or without."""
+    newlines, last = 0, b"\n"
+    for block in blocks_of(path):
+        newlines, last = newlines + block.count(b"\n"), block[-1:]
+    return newlines + (last != b"\n")
+
+
 def lines_of(path: Path, newline: str | None = "\n", encoding: str = "utf-8-sig") -> Iterator[str]:
     """The lines of a file without their ends, a byte-order mark left out; `newline` is as in `open`."""
     with path.open(encoding=encoding, newline=newline) as file:

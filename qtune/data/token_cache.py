@@ -1,32 +1,45 @@
-"""Tokenised rows kept between runs, each entry under a key of all it follows from (`cache_key`).
+"""Tokenised rows kept between runs, each entry under a key of all it follows from: content, settings, tokenizer,
+template, date, and this code (`key_of`).
 
 They stand under "tokens" in the machine's `cache_dir`. An entry is a folder of safetensors files and one JSON file with
 the SHA-256 of each. It is written beside its place, then renamed, and read only where every sum is right: a broken one
 is removed, and its rows are made again. A cache that cannot be written is not an error.
 """
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
+from datetime import time as time_of_day
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from qtune import atomic_files, cache_dir
 from qtune.data.dataset import Block, Ints, block_files, map_block
+from qtune.data.sources import Source
+from qtune.data.tokenize import tokenizer_sha256
+from qtune.recipe.schema import Recipe
 from qtune.units import GIB
 
 LARGEST_BYTES, LARGEST_FREE_FRACTION = 8 * GIB, 0.1  # the lesser of both; what was unused longest goes first
+LIBRARIES = ("transformers", "tokenizers", "jinja2")
+DATE = "strftime_now"  # what a template asks transformers for the date with
 STAGED, ABANDONED_SECONDS = "staged-", 24 * 3600
 ARRAYS, FACTS = "arrays.safetensors", "entry.json"
 
@@ -136,3 +149,53 @@ def _make_room(home: Path, needed_bytes: int) -> bool:
 
 def _bytes_in(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
+
+
+def key_of(recipe: Recipe, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The key of these rows; None where it cannot be told what they follow from.
+
+    Files go by name and content, so that a folder may move.
+    """
+    contents = [source.fingerprint() for source in sources]
+    tokenizer_facts = _facts_of(tokenizer)
+    dates = _dates_written(str(tokenizer.chat_template or ""), datetime.now())
+    if tokenizer_facts is None or dates is None or None in contents:
+        return None
+    names = [Path(source.name).name if source.dataset is None else source.name for source in sources]
+    settings = recipe.data.model_dump(mode="json", exclude={"check"}) | {"train": names[0], "held_out": names[1:]}
+    planted = [recipe.evaluate.canaries, recipe.evaluate.canary_repeats]
+    versions = [platform.python_version(), *map(importlib.metadata.version, LIBRARIES)]
+    facts = [contents, settings, planted, recipe.train.seed, tokenizer_facts, dates, versions, _code_sha256()]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _facts_of(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
+    """All that a tokenizer and its template do by; None for one that is a program of its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer) or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    return [
+        type(tokenizer).__name__,
+        tokenizer_sha256(tokenizer),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        str(tokenizer.chat_template or ""),
+        str(getattr(tokenizer, "clean_up_tokenization_spaces", None)),
+    ]
+
+
+def _dates_written(template: str, now: datetime) -> list[str] | None:
+    """Today as the template writes it; None where it writes the time, or asks in a way that is not in plain sight."""
+    formats = [call[2] for call in re.finditer(DATE + r"\s*\(\s*(['\"])(.*?)\1\s*\)", template)]
+    asked = len(re.findall(DATE + r"(?!\s+is\s+(?:not\s+)?defined)", template))
+    morning, night = (datetime.combine(now.date(), moment) for moment in (time_of_day.min, time_of_day.max))
+    written = [morning.strftime(form) for form in formats]
+    return written if asked == len(formats) and written == [night.strftime(form) for form in formats] else None
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Of this room's code as it was loaded: who changes how rows are made need not remember that some are kept."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

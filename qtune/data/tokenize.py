@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.chat_template import ChatTemplate, Piece, Untraceable, special_tokens
+from qtune.data.chat_template import ChatTemplate, Piece, special_tokens
 from qtune.data.formats import RowFault
 from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
+from qtune.data.template_process import Untraceable
 
 T = TypeVar("T")
 
@@ -110,7 +111,9 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
-def characters_of(item: Conversation | Document) -> int:
+def characters_of(item: Conversation | Document | Dropped) -> int:
+    if isinstance(item, Dropped):
+        return 0
     return len(item.text) if isinstance(item, Document) else sum(len(message.content) for message in item.messages)
 
 

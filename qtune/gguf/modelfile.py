@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.chat_template import ChatTemplate, Untraceable, fold_system
+from qtune.data.chat_template import ChatTemplate, fold_system
 from qtune.data.formats import Message
+from qtune.data.template_process import Untraceable
 from qtune.errors import ModelError
 from qtune.gguf.tokenizer_check import without_bos
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.chat_template import ChatTemplate, Untraceable
+from qtune.data.chat_template import ChatTemplate
 from qtune.data.formats import Message
+from qtune.data.template_process import Untraceable
 from qtune.data.tokenize import Encoder
 from qtune.errors import ModelError
 from qtune.gguf.tokenizer import SPACE, Vocabulary

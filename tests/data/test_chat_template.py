@@ -8,9 +8,10 @@ import trl
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoTokenizer
 
-from qtune.data.chat_template import ChatTemplate, Piece, Untraceable, fold_system
+from qtune.data.chat_template import ChatTemplate, Piece, fold_system
 from qtune.data.formats import Message
 from qtune.data.rows import NOT_TRAINED, Conversation
+from qtune.data.template_process import Untraceable
 from qtune.data.tokenize import Encoder, tokenize
 from qtune.errors import ModelError
 

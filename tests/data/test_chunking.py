@@ -7,11 +7,11 @@ import pytest
 from conftest import byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qtune.data.chunking import Cut, fitted
+from qtune.data.chunking import fitted
 from qtune.data.file_readers import TEXT_CHARACTERS, read_file
 from qtune.data.formats import Message
 from qtune.data.prepare import prepare
-from qtune.data.rows import Conversation, Document, Dropped, Example
+from qtune.data.rows import Conversation, Cut, Document, Dropped, Example
 from qtune.data.tokenize import Encoder, tokenize
 from qtune.recipe.schema import Data, Model, Recipe
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer
+from read_rows import read_rows
 
 from qtune.data.csv_dialect import Sheet
 from qtune.data.prepare import prepare
-from qtune.data.sources import read_rows
 from qtune.errors import DataError
 from qtune.recipe.schema import Data, Model, Recipe
 

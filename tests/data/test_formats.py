@@ -1,10 +1,10 @@
 """One raw row, read as each format; and every way a row can be wrong."""
 
 import pytest
+from read_rows import read_rows
 
 from qtune.data.formats import FORMATS, RowFault
 from qtune.data.rows import Conversation, Document, Dropped, RawRow, parse_row, recognise
-from qtune.data.sources import read_rows
 from qtune.errors import DataError
 
 PLAIN: dict[str, str] = {}

@@ -7,8 +7,8 @@ import time
 import datasets
 import huggingface_hub.constants
 import pytest
+from read_rows import read_rows
 
-from qtune.data.sources import read_rows
 from qtune.errors import DataError, MachineError
 
 

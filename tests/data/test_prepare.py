@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from conftest import byte_tokenizer
 
+from qtune.data import row_stream
 from qtune.data.prepare import Prepared, prepare
 from qtune.errors import DataError, ModelError
 from qtune.recipe.schema import Columns, Data, Model, Recipe, Train
@@ -76,14 +77,36 @@ def test_the_fingerprint_is_that_of_the_ids_and_labels_as_json(tmp_path) -> None
     assert prepared.fingerprint == digest.hexdigest()
 
 
+def test_a_file_of_empty_lines_holds_no_rows(tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl: holds no rows\."):
+        run(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("wanted", [{"on_bad_row": "error"}, {"on_bad_row": "drop"}])
+def test_a_file_of_bad_rows_alone_is_not_called_empty(tmp_path, wanted) -> None:
+    (tmp_path / "rows.jsonl").write_text("null\n3\n")
+    with pytest.raises(DataError, match="is null, not an object|no row can be used. 1 of 2 rows: is null") as refused:
+        run(str(tmp_path / "rows.jsonl"), **wanted)
+    assert "holds no rows" not in str(refused.value)
+
+
+def test_once_a_row_is_bad_no_other_is_encoded(tmp_path, monkeypatch) -> None:
+    """Whoever made a mistake is not to wait for a tokenizer; all bad rows are counted for all that."""
+    encoded = []
+    monkeypatch.setattr(row_stream, "tokenize", lambda rows, *how: encoded.extend(rows) or [])
+    good = json.dumps(questions(1)[0])
+    (tmp_path / "rows.jsonl").write_text(f"null\n{good}\n{good}\n3\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: is null.*\nrows\.jsonl:4: is a number"):
+        run(str(tmp_path / "rows.jsonl"))
+    assert encoded == []
+
+
 def test_how_far_it_is_can_be_heard(tmp_path) -> None:
     heard = []
     recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=rows_file(tmp_path, questions(3000))))
     prepare(recipe, TOKENIZER, lambda *words: heard.append(words))
-    assert [what for what, _, _ in heard] == sorted(
-        (what for what, _, _ in heard), key=["reading", "checking", "tokenising"].index
-    )
-    assert heard[0] == ("reading", 1024, None)
+    assert heard[0] == ("tokenising", 1024, 3000)
     assert heard[-1] == ("tokenising", 3000, 3000)
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from read_rows import read_rows
 
-from qtune.data.sources import read_rows
 from qtune.errors import DataError
 
 GOOD = '{"question": "q", "answer": "a"}'
