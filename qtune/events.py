@@ -48,7 +48,8 @@ class MemoryMeasured:
 
     `phase` is what was being done since the last measurement (load, attach, forward, backward, step, eval, save),
     `peak_bytes` the most that was held then, and `total_bytes` what the device has. On the CPU the device is the
-    host's RAM and the parts sum to this process's resident size.
+    host's RAM and the parts sum to this process's resident size. `is_rehearsal` where nothing was trained yet: the
+    largest batch was run once.
     """
 
     step: int
@@ -57,6 +58,7 @@ class MemoryMeasured:
     total_bytes: int
     free_bytes: int
     phase: str = "step"
+    is_rehearsal: bool = False
 
 
 @dataclass(frozen=True)

@@ -302,6 +302,7 @@ def _event_of(line: str) -> Event:
     kind = EVENT_BY_NAME[values.pop("event")]
     if kind is MemoryMeasured:
         values["parts"] = tuple((name, size) for name, size in values["parts"])
+        values.setdefault("is_rehearsal", values.get("phase", "").startswith("rehearsed "))  # as older runs said it
     if kind is Rehearsed:
         values["climbed"] = tuple(values["climbed"])
     return kind(**values)

@@ -102,7 +102,7 @@ def read(run: RunDir) -> Record:
         missing.append("Training did not come to its end.")
     if not run.adapter.is_dir():
         missing.append("No adapter was saved.")
-    memory = [e for e in events if isinstance(e, MemoryMeasured) and not e.phase.startswith("rehearsed")]
+    memory = [e for e in events if isinstance(e, MemoryMeasured) and not e.is_rehearsal]
     exports = ((path.name, _json(path, missing)) for path in sorted(run.path.glob("export*.json")))
     return Record(
         run=run,

@@ -80,8 +80,8 @@ def tell(listen: Listener, plan: "Plan", found: Rehearsal, climbed: list[str]) -
     """Report what the rehearsal held, phase by phase, beside the forecast."""
     for phase, peak in found.peaks.items():
         parts = tuple(sorted(peak.device.items(), key=lambda part: -part[1]))
-        device = plan.device
-        listen(MemoryMeasured(0, parts, peak.device_bytes, device.total_bytes, device.free_bytes, f"rehearsed {phase}"))
+        sizes = (peak.device_bytes, plan.device.total_bytes, plan.device.free_bytes)
+        listen(MemoryMeasured(0, parts, *sizes, f"rehearsed {phase}", is_rehearsal=True))
     listen(Rehearsed(plan.forecast.allocated_bytes, found.device_bytes, found.peak_phase, tuple(climbed)))
 
 

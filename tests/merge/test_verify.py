@@ -1,6 +1,8 @@
 """The verdict: right figures, a broken merge found, float32 arithmetic that does not depend on the kernels."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -190,3 +192,41 @@ def test_float32_arithmetic_on_weights_as_they_are_held(tiny_base, compute_dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (own_kernels - expected).abs().max() > 1e-4
     assert held.lm_head.weight.dtype == getattr(torch, compute_dtype)  # not widened for good
+
+
+@pytest.fixture(scope="module")
+def as_trained(tiny_base, tmp_path_factory):
+    """A run and a merge of it that nothing is wrong with."""
+    folder = tmp_path_factory.mktemp("as_trained")
+    run = make_run(folder / "run", tiny_base, compute_dtype="float32")
+    merge(run, folder / "out", "dequantised", "float32")
+    return run, folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("figures", "clause"),
+    [
+        ({"fold_kl": 1.1e-5}, "before any rounding (at most 1e-05)"),
+        ({"fold_kl": float("nan")}, "before any rounding (at most 1e-05)"),
+        ({"mean_kl": 1.1e-3, "base_kl": 0.1, "mean_kl_bound": 1e-3}, "nats in float32 (at most 1.0e-03)"),
+        ({"mean_kl": float("nan")}, "nats in float32"),
+    ],
+)
+def test_a_kl_out_of_its_bound_fails_by_itself(as_trained, figures, clause) -> None:
+    """Only ever beside other faults was it out, so that a bound which never failed was not seen."""
+    run, output = as_trained
+    verdict = verify(run, output, token_rows())
+    assert verdict.faults == ()
+    (fault,) = dataclasses.replace(verdict, **figures).faults
+    assert clause in fault
+
+
+def test_right_weights_in_a_model_that_computes_otherwise_fail_by_their_kl_alone(as_trained, tmp_path) -> None:
+    run, output = as_trained
+    shutil.copytree(output, tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.1}))
+    verdict = verify(run, tmp_path / "out", token_rows())
+    assert verdict.weights.faults == ()
+    assert not verdict.passed
+    assert all(fault.startswith("mean KL ") for fault in verdict.faults)

@@ -108,7 +108,7 @@ def test_it_says_what_it_held_beside_the_forecast(tiny_base: Path, tmp_path: Pat
     told = rehearsed(events)
     assert told.measured_bytes == pytest.approx(told.forecast_bytes, rel=0.01)
     assert told.climbed == ()
-    phases = [event for event in events if isinstance(event, MemoryMeasured) and event.phase.startswith("rehearsed")]
+    phases = [event for event in events if isinstance(event, MemoryMeasured) and event.is_rehearsal]
     assert {"rehearsed forward", "rehearsed loss", "rehearsed step"} <= {event.phase for event in phases}
     assert max(event.peak_bytes for event in phases) == told.measured_bytes
     for event in phases:

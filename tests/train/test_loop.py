@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def recipe_for(folder: Path, model: dict | None = None, memory: dict | None = No
     )
 
 
-def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[torch.nn.Module, list[Event]]:
+def session_of(recipe: Recipe, packs: int = 20, listen=None) -> tuple[TrainingSession, list[Event]]:
     events: list[Event] = []
     train, held_out = rows(packs), rows(6, seed=1)
     plan = decide(recipe, find_device(), base.read_config(recipe.model), Work.of_rows(train))
@@ -77,8 +78,13 @@ def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[tor
         len(held_out), lambda: held_out_loss(loaded, held_out), lambda: held_out_loss(loaded, held_out[:1])
     )
     learner = Learner.of(loaded, engine, ledger, plan, told)
-    TrainingSession(recipe, plan, learner, TrainingRows(train, measured), told).run(catches_signals=True)
-    return model, events
+    return TrainingSession(recipe, plan, learner, TrainingRows(train, measured), told), events
+
+
+def run(recipe: Recipe, folder: Path, packs: int = 20, listen=None) -> tuple[torch.nn.Module, list[Event]]:
+    session, events = session_of(recipe, packs, listen)
+    session.run(catches_signals=True)
+    return session.learner.loaded.model, events
 
 
 def losses(events: list[Event]) -> list[float]:
@@ -256,3 +262,30 @@ def test_recomputing_layers_does_not_change_the_losses(tiny_base, tmp_path) -> N
         losses(run(recipe_for(tiny_base, settings, {"keep_layers": kept}), tmp_path / str(kept))[1]) for kept in (0, 2)
     )
     assert with_it == pytest.approx(without, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_event_set_from_outside_lets_the_step_finish_and_ends_training(tiny_base, tmp_path, steps: int) -> None:
+    stop, caught = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def listen(event: Event) -> None:
+        assert signal.getsignal(signal.SIGINT) is caught
+        if isinstance(event, StepDone) and event.step == steps:
+            stop.set()
+
+    session, events = session_of(recipe_for(tiny_base), listen=listen)
+    fitted = session.run(stop)
+    assert (fitted.steps, fitted.was_stopped, fitted.stopped_by) == (steps, True, None)
+    assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, steps + 1))
+    assert not any(isinstance(event, Stopping) for event in events)
+    assert isinstance(events[-1], Finished)
+
+
+def test_it_trains_off_the_main_thread_as_on_it(tiny_base, tmp_path) -> None:
+    here, told_here = session_of(recipe_for(tiny_base, max_steps=3))
+    there, told_there = session_of(recipe_for(tiny_base, max_steps=3))
+    here.run()
+    thread = threading.Thread(target=there.run)
+    thread.start()
+    thread.join()
+    assert losses(told_there) == losses(told_here)

@@ -1,0 +1,111 @@
+"""What the trainer counts, and which rows it blames; the steps themselves are in test_loop.py."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from made_models import on_cpu
+
+from qtune.data.packing import collate
+from qtune.hardware import find_device
+from qtune.memory.memory_report import Ledger
+from qtune.memory.oom_recovery import Recovery
+from qtune.memory.techniques import Engine
+from qtune.model import adapter, base
+from qtune.model.tokenizer import load_tokenizer
+from qtune.plan.planner import decide
+from qtune.plan.workload import Work
+from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
+from qtune.train.learner import Learner
+from qtune.train.rows import TrainingRows
+from qtune.train.sft_config import sft_config
+from qtune.train.trainer import Meter, MeteredTrainer
+
+IDS = [[5, 6, 7, number] for number in range(8, 20)]
+PACKS = [{"input_ids": ids, "labels": [-100, *ids[1:]], "seq_lengths": [4]} for ids in IDS]
+
+
+def test_a_meter_is_the_same_in_another_process_but_for_the_clock() -> None:
+    meter = Meter(tokens=7, steps=2, loss=3.5, since=time.perf_counter() - 10)
+    values = meter.as_json()
+    assert values["since"] == pytest.approx(10, abs=0.5)
+    back = Meter.from_json(values)
+    assert back.since == pytest.approx(meter.since, abs=0.5)
+    assert (back.tokens, back.steps, back.loss) == (7, 2, 3.5)
+
+
+def test_a_meter_counts_all_tokens_and_those_with_a_label() -> None:
+    meter = Meter()
+    for pack in PACKS[:2]:
+        meter.count(collate([pack]))
+    assert (meter.tokens, meter.trained_tokens) == (8, 6)
+
+
+def trainer(tiny_base: Path, folder: Path) -> MeteredTrainer:
+    settings = Train(learning_rate=3e-3, gradient_accumulation=2, micro_batch=3, max_steps=2)
+    recipe = Recipe(
+        name="t", model=Model(base=str(tiny_base)), lora=Lora(rank=4), data=Data(train="rows.jsonl"), train=settings
+    )
+    plan = decide(recipe, find_device(), base.read_config(recipe.model), Work.of_rows(PACKS))
+    model = adapter.attach(base.load_base(recipe.model, "cpu", "float32"), recipe.lora, 0)
+    loaded = on_cpu(model, load_tokenizer(recipe.model))
+    learner = Learner(loaded, Engine(model), Recovery(), Ledger.begin(plan.device))
+
+    def places(numbers: Sequence[int]) -> list[str]:
+        return [f"rows.jsonl:{number}" for number in numbers]
+
+    return MeteredTrainer(learner, sft_config(recipe, plan, folder), TrainingRows(PACKS, places=places), None)
+
+
+@pytest.fixture(scope="module")
+def built(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MeteredTrainer:
+    return trainer(tiny_base, tmp_path_factory.mktemp("built"))
+
+
+def test_it_is_built_whole(built: MeteredTrainer) -> None:
+    assert built.train_dataset is PACKS
+    assert len(built.order) == len(PACKS)
+    assert not built.has_begun
+    assert built.may_drop
+    assert 0 <= built.seconds < 60
+
+
+def test_a_loss_that_is_no_number_names_the_rows_of_its_step(built: MeteredTrainer) -> None:
+    rows = built.order.of_epoch(0)[:6]
+    said = str(built.diverged("loss"))
+    assert said.startswith("Step 1: the loss is not a finite number, so the step was not taken.")
+    assert f"It was made of {', '.join(f'rows.jsonl:{row}' for row in rows[:5])} and 1 more." in said
+    assert "train.learning_rate is 0.003" in said
+
+
+def test_the_seconds_before_a_break_count(built: MeteredTrainer) -> None:
+    built.start_clock(100.0)
+    assert 100 <= built.seconds < 160
+    built.start_clock(0.0)
+
+
+def test_an_optimizer_of_its_own_is_not_kept(built: MeteredTrainer) -> None:
+    optimizer = built.optimizer_of_its_own()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert built.optimizer is None
+
+
+def test_the_loss_of_a_batch_says_how_far_its_step_has_come(built: MeteredTrainer) -> None:
+    built.begin_step("The rehearsal")
+    assert built.open_step.phase == "forward pass"
+    loss = built.loss_of(collate(PACKS[:1]))
+    assert torch.isfinite(loss)
+    assert built.open_step.phase == "backward pass"
+
+
+def test_what_a_dropped_step_changed_is_put_back(built: MeteredTrainer) -> None:
+    built.meter.tokens = 11
+    built._note_standing()
+    expected = torch.rand(3)
+    built.meter.tokens = 99
+    torch.rand(5)
+    built.put_standing_back()
+    assert built.meter.tokens == 11
+    assert torch.equal(torch.rand(3), expected)
