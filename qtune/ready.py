@@ -101,7 +101,7 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | Non
     doing(f"reading {recipe.data.train}")
     read = reading.read(recipe, doing.rows)
     doing("planning")
-    plan = decide(recipe, find_device(), config, Work.of_prepared(read.prepared), settled)
+    plan = decide(recipe, find_device(), config, _work_of(read.prepared), settled)
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
 
 
@@ -134,7 +134,12 @@ def plan_without_downloads(recipe: Recipe, device: Device, doing: Doing) -> Plan
     doing(f"reading {recipe.data.train}")
     prepared = prepare(recipe, load_tokenizer(recipe.model), doing.rows)
     doing("planning")
-    return decide(recipe, device, config, Work.of_prepared(prepared), weighs_all=True)
+    return decide(recipe, device, config, _work_of(prepared), weighs_all=True)
+
+
+def _work_of(prepared: Prepared) -> Work:
+    train = prepared.train
+    return Work.of_packs(prepared.train_packs, train.tokens.tolist(), train.trained_tokens.tolist())
 
 
 def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) -> list[tuple[Device, Longest]]:

@@ -12,8 +12,8 @@ from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
-from qtune.memory.techniques import Engine
 from qtune.model import adapter, base, packing_probe
 from qtune.model.loaded import Loaded
 from qtune.ready import GoingOn, Ready, is_on_hub

@@ -3,6 +3,7 @@
 import re
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
+MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
 
 
 def format_bytes(count: float) -> str:

@@ -59,15 +59,15 @@ from qtune.hardware import Device, find_device
 from qtune.memory.memory_report import Ledger
 from qtune.memory.memory_tracker import LiveBytes
 from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
-from qtune.memory.techniques import Techniques
+from qtune.memory.techniques import STEPS, Techniques
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded
-from qtune.plan.fake_step import Batch
+from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import STEPS, Budget
+from qtune.plan.ladder import Budget
 from qtune.plan.max_context import longest
 from qtune.plan.planner import Plan, decide
-from qtune.plan.workload import Work
+from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import finish_step
 from qtune.train.learner import Learner
@@ -170,16 +170,18 @@ class Lab:
     def forecaster(self, shape: str, memory: Memory | None = None) -> Forecaster:
         device = self.device
         recipe = recipe_of(memory or Memory())
-        return Forecaster(self.config(shape), recipe, device.compute_dtype, device.is_cuda, device.outside_bytes)
+        return activation_memory.forecaster(
+            self.config(shape), recipe, device.compute_dtype, device.is_cuda, device.outside_bytes
+        )
 
     def build(self, forecaster: Forecaster, techniques: Techniques) -> Stage:
         """A fresh model of the forecaster's shape with random weights."""
         name, dtype, recipe = self.device.name, self.device.compute_dtype, forecaster.recipe
-        loaded = random_weights(forecaster.config, recipe.model, name, dtype, techniques)
+        loaded = random_weights(forecaster.passes.config, recipe.model, name, dtype, techniques)
         return set_up(loaded, recipe, techniques, dtype, name)
 
     def batch(self, forecaster: Forecaster, tokens: int) -> dict[str, Any]:
-        vocabulary = forecaster.config.get_text_config().vocab_size
+        vocabulary = forecaster.passes.config.get_text_config().vocab_size
         return batch_of(random_rows(1, tokens, vocabulary), self.device.name)
 
     def measure(self, stage: Stage, batch: dict[str, Any]) -> Figures:
@@ -245,8 +247,8 @@ def everything(forecaster: Forecaster, is_streamed: bool) -> Techniques:
     """Every technique that the model allows, streaming or not."""
     techniques = Techniques()
     for rung in STEPS:
-        if rung.field not in forecaster.standing.refusals and (is_streamed or rung.field != "streamed_layers"):
-            techniques = rung.up(techniques, forecaster)
+        if rung.technique not in forecaster.standing.refusals and (is_streamed or rung.technique != "streamed_layers"):
+            techniques = rung.up(techniques, forecaster.standing)
     return techniques
 
 
@@ -315,7 +317,7 @@ def forecast_rows(lab: Lab, shape: str) -> Iterator[Figures]:
         stage.engine.switch_to(techniques)
         for length in lab.some(LENGTHS):
             tokens = lab.tokens(length)
-            forecast = forecaster.forecast(techniques, Batch.of_one_document(tokens))
+            forecast = forecaster.forecast(techniques, BatchShape.of_one_document(tokens))
             row = {"tokens": tokens, "techniques": on(techniques)}
             if forecast.device_bytes > lab.device.free_bytes:
                 yield {**row, "ran": False, "forecast_bytes": forecast.allocated_bytes, "why": "forecast not to fit"}
@@ -336,9 +338,9 @@ def forecast_rows(lab: Lab, shape: str) -> Iterator[Figures]:
 
 def planned(lab: Lab, forecaster: Forecaster, tokens: int, card_bytes: int) -> Plan:
     """What qtune would do for one document of so many tokens on a card of that size."""
-    work = Work((Batch.of_one_document(tokens),))
+    work = Work((BatchShape.of_one_document(tokens),))
     smaller = replace(lab.device, total_bytes=card_bytes, free_bytes=card_bytes)
-    return decide(forecaster.recipe, smaller, forecaster.config, work)
+    return decide(forecaster.recipe, smaller, forecaster.passes.config, work)
 
 
 def floor_rows(lab: Lab, shape: str, ways: Sequence[bool]) -> Iterator[Figures]:
@@ -349,7 +351,7 @@ def floor_rows(lab: Lab, shape: str, ways: Sequence[bool]) -> Iterator[Figures]:
         start = time.perf_counter()
         stage = lab.build(forecaster, techniques)
         built = time.perf_counter() - start
-        forecast = forecaster.forecast(techniques, Batch.of_one_document(tokens))
+        forecast = forecaster.forecast(techniques, BatchShape.of_one_document(tokens))
         batch = lab.batch(forecaster, tokens)
         lab.try_to_measure(stage, batch)  # the first step also sets up the copies
         found = lab.try_to_measure(stage, batch)
@@ -409,7 +411,7 @@ def per_token_rows(lab: Lab) -> Iterator[Figures]:
     short, long = lab.tokens(8192), lab.tokens(32768)
     for name, techniques in lab.some(tuple(ways.items())):
         stage = lab.build(forecaster, techniques)
-        forecasts = [forecaster.forecast(techniques, Batch.of_one_document(n)) for n in (short, long)]
+        forecasts = [forecaster.forecast(techniques, BatchShape.of_one_document(n)) for n in (short, long)]
         found = [lab.try_to_measure(stage, lab.batch(forecaster, n)) for n in (short, long)]
         row: Figures = {"techniques": name, "from_tokens": short, "to_tokens": long}
         row["forecast_per_token"] = _slope(forecasts[0].allocated_bytes, forecasts[1].allocated_bytes, short, long)
@@ -447,10 +449,10 @@ def card_rows(lab: Lab, card_bytes: int) -> Iterator[Figures]:
     for name, memory in lab.some(tuple(ways.items())):
         forecaster = lab.forecaster("llama_8b", memory)
         if lab.is_dry:
-            small = forecaster.forecast(everything(forecaster, True), Batch.of_one_document(96))
+            small = forecaster.forecast(everything(forecaster, True), BatchShape.of_one_document(96))
             card_bytes = 2 * small.device_bytes
         budget = Budget(card_bytes, round(0.8 * lab.device.host_free_bytes))
-        furthest = longest(forecaster.recipe, forecaster, budget).tokens
+        furthest = longest(forecaster, budget).tokens
         row: Figures = {"card_bytes": card_bytes, "techniques": name, "forecast_longest": furthest}
         start = min(furthest, affordable_tokens(forecaster))
         if start < 64:
@@ -480,7 +482,7 @@ class limited_to:
 
 def affordable_tokens(forecaster: Forecaster) -> int:
     """The longest context whose step takes `SLOWEST_PROBE_SECONDS` at most, roughly."""
-    text = forecaster.config.get_text_config()
+    text = forecaster.passes.config.get_text_config()
     linear = 8 * forecaster.standing.active_parameters
     square = 4.5 * 2 * text.hidden_size * max(1, forecaster.layers)
     tokens = 1024
@@ -526,7 +528,7 @@ def trl_rows(lab: Lab) -> Iterator[Figures]:
     draw = torch.Generator().manual_seed(0)
     drawn = torch.empty(TRL_ROWS).log_normal_(mean=5.8, std=0.7, generator=draw)
     lengths = [lab.tokens(int(length)) for length in drawn.clamp(48, 2048)]
-    rows = [random_rows(1, length, forecaster.config.get_text_config().vocab_size)[0] for length in lengths]
+    rows = [random_rows(1, length, forecaster.passes.config.get_text_config().vocab_size)[0] for length in lengths]
     results = {}
     with limited_to(lab, card_bytes):
         for who, run in (("plain trl", trl_run), ("qtune", qtune_run)):
@@ -569,7 +571,7 @@ def _trl_run(lab: Lab, forecaster: Forecaster, rows: Sequence[PackedRow], batch:
     device, clock = lab.device, Clock()
     reset_peak(lab)
     loaded = random_weights(
-        forecaster.config, forecaster.recipe.model, device.name, device.compute_dtype, attention="sdpa"
+        forecaster.passes.config, forecaster.recipe.model, device.name, device.compute_dtype, attention="sdpa"
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -605,10 +607,10 @@ def qtune_run(lab: Lab, forecaster: Forecaster, rows: Sequence[PackedRow], card_
     packed = [joined([rows[i] for i in members]) for members in packs]
     recipe = replace_train(forecaster.recipe, max_steps=count, epochs=1000.0, micro_batch=TRL_BATCH)
     device = replace(lab.device, total_bytes=card_bytes, free_bytes=card_bytes)
-    plan = decide(recipe, device, forecaster.config, Work.of_rows(packed))
+    plan = decide(recipe, device, forecaster.passes.config, Work.of_rows(packed))
     events: list[Event] = []
     reset_peak(lab)
-    frozen = random_weights(forecaster.config, recipe.model, device.name, plan.compute_dtype, plan.techniques)
+    frozen = random_weights(forecaster.passes.config, recipe.model, device.name, plan.compute_dtype, plan.techniques)
     stage = set_up(frozen, recipe, plan.techniques, plan.compute_dtype, device.name)
     loaded = Loaded(stage.model, any_tokenizer(), device.name, plan.compute_dtype)
     learner = Learner.of(loaded, stage.engine, Ledger.begin(device), plan, events.append)

@@ -53,11 +53,10 @@ from qtune.hardware import find_device
 from qtune.memory import fused_cross_entropy
 from qtune.memory.memory_parts import standing_parts
 from qtune.memory.memory_tracker import LiveBytes, storage_sizes
-from qtune.memory.techniques import Techniques
+from qtune.memory.techniques import STEPS, Techniques
 from qtune.model import base
-from qtune.plan import fake_step
+from qtune.plan import activation_memory, fake_step
 from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import STEPS
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
 from qtune.units import format_bytes
 
@@ -97,19 +96,20 @@ class Row:
 def trials_of(forecaster: Forecaster) -> tuple[list[Trial], list[str]]:
     """The rows for a model, and a sentence on each technique that it refuses."""
     refused = forecaster.standing.refusals
-    steps = [step for step in STEPS if step.field not in refused]
+    steps = [step for step in STEPS if step.technique not in refused]
     plain = Trial("no technique", "no technique", Techniques())
     ladder, techniques = [plain], plain.techniques
     for rung in steps:
-        higher = rung.up(techniques, forecaster)
+        higher = rung.up(techniques, forecaster.standing)
         if higher != techniques:  # the head is on the host, or in NF4
             techniques = higher
             ladder.append(Trial(f"+ {rung.name}", plain.name, techniques))
     alone = []
-    if steps and steps[0].field == "recomputed_layers":
+    if steps and steps[0].technique == "recomputed_layers":
         under = ladder[1]
         alone = [
-            Trial(f"recompute, {rung.name}", under.name, rung.up(under.techniques, forecaster)) for rung in steps[1:]
+            Trial(f"recompute, {rung.name}", under.name, rung.up(under.techniques, forecaster.standing))
+            for rung in steps[1:]
         ]
         alone = [trial for trial in alone if trial.techniques != ladder[2].techniques]  # it is the third rung
     return ladder + alone, [f"{field}: {why}" for field, why in refused.items()]
@@ -175,7 +175,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         train=Train(learning_rate=LEARNING_RATE, optimizer="adamw_8bit"),
     )
     config, make = base_maker(options.base, options.shape, settings, device.name, device.compute_dtype)
-    forecaster = Forecaster(config, recipe, device.compute_dtype, device.is_cuda, 0)
+    forecaster = activation_memory.forecaster(config, recipe, device.compute_dtype, device.is_cuda, 0)
     trials, refused = trials_of(forecaster)
     shape = fake_step.Batch.of_one_document(options.tokens)
     batch = batch_of(random_rows(1, options.tokens, config.get_text_config().vocab_size), device.name)

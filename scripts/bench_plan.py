@@ -25,12 +25,11 @@ from qtune.errors import QtuneError
 from qtune.hardware import ASSUMED_CONTEXT_BYTES
 from qtune.memory.techniques import Techniques
 from qtune.model import base
-from qtune.plan import ladder
-from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import Budget, Climb
-from qtune.plan.planner import HOST_FRACTION
+from qtune.plan.activation_memory import forecaster
+from qtune.plan.ladder import Budget, Climb, Ladder
 from qtune.plan.workload import Work
 from qtune.recipe.load import load
+from qtune.recipe.schema import HOST_FRACTION
 from qtune.units import GIB, format_bytes, parse_bytes
 
 CARDS_GIB = (6, 8, 12, 16, 24, 80)
@@ -107,9 +106,9 @@ def every_model(options: argparse.Namespace, folder: Path) -> None:
         work = Work.of_full_sequences(options.tokens)
         try:
             config = base.read_config_alone(recipe.model)
-            forecaster = Forecaster(config, recipe, "bfloat16", True, ASSUMED_CONTEXT_BYTES)
-            climbs = [ladder.climb(recipe, forecaster, work, Budget(gib * GIB, host_bytes)) for gib in CARDS_GIB]
-            cells = [cell(climb, forecaster.layers) for climb in climbs]
+            forecasts = forecaster(config, recipe, "bfloat16", True, ASSUMED_CONTEXT_BYTES)
+            climbs = [Ladder(forecasts, work, Budget(gib * GIB, host_bytes)).climb() for gib in CARDS_GIB]
+            cells = [cell(climb, forecasts.layers) for climb in climbs]
         except QtuneError as fault:
             print(f"{name}: {fault}", file=sys.stderr)
             cells = ["refused"] * len(CARDS_GIB)

@@ -43,27 +43,30 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qtune import logs
-from qtune.data.packing import PackedRow, collate, packed_rows
+from qtune.data.packing import PackedRow, collate, packed_rows, seq_lengths
 from qtune.data.prepare import prepare
 from qtune.data.rows import NOT_TRAINED
 from qtune.errors import MachineError, QtuneError, RunFolderError, how_to_install
 from qtune.hardware import find_device
-from qtune.memory import fused_cross_entropy, memory_tracker, mixture_of_experts, packed_attention, packed_experts
+from qtune.memory import fused_cross_entropy, memory_tracker, mixture_of_experts, nf4, packed_attention, packed_experts
+from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_parts import PASSING_PARTS, STANDING_PARTS
 from qtune.memory.memory_report import Ledger
 from qtune.memory.memory_tracker import LiveBytes, Peak
 from qtune.memory.oom_recovery import Recovery
-from qtune.memory.techniques import Engine, Techniques
-from qtune.memory.weight_streaming import frozen_tensors, spread
+from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.weight_streaming import spread
+from qtune.memory.weight_streaming import frozen_tensors
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded, autocast
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import Plan, decide, refuse_unless_it_fits
-from qtune.plan.workload import Work, largest_rows
+from qtune.plan.workload import Work, heaviest_first
 from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Model, Recipe
 from qtune.rundir import is_used
+from qtune.train import optimizers
 from qtune.train.dry_run import as_after_a_step, count_what_is_there, finish_step
 from qtune.train.learner import Learner
 from qtune.train.rows import TrainingRows
@@ -178,7 +181,7 @@ def random_weights(
     model.tie_weights()
     double = settings.double_quantization
     if settings.quantization == "nf4":
-        quantization = base.nf4_config(settings, dtype)
+        quantization = nf4.config(settings.double_quantization, dtype)
         model = replace_with_bnb_linear(
             model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization
         )
@@ -194,7 +197,7 @@ def random_weights(
                 put(tensor.to("cpu"))
     model.requires_grad_(False)
     model.config.use_cache = False
-    base.keep_weights_as_quantised(model)
+    nf4.keep_weights_as_quantised(model)
     mixture_of_experts.install(model)
     if attention == packed_attention.NAME:
         packed_attention.install(model)
@@ -264,7 +267,13 @@ def with_trl_loss(stage: Stage, recipe: Recipe, plan: Plan, rows: Sequence[Packe
     """The same with trl's loss, which a run takes for a head that scales, caps or biases its logits."""
     loaded = Loaded(stage.model, any_tokenizer(), plan.device.name, plan.compute_dtype)
     learner = Learner(loaded, stage.engine, Recovery(), Ledger.begin(plan.device))
-    trainer = MeteredTrainer(learner, sft_config(recipe, plan, folder), TrainingRows(rows), None)
+    trainer = MeteredTrainer(
+        learner,
+        sft_config(recipe, plan, folder),
+        optimizers.OPTIMIZERS[recipe.train.optimizer],
+        TrainingRows(rows),
+        None,
+    )
     adapter.use_master_dtype(stage.model, recipe.lora.master_dtype)
     trainer.begin_step("The step")
     return dataclasses.replace(stage, loss_of=trainer.loss_of)
@@ -491,7 +500,7 @@ def prepared_plan(recipe: Recipe, is_random: bool) -> tuple[Plan, list[PackedRow
     config = base.read_config(recipe.model)
     prepared = prepare(recipe, load_tokenizer(recipe.model))
     rows = packed_rows(prepared.train, prepared.train_packs)
-    return decide(recipe, device, config, Work.of_prepared(prepared)), rows
+    return decide(recipe, device, config, Work.of_rows(rows)), rows
 
 
 def as_json(recipe: Recipe, plan: Plan, found: Profile, batch: Batch) -> dict[str, Any]:
@@ -533,7 +542,7 @@ def profile_recipe(recipe: Recipe, is_random: bool, folder: Path, console: Conso
     stage = set_up(loaded, recipe, plan.techniques, plan.compute_dtype, device)
     if not fused_cross_entropy.suits(stage.model):
         stage = with_trl_loss(stage, recipe, plan, rows, folder)
-    batch = batch_of(largest_rows(rows, plan.micro_batch), device)
+    batch = batch_of([rows[i] for i in heaviest_first(seq_lengths(rows))[: plan.micro_batch]], device)
     snapshot = folder / "snapshot.pickle" if plan.device.is_cuda else None
     found = profile(stage, batch, plan.gradient_accumulation > 1, snapshot)
 

@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qtune import cli
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import prepare
+from qtune.memory import nf4
 from qtune.model import base
 from qtune.model.open_model import open_run
 from qtune.model.packing_probe import own_attention
@@ -199,10 +200,10 @@ def examine(kind: str, folder: Path) -> Iterator[tuple[str, Any]]:
         plain = AutoModelForCausalLM.from_pretrained(
             folder / "base",
             dtype=torch.float32,
-            quantization_config=base.nf4_config(settled.model, torch.float32),
+            quantization_config=nf4.config(settled.model.double_quantization, torch.float32),
             device_map={"": "cpu"},
         )
-        base.keep_weights_as_quantised(plain)
+        nf4.keep_weights_as_quantised(plain)
         adapted = PeftModel.from_pretrained(plain, opened.adapter).eval()
         with own_attention(tuned.model):
             logits = tuned.model(input_ids=ids, use_cache=False).logits

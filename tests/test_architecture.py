@@ -25,6 +25,9 @@ ROOMS = [
     "logs",
     "gpu_models",
     "hardware",
+    "memory.techniques",
+    "model.lora_variants",
+    "train.optimizers",
     "train.trackers",
     "data.formats",
     "evaluate.metrics",
@@ -130,7 +133,8 @@ def test_looking_at_data_loads_no_more_than_a_tokenizer(tmp_path: Path) -> None:
 import sys
 from qtune import cli
 heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "bitsandbytes", "peft", "trl", "accelerate",
-         "datasets", "pandas", "numba", "transformers.modeling_utils", "qtune.model.base", "qtune.memory", "qtune.plan")
+         "datasets", "pandas", "numba", "transformers.modeling_utils", "qtune.model.base", "qtune.memory.engine",
+         "qtune.memory.memory_tracker", "qtune.plan")
 for verb in (["data", "check"], ["data", "show"], ["check", "--no-plan"]):
     assert cli.main([*verb, "medical", "--demo"]) == 0
     print(verb, [name for name in heavy if name in sys.modules], file=sys.stderr)

@@ -7,9 +7,8 @@ import pytest
 from qtune import ready as readiness
 from qtune.hardware import Device
 from qtune.model import base
-from qtune.plan.fake_step import Batch
 from qtune.plan.planner import decide
-from qtune.plan.workload import Work
+from qtune.plan.workload import BatchShape, Work
 from qtune.recipe import shipped_recipes
 from qtune.recipe.load import load
 from qtune.recipe.schema import Model
@@ -21,7 +20,7 @@ CARD = Device("cuda:0", "RTX 4060", 8 * 1024**3, 7 * 1024**3, "bfloat16", "a tes
 def test_it_loads_and_plans(path: Path) -> None:
     """The small base stands in for the one on the hub."""
     config = base.read_config(Model(base="demo"))
-    plan = decide(load(path), CARD, config, Work(1000 * (Batch.of_one_document(512),)))
+    plan = decide(load(path), CARD, config, Work(1000 * (BatchShape.of_one_document(512),)))
     assert plan.steps > 0
     assert plan.compute_dtype == "bfloat16"
     assert plan.fits

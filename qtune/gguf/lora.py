@@ -18,8 +18,10 @@ from qtune.merge.lora_delta import AdapterWeights
 
 def refuse_what_is_no_lora(adapter: AdapterWeights) -> None:
     """Raises ModelError for what a file of A and B cannot say."""
-    if any(change.magnitude is not None for change in adapter.changes.values()):
-        raise ModelError("--to adapter-gguf: the run trained DoRA, which llama.cpp does not have. Use --to gguf.")
+    variants = {variant.name: variant for change in adapter.changes.values() for variant in change.variants}
+    faults = [variant.faults["llama.cpp"] for variant in variants.values() if "llama.cpp" in variant.faults]
+    if faults:
+        raise ModelError(f"--to adapter-gguf: {', and '.join(faults)}. Use --to gguf.")
     if adapter.replaced:
         raise ModelError(
             f"--to adapter-gguf: the run trained {', '.join(sorted(adapter.replaced))} whole, and an adapter file holds"

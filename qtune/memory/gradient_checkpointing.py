@@ -15,7 +15,7 @@ Letters: B rows, T tokens, H hidden, L layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtune.memory import memory_tracker, rng_state
-from qtune.memory.activation_offload import HostBuffers
-from qtune.memory.weight_streaming import LayerStream
+
+if TYPE_CHECKING:  # what a runner is given when these are switched on
+    from qtune.memory.activation_offload import HostBuffers
+    from qtune.memory.weight_streaming import LayerStream
 
 Forward = Callable[[torch.Tensor], Any]
 
@@ -53,8 +55,8 @@ class LayerRunner:
     """Runs the layers of one model. What it is told may change between steps: a run out of memory climbs a rung."""
 
     layers: list[GradientCheckpointingLayer]
-    host: HostBuffers | None = None
-    stream: LayerStream | None = None
+    host: "HostBuffers | None" = None
+    stream: "LayerStream | None" = None
     is_recomputing: bool = False
     keeps_random_state: bool = False
     ends_in_sum: dict[int, bool] = field(default_factory=dict)
@@ -70,14 +72,14 @@ class LayerRunner:
             layer.gradient_checkpointing = index < count
             layer._gradient_checkpointing_func = self._checkpoint_of(index)
 
-    def stream_with(self, stream: LayerStream) -> None:
+    def stream_with(self, stream: "LayerStream") -> None:
         """Bring in a layer's weights before it runs, in training and in evaluation."""
         assert self.stream is None, "streaming is switched on once"
         self.stream = stream
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(self._bring_in(index, stream))
 
-    def _bring_in(self, index: int, stream: LayerStream) -> Callable[..., None]:
+    def _bring_in(self, index: int, stream: "LayerStream") -> Callable[..., None]:
         def before_layer(layer: torch.nn.Module, arguments: Any) -> None:
             if not self.is_recomputing:
                 stream.bring_in(index, is_forward=True)
@@ -148,7 +150,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
         runner, index = ctx.runner, ctx.index
-        memory_tracker.enter_phase(f"backward {index}")
+        memory_tracker.enter_layer_backward(index)
         hidden = ctx.saved_tensors[0] if ctx.host is None else ctx.host.get(index, ctx.device)
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad(), ctx.autocast(), rng_state.rewound(ctx.random, ctx.device):

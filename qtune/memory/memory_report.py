@@ -12,9 +12,9 @@ from peft import PeftModel
 
 from qtune.events import MemoryMeasured
 from qtune.hardware import Device, host_memory, reset_peak, resident_bytes
+from qtune.memory.engine import Engine
 from qtune.memory.memory_parts import STANDING_PARTS, standing_parts
 from qtune.memory.memory_tracker import storage_sizes
-from qtune.memory.techniques import Engine
 
 REST = "activations and workspace"
 HOST = "held for the host"  # what a card would not hold, where the processor is the device
@@ -55,7 +55,8 @@ class Ledger:
         sizes[REST] = max(0, peak - self.outside_bytes - sum(sizes.values()))
         sizes[outside] = self.outside_bytes
         reset_peak(self.device)
-        parts = tuple((name, sizes[name]) for name in PARTS if name == REST or sizes.get(name))
+        names = [*PARTS, *sorted(sizes.keys() - set(PARTS))]
+        parts = tuple((name, sizes[name]) for name in names if name == REST or sizes.get(name))
         return MemoryMeasured(step, parts, peak, total, free, phase)
 
     def _held(self) -> tuple[int, int, int]:

@@ -76,6 +76,7 @@ class LiveBytes(TorchDispatchMode):
         self.stands_for_card = stands_for_card
         self.peaks: dict[str, Peak] = {}
         self.begun: dict[str, Peak] = {}
+        self.layer_phases: dict[int, str] = {}
         self.timeline: list[tuple[str, dict[str, int]]] | None = [] if with_timeline else None
         self.largest: list[tuple[int, str, tuple[int, ...], str, str]] = []
         self._with_places = with_places
@@ -123,6 +124,11 @@ class LiveBytes(TorchDispatchMode):
         self.phase = phase
         self.begun[phase] = self.now()
         self._note_peak()
+
+    def enter_layer_backward(self, layer: int) -> None:
+        """What comes next is the backward pass of one decoder layer; `layer_phases` has the name of that phase."""
+        self.layer_phases[layer] = f"backward {layer}"
+        self.enter_phase(self.layer_phases[layer])
 
     @contextlib.contextmanager
     def part_of_new(self, part: str) -> Iterator[None]:
@@ -230,6 +236,12 @@ def enter_phase(phase: str) -> None:
         _active.enter_phase(phase)
 
 
+def enter_layer_backward(layer: int) -> None:
+    """Tell the counter, if one is active, that the backward pass of one decoder layer begins."""
+    if _active is not None:
+        _active.enter_layer_backward(layer)
+
+
 def part_of_new(part: str) -> contextlib.AbstractContextManager[None]:
     """What is born inside belongs to `part`, if a counter is active."""
     return contextlib.nullcontext() if _active is None else _active.part_of_new(part)
@@ -253,11 +265,12 @@ def note_workspace(part: str, size: int) -> None:
 
 
 def _dequantised_weight(args: Any) -> tuple[str, int]:
-    """`gemm_4bit(A, B, (N, K), ...)` on many rows writes the (N, K) weight in A's dtype, and its fp32 block scales."""
+    """`gemm_4bit(A, B, (N, K), scales, block, ...)` on many rows writes the (N, K) weight in A's dtype, and its fp32
+    block scales."""
     activations, (rows, columns) = args[0], args[2]
     if activations.numel() // activations.shape[-1] <= FUSED_ROWS and (activations.is_cuda or stands_for_card()):
         return "dequantised weights", 0
-    return "dequantised weights", rows * columns * activations.element_size() + 2 * 4 * rows * columns // 64
+    return "dequantised weights", rows * columns * activations.element_size() + 2 * 4 * rows * columns // args[4]
 
 
 WORKSPACES: dict[str, Callable[[Any], tuple[str, int]]] = {"bitsandbytes::gemm_4bit": _dequantised_weight}

@@ -1,12 +1,36 @@
-"""Parts of an NF4 weight, dequantised alone: rows of a linear layer that start and end on a quantisation block."""
+"""The base in NF4: how it is asked for, and parts of a weight dequantised alone, rows that start and end on a block."""
 
 import math
 from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from transformers import BitsAndBytesConfig
 
-BLOCK, OUTER_BLOCK = 64, 256
+BLOCK, OUTER_BLOCK = 64, 256  # bitsandbytes' own: weights to one scale, and scales to one of double quantisation
+
+
+def config(is_double: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What transformers is told to load linear layers in NF4, with double quantisation if `is_double`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=is_double,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def keep_weights_as_quantised(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking NF4 weights on processors with AVX-512 BF16.
+
+    In eval mode `Linear4bit.forward` rewrites its weight in place for an inference kernel (bitsandbytes 0.50,
+    `_convert_weight_packed_for_cpu`). That kernel has no backward, so training after an evaluation would silently
+    lose the gradients that pass through the base, and it refuses widths that 32 does not divide.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(module: Any) -> bool:

@@ -26,9 +26,10 @@ from qtune.events import Event, Listener, Notice
 from qtune.memory import rng_state
 from qtune.memory.rng_state import RandomState
 from qtune.memory.split_batch import split_batch
+from qtune.train.optimizers import leanest
 
 Batch = dict[str, Any]
-Climb = Callable[[], str | None]
+NextTechnique = Callable[[], str | None]
 
 SPELLINGS = re.compile(
     r"\bout of memory\b"  # CUDA, HIP, XPU, MPS, the driver, bitsandbytes
@@ -121,7 +122,7 @@ class Recovery:
     """
 
     listen: Listener = unheard
-    climb: Climb = nothing_left
+    climb: NextTechnique = nothing_left
     forget_pass: Callable[[], None] = nothing_left
     pieces: int = 1
     _lowest: LowestNode = field(default_factory=LowestNode, init=False, repr=False)
@@ -174,7 +175,7 @@ def _optimizer_too_large(where: str) -> str:
     return (
         f"{where} ran out of memory in the optimizer step, and no memory technique is left to switch on. The adapter is"
         " that of the last whole step. Lower lora.rank or name fewer lora.targets; of the optimizers,"
-        ' train.optimizer = "paged_adamw_8bit" takes the least.'
+        f' train.optimizer = "{leanest().name}" takes the least.'
     )
 
 

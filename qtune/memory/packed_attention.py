@@ -69,24 +69,22 @@ def document_attention(
     attention_mask: torch.Tensor | None,
     *,
     document_lengths: Sequence[int] | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a packed row.
 
     `query` is (1, H, T, E), `key` and `value` (1, K, T, E); `document_lengths` sum to T. Returns (1, T, H, E) and no
-    weights. Without `document_lengths` (generation, padded batches) it is transformers' own SDPA.
+    weights. Without `document_lengths` (generation, padded batches) it is transformers' own SDPA. `settings` are what a
+    model of transformers says of its attention: dropout, scaling, sliding_window and others.
     """
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+    if settings.get("softcap") is not None or settings.get("s_aux") is not None:
         raise NotImplementedError("soft-capped attention and attention sinks need another attention implementation")
-    if document_lengths is not None and kwargs.get("position_bias") is not None:
+    if document_lengths is not None and settings.get("position_bias") is not None:
         raise NotImplementedError("its attention adds a bias by position, which packed attention does not")
+    sliding_window = settings.pop("sliding_window", None)
     if document_lengths is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    dropout, scaling = settings.get("dropout", 0.0), settings.get("scaling")
     assert sum(document_lengths) == query.shape[2], "document lengths must cover the row"
     if len(document_lengths) == 1:
         band = _sliding_band(query.shape[2], sliding_window, query.device)

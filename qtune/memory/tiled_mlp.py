@@ -14,11 +14,12 @@ import types
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtune.memory import memory_tracker, packed_experts, rng_state
 from qtune.memory.gradient_checkpointing import Forward, LayerRunner, autocast_here, backward_again
 
-NORM_TILE_TOKENS = 1024
+NORM_TILE_TOKENS = 1024  # a norm holds (T, H) in float32: larger tiles would be the peak beside a tiled MLP
 
 
 def run_in_tiles(module: torch.nn.Module, runner: LayerRunner, tokens: int, is_tail: bool) -> None:
@@ -41,6 +42,31 @@ def run_in_tiles(module: torch.nn.Module, runner: LayerRunner, tokens: int, is_t
         return _Tiled.apply(hidden, anchor, whole, runner, tokens, is_tail)
 
     module.forward = types.MethodType(forward, module)
+
+
+def run_model_in_tiles(
+    model: torch.nn.Module, layers: list[GradientCheckpointingLayer], runner: LayerRunner, tokens: int
+) -> None:
+    """Run the MLPs of `layers` in tiles of so many tokens, and all norms of `model` in tiles of no more than
+    `NORM_TILE_TOKENS`."""
+    runner.ends_in_sum.clear()
+    norms = _norms_beside(model, layers)
+    for layer in layers:
+        mlps, inside = token_wise(layer)
+        norms += inside
+        for mlp in mlps:
+            run_in_tiles(mlp, runner, tokens, is_tail=True)
+    for norm in norms:
+        run_in_tiles(norm, runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
+
+
+def _norms_beside(model: torch.nn.Module, layers: list[GradientCheckpointingLayer]) -> list[torch.nn.Module]:
+    """The norms that stand in the same module as the list of layers: the last one before the head."""
+    for module in model.modules():
+        held = [child for child in module.children() if isinstance(child, torch.nn.ModuleList)]
+        if any(list(child) == layers for child in held):
+            return [child for child in module.children() if type(child).__name__.endswith("Norm")]
+    return []
 
 
 def token_wise(layer: torch.nn.Module) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:

@@ -43,13 +43,6 @@ class Slot:
     is_here: torch.cuda.Event | None = None
 
 
-def spread(streamed: int, layers: int) -> list[int]:
-    """Indices of `streamed` of `layers` layers, evenly spaced."""
-    if not streamed:
-        return []
-    return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
-
-
 def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]:
     """Every tensor of the frozen parameters of `layer`, quantisation scales too, with a way to replace it.
 

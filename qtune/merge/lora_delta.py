@@ -4,8 +4,8 @@ Letters: O output features, I input features, R rank.
 """
 
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from qtune.errors import ModelError
 from qtune.merge.nf4_round_trip import Index
+from qtune.model import lora_variants
+from qtune.model.lora_variants import LoraVariant
 
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
@@ -26,24 +28,25 @@ UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 @dataclass(frozen=True)
 class Change:
-    """One adapted weight: `a` (R, I), `b` (O, R), and for DoRA the `magnitude` (O,) of every row."""
+    """One adapted weight: `a` (R, I), `b` (O, R), and what the `variants` of LoRA that trained it keep beside, by name,
+    each of the `parts` with a row for every output."""
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
-    magnitude: torch.Tensor | None = None
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    variants: tuple[LoraVariant, ...] = ()
 
     def apply(self, weight: torch.Tensor, rows: Index = slice(None)) -> torch.Tensor:
-        """W + scale * B @ A for the `rows` of W that `weight` (rows, I) holds, in float32 on its device.
-
-        With DoRA every row of the sum is brought to its learned length (equation 5 of arXiv:2402.09353).
-        """
+        """W + scale * B @ A for the `rows` of W that `weight` (rows, I) holds, in float32 on its device, finished as
+        the variants do."""
         a, b = (part.to(weight.device, torch.float32) for part in (self.a, self.b[rows]))
         changed = torch.addmm(weight.float(), b, a, alpha=self.scale)
-        if self.magnitude is None:
-            return changed
-        length = torch.linalg.vector_norm(changed, dim=1, keepdim=True)
-        return changed.mul_(self.magnitude[rows].to(weight.device, torch.float32)[:, None] / length)
+        for variant in self.variants:
+            if variant.finished is not None:
+                parts = {name: self.parts[name][rows].to(weight.device, torch.float32) for name in variant.parts}
+                changed = variant.finished(changed, parts)
+        return changed
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1]
@@ -69,14 +72,18 @@ class AdapterWeights:
                 replaced[name] = tensor
             else:
                 parts.setdefault(name, {})[kind] = tensor
-        _refuse_partial(
-            folder,
-            parts,
-            needed={"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set()),
-        )
+        variants = tuple(lora_variants.saved_in(config))
+        beside = {name for variant in variants for name in variant.parts}
+        _refuse_partial(folder, parts, needed={"lora_A", "lora_B", *beside})
         changes = {
-            name: Change(part["lora_A"], part["lora_B"], _scale(config, name, part), part.get("lora_magnitude_vector"))
-            for name, part in parts.items()
+            module: Change(
+                part["lora_A"],
+                part["lora_B"],
+                lora_variants.scale_of(variants, _alpha(config, module), part["lora_A"].shape[0]),
+                {name: part[name] for name in beside},
+                variants,
+            )
+            for module, part in parts.items()
         }
         return cls(changes, replaced)
 
@@ -135,9 +142,8 @@ def _refuse_partial(folder: Path, parts: dict[str, dict[str, torch.Tensor]], nee
         raise ModelError(f"{folder}: every adapted module needs {', '.join(sorted(needed))}; {'; '.join(faults)}.")
 
 
-def _scale(config: dict[str, Any], module: str, part: dict[str, torch.Tensor]) -> float:
-    """alpha / R, or alpha / sqrt(R) with rsLoRA (arXiv:2312.03732); alpha may differ by module."""
+def _alpha(config: dict[str, Any], module: str) -> float:
+    """It may differ by module."""
     alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
-    rank = part["lora_A"].shape[0]
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha: float = alphas.get(get_pattern_key(alphas.keys(), module), config["lora_alpha"])
+    return alpha

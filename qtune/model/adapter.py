@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qtune.errors import ModelError
 from qtune.memory import expert_lora
+from qtune.model import lora_variants
 from qtune.recipe.schema import Lora
 
 EXPERTS = "experts"
@@ -26,15 +28,16 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """
     torch.manual_seed(seed)
     targets = resolve_targets(model, lora)
+    settings: dict[str, Any] = {"lora_alpha": lora.alpha}
+    for variant in lora_variants.of_recipe(lora):
+        settings |= variant.peft_settings(lora)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=[name for name in targets if name != EXPERTS],
         target_parameters=expert_lora.expert_targets(model) if EXPERTS in targets else None,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
         task_type="CAUSAL_LM",
+        **settings,
     )
     expert_lora.register(config, model)
     try:

@@ -1,9 +1,7 @@
 """The frozen base: its configuration, and the model itself, in 4 bits or not."""
 
 import contextlib
-import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -22,10 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune import logs
 from qtune.errors import ModelError
-from qtune.memory import fused_cross_entropy, packed_attention
+from qtune.memory import fused_cross_entropy, nf4, packed_attention
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.techniques import Techniques
-from qtune.memory.weight_streaming import spread
 from qtune.model import base_files, untrusted_folder
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
@@ -91,7 +87,7 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
 def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
-    What `techniques` keep in host memory is left there, for `memory.techniques.Engine` to take up. Attention keeps
+    What `techniques` keep in host memory is left there, for `memory.engine.Engine` to take up. Attention keeps
     packed documents apart without a mask (`memory.packed_attention`).
     """
     config = read_config(model)
@@ -99,8 +95,12 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     dtype = getattr(torch, compute_dtype)
     quantization = None
     if model.quantization == "nf4":
-        quantization = nf4_config(model, dtype)
-    lives_on_host = functools.partial(_lives_on_host, techniques or Techniques(), config)
+        quantization = nf4.config(model.double_quantization, dtype)
+    text, planned = config.get_text_config(), techniques or Techniques()
+
+    def lives_on_host(weight: str) -> bool:
+        return any(each.stays_on_host(weight, planned, text) for each in planned.on())
+
     with quantized_experts(lives_on_host) if quantization else contextlib.nullcontext():
         folder = base_folder(model)
         try:
@@ -118,43 +118,11 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 f"model.base: {folder} cannot be loaded ({str(fault).splitlines()[0]}). Download the base again."
             ) from None
     loaded.requires_grad_(False)
-    keep_weights_as_quantised(loaded)
+    nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
     return loaded
-
-
-def _lives_on_host(techniques: Techniques, config: PreTrainedConfig, name: str) -> bool:
-    """Whether a parameter is in a streamed layer, or the embedding that is to be looked up in host memory."""
-    text = config.get_text_config()
-    if name.endswith("embed_tokens.weight"):
-        return techniques.host_embedding and not text.tie_word_embeddings
-    layer = re.search(r"\blayers\.(\d+)\..*(weight|_proj)$", name)
-    if layer is None or "norm" in name:
-        return False
-    return int(layer[1]) in spread(techniques.streamed_layers, text.num_hidden_layers)
-
-
-def nf4_config(model: Model, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=model.double_quantization,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
-def keep_weights_as_quantised(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes from repacking NF4 weights on processors with AVX-512 BF16.
-
-    In eval mode `Linear4bit.forward` rewrites its weight in place for an inference kernel (bitsandbytes 0.50,
-    `_convert_weight_packed_for_cpu`). That kernel has no backward, so training after an evaluation would silently
-    lose the gradients that pass through the base, and it refuses widths that 32 does not divide.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:

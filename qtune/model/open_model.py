@@ -9,8 +9,9 @@ from peft import PeftModel
 from qtune.errors import MachineError
 from qtune.hardware import find_device, host_memory
 from qtune.lock import Lock
+from qtune.memory.engine import Engine
 from qtune.memory.nf4 import weight_rows
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
 from qtune.model.fingerprint import refuse_other_base
 from qtune.model.loaded import Loaded

@@ -22,7 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from qtune.errors import ModelError
 from qtune.memory import fused_cross_entropy, mixture_of_experts, nf4, packed_attention, packed_experts
-from qtune.model import adapter, base
+from qtune.model import adapter
 from qtune.recipe.schema import Recipe
 
 
@@ -34,7 +34,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     dtype = getattr(torch, compute_dtype)
     model = _without_weights(config, recipe, dtype)
     if recipe.model.quantization == "nf4":
-        quantization = base.nf4_config(recipe.model, dtype)
+        quantization = nf4.config(recipe.model.double_quantization, dtype)
         model = replace_with_bnb_linear(
             model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization
         )
@@ -50,7 +50,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
     with mode:
         _fill(peft_model, recipe.model.double_quantization)
-    base.keep_weights_as_quantised(peft_model)
+    nf4.keep_weights_as_quantised(peft_model)
     return peft_model
 
 

@@ -12,21 +12,18 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qtune.memory.memory_tracker import Peak
-from qtune.memory.techniques import Techniques
-from qtune.plan import ladder
-from qtune.plan.fake_step import Batch
-from qtune.plan.forecast import Forecast, Forecaster, Parts, in_a_pass
-from qtune.plan.ladder import MARGIN_FRACTION, Budget
-from qtune.plan.overrides import forced
-from qtune.plan.static_memory import Standing
-from qtune.plan.workload import Work
-from qtune.recipe.schema import Recipe
+from qtune.memory.techniques import TECHNIQUES, Techniques
+from qtune.memory.techniques.standing import Parts
+from qtune.plan.forecast import Forecast, Forecaster, Passes
+from qtune.plan.ladder import MARGIN_FRACTION, Budget, Ladder, least, most
+from qtune.plan.workload import BatchShape, Work
 
 Bound = Literal["card", "host", "both"]
-MOST_TOKENS = 4_194_304
+MOST_TOKENS = 4_194_304  # what data.max_tokens may be
 STEP_TOKENS = 64
 FIRST_TOKENS = (4096, 32_768)  # so long that tiles and kernels' workspaces no longer bend the line
-EXACT_FRACTION, TRACES = 0.005, 10
+EXACT_FRACTION = 0.005  # of the tokens: less than lengths of one data set differ by from another
+TRACES = 10  # three or four are enough where the line is straight
 FURTHER_FRACTION = 0.1  # longer by so much, more than one layer's weights are lacking
 
 
@@ -39,99 +36,103 @@ class Longest:
     bound: Bound | None
 
 
-def longest(recipe: Recipe, forecaster: Forecaster, budget: Budget) -> Longest:
+def longest(forecaster: Forecaster, budget: Budget) -> Longest:
     """The longest document with which any plan of the ladder fits `budget`."""
-    if ladder.has_no_room(recipe, forecaster, budget):
+    lines = Lines(forecaster.passes)
+    search = Search(replace(forecaster, passes=lines), budget)
+    if search.at(STEP_TOKENS).has_no_room():
         return Longest(0, "card")
-    lines, fits = Lines.of(forecaster), 0
+    fits = 0
     for _ in range(TRACES):
-        tokens = _furthest(recipe, lines, budget)
-        top = _that_fits(recipe, lines, budget, tokens)
+        tokens = STEP_TOKENS * most(
+            lambda steps: search.top(steps * STEP_TOKENS) is not None, MOST_TOKENS // STEP_TOKENS
+        )
+        top = search.top(tokens)
         if top is None or (fits and tokens - fits <= max(STEP_TOKENS, EXACT_FRACTION * fits)):
             break
-        lines.trace(top, tokens)
-        if budget.has_room_for(_forecast(recipe, lines, top, tokens)):
+        lines.be_exact_at(tokens, top)
+        if budget.has_room_for(search.at(tokens).forecast(top)):
             fits = max(fits, tokens)
-    return Longest(fits, _bound(recipe, lines, budget, fits))
+    return Longest(fits, search.bound(fits))
 
 
-def _furthest(recipe: Recipe, lines: "Lines", budget: Budget) -> int:
-    """The most tokens that fit by the lines as they are now."""
+@dataclass(frozen=True)
+class Search:
+    """Whether documents of any length fit, by forecasts on lines that others make more exact meanwhile."""
 
-    def fits(steps: int) -> bool:
-        return _that_fits(recipe, lines, budget, steps * STEP_TOKENS) is not None
+    forecaster: Forecaster
+    budget: Budget
 
-    return STEP_TOKENS * ladder.most(fits, MOST_TOKENS // STEP_TOKENS)
+    def at(self, tokens: int) -> Ladder:
+        """The ladder of a run on documents of so many tokens, one at a time."""
+        return Ladder(self.forecaster, Work.of_full_sequences(tokens), self.budget)
 
+    def top(self, tokens: int) -> Techniques | None:
+        """The first of the ladder's tops that fits."""
+        ladder = self.at(tokens)
+        tops = ladder.tops(BatchShape.of_one_document(tokens)) if tokens else []
+        return next((top for top in tops if self.budget.has_room_for(ladder.forecast(top))), None)
 
-def _that_fits(recipe: Recipe, forecaster: Forecaster, budget: Budget, tokens: int) -> Techniques | None:
-    """The first of the ladder's tops that fits."""
-    tops = ladder.tops(recipe, forecaster, Batch.of_one_document(tokens), budget.host_bytes) if tokens else []
-    return next((top for top in tops if budget.has_room_for(_forecast(recipe, forecaster, top, tokens))), None)
+    def bound(self, fits: int) -> Bound | None:
+        """What is lacking for a tenth more than `fits`."""
+        if fits >= MOST_TOKENS:
+            return None
+        tokens = max(fits + STEP_TOKENS, round((1 + FURTHER_FRACTION) * fits))
+        device, host = self._lacking_device(tokens), self._lacking_host(tokens)
+        if min(device, host) > max(device, host) / 2:
+            return "both"
+        return "card" if device < host else "host"
 
+    def _lacking_device(self, tokens: int) -> float:
+        """Bytes that the device would have to have more for these tokens, the host as it is."""
+        ladder = self.at(tokens)
+        tops = ladder.tops(BatchShape.of_one_document(tokens))
+        needed = min((ladder.forecast(top).needed_bytes for top in tops), default=math.inf)
+        return needed / (1 - MARGIN_FRACTION) - self.budget.device_bytes
 
-def _forecast(recipe: Recipe, forecaster: Forecaster, techniques: Techniques, tokens: int) -> Forecast:
-    return ladder.forecast(recipe, forecaster, Work.of_full_sequences(tokens), techniques, 1)
-
-
-def _bound(recipe: Recipe, lines: "Lines", budget: Budget, fits: int) -> Bound | None:
-    if fits >= MOST_TOKENS:
-        return None
-    tokens = max(fits + STEP_TOKENS, round((1 + FURTHER_FRACTION) * fits))
-    device, host = _lacking_device(recipe, lines, budget, tokens), _lacking_host(recipe, lines, budget, tokens)
-    if min(device, host) > max(device, host) / 2:
-        return "both"
-    return "card" if device < host else "host"
-
-
-def _lacking_device(recipe: Recipe, lines: "Lines", budget: Budget, tokens: int) -> float:
-    """Bytes that the device would have to have more for these tokens, the host as it is."""
-    tops = ladder.tops(recipe, lines, Batch.of_one_document(tokens), budget.host_bytes)
-    needed = min((_forecast(recipe, lines, top, tokens).needed_bytes for top in tops), default=math.inf)
-    return needed / (1 - MARGIN_FRACTION) - budget.device_bytes
-
-
-def _lacking_host(recipe: Recipe, lines: "Lines", budget: Budget, tokens: int) -> float:
-    """Bytes that the host would have to have more for these tokens, the device as it is."""
-    unlimited, needed, fewest = Budget(budget.device_bytes, 1 << 60), [], forced(recipe, lines).streamed_layers
-    for top in ladder.tops(recipe, lines, Batch.of_one_document(tokens)):
-
-        def forecast(layers: int, top: Techniques = top) -> Forecast:
-            return _forecast(recipe, lines, replace(top, streamed_layers=layers), tokens)
-
-        if unlimited.has_room_for(forecast(top.streamed_layers)):
-            layers = ladder.least(lambda n: unlimited.has_room_for(forecast(n)), fewest, top.streamed_layers)
-            needed.append(forecast(layers).host_bytes)
-    return min(needed, default=math.inf) - budget.host_bytes
+    def _lacking_host(self, tokens: int) -> float:
+        """Bytes that the host would have to have more for these tokens, the device as it is."""
+        ladder = replace(self.at(tokens), budget=self.budget.with_all_the_host())
+        tops = ladder.tops(BatchShape.of_one_document(tokens))
+        needed = [
+            _least_host(ladder, top).host_bytes for top in tops if ladder.budget.has_room_for(ladder.forecast(top))
+        ]
+        return min(needed, default=math.inf) - self.budget.host_bytes
 
 
-@dataclass
-class Lines(Forecaster):
-    """Forecasts of one document of any length, on the line through the nearest two lengths that were traced."""
+def _least_host(ladder: Ladder, top: Techniques) -> Forecast:
+    """Of `top`, which fits, with no more in host memory than has to be there."""
+    for name, each in TECHNIQUES.items():
+        if each.fills_host:
+            now, fewest = getattr(top, name), getattr(ladder.foot, name)
+            amounts = [*(n for n in (each.off, *each.amounts(now)) if n >= fewest and n != now), now]
 
-    exact: Forecaster = field(kw_only=True)
+            def fits(place: int, name: str = name, amounts: list[int] = amounts, top: Techniques = top) -> bool:
+                return ladder.budget.has_room_for(ladder.forecast(top.having(**{name: amounts[place]})))
+
+            top = top.having(**{name: amounts[least(fits, 0, len(amounts) - 1)]})
+    return ladder.forecast(top)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Passes through one document of any length, on the line through the nearest two lengths that were traced."""
+
+    exact: Passes
     _lengths: dict[Techniques, set[int]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, exact: Forecaster) -> "Lines":
-        return cls(exact.config, exact.recipe, exact.compute_dtype, exact.is_card, exact.context_bytes, exact=exact)
+    def be_exact_at(self, tokens: int, techniques: Techniques) -> None:
+        """From now on."""
+        self._lengths.setdefault(techniques.in_a_pass(), {*FIRST_TOKENS}).add(tokens)
 
-    @property
-    def standing(self) -> Standing:
-        return self.exact.standing
-
-    def trace(self, techniques: Techniques, tokens: int) -> None:
-        """Be exact at these tokens from now on."""
-        self._lengths.setdefault(in_a_pass(techniques), {*FIRST_TOKENS}).add(tokens)
-
-    def _passing(self, techniques: Techniques, batch: Batch) -> dict[str, Peak]:
-        low, high = self._around(in_a_pass(techniques), batch.tokens)
+    def peaks(self, techniques: Techniques, batch: BatchShape) -> dict[str, Peak]:
+        low, high = self._around(techniques.in_a_pass(), batch.tokens)
         share = (batch.tokens - low) / (high - low)
-        first, second = (self.exact._passing(techniques, Batch.of_one_document(tokens)) for tokens in (low, high))
+        first, second = (self.exact.peaks(techniques, BatchShape.of_one_document(tokens)) for tokens in (low, high))
         return {phase: _between(peak, second[phase], share) for phase, peak in first.items()}
 
-    def _checkpoint_bytes(self, batch: Batch) -> int:
-        at_first = self.exact._checkpoint_bytes(Batch.of_one_document(FIRST_TOKENS[0]))
+    def checkpoint_bytes(self, batch: BatchShape) -> int:
+        at_first = self.exact.checkpoint_bytes(BatchShape.of_one_document(FIRST_TOKENS[0]))
         return at_first * batch.tokens // FIRST_TOKENS[0]
 
     def _around(self, techniques: Techniques, tokens: int) -> tuple[int, int]:

@@ -10,23 +10,22 @@ from transformers import PreTrainedConfig
 from qtune.errors import DoesNotFit
 from qtune.hardware import Device
 from qtune.memory.techniques import Techniques
-from qtune.plan import ladder, throughput
-from qtune.plan.fake_step import Batch
+from qtune.memory.techniques.standing import Standing
+from qtune.model import lora_variants
+from qtune.plan import activation_memory, throughput
 from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import Budget, Reserve
+from qtune.plan.ladder import Budget, Climb, Ladder, Reserve
 from qtune.plan.max_context import STEP_TOKENS, Longest, longest
 from qtune.plan.overrides import refuse_impossible
 from qtune.plan.rung_report import Rung, rungs
-from qtune.plan.static_memory import Standing
 from qtune.plan.suggestions import explain, remedies
 from qtune.plan.throughput import Speed
-from qtune.plan.workload import Work
-from qtune.recipe.schema import Recipe
+from qtune.plan.workload import BatchShape, Work
+from qtune.recipe.schema import HOST_FRACTION, Recipe
 from qtune.units import counted, format_count, format_percent, parse_bytes
 
-EVALUATIONS = 10
-HOST_FRACTION = 0.8
-SPARE_DISK_BYTES = 64 * 1024**2
+EVALUATIONS = 10  # points enough to see a loss turn, at a cost that is small beside the run
+SPARE_DISK_BYTES = 64 * 1024**2  # for what is small: the log, the events, the page, the card
 
 
 @dataclass(frozen=True)
@@ -101,74 +100,91 @@ def decide(
     Raises ModelError where transformers cannot build the model that `config` describes, or a technique that the recipe
     asks for cannot be done with it, and MachineError where such a technique asks for more host memory than there is.
     """
-    train = recipe.train
     compute_dtype, why_compute = _compute_dtype(recipe, device)
-    forecaster = _forecaster(recipe, device, config, compute_dtype)
-    budget = budget_of(recipe, device)
-    refuse_impossible(recipe, forecaster, work.heaviest(1), budget.host_bytes)
-    if settled is None:
-        climb = ladder.climb(recipe, forecaster, work, budget)
-    else:
-        climb = ladder.stay(recipe, forecaster, work, budget, settled.techniques, settled.micro_batch)
-    told = tuple(rungs(recipe, forecaster, work, climb, weighs_all or not climb.fits))
-    accumulation = train.gradient_accumulation * train.micro_batch // climb.micro_batch
-    steps, why_steps = _steps(recipe, len(work.sequences))
-    if work.is_assumed:
-        why_steps = "the data was not read: every sequence is taken to be full, their number is not known"
-    eval_every, why_eval = _eval_every(recipe, steps)
-    warmup_steps = math.ceil(train.warmup_fraction * steps)
-    choices = (
-        Choice("device", device.label, device.why),
-        Choice("base", _held_as(recipe), "model.quantization"),
-        Choice("compute", compute_dtype, why_compute),
-        Choice("adapter", _adapter(recipe, forecaster.standing), "lora"),
-        Choice("steps", "not known yet" if work.is_assumed else f"{steps:,}", why_steps),
-        Choice(
-            "sequences a step",
-            f"{train.micro_batch * train.gradient_accumulation}",
-            _batch(recipe, climb.micro_batch, accumulation),
-        ),
-        Choice(
-            "learning rate",
-            f"{train.learning_rate:g}",
-            f"{train.schedule}, after {counted(warmup_steps, 'step')} of warm-up",
-        ),
-        Choice("optimizer", train.optimizer, "train.optimizer"),
-        Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
-        Choice("held-out loss", _every(eval_every), why_eval),
-    )
+
+    def forecaster_of(recipe: Recipe) -> Forecaster:
+        return _forecaster(recipe, device, config, compute_dtype)
+
+    ladder = Ladder(forecaster_of(recipe), work, budget_of(recipe, device))
+    refuse_impossible(ladder.forecaster, work.heaviest(1), ladder.budget.host_bytes)
+    climb = ladder.climb() if settled is None else ladder.stay(settled.techniques, settled.micro_batch)
+    told = tuple(rungs(ladder, climb, weighs_all or not climb.fits))
+    pace = _pace(recipe, work)
+    accumulation = recipe.train.gradient_accumulation * recipe.train.micro_batch // climb.micro_batch
     return Plan(
         device=device,
         compute_dtype=compute_dtype,
-        steps=steps,
-        warmup_steps=warmup_steps,
-        eval_every=eval_every,
+        steps=pace.steps,
+        warmup_steps=pace.warmup_steps,
+        eval_every=pace.eval_every,
         micro_batch=climb.micro_batch,
         gradient_accumulation=accumulation,
         is_assumed=work.is_assumed,
         fits=climb.fits,
-        layers=forecaster.layers,
+        layers=ladder.forecaster.layers,
         techniques=climb.techniques,
-        budget=budget,
+        budget=ladder.budget,
         forecast=climb.forecast,
         rungs=told,
-        reserve=ladder.reserve(recipe, forecaster, climb.techniques, work.heaviest(climb.micro_batch), budget),
-        speed=throughput.estimate(recipe, forecaster, _overhead(told), work, device, steps),
-        remedies=() if climb.fits else remedies(recipe, forecaster, work, budget, climb),
-        disk_bytes=_disk_bytes(recipe, forecaster),
-        choices=choices,
+        reserve=ladder.reserve(climb),
+        speed=throughput.estimate(ladder, _overhead(told), device, pace.steps),
+        remedies=() if climb.fits else remedies(ladder, climb, forecaster_of),
+        disk_bytes=_disk_bytes(recipe, ladder.standing),
+        choices=(
+            Choice("device", device.label, device.why),
+            Choice("base", _held_as(recipe), "model.quantization"),
+            Choice("compute", compute_dtype, why_compute),
+            Choice("adapter", _adapter(recipe, ladder.standing), "lora"),
+            *_training_choices(recipe, pace, climb, accumulation),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many optimizer steps there are, what happens at which of them, and why."""
+
+    steps: int
+    warmup_steps: int
+    eval_every: int
+    steps_choice: Choice
+    eval_choice: Choice
+
+
+def _pace(recipe: Recipe, work: Work) -> Pace:
+    steps, why_steps = _steps(recipe, len(work.sequences))
+    if work.is_assumed:
+        why_steps = "the data was not read: every sequence is taken to be full, their number is not known"
+    eval_every, why_eval = _eval_every(recipe, steps)
+    return Pace(
+        steps,
+        math.ceil(recipe.train.warmup_fraction * steps),
+        eval_every,
+        Choice("steps", "not known yet" if work.is_assumed else f"{steps:,}", why_steps),
+        Choice("held-out loss", "every step" if eval_every == 1 else f"every {eval_every:,} steps", why_eval),
+    )
+
+
+def _training_choices(recipe: Recipe, pace: Pace, climb: Climb, accumulation: int) -> tuple[Choice, ...]:
+    train, sequences = recipe.train, f"{recipe.train.micro_batch * recipe.train.gradient_accumulation}"
+    warm_up = f"{train.schedule}, after {counted(pace.warmup_steps, 'step')} of warm-up"
+    return (
+        pace.steps_choice,
+        Choice("sequences a step", sequences, _batch(recipe, climb.micro_batch, accumulation)),
+        Choice("learning rate", f"{train.learning_rate:g}", warm_up),
+        Choice("optimizer", train.optimizer, "train.optimizer"),
+        Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
+        pace.eval_choice,
     )
 
 
 def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConfig) -> list[Longest]:
     """The longest sequence that fits on each of `devices`, which differ in nothing but their memory."""
     forecaster = _forecaster(recipe, devices[0], config, _compute_dtype(recipe, devices[0])[0])
-    found = []
-    for device in devices:
-        budget = budget_of(recipe, device)
-        refuse_impossible(recipe, forecaster, Batch.of_one_document(STEP_TOKENS), budget.host_bytes)
-        found.append(longest(recipe, forecaster, budget))
-    return found
+    budgets = [budget_of(recipe, device) for device in devices]
+    for budget in budgets:
+        refuse_impossible(forecaster, BatchShape.of_one_document(STEP_TOKENS), budget.host_bytes)
+    return [longest(forecaster, budget) for budget in budgets]
 
 
 def _overhead(told: Sequence[Rung]) -> float:
@@ -177,7 +193,7 @@ def _overhead(told: Sequence[Rung]) -> float:
 
 
 def _forecaster(recipe: Recipe, device: Device, config: PreTrainedConfig, compute_dtype: str) -> Forecaster:
-    return Forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
+    return activation_memory.forecaster(config, recipe, compute_dtype, device.is_cuda, device.outside_bytes)
 
 
 def budget_of(recipe: Recipe, device: Device) -> Budget:
@@ -189,19 +205,19 @@ def budget_of(recipe: Recipe, device: Device) -> Budget:
     )
 
 
-def _disk_bytes(recipe: Recipe, forecaster: Forecaster) -> int:
+def _disk_bytes(recipe: Recipe, standing: Standing) -> int:
     """What a run leaves: the adapter, and the checkpoints kept, of which one more is there while it is written."""
-    adapter = 4 * forecaster.standing.trained_parameters
+    adapter = 4 * standing.trained_parameters
     checkpoints = recipe.save.keep + 2  # the newest, the best, and the one being written
-    return adapter + checkpoints * (adapter + forecaster.standing.optimizer_bytes) + SPARE_DISK_BYTES
+    return adapter + checkpoints * (adapter + standing.optimizer_bytes) + SPARE_DISK_BYTES
 
 
 def _adapter(recipe: Recipe, standing: Standing) -> str:
     lora = recipe.lora
-    scale = lora.alpha / (math.sqrt(lora.rank) if lora.rslora else lora.rank)
+    scale = lora_variants.scale_of(lora_variants.of_recipe(lora), lora.alpha, lora.rank)
     share = standing.trained_parameters / standing.parameters
     trained = f"{format_count(standing.trained_parameters)} weights ({format_percent(share)})"
-    return f"{'DoRA' if lora.dora else 'LoRA'}, rank {lora.rank}, scale {scale:.3g}, {trained} in {lora.master_dtype}"
+    return f"{lora_variants.plan_title(lora)}, rank {lora.rank}, scale {scale:.3g}, {trained} in {lora.master_dtype}"
 
 
 def _batch(recipe: Recipe, micro_batch: int, accumulation: int) -> str:
@@ -239,10 +255,6 @@ def _steps(recipe: Recipe, train_packs: int) -> tuple[int, str]:
         steps,
         f"{counted(train.epochs, 'epoch')} of {counted(per_epoch, 'step')} over {counted(train_packs, 'sequence')}",
     )
-
-
-def _every(steps: int) -> str:
-    return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def _eval_every(recipe: Recipe, steps: int) -> tuple[int, str]:

@@ -1,89 +1,100 @@
 """What to change when a run does not fit: only changes that were forecast to fit, nearest first."""
 
+import itertools
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from qtune.hardware import Device
-from qtune.plan import ladder
 from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import MARGIN_FRACTION, Budget, Climb
+from qtune.plan.ladder import MARGIN_FRACTION, Budget, Climb, Ladder
 from qtune.plan.max_context import longest
-from qtune.plan.overrides import FIELDS, written
-from qtune.plan.workload import Work
-from qtune.recipe.schema import Memory, Recipe
+from qtune.plan.overrides import settled, written
+from qtune.recipe.schema import Recipe
 from qtune.units import GIB, KIB, MIB, format_bytes
 
-MOST, LEAST_RANK = 3, 4
+MOST = 3  # of suggestions: more are not read
+LEAST_RANK = 4  # below it an adapter seldom learns a task
 
 
-def remedies(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget, found: Climb) -> tuple[str, ...]:
-    """Up to three sentences, each naming a setting and a value with which the run would fit; `found` does not."""
-    tries = (_left_open, _quantised, _shorter, _narrower, _more_host_memory)
-    known = [sentence for attempt in tries if (sentence := attempt(recipe, forecaster, work, budget))]
-    if found.forecast.host_bytes <= budget.host_bytes:  # or a larger device would not help
-        needed = found.forecast.needed_bytes / (1 - MARGIN_FRACTION)
+def remedies(ladder: Ladder, climb: Climb, forecaster_of: Callable[[Recipe], Forecaster]) -> tuple[str, ...]:
+    """Up to three sentences, each naming a setting and a value with which the run would fit; `climb`, which ends at the
+    top of `ladder`, does not. `forecaster_of` another recipe forecasts that one on the same device."""
+    attempts = (attempt() for attempt in Attempts(ladder, forecaster_of).nearest_first)
+    known = list(itertools.islice(filter(None, attempts), MOST))  # no more are tried than are told
+    if climb.forecast.host_bytes <= ladder.budget.host_bytes:  # or a larger device would not help
+        needed = climb.forecast.needed_bytes / (1 - MARGIN_FRACTION)
         known = [*known[: MOST - 1], f"a device with {_rounded_up(needed)} free (memory.budget)"]
     return tuple(known[:MOST])
 
 
-def _fits(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> bool:
-    """Whether `recipe`, which is not that of `forecaster`, fits with every technique on, one sequence at a time."""
-    changed = replace(forecaster, recipe=recipe, _traces={})
-    if ladder.has_no_room(recipe, changed, budget):
-        return False
-    tops = ladder.tops(recipe, changed, work.heaviest(1), budget.host_bytes)
-    return any(budget.has_room_for(ladder.forecast(recipe, changed, work, top, 1)) for top in tops)
+@dataclass(frozen=True)
+class Attempts:
+    """Changes of a run that does not fit, each a sentence, or None where the run would not fit with it either."""
 
+    ladder: Ladder
+    forecaster_of: Callable[[Recipe], Forecaster]
 
-def _left_open(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    """What the recipe settles in [memory] and the plan would settle otherwise: one setting, or all of them."""
-    keys = [key for key in FIELDS if getattr(recipe.memory, key) != "auto"]
-    for left_out in [*([key] for key in keys), keys] if keys else []:
-        memory = recipe.memory.model_copy(update={key: Memory.model_fields[key].default for key in left_out})
-        if _fits(recipe.model_copy(update={"memory": memory}), forecaster, work, budget):
-            return f"without {' and '.join(written(recipe, key) for key in left_out)}, which the plan can settle"
-    return None
+    @property
+    def nearest_first(self) -> tuple[Callable[[], str | None], ...]:
+        return self.left_open, self.quantised, self.shorter, self.narrower, self.more_host_memory
 
-
-def _quantised(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    if recipe.model.quantization != "none":
+    def left_open(self) -> str | None:
+        """What the recipe settles in [memory] and the plan would settle otherwise: one setting, or all of them."""
+        recipe = self.ladder.recipe
+        every = settled(recipe.memory)
+        for left_out in [*([each] for each in every), every] if every else []:
+            memory = recipe.memory.model_copy(update={each.key: "auto" for each in left_out})
+            if self._fits(recipe.model_copy(update={"memory": memory})):
+                return f"without {' and '.join(written(recipe, each) for each in left_out)}, which the plan can settle"
         return None
-    model = recipe.model.model_copy(update={"quantization": "nf4"})
-    fits = _fits(recipe.model_copy(update={"model": model}), forecaster, work, budget)
-    return 'model.quantization = "nf4" in place of "none"' if fits else None
 
+    def quantised(self) -> str | None:
+        recipe = self.ladder.recipe
+        if recipe.model.quantization != "none":
+            return None
+        model = recipe.model.model_copy(update={"quantization": "nf4"})
+        fits = self._fits(recipe.model_copy(update={"model": model}))
+        return 'model.quantization = "nf4" in place of "none"' if fits else None
 
-def _shorter(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    tokens = longest(recipe, forecaster, budget).tokens
-    if not tokens or tokens >= work.heaviest(1).tokens:
-        return None
-    return f"data.max_tokens = {tokens} (the longest that fits; rows over it go by data.on_long)"
+    def shorter(self) -> str | None:
+        tokens = longest(self.ladder.forecaster, self.ladder.budget).tokens
+        if not tokens or tokens >= self.ladder.work.heaviest(1).tokens:
+            return None
+        return f"data.max_tokens = {tokens} (the longest that fits; rows over it go by data.on_long)"
 
+    def narrower(self) -> str | None:
+        """The largest half of the rank that fits; where the smallest does not, the others are not asked about."""
+        recipe = self.ladder.recipe
 
-def _narrower(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    """The largest of the halves of the rank that fits; where the smallest does not, the others are not asked about."""
+        def fits(rank: int) -> bool:
+            lora = recipe.lora.model_copy(update={"rank": rank})
+            return self._fits(recipe.model_copy(update={"lora": lora}))
 
-    def fits(rank: int) -> bool:
-        lora = recipe.lora.model_copy(update={"rank": rank})
-        return _fits(recipe.model_copy(update={"lora": lora}), forecaster, work, budget)
+        halves = [recipe.lora.rank >> n for n in range(1, recipe.lora.rank.bit_length())]
+        ranks = [rank for rank in halves if rank >= LEAST_RANK]
+        if not ranks or not fits(ranks[-1]):
+            return None
+        rank = next((rank for rank in ranks[:-1] if fits(rank)), ranks[-1])
+        return f"lora.rank = {rank} in place of {recipe.lora.rank}"
 
-    ranks = [rank for n in range(1, recipe.lora.rank.bit_length()) if (rank := recipe.lora.rank >> n) >= LEAST_RANK]
-    if not ranks or not fits(ranks[-1]):
-        return None
-    rank = next((rank for rank in ranks[:-1] if fits(rank)), ranks[-1])
-    return f"lora.rank = {rank} in place of {recipe.lora.rank}"
+    def more_host_memory(self) -> str | None:
+        """Where the host held the climb back."""
+        unlimited = replace(self.ladder, budget=self.ladder.budget.with_all_the_host())
+        if unlimited.has_no_room():
+            return None
+        climb, host_bytes = unlimited.climb(), self.ladder.budget.host_bytes
+        if not climb.fits or climb.forecast.host_bytes <= host_bytes:
+            return None
+        needed, now = _rounded_up(climb.forecast.host_bytes), format_bytes(host_bytes)
+        return f"{needed} of host memory in place of {now} (memory.host_budget)"
 
-
-def _more_host_memory(recipe: Recipe, forecaster: Forecaster, work: Work, budget: Budget) -> str | None:
-    """Where the host held the climb back."""
-    unlimited = Budget(budget.device_bytes, 1 << 60)
-    if ladder.has_no_room(recipe, forecaster, unlimited):
-        return None
-    climb = ladder.climb(recipe, forecaster, work, unlimited)
-    if not climb.fits or climb.forecast.host_bytes <= budget.host_bytes:
-        return None
-    needed, now = _rounded_up(climb.forecast.host_bytes), format_bytes(budget.host_bytes)
-    return f"{needed} of host memory in place of {now} (memory.host_budget)"
+    def _fits(self, recipe: Recipe) -> bool:
+        """Whether `recipe` fits with every technique on, one sequence at a time."""
+        ladder = replace(self.ladder, forecaster=self.forecaster_of(recipe))
+        if ladder.has_no_room():
+            return False
+        return any(ladder.budget.has_room_for(ladder.forecast(top)) for top in ladder.tops(ladder.work.heaviest(1)))
 
 
 def _rounded_up(size: float) -> str:

@@ -10,9 +10,8 @@ Letters: P parameters, T tokens of a document, E head_dim.
 from dataclasses import dataclass
 
 from qtune.hardware import Device
-from qtune.plan.forecast import Forecaster
-from qtune.plan.workload import Work
-from qtune.recipe.schema import Recipe
+from qtune.memory.techniques.standing import Standing
+from qtune.plan.ladder import Ladder
 
 
 @dataclass(frozen=True)
@@ -25,24 +24,20 @@ class Speed:
     overhead_fraction: float
 
 
-def estimate(recipe: Recipe, forecaster: Forecaster, overhead: float, work: Work, device: Device, steps: int) -> Speed:
+def estimate(ladder: Ladder, overhead: float, device: Device, steps: int) -> Speed:
     """`overhead`, of one, is what the techniques add to a step that had memory to spare."""
-    sequences = recipe.train.micro_batch * recipe.train.gradient_accumulation
-    step_tokens = work.mean_tokens * sequences
+    train, work = ladder.recipe.train, ladder.work
+    step_tokens = work.mean_tokens * train.micro_batch * train.gradient_accumulation
     if device.operations_per_second is None:
         return Speed(None, None, None, overhead)
-    plain = sum(_operations(forecaster, sequence.document_lengths) for sequence in work.sequences)
+    plain = sum(_operations(ladder.standing, sequence.document_lengths) for sequence in work.sequences)
     per_token = plain / sum(sequence.tokens for sequence in work.sequences) * (1 + overhead)
     rate = device.operations_per_second / per_token
     return Speed(rate, step_tokens / rate, steps * step_tokens / rate, overhead)
 
 
-def _operations(forecaster: Forecaster, lengths: tuple[int, ...]) -> float:
+def _operations(standing: Standing, lengths: tuple[int, ...]) -> float:
     """Of one forward and one backward pass over documents of these lengths."""
-    standing, text = forecaster.standing, forecaster.config.get_text_config()
-    head = text.vocab_size * text.hidden_size
-    heads = getattr(text, "num_attention_heads", 1)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    linear = 4 * (standing.active_parameters + head) + 6 * standing.trained_parameters
-    attention = 3.5 * 2 * heads * head_dim * max(1, forecaster.layers)
+    linear = 4 * (standing.active_parameters + standing.head_parameters) + 6 * standing.trained_parameters
+    attention = 3.5 * 2 * standing.attention_width * max(1, len(standing.layers))
     return sum(linear * length + attention * length * length for length in lengths)

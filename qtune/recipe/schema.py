@@ -1,15 +1,17 @@
 """What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from qtune.data.formats import FORMATS
 from qtune.evaluate.metrics import METRICS
+from qtune.memory.techniques import TECHNIQUES
+from qtune.model.lora_variants import LORA_VARIANTS
+from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.trackers import TRACKERS
-from qtune.units import parse_bytes, parse_seconds
+from qtune.units import MAX_COUNT, parse_bytes, parse_seconds
 
 
 class Table(BaseModel):
@@ -27,17 +29,6 @@ def _layer_names(value: Any) -> Any:
     raise PydanticCustomError("expected", '"all-linear" or a list of layer names such as ["q_proj", "v_proj"]')
 
 
-def _auto_or_count(least: int) -> Callable[[Any], Any]:
-    """ "auto" or a whole number from `least` up; one sentence for all else."""
-
-    def check(value: Any) -> Any:
-        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_COUNT):
-            return value
-        raise PydanticCustomError("expected", "{wanted}", {"wanted": f'"auto" or a whole number of at least {least}'})
-
-    return check
-
-
 def _auto_or_size(value: Any) -> Any:
     """ "auto" or a size such as "6GiB"."""
     if value == "auto" or (isinstance(value, str) and parse_bytes(value) is not None):
@@ -53,15 +44,17 @@ def _steps_or_duration(value: Any) -> Any:
     raise PydanticCustomError("expected", 'a whole number of steps, or a duration such as "90s", "10min" or "1.5h"')
 
 
-MAX_COUNT = 2**31 - 1  # what the libraries' 32-bit counters hold
+HOST_FRACTION = 0.8  # of the host's free memory: the rest is for data, the libraries and other programs
 NonEmpty = Annotated[str, Field(min_length=1)]
 if TYPE_CHECKING:
     FormatName = str
     MetricName = str
+    OptimizerName = str
     TrackerName = str
 else:
     FormatName = Literal["auto", *FORMATS]
     MetricName = Literal["none", *METRICS]
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
     TrackerName = Literal[tuple(TRACKERS)]
 
 
@@ -92,9 +85,7 @@ class Model(Table):
     )
 
 
-class Lora(Table):
-    """The adapter that is trained."""
-
+class _Pair(Table):
     rank: int = Field(
         16, ge=1, le=1024, description="Inner dimension of each adapter pair; 16 is enough for most tasks."
     )
@@ -108,8 +99,17 @@ class Lora(Table):
         "all-linear",
         description="Names of the linear layers that get an adapter; all of them but the head learns best (QLoRA).",
     )
-    rslora: bool = Field(False, description="Scale by alpha/sqrt(rank), which keeps high ranks learning (rsLoRA).")
-    dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA); a little better, and slower.")
+
+
+_VARIANTS: dict[str, Any] = {
+    each.name: (bool, Field(False, description=each.description)) for each in LORA_VARIANTS.values()
+}
+_Variants: Any = create_model("_Variants", __base__=_Pair, **_VARIANTS)
+
+
+class Lora(_Variants):  # a setting for each variant of LoRA that there is
+    """The adapter that is trained."""
+
     master_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What adapter weights are kept in; bfloat16 loses half of the small updates at 2e-5."
     )
@@ -229,7 +229,7 @@ class Train(Table):
     gradient_accumulation: int = Field(
         8, ge=1, le=4096, description="Forward passes per optimizer step; costs no memory."
     )
-    optimizer: Literal["paged_adamw_8bit", "adamw_8bit", "adamw"] = Field(
+    optimizer: OptimizerName = Field(
         "paged_adamw_8bit", description="Paged 8-bit AdamW holds 2 bytes a trained weight and can spill to the host."
     )
     eval_every: int | None = Field(
@@ -240,41 +240,28 @@ class Train(Table):
 
 
 Size = Annotated[str, BeforeValidator(_auto_or_size)]
-AutoOrCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count(0))]
 
 
-class Memory(Table):
-    """How the run is made to fit. Left alone, the plan climbs as far as it must, cheapest technique first."""
-
+class _Budgets(Table):
     budget: Size = Field(
         "auto", description='Device memory the run may take, such as "6GiB"; auto is what is free when it starts.'
     )
     host_budget: Size = Field(
-        "auto", description='Host memory the techniques may take, such as "16GiB"; auto is 80 % of what is free.'
-    )
-    keep_layers: AutoOrCount = Field(
-        "auto", description="Layers that keep their activations instead of being recomputed; each is faster and larger."
-    )
-    checkpoints: Literal["auto", "device", "host"] = Field(
-        "auto", description="Where the inputs of recomputed layers wait; host frees 2 bytes x hidden a token and layer."
-    )
-    tile_tokens: AutoOrCount = Field(
         "auto",
-        description="Tokens in one piece of the MLPs and norms; 0 runs them whole, few are leaner and slower.",
+        description='Host memory the techniques may take, such as "16GiB"; auto is'
+        f" {100 * HOST_FRACTION:.0f} % of what is free.",
     )
-    embedding: Literal["auto", "device", "host"] = Field(
-        "auto", description="Where the embedding table lives; on the host its rows are looked up there."
-    )
-    head: Literal["auto", "16bit", "host", "nf4"] = Field(
-        "auto",
-        description="Where the output head is; host copies slices of it in for the loss, nf4 rounds it while training.",
-    )
-    stream_layers: AutoOrCount = Field(
-        "auto", description="Frozen layers that stay in host memory and visit the device; costs copies, not accuracy."
-    )
-    head_groups: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count(1))] = Field(
-        "auto", description="Pieces the attention heads are run in; more hold less and run attention once more."
-    )
+
+
+_SETTINGS: dict[str, Any] = {
+    each.key: (each.setting, Field("auto", description=each.description)) for each in TECHNIQUES.values()
+}
+_Techniques: Any = create_model("_Techniques", __base__=_Budgets, **_SETTINGS)
+
+
+class Memory(_Techniques):  # a setting for each technique that there is
+    """How the run is made to fit. Left alone, the plan climbs as far as it must, cheapest technique first."""
+
     rehearse: bool = Field(
         True, description="Run the largest batch once before the first step, so that a wrong forecast costs nothing."
     )

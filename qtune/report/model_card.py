@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qtune.atomic_files import write_text
 from qtune.evaluate.metrics import label
+from qtune.model.lora_variants import LORA_VARIANTS, PLAIN
 from qtune.report import conclusions, markdown, memory_bar, run_record, serving_snippets, summary, tables
 from qtune.report.run_record import Record
 from qtune.rundir import RunDir
@@ -161,7 +162,7 @@ def _setting_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     lora, train = recipe.get("lora"), recipe.get("train")
     rows = []
     if lora:
-        kind = "DoRA" if lora["dora"] else "rsLoRA" if lora["rslora"] else "LoRA"
+        kind = next((each.title for name, each in reversed(LORA_VARIANTS.items()) if lora.get(name)), PLAIN)
         targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
         rows.append(("adapter", f"{kind}, rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}"))
     if train:

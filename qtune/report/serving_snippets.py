@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qtune.model.lora_variants import faults_of
 from qtune.report import tables
 from qtune.report.run_record import Record
 from qtune.report.wording import one_line
@@ -68,9 +69,7 @@ def vllm_faults(config: Mapping[str, Any]) -> list[str]:
     option), and scales every module by one alpha and one rank. Ranks are MaxLoRARanks in vllm/config/lora.py.
     """
     faults = [] if config["r"] <= VLLM_RANKS[-1] else [f"its rank is {config['r']}, and vLLM's highest is 512"]
-    if config.get("use_dora"):
-        faults.append("it is DoRA, which vLLM does not have")
-    return faults + faults_of_plain_loaders(config, "vLLM")
+    return faults + faults_of(config, "vLLM") + faults_of_plain_loaders(config, "vLLM")
 
 
 def faults_of_plain_loaders(config: Mapping[str, Any], server: str) -> list[str]:

@@ -22,6 +22,7 @@ from qtune.gguf.export import Target, chosen_onto, modelfile_of
 from qtune.merge.lora_delta import read_config, weights_path
 from qtune.merge.merged_weights import Fold
 from qtune.model import base_files
+from qtune.model.lora_variants import faults_of
 from qtune.report import run_record, serving_snippets, tables
 from qtune.rundir import RunDir, default_export
 
@@ -116,10 +117,7 @@ class _Asked:
 
     def _sglang(self) -> Answer:
         faults = serving_snippets.faults_of_plain_loaders(self.config, "SGLang")
-        if self.config.get("use_dora"):
-            faults.append("it is DoRA, which SGLang does not have")
-        if self.config.get("use_rslora"):
-            faults.append("it is rsLoRA, which SGLang would scale as LoRA, that is too weakly")
+        faults += faults_of(self.config, "SGLang")
         if faults:
             return _refused(faults)
         if self._is_lost:

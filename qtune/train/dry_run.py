@@ -16,10 +16,10 @@ from qtune.errors import OutOfMemory
 from qtune.events import Listener, MemoryMeasured, Rehearsed
 from qtune.hardware import Device
 from qtune.memory import rng_state
+from qtune.memory.engine import Engine
 from qtune.memory.memory_parts import standing_parts
 from qtune.memory.memory_tracker import LiveBytes, Peak
-from qtune.memory.oom_recovery import Batch, Climb, free_memory, is_out_of_memory, let_go
-from qtune.memory.techniques import Engine
+from qtune.memory.oom_recovery import Batch, NextTechnique, free_memory, is_out_of_memory, let_go
 from qtune.model.adapter import trained_parameters
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Rehearsal:
 
 
 def rehearse_until_it_fits(
-    run_once: Callable[[], Rehearsal], most_bytes: int, climb: Climb, forget_pass: Callable[[], None]
+    run_once: Callable[[], Rehearsal], most_bytes: int, climb: NextTechnique, forget_pass: Callable[[], None]
 ) -> tuple[Rehearsal, list[str]]:
     """The rehearsal that stayed within `most_bytes`, and what was switched on for it.
 

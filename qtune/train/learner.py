@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from qtune.events import Listener, MemoryMeasured
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
-from qtune.memory.oom_recovery import Climb, Recovery, pieces_to_begin_with
-from qtune.memory.techniques import Engine
+from qtune.memory.oom_recovery import NextTechnique, Recovery, pieces_to_begin_with
 from qtune.model.loaded import Loaded
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Learner:
         return self.ledger.measure(phase, step, self.loaded.model, self.engine, optimizer)
 
 
-def _climber(plan: "Plan", engine: Engine) -> Climb:
+def _climber(plan: "Plan", engine: Engine) -> NextTechnique:
     """Switches on the next technique above the plan's, and names it; None when there is none left."""
     higher = iter(plan.reserve)
 

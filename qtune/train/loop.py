@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from trl import SFTConfig
 
-from qtune.data.packing import collate
+from qtune.data.packing import collate, seq_lengths
 from qtune.events import Finished, Listener, Started
 from qtune.memory.oom_recovery import refusing
 from qtune.memory.split_batch import split_batch
 from qtune.model.adapter import use_master_dtype
-from qtune.plan.workload import largest_rows
+from qtune.plan.workload import heaviest_first
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
 from qtune.train import dry_run
@@ -23,6 +23,7 @@ from qtune.train.callbacks import EvaluateEvery, Reporter
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.checkpointer import Saver, SaveWhen, train_from
 from qtune.train.learner import Learner
+from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.rows import TrainingRows
 from qtune.train.sft_config import sft_config
 from qtune.train.stop_signals import StepDropped, Stop
@@ -69,7 +70,8 @@ class TrainingSession:
         weights are those of the last whole step.
         """
         checkpoint = self.going_on_from
-        trainer = MeteredTrainer(self.learner, self._settings(), self.rows, checkpoint)
+        optimizer = OPTIMIZERS[self.recipe.train.optimizer]
+        trainer = MeteredTrainer(self.learner, self._settings(), optimizer, self.rows, checkpoint)
         use_master_dtype(trainer.model, self.recipe.lora.master_dtype)
         tracker = TrackerCallback(self.recipe.report.to, trainer, self.listen) if self.recipe.report.to else None
         reporter = Reporter(trainer, self.rows.held_out, self.listen, tracker)
@@ -106,7 +108,8 @@ class TrainingSession:
     def _rehearse(self, trainer: MeteredTrainer) -> None:
         """Run the largest batch, and the largest held-out sequence, once; tell what they held."""
         plan, learner = self.plan, self.learner
-        pieces = split_batch(collate(largest_rows(self.rows.packs, plan.micro_batch)), learner.recovery.pieces)
+        heaviest = heaviest_first(seq_lengths(self.rows.packs))[: plan.micro_batch]
+        pieces = split_batch(collate([self.rows.packs[i] for i in heaviest]), learner.recovery.pieces)
         batch = trainer._prepare_inputs(max(pieces, key=lambda piece: sum(piece["document_lengths"])))
         accumulates = plan.gradient_accumulation > 1
 

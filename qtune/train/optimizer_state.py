@@ -8,9 +8,10 @@ import torch
 
 from qtune.errors import RunFolderError
 from qtune.memory import rng_state
+from qtune.train.optimizers import OPTIMIZERS
 
 Tensors = dict[str, torch.Tensor]
-CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' code books, one for all weights
+CONSTANT = {key for each in OPTIMIZERS.values() for key in each.constant_state}  # made again, not saved
 
 
 def take_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> tuple[Tensors, dict[str, Any]]:

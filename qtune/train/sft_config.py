@@ -6,8 +6,8 @@ from trl import SFTConfig
 
 from qtune.plan.planner import Plan
 from qtune.recipe.schema import Recipe
+from qtune.train.optimizers import OPTIMIZERS
 
-OPTIMIZERS = {"paged_adamw_8bit": "paged_adamw_8bit", "adamw_8bit": "adamw_8bit", "adamw": "adamw_torch"}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -24,7 +24,7 @@ def sft_config(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
         warmup_steps=plan.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim=OPTIMIZERS[train.optimizer],
+        optim=OPTIMIZERS[train.optimizer].made_by,
         gradient_checkpointing=False,  # ours is in memory.layers
         bf16=plan.compute_dtype == "bfloat16",
         fp16=plan.compute_dtype == "float16",

@@ -18,6 +18,7 @@ from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.lr_schedule import warming_from_first_step, wind
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
+from qtune.train.optimizers import Optimizer
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
 
@@ -61,13 +62,21 @@ class MeteredTrainer(SFTTrainer):
     open_step: OpenStep
     step_loss: torch.Tensor
 
-    def __init__(self, learner: Learner, settings: SFTConfig, rows: TrainingRows, going_on_from: Checkpoint | None):
+    def __init__(
+        self,
+        learner: Learner,
+        settings: SFTConfig,
+        optimizer: Optimizer,
+        rows: TrainingRows,
+        going_on_from: Checkpoint | None,
+    ):
         super().__init__(
             model=learner.loaded.model,
             args=settings,
             data_collator=collate,
             train_dataset=Dataset.from_list([dict(rows.packs[0])]),  # trl takes no other class, and looks at one row
             processing_class=learner.loaded.tokenizer,
+            optimizer_cls_and_kwargs=optimizer.made_with(settings.learning_rate),
         )
         self.remove_callback(PrinterCallback)
         self.train_dataset = rows.packs

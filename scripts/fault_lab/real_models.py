@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from qtune.data.packing import PackedRow, collate
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.engine import Engine
+from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
 from qtune.recipe.schema import Lora, Model
 

@@ -218,10 +218,10 @@ def test_layers_that_cannot_be_found_leave_the_other_rungs(
     workplace: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No architecture of transformers is so strange, so the layers are hidden."""
-    from qtune.memory import techniques
-    from qtune.plan import static_memory
+    from qtune.memory import engine
+    from qtune.plan import parameter_count
 
-    for module in (techniques, static_memory):
+    for module in (engine, parameter_count):
         monkeypatch.setattr(module, "find_layers", lambda model: [])
     status, out, _ = plan(capsys, *CARD, "--json")
     notes = {rung["setting"]: rung["note"] for rung in json.loads(out)["rungs"]}

@@ -7,9 +7,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 
 from qtune.memory import fused_cross_entropy, packed_attention
 from qtune.memory.attention_head_chunks import most_groups, why_not_grouped
+from qtune.memory.engine import refusals
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import LiveBytes
-from qtune.memory.techniques import Techniques, refusals
+from qtune.memory.techniques import Techniques
 
 
 @pytest.mark.parametrize("recomputed", [0, LAYERS])

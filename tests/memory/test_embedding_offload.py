@@ -4,8 +4,9 @@ import pytest
 import torch
 from made_models import adapted, assert_equal, base, batch, held_out, one_pass, switched
 
+from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import Techniques
 
 ON_HOST = Techniques(host_embedding=True)
 

@@ -19,9 +19,10 @@ from peft import PeftModel
 from transformers import CodeGenConfig, CodeGenForCausalLM, Gemma3nForCausalLM, Gemma3nTextConfig
 
 from qtune.memory import fused_cross_entropy, packed_attention
+from qtune.memory.engine import Engine, refusals
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import LiveBytes
-from qtune.memory.techniques import Engine, Techniques, refusals
+from qtune.memory.techniques import Techniques
 
 RECOMPUTED = Techniques(recomputed_layers=LAYERS)
 ON_HOST = Techniques(recomputed_layers=LAYERS, host_checkpoints=True)

@@ -5,8 +5,9 @@ import torch
 from made_models import adapted, assert_close, assert_equal, base, batch, held_out, one_pass, switched
 
 from qtune.memory import head_offload
+from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import Techniques
 
 HEAD = Techniques(head="host")
 KINDS = ["llama", "qwen3", "gemma3"]  # the second and third with a tied table

@@ -5,9 +5,10 @@ import mmap
 import torch
 
 from qtune.hardware import Device, find_device, host_memory, resident_bytes
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import HOST, PARTS, REST, Ledger
 from qtune.memory.memory_tracker import block_bytes, storage_sizes
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
 from qtune.recipe.schema import Lora, Model
 

@@ -23,6 +23,7 @@ from qtune.memory import expert_lora, memory_tracker
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.memory_tracker import quantization_state, storage_sizes
 from qtune.memory.mixture_of_experts import install
+from qtune.memory.nf4 import keep_weights_as_quantised
 from qtune.memory.packed_experts import (
     expert_modules,
     pack,
@@ -32,7 +33,6 @@ from qtune.memory.packed_experts import (
     refusals,
     stacked_names,
 )
-from qtune.model.base import keep_weights_as_quantised
 
 SHAPE = {
     "vocab_size": 262,

@@ -19,9 +19,9 @@ from qtune.evaluate.held_out_loss import held_out_loss
 from qtune.events import Evaluated, Event, Finished, Notice, StepDone
 from qtune.hardware import find_device
 from qtune.memory import fused_cross_entropy
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.memory.oom_recovery import OpenStep, Recovery, is_out_of_memory, let_go
-from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer

@@ -20,7 +20,8 @@ from made_models import (
     trained,
 )
 
-from qtune.memory.techniques import Engine, Techniques, refusals
+from qtune.memory.engine import Engine, refusals
+from qtune.memory.techniques import Techniques
 
 ALL = Techniques(
     recomputed_layers=LAYERS,

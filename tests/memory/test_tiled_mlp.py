@@ -6,9 +6,10 @@ from made_models import LAYERS, Pass, adapted, assert_close, assert_equal, base,
 from transformers import BloomConfig, BloomForCausalLM
 
 from qtune.memory import fused_cross_entropy, memory_tracker
+from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import LayerRunner, find_layers
 from qtune.memory.memory_tracker import LiveBytes
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import Techniques
 from qtune.memory.tiled_mlp import run_in_tiles, token_wise
 
 TOKENS = 64

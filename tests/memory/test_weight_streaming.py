@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
-from qtune.memory.techniques import Engine, Techniques
-from qtune.memory.weight_streaming import ALIGNMENT, frozen_tensors, layout, spread
+from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.weight_streaming import spread
+from qtune.memory.weight_streaming import ALIGNMENT, frozen_tensors, layout
 
 STREAMED = Techniques(recomputed_layers=LAYERS, streamed_layers=LAYERS)
 READERS = {"aten::mm", "aten::addmm", "aten::bmm"}

@@ -18,15 +18,16 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory.techniques import Head, Techniques
-from qtune.plan.fake_step import Batch, trace
-from qtune.plan.forecast import Forecaster
+from qtune.memory.techniques import Techniques
+from qtune.plan.activation_memory import forecaster
+from qtune.plan.fake_step import trace
+from qtune.plan.workload import BatchShape
 
 DOCUMENTS = (290, 121, 57, 32)
 SHARED = {"vocab_size": 262, "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-def every_rung(layers: int, groups: int, head: Head = "host") -> Techniques:
+def every_rung(layers: int, groups: int, head: str = "host") -> Techniques:
     return Techniques(layers, True, 64, True, head, layers, groups)
 
 
@@ -164,20 +165,20 @@ def test_a_hundred_million_parameters(tmp_path: Path) -> None:
 def test_few_layers_stand_for_many(is_card: bool, on_host: bool) -> None:
     """Every phase, against a trace of all layers: each kept layer once took a checkpoint off the backward pass."""
     recipe, config = recipe_for("demo"), tiny_config(num_hidden_layers=6)
-    batch = Batch((50, 30), 60)
-    forecaster = Forecaster(config, recipe, "bfloat16", is_card, 0)
+    batch = BatchShape((50, 30), 60)
+    passes = forecaster(config, recipe, "bfloat16", is_card, 0).passes
     for kept in (0, 1, 4):
         techniques = Techniques(6 - kept, host_checkpoints=on_host, tile_tokens=32)
         whole = trace(config, recipe, "bfloat16", techniques, batch, is_card).peaks
-        for phase, peak in forecaster._passing(techniques, batch).items():
+        for phase, peak in passes.peaks(techniques, batch).items():
             traced = {part: size for part, size in whole[phase].device.items() if part != "standing"}
             assert sum(peak.device.values()) == pytest.approx(sum(traced.values()), rel=0.03), (kept, phase)
             assert peak.host.get("checkpoints", 0) == whole[phase].host.get("checkpoints", 0)
 
 
 def test_what_the_host_holds_is_found_without_tracing_the_rest(tiny_base: Path) -> None:
-    forecaster, batch = on_this_machine(recipe_for(tiny_base), "float32"), Batch(DOCUMENTS, 60)
+    forecasts, batch = on_this_machine(recipe_for(tiny_base), "float32"), BatchShape(DOCUMENTS, 60)
     for techniques in (Techniques(), Techniques(2, True), every_rung(2, 2)):
-        found = forecaster.forecast(techniques, batch)
-        assert forecaster.host_parts(techniques, batch) == found.host
-    assert forecaster.host_parts(Techniques(1, True), batch)["checkpoints"] == sum(DOCUMENTS) * 64 * 4
+        found = forecasts.forecast(techniques, batch)
+        assert forecasts.host_parts(techniques, batch) == found.host
+    assert forecasts.host_parts(Techniques(1, True), batch)["checkpoints"] == sum(DOCUMENTS) * 64 * 4

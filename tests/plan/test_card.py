@@ -13,10 +13,10 @@ from qtune.hardware import Device
 from qtune.memory.memory_tracker import LiveBytes
 from qtune.memory.packed_attention import _attend
 from qtune.memory.techniques import Techniques
-from qtune.plan.fake_step import Batch
+from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecaster
 from qtune.plan.planner import decide
-from qtune.plan.workload import Work
+from qtune.plan.workload import BatchShape, Work
 
 GIB = 1024**3
 CONTEXT = 500 * 1024**2
@@ -47,15 +47,15 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 @lru_cache
 def forecaster(shape: str) -> Forecaster:
-    return Forecaster(SHAPES[shape], recipe_for("demo", lora={"rank": 16}), "bfloat16", True, CONTEXT)
+    return activation_memory.forecaster(SHAPES[shape], recipe_for("demo", lora={"rank": 16}), "bfloat16", True, CONTEXT)
 
 
 def allocated(shape: str, techniques: Techniques, tokens: int = 2048) -> int:
-    return forecaster(shape).forecast(techniques, Batch.of_one_document(tokens)).allocated_bytes
+    return forecaster(shape).forecast(techniques, BatchShape.of_one_document(tokens)).allocated_bytes
 
 
 def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
-    found = forecaster("Llama-3.1-8B").forecast(Techniques(32), Batch.of_one_document(2048))
+    found = forecaster("Llama-3.1-8B").forecast(Techniques(32), BatchShape.of_one_document(2048))
     trained = 41_943_040  # rank 16 on the seven linears of each layer
     assert found.device["context"] == CONTEXT
     assert found.device_bytes == found.allocated_bytes + CONTEXT + found.device["slack"]
@@ -96,7 +96,7 @@ def test_the_floor() -> None:
 
 def test_seventy_billion_through_six_gib() -> None:
     assert allocated("Llama-3.1-70B", Techniques(80, True, 256, True, "host", 80, 8)) <= 6.0 * GIB
-    host = forecaster("Llama-3.1-70B").host_parts(Techniques(80, streamed_layers=80), Batch.of_one_document(2048))
+    host = forecaster("Llama-3.1-70B").host_parts(Techniques(80, streamed_layers=80), BatchShape.of_one_document(2048))
     assert 32 * GIB < host["streamed layers"] < 34 * GIB
 
 

@@ -2,16 +2,17 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import get_args
+from dataclasses import replace
 
 import pytest
 from conftest import tiny_config
 from real_steps import recipe_for
 
-from qtune.memory.techniques import Head, Techniques
-from qtune.plan import ladder
-from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import MARGIN_FRACTION, Budget
+from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.output_head import HEADS
+from qtune.plan import activation_memory
+from qtune.plan.forecast import Forecaster
+from qtune.plan.ladder import MARGIN_FRACTION, Budget, Ladder
 from qtune.plan.max_context import EXACT_FRACTION, FIRST_TOKENS, STEP_TOKENS, Bound, Lines, longest
 from qtune.plan.workload import Work
 
@@ -26,51 +27,59 @@ CONFIG = tiny_config(
 )
 SETTLED = {"tile_tokens": 256, "head_groups": 1}  # of what costs the host nothing, so that the search is short
 RECIPE = recipe_for("demo", SETTLED, gradient_accumulation=1)
+EVERYTHING = Budget(1 << 60, 1 << 60)
 
 
 @pytest.fixture(scope="module")
-def lines() -> Lines:
-    return Lines.of(Forecaster(CONFIG, RECIPE, "bfloat16", True, CONTEXT))
+def exact() -> Forecaster:
+    return activation_memory.forecaster(CONFIG, RECIPE, "bfloat16", True, CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def lines(exact: Forecaster) -> Forecaster:
+    return replace(exact, passes=Lines(exact.passes))
+
+
+def on(forecaster: Forecaster, tokens: int, budget: Budget = EVERYTHING) -> Ladder:
+    return Ladder(forecaster, Work.of_full_sequences(tokens), budget)
 
 
 def every_plan() -> Iterator[Techniques]:
     """Whatever can be on, in every amount of layers."""
     amounts = [(n, 0) for n in range(LAYERS + 1)] + [(LAYERS, n) for n in range(1, LAYERS + 1)]
-    for on_host, embedding, head in itertools.product((False, True), (False, True), get_args(Head)):
+    for on_host, embedding, head in itertools.product((False, True), (False, True), HEADS):
         for recomputed, streamed in amounts:
             yield Techniques(recomputed, on_host, 256, embedding, head, streamed)
 
 
-def forecast(forecaster: Forecaster, plan: Techniques, tokens: int) -> Forecast:
-    return ladder.forecast(RECIPE, forecaster, Work.of_full_sequences(tokens), plan, 1)
-
-
-def any_plan_fits(lines: Lines, budget: Budget, tokens: int) -> bool:
+def any_plan_fits(exact: Forecaster, lines: Forecaster, budget: Budget, tokens: int) -> bool:
     """Beyond the lengths that were traced a line is too low, so a plan that fits by it is traced."""
-    by_line = (plan for plan in every_plan() if budget.has_room_for(forecast(lines, plan, tokens)))
-    return any(budget.has_room_for(forecast(lines.exact, plan, tokens)) for plan in by_line)
+    by_line = (plan for plan in every_plan() if budget.has_room_for(on(lines, tokens).forecast(plan)))
+    return any(budget.has_room_for(on(exact, tokens).forecast(plan)) for plan in by_line)
 
 
 @pytest.mark.parametrize(
     ("device_mib", "host_mib", "bound"),
     [(650, 100, "host"), (650, 4000, "card"), (700, 80, "both"), (1200, 100, "card")],
 )
-def test_no_plan_goes_further(lines: Lines, device_mib: int, host_mib: int, bound: Bound) -> None:
+def test_no_plan_goes_further(
+    exact: Forecaster, lines: Forecaster, device_mib: int, host_mib: int, bound: Bound
+) -> None:
     """It once was how far the topmost rung goes, which keeps in host memory what a larger card holds."""
     budget = Budget(device_mib * MIB, host_mib * MIB)
-    found = longest(RECIPE, lines.exact, budget)
-    further = round((1 + EXACT_FRACTION) * found.tokens) + STEP_TOKENS
-    assert found.tokens > 1000
-    assert ladder.climb(RECIPE, lines.exact, Work.of_full_sequences(found.tokens), budget).fits
-    assert not any_plan_fits(lines, budget, further)
-    assert found.bound == bound
+    furthest = longest(exact, budget)
+    further = round((1 + EXACT_FRACTION) * furthest.tokens) + STEP_TOKENS
+    assert furthest.tokens > 1000
+    assert on(exact, furthest.tokens, budget).climb().fits
+    assert not any_plan_fits(exact, lines, budget, further)
+    assert furthest.bound == bound
 
 
-def test_the_climb_finds_a_plan_wherever_there_is_one(lines: Lines) -> None:
+def test_the_climb_finds_a_plan_wherever_there_is_one(exact: Forecaster, lines: Forecaster) -> None:
     """Checkpoints in host memory were once in the way of weights there: what a low rung keeps, no higher one gets."""
     tokens = FIRST_TOKENS[0]
-    found = [forecast(lines, plan, tokens) for plan in every_plan()]
+    forecasts = [on(lines, tokens).forecast(plan) for plan in every_plan()]
     for host_mib in range(20, 90, 8):
-        least = min(each.needed_bytes for each in found if each.host_bytes <= host_mib * MIB)
+        least = min(each.needed_bytes for each in forecasts if each.host_bytes <= host_mib * MIB)
         budget = Budget(round(least / (1 - MARGIN_FRACTION)) + 2, host_mib * MIB)
-        assert ladder.climb(RECIPE, lines.exact, Work.of_full_sequences(tokens), budget).fits, host_mib
+        assert on(exact, tokens, budget).climb().fits, host_mib

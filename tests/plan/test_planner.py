@@ -7,9 +7,8 @@ from conftest import tiny_config
 
 from qtune.errors import DoesNotFit, MachineError, ModelError
 from qtune.hardware import Device
-from qtune.plan.fake_step import Batch
 from qtune.plan.planner import Plan, budget_of, decide, refuse_unless_it_fits
-from qtune.plan.workload import Work
+from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 
 GIB = 1024**3
@@ -32,7 +31,7 @@ def recipe(memory: dict | None = None, lora: dict | None = None, **train: object
 
 
 def packs(count: int, tokens: int = 24) -> Work:
-    return Work(tuple(Batch.of_one_document(tokens) for _ in range(count)))
+    return Work(tuple(BatchShape.of_one_document(tokens) for _ in range(count)))
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,12 @@ from transformers import (
 )
 
 from qtune.memory import expert_lora, fused_cross_entropy, packed_attention
+from qtune.memory.engine import Engine
 from qtune.memory.expert_loading import quantized_experts
+from qtune.memory.nf4 import keep_weights_as_quantised
 from qtune.memory.packed_experts import expert_modules
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import Techniques
 from qtune.model.adapter import linear_names
-from qtune.model.base import keep_weights_as_quantised
 from qtune.model.loaded import Loaded
 
 LAYERS = 4

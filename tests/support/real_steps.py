@@ -9,11 +9,13 @@ import torch
 
 from qtune.data.packing import collate
 from qtune.hardware import find_device
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.engine import Engine
+from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
 from qtune.model.loaded import autocast
-from qtune.plan.fake_step import Batch
+from qtune.plan.activation_memory import forecaster
 from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import Rehearsal, rehearse
 
@@ -39,7 +41,7 @@ def recipe_for(folder: Path | str, memory: dict | None = None, lora: dict | None
 
 
 def on_this_machine(recipe: Recipe, dtype: str) -> Forecaster:
-    return Forecaster(base.read_config(recipe.model), recipe, dtype, is_card=False, context_bytes=0)
+    return forecaster(base.read_config(recipe.model), recipe, dtype, is_card=False, context_bytes=0)
 
 
 def packed(lengths: Sequence[int], vocabulary: int) -> dict:
@@ -101,10 +103,10 @@ def compare(
 ) -> None:
     """Forecast and count a step with each of `ladder`, which only climbs."""
     recipe = recipe_for(folder, lora=lora, **train)
-    forecaster, real = on_this_machine(recipe, dtype), RealModel(recipe, dtype)
-    vocabulary = forecaster.config.get_text_config().vocab_size
+    forecasts, real = on_this_machine(recipe, dtype), RealModel(recipe, dtype)
+    vocabulary = base.read_config(recipe.model).get_text_config().vocab_size
     batch = packed(lengths, min(250, vocabulary))
-    asked = Batch(tuple(lengths), int((batch["labels"] != -100).sum()))
+    asked = BatchShape(tuple(lengths), int((batch["labels"] != -100).sum()))
     for techniques in ladder:
-        forecast = forecaster.forecast(techniques, asked, accumulates)
+        forecast = forecasts.forecast(techniques, asked, accumulates)
         assert_equal(forecast, real.step(techniques, batch, accumulates), tolerance)

@@ -14,13 +14,14 @@ from qtune.data.packing import PackedRow, collate
 from qtune.errors import OutOfMemory
 from qtune.events import Event, MemoryMeasured, Rehearsed, StepDone
 from qtune.hardware import find_device
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.memory.memory_tracker import Peak
-from qtune.memory.techniques import Engine, Techniques
+from qtune.memory.techniques import STEPS, Techniques
 from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
-from qtune.plan.forecast import Forecaster
-from qtune.plan.ladder import STEPS, Budget
+from qtune.plan import activation_memory
+from qtune.plan.ladder import Budget
 from qtune.plan.planner import Plan, decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
@@ -231,14 +232,14 @@ def test_another_fault_is_not_taken_for_memory() -> None:
 def test_every_rung_trains_the_same(wide_base: Path, tmp_path: Path) -> None:
     """Budgets that end at each rung in turn, two steps of each, and the largest batch within the budget as measured."""
     recipe, train = recipe_for(wide_base, max_steps=2), rows(2, TOKENS)
-    forecaster = Forecaster(base.read_config(recipe.model), recipe, "float32", False, 0)
+    forecasts = activation_memory.forecaster(base.read_config(recipe.model), recipe, "float32", False, 0)
     heaviest, techniques = Work.of_rows(train).heaviest(1), Techniques()
     plan = plan_for(recipe, train)
     assert plan.techniques == techniques
     plain = losses(run(recipe, tmp_path, train, plan)[1])
     for step in STEPS:
-        techniques = step.up(techniques, forecaster)
-        forecast = forecaster.forecast(techniques, heaviest, accumulates=False)
+        techniques = step.up(techniques, forecasts.standing)
+        forecast = forecasts.forecast(techniques, heaviest, accumulates=False)
         within = Budget(round(1.01 * forecast.device_bytes), plan.budget.host_bytes)
         rung = replace(plan, techniques=techniques, forecast=forecast, budget=within, reserve=())
         events = run(recipe, tmp_path, train, rung)[1]

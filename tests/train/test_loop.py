@@ -14,8 +14,8 @@ from qtune.errors import TrainingDiverged
 from qtune.evaluate.held_out_loss import held_out_loss
 from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Rehearsed, Started, StepDone, Stopping
 from qtune.hardware import find_device
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
-from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer

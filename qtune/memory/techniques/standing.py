@@ -1,0 +1,54 @@
+"""What a model holds through a whole step with no memory technique on, as counts that `plan.parameter_count` makes."""
+
+from dataclasses import dataclass
+
+Parts = dict[str, int]  # bytes by part
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's frozen weights: bytes where they stand on the device, and packed for streaming."""
+
+    resident_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Bytes of a whole model, and the counts that a plan is made from. A tied embedding has no table of its own: the
+    head's is read for it. Gradients are as large as the adapter.
+
+    `head_parameters` are vocabulary x hidden; `attention_width` is heads x head_dim of a layer. `refusals` says which
+    techniques the model does not allow, by their names, each with a sentence on why, and `movable` how many bytes those
+    would move that are counted nowhere else.
+    """
+
+    base_bytes: int
+    layers: tuple[Layer, ...]
+    embedding_bytes: int
+    head_bytes: int
+    quantized_head_bytes: int
+    largest_bytes: int
+    is_tied: bool
+    adapter_bytes: int
+    optimizer_bytes: int
+    optimizer_workspace_bytes: int
+    parameters: int
+    active_parameters: int
+    trained_parameters: int
+    head_parameters: int
+    attention_width: int
+    key_value_heads: int
+    refusals: dict[str, str]
+    movable: dict[str, int]
+
+    def parts(self) -> Parts:
+        """What stands on the device, by part, with nothing switched on."""
+        return {
+            "base": self.base_bytes,
+            "embedding": 0 if self.is_tied else self.embedding_bytes,
+            "head": self.head_bytes,
+            "adapter": self.adapter_bytes,
+            "gradients": self.adapter_bytes,
+            "optimizer": self.optimizer_bytes,
+        }

@@ -1,0 +1,18 @@
+"""AdamW with moments of 8 bits, as bitsandbytes has it."""
+
+from qtune.train.optimizers import Optimizer
+
+EIGHT_BIT_FROM, BLOCK = 4096, 256  # bitsandbytes' min_8bit_size, and elements to one scale
+CODE_BOOKS = ("qmap1", "qmap2")
+
+
+def state_bytes(elements: int) -> int:
+    """Two moments of 8 bits each with a float32 scale a block, or of 32 bits for a small tensor."""
+    from qtune.memory.memory_tracker import block_bytes
+
+    if elements < EIGHT_BIT_FROM:
+        return 2 * block_bytes(4 * elements)
+    return 2 * (block_bytes(elements) + block_bytes(4 * -(-elements // BLOCK)))
+
+
+EIGHT_BIT = Optimizer("adamw_8bit", state_bytes, made_by="adamw_8bit", constant_state=CODE_BOOKS, order=20)
