@@ -17,7 +17,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One kind of fault: how many rows have it, the first MOST_PLACES of them, and what would work.
 
     `code` is its short name, `sentence` says what it means, `advice` what to do.

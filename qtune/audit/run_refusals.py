@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.audit.audit import Audit
 from qtune.audit.issue_types import WHOLE_FILE
-from qtune.audit.issues import Finding
+from qtune.audit.issues import Issue
 from qtune.audit.row_checks import NOT_ASKED, NOT_SCORABLE
 from qtune.audit.thresholds import NOTHING_LEFT
 from qtune.data.canaries import Phrasing, planted_rows
@@ -18,42 +18,42 @@ from qtune.recipe.schema import Recipe
 from qtune.units import counted
 
 
-def refusals(found: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def refusals(audited: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Issue]:
     """Faults of the whole: a source without a row to use, a split that leaves none to train on, held-out rows that the
     metric cannot score, planted rows that do not fit."""
-    told = list(_no_rows(found))
-    is_read = all(source.rows for source in found.sources) and not found.groups.rows(*WHOLE_FILE)
+    told = list(_no_rows(audited))
+    is_read = all(source.rows for source in audited.sources) and not audited.groups.rows(*WHOLE_FILE)
     if told or not is_read:
         return told
     try:
-        held_out = _held_out(found, recipe)
+        held_out = _held_out(audited, recipe)
     except DataError as fault:
-        return [Finding(NOTHING_LEFT, "fault", 0, str(fault), "", ())]
-    return [*_unscorable(found, recipe, held_out), *_canaries(found, recipe, tokenizer)]
+        return [Issue(NOTHING_LEFT, "fault", 0, str(fault), "", ())]
+    return [*_unscorable(audited, recipe, held_out), *_canaries(audited, recipe, tokenizer)]
 
 
-def _no_rows(found: Audit) -> Iterator[Finding]:
+def _no_rows(audited: Audit) -> Iterator[Issue]:
     """Sources of whose rows a run takes none; one that holds none at all has a finding of its own."""
-    for source in found.sources:
+    for source in audited.sources:
         if source.rows and not source.taken_rows:
             sentence = f"No row of {source.name} can be used, and `qtune run` stops there."
             advice = "Mend the rows that are named above"
-            if found.groups.rows("too-long"):
+            if audited.groups.rows("too-long"):
                 advice += ", or raise data.max_tokens"
-            yield Finding(NOTHING_LEFT, "fault", source.rows, sentence, f"{advice}.", ())
+            yield Issue(NOTHING_LEFT, "fault", source.rows, sentence, f"{advice}.", ())
 
 
-def _held_out(found: Audit, recipe: Recipe) -> Sequence[int]:
+def _held_out(audited: Audit, recipe: Recipe) -> Sequence[int]:
     """The positions of held-out rows among those that a run takes, in order. Raises DataError where all would be."""
-    train = found.sources[0]
+    train = audited.sources[0]
     if recipe.data.held_out is not None:
-        return range(train.taken_rows, len(found.taken.rows))
+        return range(train.taken_rows, len(audited.taken.rows))
     return held_out_of(train.taken_rows, FORMATS[train.format].is_text, recipe.data, recipe.train.seed)
 
 
-def _unscorable(found: Audit, recipe: Recipe, held_out: Sequence[int]) -> Iterator[Finding]:
+def _unscorable(audited: Audit, recipe: Recipe, held_out: Sequence[int]) -> Iterator[Issue]:
     """Of the rows that would be asked: the first `evaluate.rows` that have a prompt."""
-    taken, wanted = found.taken, recipe.evaluate
+    taken, wanted = audited.taken, recipe.evaluate
     asked = list(islice((row for row in held_out if taken.rows[row] != NOT_ASKED), wanted.rows))
     bad = [row for row in asked if taken.rows[row] == NOT_SCORABLE]
     if bad:
@@ -62,13 +62,13 @@ def _unscorable(found: Audit, recipe: Recipe, held_out: Sequence[int]) -> Iterat
             f' "{wanted.metric}", and `qtune run` refuses them.'
         )
         places = tuple(taken.faults[row] for row in bad if row in taken.faults)
-        yield Finding("not-scorable", "fault", len(bad), sentence, "", places)
+        yield Issue("not-scorable", "fault", len(bad), sentence, "", places)
 
 
-def _canaries(found: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def _canaries(audited: Audit, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Issue]:
     if not recipe.evaluate.canaries:
         return
     try:
-        planted_rows(recipe, Phrasing.of(recipe, found.sources[0].format, tokenizer))
+        planted_rows(recipe, Phrasing.of(recipe, audited.sources[0].format, tokenizer))
     except DataError as fault:
-        yield Finding("canaries", "fault", 0, str(fault), "", ())
+        yield Issue("canaries", "fault", 0, str(fault), "", ())

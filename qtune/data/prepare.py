@@ -48,14 +48,14 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     encoder = Encoder.of(tokenizer)
     sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
     key = token_cache.key_of(recipe, sources, tokenizer) if token_cache.folder() else None
-    entry = token_cache.load(key) if key else None
-    if entry is not None:
-        return Prepared.of_entry(entry, data.train)
+    cached = token_cache.load(key) if key else None
+    if cached is not None:
+        return Prepared.from_cache(cached, data.train)
     with token_cache.staged() as folder:
         writer = ExampleWriter(folder)
         prepared = _prepare(recipe, sources, encoder, writer, tell)
         if key and writer.folder and key == token_cache.key_of(recipe, sources, tokenizer):  # no file changed meanwhile
-            token_cache.keep(key, writer.folder, *prepared.as_entry())
+            token_cache.keep(key, writer.folder, *prepared.for_cache())
     return prepared
 
 

@@ -11,7 +11,7 @@ import numpy
 from qtune.cache_dir import OFF, VARIABLE
 from qtune.data.data_report import DataReport, Reason
 from qtune.data.dataset import Examples, Ints
-from qtune.data.token_cache import Entry
+from qtune.data.token_cache import CachedRows
 from qtune.data.unused_columns import Unused
 
 Packs = tuple[tuple[int, ...], ...]
@@ -31,16 +31,16 @@ class Prepared:
     template_fingerprint: str
 
     @classmethod
-    def of_entry(cls, entry: Entry, source: str) -> "Prepared":
+    def from_cache(cls, cached: CachedRows, source: str) -> "Prepared":
         """As it was kept; the report names `source`, which may have moved, and says where the rows come from."""
-        report = entry.facts["report"]
+        report = cached.facts["report"]
         told = f"The tokenised rows are from the cache; {VARIABLE}={OFF} in the environment makes them anew."
         return cls(
-            train=Examples(entry.blocks, entry.arrays["train"]),
-            held_out=Examples(entry.blocks, entry.arrays["held_out"]),
-            train_packs=_packs_of(entry.arrays, "train"),
-            held_out_packs=_packs_of(entry.arrays, "held_out"),
-            stop_token_ids=tuple(entry.facts["stop_token_ids"]),
+            train=Examples(cached.blocks, cached.arrays["train"]),
+            held_out=Examples(cached.blocks, cached.arrays["held_out"]),
+            train_packs=_packs_of(cached.arrays, "train"),
+            held_out_packs=_packs_of(cached.arrays, "held_out"),
+            stop_token_ids=tuple(cached.facts["stop_token_ids"]),
             report=DataReport(
                 **report
                 | {
@@ -51,12 +51,12 @@ class Prepared:
                     "sample": tuple((text, trained) for text, trained in report["sample"]),
                 }
             ),
-            fingerprint=entry.facts["fingerprint"],
-            template_fingerprint=entry.facts["template_fingerprint"],
+            fingerprint=cached.facts["fingerprint"],
+            template_fingerprint=cached.facts["template_fingerprint"],
         )
 
-    def as_entry(self) -> tuple[dict[str, Ints], dict[str, Any]]:
-        """The arrays and facts of an `Entry` beside the blocks."""
+    def for_cache(self) -> tuple[dict[str, Ints], dict[str, Any]]:
+        """The arrays and facts of an `CachedRows` beside the blocks."""
         arrays = {"train": self.train.indices, "held_out": self.held_out.indices}
         arrays |= _arrays_of(self.train_packs, "train") | _arrays_of(self.held_out_packs, "held_out")
         facts = {

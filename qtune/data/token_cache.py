@@ -45,7 +45,7 @@ ARRAYS, FACTS = "arrays.safetensors", "entry.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedRows:
     """What is kept: rows, arrays of numbers about them, and facts that JSON can hold."""
 
     blocks: tuple[Block, ...]
@@ -100,7 +100,7 @@ def keep(key: str, path: Path, arrays: dict[str, Ints], facts: dict[str, Any]) -
         return
 
 
-def load(key: str) -> Entry | None:
+def load(key: str) -> CachedRows | None:
     """The entry `key`, if it is there and whole."""
     home = folder()
     if home is None or not (home / key).is_dir():
@@ -118,7 +118,7 @@ def load(key: str) -> Entry | None:
         return None
     with suppress(OSError):  # a cache that may only be read
         os.utime(path)
-    return Entry(blocks, arrays, entry["facts"])
+    return CachedRows(blocks, arrays, entry["facts"])
 
 
 def _sums(path: Path) -> dict[str, str]:

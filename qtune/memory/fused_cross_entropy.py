@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from qtune.data.rows import NOT_TRAINED
 from qtune.memory import head_offload, memory_tracker, quantized_head
 from qtune.memory.chunked_cross_entropy import of_sliced_head
 from qtune.memory.nf4 import is_quantized
@@ -35,7 +36,6 @@ SCALES = (  # names that transformers' configurations give to what a head does b
     "lm_head_multiplier",
     "output_multiplier",
 )
-IGNORED = -100
 
 
 @dataclass
@@ -94,7 +94,7 @@ def summed_loss(
 def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:
     """Flat positions (N,) of (B, T) `labels` whose next position in the same row has a label."""
     has_next = torch.zeros_like(labels, dtype=torch.bool)
-    has_next[:, :-1] = labels[:, 1:] != IGNORED
+    has_next[:, :-1] = labels[:, 1:] != NOT_TRAINED
     return has_next.flatten().nonzero().flatten()
 
 

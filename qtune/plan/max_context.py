@@ -17,9 +17,9 @@ from qtune.memory.techniques.standing import Parts
 from qtune.plan.forecast import Forecast, Forecaster, Passes
 from qtune.plan.ladder import MARGIN_FRACTION, Budget, Ladder, least, most
 from qtune.plan.workload import BatchShape, Work
+from qtune.recipe.schema import MAX_TOKENS
 
 Bound = Literal["card", "host", "both"]
-MOST_TOKENS = 4_194_304  # what data.max_tokens may be
 STEP_TOKENS = 64
 FIRST_TOKENS = (4096, 32_768)  # so long that tiles and kernels' workspaces no longer bend the line
 EXACT_FRACTION = 0.005  # of the tokens: less than lengths of one data set differ by from another
@@ -45,7 +45,7 @@ def longest(forecaster: Forecaster, budget: Budget) -> Longest:
     fits = 0
     for _ in range(TRACES):
         tokens = STEP_TOKENS * most(
-            lambda steps: search.top(steps * STEP_TOKENS) is not None, MOST_TOKENS // STEP_TOKENS
+            lambda steps: search.top(steps * STEP_TOKENS) is not None, MAX_TOKENS // STEP_TOKENS
         )
         top = search.top(tokens)
         if top is None or (fits and tokens - fits <= max(STEP_TOKENS, EXACT_FRACTION * fits)):
@@ -75,7 +75,7 @@ class Search:
 
     def bound(self, fits: int) -> Bound | None:
         """What is lacking for a tenth more than `fits`."""
-        if fits >= MOST_TOKENS:
+        if fits >= MAX_TOKENS:
             return None
         tokens = max(fits + STEP_TOKENS, round((1 + FURTHER_FRACTION) * fits))
         device, host = self._lacking_device(tokens), self._lacking_host(tokens)

@@ -45,6 +45,7 @@ def _steps_or_duration(value: Any) -> Any:
 
 
 HOST_FRACTION = 0.8  # of the host's free memory: the rest is for data, the libraries and other programs
+MAX_TOKENS = 4_194_304  # 2^22; the planner finds the bound of a card far below
 NonEmpty = Annotated[str, Field(min_length=1)]
 if TYPE_CHECKING:
     FormatName = str
@@ -190,7 +191,7 @@ class Data(Table):
     max_tokens: int = Field(
         2048,
         ge=8,
-        le=4_194_304,
+        le=MAX_TOKENS,
         description="Longest sequence in tokens, and the size of a pack; memory grows with it.",
     )
     on_long: Literal["drop", "truncate", "error"] = Field(
@@ -335,7 +336,7 @@ class DemoData(Table):
     held_out: NonEmpty | None = Field(None, description="Held-out rows of --demo.")
     format: FormatName = Field("auto", description="Format of the demo rows.")
     columns: Columns = Field(Columns(), description="Column names of the demo rows.")
-    max_tokens: int = Field(512, ge=8, le=4_194_304, description="Longest sequence of --demo, in tokens.")
+    max_tokens: int = Field(512, ge=8, le=MAX_TOKENS, description="Longest sequence of --demo, in tokens.")
 
 
 class DemoTrain(Table):

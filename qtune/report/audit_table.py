@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qtune.audit.issues import Finding
+from qtune.audit.issues import Issue
 from qtune.audit.length_stats import TokenCounts
 from qtune.audit.thresholds import Checked
 from qtune.data.stop_tokens import StopChain
@@ -47,7 +47,7 @@ def verdict_line(checked: Checked) -> Text:
     return Text(f"{told} in {rows}.", LEVEL_STYLES["fault" if faults else "warning"])
 
 
-def _finding(finding: Finding, shows_all: bool) -> RenderableType:
+def _finding(finding: Issue, shows_all: bool) -> RenderableType:
     shown = finding.places if shows_all else finding.places[:SHOWN_PLACES]
     level = (finding.level, LEVEL_STYLES[finding.level])
     head = Text.assemble(level, (f"[{finding.code}]", "bold"), f": {one_line(finding.sentence)}")

@@ -10,6 +10,7 @@ from transformers import PrinterCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from qtune.data.packing import collate
+from qtune.data.rows import NOT_TRAINED
 from qtune.errors import TrainingDiverged
 from qtune.memory import fused_cross_entropy
 from qtune.memory.oom_recovery import Batch, OpenStep
@@ -39,7 +40,7 @@ class Meter:
 
     def count(self, inputs: dict[str, Any]) -> None:
         self.tokens += inputs["input_ids"].numel()
-        self.trained_tokens += int((inputs["labels"] != -100).sum())
+        self.trained_tokens += int((inputs["labels"] != NOT_TRAINED).sum())
 
     def as_json(self) -> dict[str, Any]:
         """The same, and how long ago `since` was, which means nothing to another process."""
@@ -161,7 +162,7 @@ class MeteredTrainer(SFTTrainer):
         """The batch's share of the step's loss, its gradient added; in pieces, and again, where memory asks for it."""
         self.meter.count(inputs)
         if num_items_in_batch is None:  # a model of the user's own that takes no such argument
-            num_items_in_batch = (inputs["labels"][:, 1:] != -100).sum()
+            num_items_in_batch = (inputs["labels"][:, 1:] != NOT_TRAINED).sum()
 
         def run(piece: Batch) -> torch.Tensor:
             return super(MeteredTrainer, self).training_step(model, piece, num_items_in_batch)

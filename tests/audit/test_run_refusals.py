@@ -154,3 +154,14 @@ def test_only_rows_that_are_asked_must_be_scorable(tmp_path: Path) -> None:
         recipe = recipe_of(data, {"metric": "code_tests", "rows": rows})
         assert checked(recipe).outcome == outcome
         assert bool(run_says(recipe)[0]) == (outcome == "faults")
+
+
+def test_a_file_of_which_no_row_can_be_read_is_a_fault_and_not_empty(tmp_path: Path) -> None:
+    """With a held-out file, and bad rows dropped, the check had nothing against training rows of which none is one."""
+    (tmp_path / "train.jsonl").write_text("null\n3\n")
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(good(1)) + "\n")
+    data = {"train": str(tmp_path / "train.jsonl"), "held_out": str(tmp_path / "held_out.jsonl")}
+    recipe = recipe_of({**data, "on_bad_row": "drop", "check": LENIENT}, {})
+    faults = [each for each in checked(recipe).findings if each.level == "fault"]
+    assert [fault.code for fault in faults] == ["nothing-left"]
+    assert "no row can be used. 1 of 2 rows" in run_says(recipe)[0]

@@ -7,7 +7,7 @@ from conftest import byte_tokenizer
 from made_faults import LINES, MAX_TOKENS, good, write_faulty
 
 from qtune.audit.audit import audit
-from qtune.audit.issues import Finding
+from qtune.audit.issues import Issue
 from qtune.audit.thresholds import Checked, judge
 from qtune.recipe.schema import Data
 
@@ -17,7 +17,7 @@ def judged(folder: Path, **settings: object) -> Checked:
     return judge(audit(data, byte_tokenizer(), lambda *told: None), data)
 
 
-def by_code(checked: Checked) -> dict[str, Finding]:
+def by_code(checked: Checked) -> dict[str, Issue]:
     return {finding.code: finding for finding in checked.findings}
 
 

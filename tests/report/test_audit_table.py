@@ -7,18 +7,18 @@ import pytest
 from rich.console import Console
 
 from qtune.audit.audit import SourceCounts
-from qtune.audit.issues import Finding, Place
+from qtune.audit.issues import Issue, Place
 from qtune.audit.thresholds import Checked
 from qtune.data.stop_tokens import StopChain
 from qtune.data.unused_columns import Unused
 from qtune.report.audit_table import audit_json, audit_table, verdict_line
 
 PLACES = tuple(Place(f"rows.jsonl:{line}", "the answer is null") for line in range(1, 6))
-FAULT = Finding("missing-answer", "fault", 5, "5 of 9 rows lack an answer.", "Mend them.", PLACES)
-WARNING = Finding("duplicate", "warning", 1, "1 of 9 rows repeats one.", "", (Place("rows.jsonl:7\x1b[31m", "is x"),))
+FAULT = Issue("missing-answer", "fault", 5, "5 of 9 rows lack an answer.", "Mend them.", PLACES)
+WARNING = Issue("duplicate", "warning", 1, "1 of 9 rows repeats one.", "", (Place("rows.jsonl:7\x1b[31m", "is x"),))
 
 
-def checked(*findings: Finding) -> Checked:
+def checked(*findings: Issue) -> Checked:
     stops = StopChain("<|end|>", "<|end|>", ("<|end|>",), "generation_config.json", ())
     return Checked((SourceCounts("rows.jsonl", False, "messages", 9, 4, 4),), findings, None, stops)
 
@@ -68,7 +68,7 @@ def test_the_facts_follow() -> None:
         ((FAULT, WARNING), "1 fault and 1 warning in 9 rows."),
     ],
 )
-def test_the_verdict_counts(findings: tuple[Finding, ...], line: str) -> None:
+def test_the_verdict_counts(findings: tuple[Issue, ...], line: str) -> None:
     assert verdict_line(checked(*findings)).plain == line
 
 
