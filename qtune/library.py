@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qtune.gguf.export import ExportReport, Target
     from qtune.gguf.writer import Quant
     from qtune.merge.merged_weights import DType, Onto
-    from qtune.merge.verify import Verdict
+    from qtune.merge.verify import MergeVerdict
     from qtune.plan.planner import Plan
     from qtune.report.progress_line import Doing
     from qtune.report.run_list import State
@@ -176,7 +176,9 @@ class Run:
         with self._in_use() as run:
             return rescore.on_rows(run, asked, [Path(path) for path in merged], Doing())
 
-    def merge(self, output: str | Path, onto: 'Onto | Literal["auto"]' = "auto", dtype: "DType" = "auto") -> "Verdict":
+    def merge(
+        self, output: str | Path, onto: 'Onto | Literal["auto"]' = "auto", dtype: "DType" = "auto"
+    ) -> "MergeVerdict":
         """Fold the adapter into its base, in the new folder `output`, and say how close it is to what was trained.
 
         Raises VerificationFailed where it is not that model, and a UserError for what cannot be merged.

@@ -27,7 +27,7 @@ UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 
 @dataclass(frozen=True)
-class Change:
+class LoraDelta:
     """One adapted weight: `a` (R, I), `b` (O, R), and what the `variants` of LoRA that trained it keep beside, by name,
     each of the `parts` with a row for every output."""
 
@@ -56,7 +56,7 @@ class Change:
 class AdapterWeights:
     """An adapter folder: `changes` by module name, and whole tensors (`modules_to_save`) by tensor name."""
 
-    changes: dict[str, Change]
+    changes: dict[str, LoraDelta]
     replaced: dict[str, torch.Tensor]
 
     @classmethod
@@ -76,7 +76,7 @@ class AdapterWeights:
         beside = {name for variant in variants for name in variant.parts}
         _refuse_partial(folder, parts, needed={"lora_A", "lora_B", *beside})
         changes = {
-            module: Change(
+            module: LoraDelta(
                 part["lora_A"],
                 part["lora_B"],
                 lora_variants.scale_of(variants, _alpha(config, module), part["lora_A"].shape[0]),

@@ -25,7 +25,7 @@ from qtune.errors import DiskFull, MachineError, UserError, VerificationFailed
 from qtune.lock import Lock
 from qtune.merge.merged_weights import DType, Fold, Onto
 from qtune.merge.partial_merge import Staging, make_folder
-from qtune.merge.verify import Live, Verdict, compare, verify
+from qtune.merge.verify import Live, MergeVerdict, compare, verify
 from qtune.merge.weight_change import LayerChange
 from qtune.model import base
 from qtune.report.progress_line import Doing
@@ -49,10 +49,10 @@ class MergeReport:
     bytes: int
     merge_seconds: float
     layers: tuple[LayerChange, ...]
-    measured: tuple[Verdict, ...] = ()
+    measured: tuple[MergeVerdict, ...] = ()
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> MergeVerdict | None:
         """How the result measured, where `auto` measured it; otherwise `verify` says."""
         return next((verdict for verdict in self.measured if verdict.onto == self.onto), None)
 
@@ -114,7 +114,7 @@ def merge(
 
 def merge_and_verify(
     run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, doing: Doing
-) -> tuple[MergeReport, Verdict]:
+) -> tuple[MergeReport, MergeVerdict]:
     """Merge a finished run into a plain folder, and hold the result against the live adapter, where `auto` has not."""
     base.quiet_libraries()
     rows = read_json(run.probe)
@@ -197,7 +197,7 @@ def check_disk(output: Path, weight_bytes: int, what: str) -> None:
 
 def _measure(
     run: RunDir, staging: Staging, candidates: Sequence[Onto], rows: Sequence[Sequence[int]], dtype: str
-) -> tuple[Verdict, ...]:
+) -> tuple[MergeVerdict, ...]:
     live = Live.open(run)
     return tuple(compare(live, staging.folder(onto), rows, onto, dtype) for onto in candidates)
 

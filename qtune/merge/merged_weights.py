@@ -23,7 +23,7 @@ from qtune.merge.lora_delta import CONFIG_NAME, AdapterWeights, weights_path
 from qtune.merge.merged_tensor import Job, Part, Weight
 from qtune.merge.nf4_round_trip import Rows, restored_rows
 from qtune.merge.parallel_writer import in_order
-from qtune.merge.safetensors_shards import Checkpoint, Shard, TensorSpec, write_index, write_shard
+from qtune.merge.safetensors_shards import BaseCheckpoint, Shard, TensorSpec, write_index, write_shard
 from qtune.merge.weight_change import LayerChange, Movement
 from qtune.model import base, fingerprint
 from qtune.model.open_model import model_of
@@ -50,7 +50,7 @@ class Fold:
 
     lock: Lock
     model: Model
-    checkpoint: Checkpoint
+    checkpoint: BaseCheckpoint
     adapter: AdapterWeights
     quantized: frozenset[str]
     dtype: torch.dtype | None
@@ -65,7 +65,7 @@ class Fold:
         lock, model = run.read_lock(), model_of(run)
         folder = folder or base.base_folder(model)
         fingerprint.refuse_other_base(run, folder)
-        checkpoint, adapter = Checkpoint.open(folder), AdapterWeights.read(run.adapter)
+        checkpoint, adapter = BaseCheckpoint.open(folder), AdapterWeights.read(run.adapter)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         quantized = frozenset(lock.quantized_modules)
         _refuse_misfit(run, adapter, checkpoint, quantized)
@@ -213,7 +213,7 @@ def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.view(-1, 1)
 
 
-def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint, quantized: frozenset[str]) -> None:
+def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: BaseCheckpoint, quantized: frozenset[str]) -> None:
     """Every tensor the merge is to change must be in the checkpoint under its module's name, in the right shape."""
     specs = checkpoint.specs()
     faults = [
@@ -234,7 +234,7 @@ def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint,
         )
 
 
-def _refuse_tied(run: RunDir, adapter: AdapterWeights, checkpoint: Checkpoint, config: Any) -> None:
+def _refuse_tied(run: RunDir, adapter: AdapterWeights, checkpoint: BaseCheckpoint, config: Any) -> None:
     """One tensor that is both embedding and head cannot hold a change to one of them.
 
     Peft leaves the other side unchanged, so folding the change in would move both.

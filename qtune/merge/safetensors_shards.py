@@ -66,7 +66,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class BaseCheckpoint:
     """The weights in a Hugging Face folder; `index` is the shard index as JSON, None for a single file."""
 
     folder: Path
@@ -74,7 +74,7 @@ class Checkpoint:
     index: dict[str, Any] | None
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path) -> "BaseCheckpoint":
         """Read every header. Raises ModelError for a folder without weights, and for a damaged or missing shard."""
         single, index_path = folder / SINGLE_NAME, folder / INDEX_NAME
         if single.is_file():

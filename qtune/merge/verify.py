@@ -39,7 +39,7 @@ from qtune.merge.logit_distance import (
 )
 from qtune.merge.lora_delta import AdapterWeights
 from qtune.merge.merged_weights import Onto
-from qtune.merge.safetensors_shards import Checkpoint
+from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.merge.weights_proof import Trained, WeightsProof
 from qtune.model import adapter, base
 from qtune.model.open_model import model_of
@@ -57,7 +57,7 @@ ORIGINAL_LOSS_RISE = 0.1
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MergeVerdict:
     """The merged model beside the live one, over every position of `rows` token rows.
 
     `weights` are all that were written. KL is of another model from live, in nats per position: `fold_kl` of the merged
@@ -108,7 +108,7 @@ class Verdict:
         return {"passed": self.passed, "faults": self.faults, **dataclasses.asdict(self)}
 
 
-def verify(run: RunDir, output: Path, rows: Sequence[Sequence[int]]) -> Verdict:
+def verify(run: RunDir, output: Path, rows: Sequence[Sequence[int]]) -> MergeVerdict:
     """Compare the merged folder `output` with the run's adapter on its base, on `rows` of token ids never trained on.
 
     As many of 64 rows of 512 tokens are used as it takes to be sure. The verdict is added to the run's merge.json and
@@ -131,7 +131,7 @@ class Live:
     """
 
     model: PeftModel
-    checkpoint: Checkpoint
+    checkpoint: BaseCheckpoint
     replaced: dict[str, torch.Tensor]
     device: str
     compute_dtype: str
@@ -146,7 +146,7 @@ class Live:
         tuned = compute_in_float32(adapter.load(loaded, run.adapter).eval(), device)
         return cls(
             tuned,
-            Checkpoint.open(base.base_folder(spec)),
+            BaseCheckpoint.open(base.base_folder(spec)),
             AdapterWeights.read(run.adapter).replaced,
             device,
             lock.compute_dtype,
@@ -174,7 +174,7 @@ class Live:
         return greedy_answers.continued(self.model, prompts, self.stop_token_ids, self.device)
 
 
-def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto, dtype: str) -> Verdict:
+def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto, dtype: str) -> MergeVerdict:
     """The figures of `verify` for weights of `dtype` merged `onto` a base, nothing written."""
     usable = usable_rows(rows, output)
     merged, tokenizer = _load_merged(output, live)
@@ -186,7 +186,7 @@ def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto,
         return is_kl_at_most(NEGLIGIBLE_KL, ROUNDING_FRACTION, measured) is not None
 
     with torch.inference_mode():
-        weights = live.trained(onto).prove(Checkpoint.open(output))
+        weights = live.trained(onto).prove(BaseCheckpoint.open(output))
         measured = measure(live, partial(logits_of, merged, device=live.device), usable, RowCloseness.of, is_sure)
         few = next(in_batches(usable[:ROWS_AT_ONCE]))
         fold_kl = _kl_with_weights_of(live, merged, few, torch.Tensor.float)
@@ -196,7 +196,7 @@ def compare(live: Live, output: Path, rows: Sequence[Sequence[int]], onto: Onto,
         )
         float16_kl = _kl_with_weights_of(live, merged, few, torch.Tensor.half) if asks_finer else math.inf
         answers = _continue_both(live, merged, tokenizer, usable)
-    return Verdict(
+    return MergeVerdict(
         onto=onto,
         dtype=dtype,
         weights=weights,

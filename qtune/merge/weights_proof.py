@@ -14,7 +14,7 @@ from peft import PeftModel
 from qtune.merge.live_weights import held, is_folded, layer_called, noise, tuned
 from qtune.merge.merged_weights import Onto
 from qtune.merge.nf4_round_trip import rows_at_once
-from qtune.merge.safetensors_shards import Checkpoint
+from qtune.merge.safetensors_shards import BaseCheckpoint
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Trained:
     """
 
     model: PeftModel
-    base: Checkpoint
+    base: BaseCheckpoint
     replaced: Mapping[str, torch.Tensor]
     onto: Onto
     compute_dtype: torch.dtype
 
-    def prove(self, written: Checkpoint) -> WeightsProof:
+    def prove(self, written: BaseCheckpoint) -> WeightsProof:
         """Go through all of `written`; a tensor that it lacks, or has too many, is strays alone."""
         needed, there = self.base.specs(), written.specs()
         counted = {name: (needed[name].numbers, needed[name].numbers) for name in needed.keys() - there.keys()}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,7 +15,9 @@ from qtune.data.rows import Dropped, RawRow, parse_row
 from qtune.errors import ModelError
 from qtune.evaluate.generate import Choosing
 from qtune.report.wording import visible
-from qtune.share.chat_models import Speaker
+
+if TYPE_CHECKING:
+    from qtune.share.chat_models import Speaker
 
 HELP = """\
 /help          this list
@@ -32,7 +34,7 @@ ENDS = ("/quit", "/exit", "quit", "exit")
 class Chat:
     """A conversation with one model, so far as it has come."""
 
-    speaker: Speaker
+    speaker: "Speaker"
     choosing: Choosing
     system: str | None = None
     max_new_tokens: int = 256

@@ -9,7 +9,7 @@ from pathlib import Path
 from fault_lab import stage
 from qtune.errors import QtuneError
 from qtune.merge.config_files import write_small_files
-from qtune.merge.safetensors_shards import Checkpoint
+from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
@@ -106,7 +106,7 @@ def in_index(dice: random.Random, payload: str, place: Path, folder: Path) -> st
     (place / SINGLE_NAME).rename(place / "part.safetensors")
     names = {"lm_head.weight": payload, "model.norm.weight": "part.safetensors"}
     (place / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    for read in (lambda: base.base_folder(Model(base=str(place))), lambda: Checkpoint.open(place)):
+    for read in (lambda: base.base_folder(Model(base=str(place))), lambda: BaseCheckpoint.open(place)):
         told, found = attempt(read)
         if told or found is not None:
             return told or "the index was taken"

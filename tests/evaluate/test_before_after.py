@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from qtune.evaluate.before_after import Score, compare, difference, worst_rows
-from qtune.evaluate.bootstrap import interval, paired_interval
+from qtune.evaluate.before_after import Score, compare, difference, interval, paired_interval, worst_rows
 from qtune.evaluate.held_out import HeldOut
 from qtune.recipe.schema import Evaluate
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qtune.evaluate import bootstrap as interval_module
-from qtune.evaluate.bootstrap import interval, paired_interval
+from qtune.evaluate import before_after as interval_module
+from qtune.evaluate.before_after import interval, paired_interval
 
 
 def test_the_interval_holds_the_mean_and_narrows_with_more_rows() -> None:

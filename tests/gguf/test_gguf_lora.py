@@ -18,7 +18,7 @@ from qtune.gguf import llama_cpp, lora
 from qtune.gguf.export import ExportReport, export
 from qtune.gguf.layout import Layout
 from qtune.gguf.lora import refuse_what_is_no_lora
-from qtune.merge.lora_delta import AdapterWeights, Change
+from qtune.merge.lora_delta import AdapterWeights, LoraDelta
 from qtune.merge.merge import SPARE_DISK_BYTES
 from qtune.model.lora_variants.dora import DORA, MAGNITUDE
 from qtune.rundir import RunDir, read_json, write_json
@@ -211,6 +211,6 @@ def test_an_adapter_of_another_base_is_named(run, tmp_path) -> None:
 def test_more_than_a_and_b_is_refused() -> None:
     a, b = torch.ones(2, 4), torch.ones(4, 2)
     with pytest.raises(ModelError, match=r"DoRA, which llama\.cpp does not have\. Use --to gguf"):
-        refuse_what_is_no_lora(AdapterWeights({"x": Change(a, b, 1.0, {MAGNITUDE: torch.ones(4)}, (DORA,))}, {}))
+        refuse_what_is_no_lora(AdapterWeights({"x": LoraDelta(a, b, 1.0, {MAGNITUDE: torch.ones(4)}, (DORA,))}, {}))
     with pytest.raises(ModelError, match=r"the run trained lm_head\.weight whole"):
-        refuse_what_is_no_lora(AdapterWeights({"x": Change(a, b, 1.0)}, {"lm_head.weight": a}))
+        refuse_what_is_no_lora(AdapterWeights({"x": LoraDelta(a, b, 1.0)}, {"lm_head.weight": a}))

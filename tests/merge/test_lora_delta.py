@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qtune.errors import ModelError
-from qtune.merge.lora_delta import AdapterWeights, Change
+from qtune.merge.lora_delta import AdapterWeights, LoraDelta
 
 KINDS = {
     "plain": {},
@@ -37,7 +37,7 @@ def test_every_change_is_pefts(tiny_base, tmp_path, lora) -> None:
 
 
 def test_a_change_by_hand() -> None:
-    change = Change(a=torch.tensor([[1.0, 2.0]]), b=torch.tensor([[3.0], [0.0]]), scale=0.5)
+    change = LoraDelta(a=torch.tensor([[1.0, 2.0]]), b=torch.tensor([[3.0], [0.0]]), scale=0.5)
     weight = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.bfloat16)
     assert change.apply(weight).tolist() == [[2.5, 4.0], [1.0, 1.0]]
     assert change.fits((2, 2))

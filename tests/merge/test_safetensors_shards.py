@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from qtune.errors import ModelError
-from qtune.merge.safetensors_shards import INDEX_NAME, Checkpoint, TensorSpec, write_index, write_shard
+from qtune.merge.safetensors_shards import INDEX_NAME, BaseCheckpoint, TensorSpec, write_index, write_shard
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -48,7 +48,7 @@ def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path) -> None:
 
 def test_a_rewritten_checkpoint_is_byte_for_byte_the_same(tmp_path) -> None:
     save_file({k: v for k, v in TENSORS.items() if v.numel()}, tmp_path / "model.safetensors", {"format": "pt"})
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = BaseCheckpoint.open(tmp_path)
     (shard,) = checkpoint.shards
     copy = tmp_path / "copy.safetensors"
     tensors = (checkpoint.tensor(shard, spec.name) for spec in shard.tensors)
@@ -69,7 +69,7 @@ def sharded(tmp_path):
 
 
 def test_shards_are_found_through_the_index(sharded) -> None:
-    checkpoint = Checkpoint.open(sharded)
+    checkpoint = BaseCheckpoint.open(sharded)
     assert len(checkpoint.shards) > 3
     index = json.loads((sharded / INDEX_NAME).read_text())
     assert set(checkpoint.specs()) == set(index["weight_map"])
@@ -89,30 +89,30 @@ def test_a_missing_shard_is_named(sharded) -> None:
     victim = next(sharded.glob("model-00002-*"))
     victim.unlink()
     with pytest.raises(ModelError, match=f"{victim.name}.*missing"):
-        Checkpoint.open(sharded)
+        BaseCheckpoint.open(sharded)
 
 
 def test_a_cut_shard_is_named(sharded) -> None:
     victim = next(sharded.glob("model-00002-*"))
     victim.write_bytes(victim.read_bytes()[:-7])
     with pytest.raises(ModelError, match=f"{victim.name}: cannot be read"):
-        Checkpoint.open(sharded)
+        BaseCheckpoint.open(sharded)
 
 
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path) -> None:
     with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
-        Checkpoint.open(tmp_path)
+        BaseCheckpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_a_broken_index_is_named(tmp_path, text) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(ModelError, match="is no shard index"):
-        Checkpoint.open(tmp_path)
+        BaseCheckpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd"])
 def test_an_index_reads_nothing_outside_its_folder(tmp_path, name) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": name}}))
     with pytest.raises(ModelError, match="outside its folder"):
-        Checkpoint.open(tmp_path)
+        BaseCheckpoint.open(tmp_path)

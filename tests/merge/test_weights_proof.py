@@ -15,7 +15,7 @@ from qtune.gguf import weights_proof
 from qtune.gguf.contents import adapter_draft, model_draft
 from qtune.merge.merge import merge
 from qtune.merge.merged_weights import Fold
-from qtune.merge.safetensors_shards import Checkpoint
+from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.merge.verify import Live
 from qtune.merge.weights_proof import WeightsProof
 from qtune.model.base_files import DEMO_BASE
@@ -47,7 +47,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def proven(case: Case, tensors: Tensors, folder: Path) -> WeightsProof:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with torch.inference_mode():
-        return case.live.trained("dequantised").prove(Checkpoint.open(folder))
+        return case.live.trained("dequantised").prove(BaseCheckpoint.open(folder))
 
 
 def test_a_right_merge_has_no_strays(case, tmp_path) -> None:

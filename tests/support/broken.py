@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from qtune.merge.lora_delta import AdapterWeights, Change
+from qtune.merge.lora_delta import AdapterWeights, LoraDelta
 from qtune.merge.merged_weights import Fold, Onto
 
 Tensors = dict[str, torch.Tensor]
-Adapted = Callable[[dict[str, Change]], dict[str, Change]]
+Adapted = Callable[[dict[str, LoraDelta]], dict[str, LoraDelta]]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def module_of(changes: dict[str, Change], projection: str, layer: int = 1) -> str:
+def module_of(changes: dict[str, LoraDelta], projection: str, layer: int = 1) -> str:
     (name,) = [name for name in changes if name.endswith(projection) and f"layers.{layer}." in name]
     return name
 
@@ -25,7 +25,7 @@ def scaled(factor: float) -> Adapted:
     }
 
 
-def without_root(changes: dict[str, Change]) -> dict[str, Change]:
+def without_root(changes: dict[str, LoraDelta]) -> dict[str, LoraDelta]:
     """As if rsLoRA had been missed."""
     rank = len(next(iter(changes.values())).a)
     return scaled(1 / math.sqrt(rank))(changes)
@@ -34,7 +34,7 @@ def without_root(changes: dict[str, Change]) -> dict[str, Change]:
 def swapped(projection: str) -> Adapted:
     """The adapters of two layers, each on the other."""
 
-    def swap(changes: dict[str, Change]) -> dict[str, Change]:
+    def swap(changes: dict[str, LoraDelta]) -> dict[str, LoraDelta]:
         first, second = (module_of(changes, projection, layer) for layer in (0, 1))
         return {**changes, first: changes[second], second: changes[first]}
 
@@ -42,13 +42,13 @@ def swapped(projection: str) -> Adapted:
 
 
 def unfolded(projection: str) -> Adapted:
-    def leave_out(changes: dict[str, Change]) -> dict[str, Change]:
+    def leave_out(changes: dict[str, LoraDelta]) -> dict[str, LoraDelta]:
         return {name: change for name, change in changes.items() if name != module_of(changes, projection)}
 
     return leave_out
 
 
-def mixed_up(changes: dict[str, Change]) -> dict[str, Change]:
+def mixed_up(changes: dict[str, LoraDelta]) -> dict[str, LoraDelta]:
     """A and B of a square weight, each for the other."""
     name = module_of(changes, "o_proj")
     change = changes[name]
