@@ -16,7 +16,6 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from qtune import __version__
-from qtune.commands import completion
 from qtune.commands.verb import Verb
 from qtune.errors import QtuneError, UserError
 from qtune.fast_imports import settle_own_process
@@ -43,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settle_own_process()
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what fits behind what was typed
+        from qtune.commands import completion
+
         completion.answer(parser)
     options = parser.parse_args(arguments)
     if options.verb is None:

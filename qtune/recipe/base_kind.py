@@ -6,16 +6,20 @@ Nothing here loads torch or transformers, so that what cannot be tuned is refuse
 import json
 import re
 import shlex
-from collections.abc import Collection, Mapping
+import struct
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from qtune.errors import ModelError
-from qtune.recipe import gguf_header
 
 GGUF_SUFFIX = ".gguf"
+GGUF_HEAD_BYTES = 1 << 16  # the general.* keys come first; behind them is the vocabulary, which is megabytes
+GGUF_MAGIC, GGUF_STRING, GGUF_ARRAY = b"GGUF", 8, 9
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
 INDEX_NAME, SINGLE_NAME, ADAPTER_CONFIG = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
 CONFIG, LOCK, INVOCATION = "config.json", "lock.json", "invocation.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -107,7 +111,7 @@ def _gguf(folder: Path) -> str | None:
 
 
 def _says_gguf(path: Path, what: str) -> str:
-    says = gguf_header.texts(path)
+    says = gguf_texts(path)
     names = [says[key] for key in ("general.name", "general.organization") if says.get(key)]
     keys = ("general.source.repo_url", "general.source.url", "general.base_model.0.repo_url")
     source = next((says[key] for key in keys if says.get(key)), "")
@@ -272,3 +276,54 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def gguf_texts(path: Path) -> dict[str, str]:
+    """What a GGUF file says of itself: the values at its head that are texts, by key; nothing for a file that is none.
+
+    The layout is that of ggml's docs/gguf.md: magic, version, two counts, then pairs of key and typed value.
+    """
+    try:
+        with path.open("rb") as file:
+            head = BytesIO(file.read(GGUF_HEAD_BYTES))
+    except OSError:
+        return {}
+    return dict(_head_texts(head)) if head.read(len(GGUF_MAGIC)) == GGUF_MAGIC else {}
+
+
+def _head_texts(head: BytesIO) -> Iterator[tuple[str, str]]:
+    """Up to where the head ends, or holds what is no value."""
+    try:
+        _, _, pairs = struct.unpack("<IQQ", head.read(20))
+        for _ in range(pairs):
+            key, kind = _text(head), _number(head, 4)
+            if kind == GGUF_STRING:
+                yield key, _text(head)
+            else:
+                _skip(head, kind)
+    except (struct.error, KeyError, UnicodeDecodeError, OverflowError):
+        return
+
+
+def _number(head: BytesIO, size: int) -> int:
+    return int(struct.unpack("<I" if size == 4 else "<Q", head.read(size))[0])
+
+
+def _text(head: BytesIO) -> str:
+    length = _number(head, 8)
+    content = head.read(length)
+    if len(content) < length:
+        raise struct.error("the head ends here")
+    return content.decode()
+
+
+def _skip(head: BytesIO, kind: int) -> None:
+    if kind != GGUF_ARRAY:
+        head.read(GGUF_SIZES[kind])
+        return
+    inner, count = _number(head, 4), _number(head, 8)
+    if inner == GGUF_STRING:
+        for _ in range(count):
+            _text(head)
+    else:
+        head.read(GGUF_SIZES[inner] * count)

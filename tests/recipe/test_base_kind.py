@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import RecipeError
-from qtune.recipe import gguf_header
+from qtune.recipe import base_kind
 from qtune.recipe.base_kind import causal_classes, fault_of
 from qtune.recipe.load import load
 
@@ -168,15 +168,15 @@ def test_the_head_of_a_gguf_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     for content, expected in (
         (whole, {"general.name": "é", "b": "x" * 10}),
         (whole[:-1], {"general.name": "é"}),
-        (gguf({"a": "x" * gguf_header.HEAD_BYTES}), {}),
+        (gguf({"a": "x" * base_kind.GGUF_HEAD_BYTES}), {}),
         (b"GGUF", {}),
         (b"", {}),
         (b"x" * 100, {}),
         (b"GGUF" + b"\xff" * 100, {}),
     ):
         path.write_bytes(content)
-        assert gguf_header.texts(path) == expected
-    assert gguf_header.texts(tmp_path) == {}
+        assert base_kind.gguf_texts(path) == expected
+    assert base_kind.gguf_texts(tmp_path) == {}
 
 
 def test_a_base_is_blamed_by_line_with_the_other_mistakes(tmp_path: Path) -> None:
