@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         UserError,
         VerificationFailed,
     )
-    from qtune.library import Run, check_data, load_recipe, make_plan, open_run
+    from qtune.library import Run, Training, check_data, finetune, load_recipe, make_plan, open_run, show
     from qtune.recipe.load import make_recipe
     from qtune.recipe.schema import Recipe
 
@@ -48,23 +48,27 @@ __all__ = [
     "RecipeError",
     "Run",
     "RunFolderError",
+    "Training",
     "TrainingDiverged",
     "UserError",
     "VerificationFailed",
     "check_data",
     "errors",
     "events",
+    "finetune",
     "load_recipe",
     "make_plan",
     "make_recipe",
     "open_run",
+    "show",
 ]
 
 _MODULES = {"errors": "qtune.errors", "events": "qtune.events"}
+_LIBRARY = ("Run", "Training", "check_data", "finetune", "load_recipe", "make_plan", "open_run", "show")
 _HOMES = {  # of what is neither an error nor one of _MODULES
     "Recipe": "qtune.recipe.schema",
     "make_recipe": "qtune.recipe.load",
-    **dict.fromkeys(("Run", "check_data", "load_recipe", "make_plan", "open_run"), "qtune.library"),
+    **dict.fromkeys(_LIBRARY, "qtune.library"),
 }
 
 

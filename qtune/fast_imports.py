@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 TELEMETRY = "HF_HUB_DISABLE_TELEMETRY"  # read by huggingface_hub when it is imported
@@ -36,7 +36,7 @@ def quick_imports() -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _settled():
+        with settled():
             import torch
 
             compile_now = torch.compile
@@ -51,13 +51,21 @@ def quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
+def settled() -> Iterator[None]:
+    """The same as `settle_own_process` in somebody else's, for as long as the block lasts: some libraries are imported
+    only when something of them is used."""
     has_telemetry, knows_kernels = TELEMETRY not in os.environ, KERNELS not in sys.modules
     show_warning = warnings.showwarning
     settle_own_process()
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm, in a notebook without ipywidgets
+    ignored, nobody = warnings.filters[0], logging.NullHandler()
+    logging.getLogger("bitsandbytes").addHandler(nobody)  # it says on the terminal that it did not find `kernels`
     try:
         yield
     finally:
+        logging.getLogger("bitsandbytes").removeHandler(nobody)
+        with suppress(ValueError):  # of a block in a block
+            warnings.filters.remove(ignored)  # type: ignore[attr-defined]  # a list, by its documentation
         if warnings.showwarning is not show_warning:
             logging.captureWarnings(False)  # detect-secrets has them captured when it is imported
         if has_telemetry:

@@ -1,21 +1,21 @@
-"""What `import qtune` offers, beside the making of recipes: data checked, runs planned, trained and opened again.
-
-All of it works in somebody else's process: while a function is at work the libraries keep quiet and ask no network for
-what is on this machine, and afterwards the process is as it was.
-"""
+"""What `import qtune` offers, beside the making of recipes: data checked, runs planned, trained and opened again."""
 
 import dataclasses
 import json
-import os
+import queue
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qtune import logs
 from qtune.errors import MachineError, UserError
+from qtune.events import Event, Listener
 from qtune.fast_imports import quick_imports
+from qtune.guest import at_work, sources
 from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir, read_json, refuse_used
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from qtune.report.run_list import State
     from qtune.report.run_record import Record
 
-OFFLINE = "HF_HUB_OFFLINE"
+
+SECONDS_BETWEEN_LOOKS = 0.1  # at whether a training that nobody listens to any more has ended
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None, demo: bool = False) -> Recipe:
@@ -42,8 +43,11 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None, de
     `overrides` are settings by their full names, such as `{"train.epochs": 2}`; `demo` uses what its [demo] says.
     Raises RecipeError with every fault that is found.
     """
-    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (overrides or {}).items()]
-    return load.load(shipped_recipes.find(str(name)), given, demo)
+    return load.load(shipped_recipes.find(str(name)), _as_texts(overrides), demo)
+
+
+def _as_texts(overrides: Mapping[str, Any] | None) -> list[str]:
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (overrides or {}).items()]
 
 
 def check_data(recipe: Recipe, doing: "Doing | None" = None) -> "Checked":
@@ -91,18 +95,165 @@ def make_plan(
         raise UserError(f"{fault}.") from None
     with quick_imports():
         from qtune import hardware
-        from qtune import ready as readiness
+        from qtune.ready import plan_without_downloads
         from qtune.report.progress_line import Doing
 
     with at_work(*sources(recipe)):
         here = hardware.find_device()
         target = hardware.imagined_card(asked, host, here) if asked else hardware.with_host(here, host)
-        return readiness.plan_without_downloads(recipe, target, doing or Doing())
+        return plan_without_downloads(recipe, target, doing or Doing())
+
+
+def finetune(recipe: Recipe, output: str | Path | None = None, on_event: Listener | None = None) -> "Run":
+    """Train a recipe as `qtune run` does: check, score, train, score again. All of it is in the run's folder, `output`
+    or runs/NAME-DATE-TIME, when this returns.
+
+    `on_event` hears everything that happens, each a value of `qtune.events`; without it that is printed, a line each.
+    On the main thread Ctrl-C, or the interruption of a notebook's kernel, ends training after the step under way: the
+    run comes back as a stopped one, with its adapter and a checkpoint. Raises a UserError for anything that cannot be
+    trained on, DoesNotFit, TrainingDiverged, OutOfMemory and DiskFull.
+    """
+    return _train(recipe, output, on_event, catches_signals=_is_on_main_thread())
+
+
+def _is_on_main_thread() -> bool:
+    """Where Python delivers signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _train(
+    recipe: Recipe,
+    output: str | Path | None,
+    on_event: Listener | None,
+    stop: threading.Event | None = None,
+    catches_signals: bool = False,
+) -> "Run":
+    recipe = load.bare(recipe)
+    if output is not None:
+        refuse_used(Path(output))
+    _make_tracker_ready(recipe)
+    with quick_imports():
+        from qtune import run as story
+        from qtune.ready import get_ready, start_folder
+        from qtune.resume import Invocation
+
+    with at_work(*sources(recipe)):
+        ready = get_ready(recipe)
+        began = Invocation(str(Path.cwd()), (), False)
+        folder = start_folder(ready, load.as_toml(recipe), began, None if output is None else Path(output))
+        with folder.held():
+            story.get_weights(ready, folder, _say_nothing)
+            listen = on_event or _printed(ready.plan.steps)
+            story.run(ready, folder, listen, stop=stop, catches_signals=catches_signals)
+    return Run(folder)
+
+
+def _make_tracker_ready(recipe: Recipe) -> None:
+    from qtune.train.trackers import TRACKERS
+
+    if recipe.report.to is not None:
+        TRACKERS[recipe.report.to].make_ready()
+
+
+def _printed(steps: int) -> Listener:
+    from qtune.report.log_lines import PlainLines
+
+    return PlainLines(sys.stdout, steps)
+
+
+def _say_nothing(text: str) -> None:
+    """What only a person at a terminal is told."""
+
+
+class Training:
+    """The same as it goes: `for event in Training(recipe): ...` hears all that happens, and training waits while the
+    loop's body is at work. It is done by a thread.
+
+    To leave the loop, `stop()`, and Ctrl-C on the main thread, end training after the step under way; its adapter and a
+    checkpoint are kept. What `finetune` raises comes out of the loop.
+    """
+
+    def __init__(self, recipe: Recipe, output: str | Path | None = None):
+        self._recipe, self._output = recipe, output
+        self._stop = threading.Event()
+        self._run: Run | None = None
+        self._fault: BaseException | None = None
+
+    @property
+    def run(self) -> "Run":
+        """The run that came of it. Raises UserError before the loop has ended."""
+        if self._run is None:
+            raise UserError("Training.run: there is none before `for event in training` has come to its end.")
+        return self._run
+
+    def stop(self) -> None:
+        """Have training end after the step under way."""
+        self._stop.set()
+
+    def __iter__(self) -> Iterator[Event]:
+        heard: queue.Queue[Event | None] = queue.Queue(maxsize=1)
+        worker = threading.Thread(target=self._work, args=(heard,), name="training", daemon=True)
+        worker.start()
+        try:
+            with self._stopped_by_interruption():
+                while (event := heard.get()) is not None:
+                    yield event
+        finally:
+            self._stop.set()
+            while worker.is_alive():
+                with suppress(queue.Empty):
+                    heard.get(timeout=SECONDS_BETWEEN_LOOKS)
+        if self._fault is not None:
+            raise self._fault
+
+    def _work(self, heard: "queue.Queue[Event | None]") -> None:
+        try:
+            self._run = _train(self._recipe, self._output, heard.put, self._stop)
+        except BaseException as fault:  # it is the loop's
+            self._fault = fault
+        heard.put(None)
+
+    @contextmanager
+    def _stopped_by_interruption(self) -> Iterator[None]:
+        """The first Ctrl-C stops training, a second leaves the loop at once."""
+        if not _is_on_main_thread():
+            yield
+            return
+
+        def interrupted(number: int, frame: Any) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        before = signal.signal(signal.SIGINT, interrupted)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def open_run(path: str | Path, base: str | Path | None = None) -> "Run":
-    """A run by its folder; `base` is where its base is now, if it was moved. Raises RunFolderError for what is none."""
-    return Run(RunDir.open(Path(path), None if base is None else Path(base)))
+    """A run by its folder, be it finished or not; `base` is where its base is now, if it was moved.
+
+    Raises RunFolderError for what is no run.
+    """
+    return Run(RunDir.open_to_resume(Path(path)) if base is None else RunDir.open(Path(path), Path(base)))
+
+
+def show(value: "Run | Plan | Checked") -> None:
+    """Print a run, a plan or a check of data as the command line does; in Jupyter, as it shows such things."""
+    with quick_imports():
+        from rich.console import Console
+
+        from qtune.plan.planner import Plan
+        from qtune.report import plan_table, summary
+        from qtune.report.audit_table import audit_table
+
+    if isinstance(value, Run):
+        shown = summary.report(value.folder)
+    else:
+        shown = plan_table.whole_plan(value.as_json()) if isinstance(value, Plan) else audit_table(value, False)
+    Console().print(shown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +304,33 @@ class Run:
         frame = pandas.DataFrame([dataclasses.asdict(done) for done in self._record.steps]).set_index("step")
         frame["held_out_loss"] = pandas.Series(self.held_out_losses, dtype="float64")
         return frame
+
+    def resume(
+        self,
+        overrides: Mapping[str, Any] | None = None,
+        allow_change: Sequence[str] = (),
+        on_event: Listener | None = None,
+    ) -> "Run":
+        """Go on with a run that was stopped, exactly where it was, as `qtune resume` and `finetune` do.
+
+        Raises RunFolderError where it no longer is what it was and that is not allowed, field by field.
+        """
+        with quick_imports():
+            from qtune import resume
+            from qtune import run as story
+            from qtune.ready import get_ready_again
+            from qtune.report.progress_line import Doing
+
+        resume.refuse_without_checkpoints(self.folder)
+        with self.folder.held():
+            recipe = resume.recipe_of(self.folder, _as_texts(overrides))
+            _make_tracker_ready(recipe)
+            with at_work(*sources(recipe)):
+                ready, going_on = get_ready_again(self.folder, recipe, allow_change, Doing())
+                resume.remember(self.folder, _as_texts(overrides))
+                listen, is_main = on_event or _printed(ready.plan.steps), _is_on_main_thread()
+                story.run(ready, self.folder, listen, going_on, catches_signals=is_main)
+        return Run(self.folder)
 
     def evaluate(
         self,
@@ -234,34 +412,3 @@ class Run:
         refuse_unusable(self.folder)
         with at_work(self.folder.read_lock().base_name):
             yield self.folder
-
-
-def sources(recipe: Recipe) -> tuple[str | None, ...]:
-    """What a run reads: its base and its rows, on this machine or by names of the hub."""
-    return recipe.model.base, recipe.data.train, recipe.data.held_out
-
-
-def are_here(*names: str | None) -> bool:
-    """Whether bases and rows of these names are on this machine, so that nobody is to be asked for them."""
-    return all(name is None or name == "demo" or Path(name).is_absolute() for name in names)
-
-
-@contextmanager
-def at_work(*names: str | None) -> Iterator[None]:
-    """While the libraries work for us on what has these names: their messages are kept, and they ask no network for
-    what is here."""
-    from huggingface_hub import constants
-
-    before, is_offline = os.environ.get(OFFLINE), constants.HF_HUB_OFFLINE
-    with logs.as_guest():
-        logs.quiet_libraries()
-        if are_here(*names):
-            os.environ[OFFLINE], constants.HF_HUB_OFFLINE = "1", True
-        try:
-            yield
-        finally:
-            constants.HF_HUB_OFFLINE = is_offline
-            if before is None:
-                os.environ.pop(OFFLINE, None)
-            else:
-                os.environ[OFFLINE] = before

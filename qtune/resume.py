@@ -84,6 +84,14 @@ class Change:
         return f"{told}; {FIXED[self.field]}" if self.field in FIXED else told
 
 
+def refuse_without_checkpoints(run: RunDir) -> None:
+    """Raises RunFolderError for a run whose checkpoints were removed: it would begin again, over the adapter it has."""
+    if run.checkpoints_removed.is_file():
+        raise RunFolderError(
+            f"{run.path}: its checkpoints were removed, so it cannot go on. `qtune run` begins a new run."
+        )
+
+
 def recipe_of(run: RunDir, overrides: Sequence[str]) -> Recipe:
     """The run's recipe as its folder has it now, with the overrides of then and, on top, those given now.
 

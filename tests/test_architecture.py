@@ -53,6 +53,7 @@ ROOMS = [
     "reading",
     "ready",
     "run",
+    "guest",
     "library",
     "commands",
     "cli",

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,11 @@ import qtune
 from qtune.recipe import load
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = """DataError DiskFull DoesNotFit MachineError ModelError OutOfMemory QtuneError Recipe RecipeError Run
-RunFolderError TrainingDiverged UserError VerificationFailed check_data errors events
-load_recipe make_plan make_recipe open_run"""
+NAMES = """
+    DataError DiskFull DoesNotFit MachineError ModelError OutOfMemory QtuneError Recipe RecipeError Run RunFolderError
+    Training TrainingDiverged UserError VerificationFailed check_data errors events finetune load_recipe make_plan
+    make_recipe open_run show
+"""
 UNCHANGED = """
 import gc, json, logging, os, signal, sys, warnings
 
@@ -84,9 +85,13 @@ def test_kernels_of_others_are_not_fetched_by_its_imports(tmp_path: Path) -> Non
     """A host may have the package `kernels`: bitsandbytes would run code of the hub while it is imported."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*args, **kwargs):\n    print('fetched')\n")
-    code = (
-        "import qtune; qtune.make_plan(qtune.load_recipe('medical', demo=True)); import kernels; kernels.get_kernel()"
-    )
+    code = """
+import qtune
+recipe = qtune.load_recipe("medical", demo=True)
+qtune.check_data(recipe), qtune.make_plan(recipe)
+import bitsandbytes, kernels
+kernels.get_kernel()
+"""
     assert python(code, tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}") == "fetched\n"  # the host's own
 
 
@@ -109,11 +114,11 @@ def test_a_recipe_is_made_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("demo", [True, False])
 def test_a_recipe_as_a_file_says_the_same(name: str, demo: bool, tmp_path: Path) -> None:
     recipe = qtune.load_recipe(name, {"train.epochs": 2, "data.system": 'Say "yes"\n\\'}, demo)
-    (tmp_path / "again.toml").write_text(load.as_toml(recipe), encoding="utf-8")
+    (tmp_path / "again.toml").write_text(load.as_toml(load.bare(recipe)), encoding="utf-8")
     again = load.load(tmp_path / "again.toml")
+    assert again == load.bare(recipe)
     left_out = {"data": {"subset", "held_out_fraction"}, "demo": True}  # which have no effect on the demo's files
     assert again.model_dump(exclude=left_out) == recipe.model_dump(exclude=left_out)
-    assert tomllib.loads(load.as_toml(recipe))["train"]["epochs"] == 2
 
 
 def test_what_a_demo_makes_idle_is_left_out(tmp_path: Path) -> None:
@@ -121,8 +126,9 @@ def test_what_a_demo_makes_idle_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     text = 'name = "t"\n[model]\nbase = "a/b"\nrevision = "main"\n[data]\ntrain = "rows.jsonl"\n'
     (tmp_path / "t.toml").write_text(f'{text}[demo.data]\ntrain = "rows.jsonl"\n[demo.train]\nepochs = 1\n')
-    again = tomllib.loads(load.as_toml(qtune.load_recipe(tmp_path / "t.toml", demo=True)))
-    assert again["model"] == {"base": "demo"}
+    again = load.bare(qtune.load_recipe(tmp_path / "t.toml", demo=True))
+    assert again.model.model_dump(exclude_unset=True) == {"base": "demo"}
+    assert load.bare(again) == again
 
 
 def test_a_finished_run_is_read(finished: Path) -> None:
@@ -160,3 +166,106 @@ def test_refusals_are_qtunes_own(finished: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(qtune.MachineError, match=r"^Run\.frame: needs pandas"):
         qtune.open_run(finished).frame()
+
+
+SHORT = {"train.max_steps": 4, "train.epochs": 4, "train.eval_every": 4, "data.max_rows": 40, "evaluate.rows": 2}
+AS_ALWAYS = """
+import bitsandbytes, datasets, os, peft, signal, transformers, trl
+import qtune
+from qtune.events import CheckpointSaved, Finished, StepDone
+
+recipe = qtune.load_recipe("medical", {**SHORT, "evaluate.general": "none"}, demo=True)
+before = state()
+whole = qtune.finetune(recipe, "whole")
+hold(before, state())
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a program trained, stopped and went on with the demo, in every way that the library has."""
+    folder = tmp_path_factory.mktemp("trained")
+    code = f"""{UNCHANGED}
+SHORT = {SHORT}
+{AS_ALWAYS}
+training = qtune.Training(recipe, "looped")
+for event in training:
+    if isinstance(event, StepDone) and event.step == 2:
+        training.stop()
+assert training.run.state == "stopped", training.run
+hold(before, state())
+
+for event in qtune.Training(recipe, "left"):
+    if isinstance(event, StepDone):
+        break
+hold(before, state())
+
+training = qtune.Training(recipe, "interrupted")
+for event in training:
+    if isinstance(event, StepDone) and event.step == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+hold(before, state())
+
+heard = []
+def interrupt(event):
+    heard.append(event)
+    if isinstance(event, StepDone) and event.step == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+called = qtune.finetune(recipe, "called", interrupt)
+assert called.state == "stopped" and isinstance(heard[-2], Finished), heard[-2:]
+hold(before, state())
+
+again = training.run.resume(on_event=heard.append)
+assert (again.state, again.losses) == ("finished", whole.losses), (again.losses, whole.losses)
+hold(before, state())
+"""
+    (folder / "printed.txt").write_text(python(code, folder))
+    return folder
+
+
+def test_a_training_prints_a_line_each(trained: Path) -> None:
+    printed = (trained / "printed.txt").read_text().splitlines()
+    steps = [line.split("  ")[0] for line in printed if "tok/s" in line]
+    assert steps == [f"step {n}/4" for n in range(1, 5)]  # of the one that was not listened to
+
+
+def test_a_training_that_is_stopped_or_left_is_a_stopped_run(trained: Path) -> None:
+    for name in ("looped", "left", "called"):
+        run = qtune.open_run(trained / name)
+        assert run.state == "stopped"
+        assert (run.path / "adapter" / "adapter_model.safetensors").is_file()
+        assert 1 <= max(run.losses) < 4
+        assert run.losses == {
+            step: loss for step, loss in qtune.open_run(trained / "whole").losses.items() if step in run.losses
+        }
+        assert run.scores is None
+
+
+def test_what_the_libraries_say_is_in_the_runs_log(trained: Path) -> None:
+    assert "WARNING py.warnings" in (trained / "whole" / "log.txt").read_text()
+
+
+def test_the_command_line_goes_on_with_what_the_library_began(trained: Path, tmp_path: Path) -> None:
+    from stopped_runs import copy
+    from stopped_runs import qtune as command
+
+    run = copy(trained / "looped", tmp_path / "run")
+    assert command("resume", run) == 0
+    assert qtune.open_run(run).losses == qtune.open_run(trained / "whole").losses
+
+
+def test_what_training_raises_comes_out_of_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").write_text("not a row\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = qtune.make_recipe(name="my", model={"base": "demo"}, data={"train": "rows.jsonl"})
+    training = qtune.Training(recipe)
+    with pytest.raises(qtune.DataError, match=r"rows\.jsonl:1: "):
+        list(training)
+    with pytest.raises(qtune.UserError, match="before"):
+        training.run  # noqa: B018
+    with pytest.raises(qtune.DataError, match=r"rows\.jsonl:1: "):
+        qtune.finetune(recipe)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "work").touch()
+    with pytest.raises(qtune.RunFolderError, match="is not empty"):
+        qtune.finetune(recipe, "used")

@@ -60,13 +60,13 @@ def make_tracker_ready(recipe: "Recipe") -> None:
 
 def stay_offline_when_local(recipe: "Recipe") -> None:
     """Without a hub name in the recipe no library may ask the network for anything."""
-    from qtune.library import sources
+    from qtune.guest import sources
 
     stay_offline_with(*sources(recipe))
 
 
 def stay_offline_with(*names: str | None) -> None:
-    from qtune.library import OFFLINE, are_here
+    from qtune.guest import OFFLINE, are_here
 
     if are_here(*names):
         os.environ[OFFLINE] = "1"

@@ -52,10 +52,10 @@ def _longest(options: Namespace) -> None:
     with terminal.doing_of(options) as doing:
         recipe, _ = arguments.load_recipe(options, needs_weights=False)
         with terminal.importing(doing):
-            from qtune import ready
-        from qtune import hardware
-        from qtune.plan.planner import budget_of
-        from qtune.report import plan_table
+            from qtune import hardware
+            from qtune.plan.planner import budget_of
+            from qtune.ready import longest_contexts
+            from qtune.report import plan_table
 
         here, asked, host = hardware.find_device(), options.device_memory, options.host_memory
         sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
@@ -67,7 +67,7 @@ def _longest(options: Namespace) -> None:
                 "tokens": most.tokens,
                 "bound": most.bound,
             }
-            for card, most in ready.longest_contexts(recipe, cards, doing)
+            for card, most in longest_contexts(recipe, cards, doing)
         ]
     if options.json:
         terminal.print_json(rows)

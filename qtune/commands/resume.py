@@ -25,13 +25,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def refuse(options: Namespace) -> None:
-    """Without its checkpoints a run would begin again, over the adapter that it has."""
+    from qtune.resume import refuse_without_checkpoints
     from qtune.rundir import RunDir
 
-    if RunDir(options.run).checkpoints_removed.is_file():
-        raise RunFolderError(
-            f"{options.run}: its checkpoints were removed, so it cannot go on. `qtune run` begins a new run."
-        )
+    refuse_without_checkpoints(RunDir(options.run))
 
 
 def act(options: Namespace) -> int:

@@ -107,12 +107,23 @@ def make_recipe(**settings: Any) -> Recipe:
     return recipe
 
 
-def as_toml(recipe: Recipe) -> str:
-    """A recipe as the text of a file that says the same: what was set, and has an effect."""
-    values = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True, exclude={"demo"})
+def bare(recipe: Recipe) -> Recipe:
+    """The same run without the [demo] that may have made it, and without what has no effect in it."""
+    values = _written(recipe)
+    values.pop("demo", None)
     for idle in conflicts.idle(values):
         del conflicts.value_of(values, idle.key[:-1])[idle.key[-1]]
-    return "\n".join(_toml_lines(values, ()))
+    return Recipe(**values)
+
+
+def as_toml(recipe: Recipe) -> str:
+    """A recipe as the text of a file that says the same."""
+    return "\n".join(_toml_lines(_written(recipe), ()))
+
+
+def _written(recipe: Recipe) -> Values:
+    """What of a recipe is not left to the defaults."""
+    return recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def _toml_lines(table: Values, name: Key) -> Iterator[str]:
