@@ -249,11 +249,11 @@ def show(value: "Run | Plan | Checked") -> None:
         from qtune.report import plan_table, summary
         from qtune.report.audit_table import audit_table
 
+    console = Console()
     if isinstance(value, Run):
-        shown = summary.report(value.folder)
+        console.print(summary.report(value.folder))
     else:
-        shown = plan_table.whole_plan(value.as_json()) if isinstance(value, Plan) else audit_table(value, False)
-    Console().print(shown)
+        console.print(plan_table.whole_plan(value.as_json()) if isinstance(value, Plan) else audit_table(value, False))
 
 
 @dataclasses.dataclass(frozen=True)
