@@ -95,8 +95,8 @@ def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, fault_of: 
         for source, is_held_out in ((Source.of_train(data), False), (Source.of_held_out(data), True)):
             if source is None:
                 continue
-            found, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell)
-            counts.append(found)
+            count, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell)
+            counts.append(count)
             chains.append(chain)
         tell("comparing", len(likeness), None)
         _group_alike(seen, counts[0].usable_rows, data.check.near_duplicate_similarity)
@@ -138,21 +138,21 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
     try:
         read_file(path)
         is_text = path.suffix.lower() in TEXT_SUFFIXES
-        found = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
+        written = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
     except FileFault as fault:
         _group_file_fault(fault, groups)
         yield None
         return
-    progress.lines = found.lines if path.suffix.lower() == ".jsonl" else None
+    progress.lines = written.lines if path.suffix.lower() == ".jsonl" else None
     is_sheet = path.suffix.lower() in SUFFIXES
-    if is_sheet and found.probably == WESTERN:  # read as such
+    if is_sheet and written.probably == WESTERN:  # read as such
         yield source
         return
-    if found.has_bom and not is_sheet:  # Excel writes one and wants one
+    if written.has_bom and not is_sheet:  # Excel writes one and wants one
         groups.add("byte-order-mark", f"{path.name}:1", "begins with a byte-order mark")
-    for line in found.bad_lines:
-        groups.add("not-utf8", f"{path.name}:{line:,}", f"is not UTF-8 but {encodings.called(found.probably)}")
-    with encodings.as_utf8(path, found) as copy:
+    for line in written.bad_lines:
+        groups.add("not-utf8", f"{path.name}:{line:,}", f"is not UTF-8 but {encodings.called(written.probably)}")
+    with encodings.as_utf8(path, written) as copy:
         yield Source(str(copy))
 
 

@@ -32,6 +32,6 @@ class Places:
 
 def parted(place: str) -> tuple[str, int]:
     """`rows.jsonl:` and 1017 of `rows.jsonl:1,017`."""
-    found = NUMBERED.fullmatch(place)
-    assert found is not None, f"a place ends in a number: {place!r}"
-    return found[1], int(found[2].replace(",", ""))
+    numbered = NUMBERED.fullmatch(place)
+    assert numbered is not None, f"a place ends in a number: {place!r}"
+    return numbered[1], int(numbered[2].replace(",", ""))

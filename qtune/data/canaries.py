@@ -108,10 +108,10 @@ def planted_rows(recipe: Recipe, phrasing: Phrasing) -> list[Example]:
 
 def probes(canaries: Iterable[Canary], phrasing: Phrasing) -> list[Probe]:
     """What to ask a model of them. The beginning ends where rows with other secrets begin to differ."""
-    found = []
+    every = []
     for canary in canaries:
         rows = phrasing.rows(canary, canary.secrets)
         columns = zip(*(row.input_ids for row in rows), strict=False)
         beginning = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
-        found.append(Probe(canary.secrets[0], beginning, tuple(rows)))
-    return found
+        every.append(Probe(canary.secrets[0], beginning, tuple(rows)))
+    return every

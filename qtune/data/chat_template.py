@@ -78,10 +78,10 @@ class ChatTemplate:
 
         The last trained piece is the last such answer. Raises Untraceable.
         """
-        (found,) = self.all_pieces([messages])
-        if isinstance(found, Untraceable):
-            raise found
-        return found
+        (traced,) = self.all_pieces([messages])
+        if isinstance(traced, Untraceable):
+            raise traced
+        return traced
 
     def all_pieces(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[Piece, ...] | Untraceable]:
         """The same for many conversations, in less time; one that cannot be traced has its Untraceable here."""
@@ -162,8 +162,8 @@ def _parts(marked: str, answers: int) -> list[str]:
     """What stands before, between and after the markers: one part more than there are answers."""
     parts, rest = [], marked
     for number in range(answers):
-        before, found, rest = rest.partition(MARKER.format(number))
-        if not found:
+        before, marker, rest = rest.partition(MARKER.format(number))
+        if not marker:
             raise Untraceable("the chat template leaves one of its answers out")
         parts.append(before)
     return [*parts, rest]
@@ -202,8 +202,8 @@ def _join(frame: list[str], answers: list[str]) -> str:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Every token that is no ordinary text, the longest first, so that the first match is the whole one."""
-    found = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
-    return tuple(sorted(found, key=lambda token: (-len(token), token)))
+    special = {*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens}
+    return tuple(sorted(special, key=lambda token: (-len(token), token)))
 
 
 def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -47,8 +47,8 @@ def _cut(text: str, spans: Sequence[tuple[int, int]], after: int, limit: int) ->
         return limit
     first, last = spans[after][0], spans[limit][0]
     for pattern in ENDS:
-        found = max((match.end() for match in pattern.finditer(text, first, last + 1)), default=first)
-        at = bisect_left(spans, found, key=lambda span: span[0])
+        end = max((match.end() for match in pattern.finditer(text, first, last + 1)), default=first)
+        at = bisect_left(spans, end, key=lambda span: span[0])
         if after < at <= limit:
             return at
     at = limit

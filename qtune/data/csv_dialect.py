@@ -45,10 +45,10 @@ def _encoding(path: Path) -> tuple[str, str | None]:
     try:
         refuse_bad_bytes(path)
     except FileFault:
-        found = encoding_of(path)
-        bad = found.bad_lines[0]
-        if found.probably != WESTERN:
-            raise _not_utf8(path, bad, called(found.probably)) from None
+        written = encoding_of(path)
+        bad = written.bad_lines[0]
+        if written.probably != WESTERN:
+            raise _not_utf8(path, bad, called(written.probably)) from None
         word = _excerpt(path, bad)
         return WESTERN, f"is no UTF-8 and read as {WESTERN}, which Excel writes ({word} in line {bad:,})"
     return "utf-8-sig", None

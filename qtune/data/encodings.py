@@ -63,11 +63,11 @@ def is_utf8(line: bytes) -> bool:
 
 
 def _guess(sample: bytes) -> str | None:
-    found = charset_normalizer.from_bytes(sample, cp_isolation=IN_USE)
-    best = found.best()
+    guesses = charset_normalizer.from_bytes(sample, cp_isolation=IN_USE)
+    best = guesses.best()
     if best is None:
         return None
-    equals = [str(match) for match in found if match.chaos == best.chaos]
+    equals = [str(match) for match in guesses if match.chaos == best.chaos]
     return WESTERN if _reads_as_western(sample, equals) else best.encoding
 
 
@@ -88,10 +88,10 @@ def called(encoding: str | None) -> str:
 
 
 @contextlib.contextmanager
-def as_utf8(path: Path, found: FileEncoding) -> Iterator[Path]:
+def as_utf8(path: Path, written: FileEncoding) -> Iterator[Path]:
     """A copy of the file with the same name whose bad lines are decoded as what they probably are, for as long as the
     context lasts; `path` itself where no line is bad."""
-    if not found.bad_lines:
+    if not written.bad_lines:
         yield path
         return
     folder = tempfile.mkdtemp(prefix="qtune-check-")
@@ -99,7 +99,7 @@ def as_utf8(path: Path, found: FileEncoding) -> Iterator[Path]:
         copy = Path(folder, path.name)
         with path.open("rb") as source, copy.open("wb") as target:
             for line in source:
-                target.write(line if is_utf8(line) else line.decode(found.probably or "utf-8", "replace").encode())
+                target.write(line if is_utf8(line) else line.decode(written.probably or "utf-8", "replace").encode())
         yield copy
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -105,9 +105,9 @@ def _is_cut_document(start: str) -> bool:
 
     One line without an end is a document only as an array: a row that long is an object.
     """
-    lines, found, _ = start.rpartition("\n")
+    lines = start.rpartition("\n")[0]
     if not lines.strip():
-        return (lines + found + start).lstrip().startswith("[")
+        return start.lstrip().startswith("[")
     try:
         json.JSONDecoder().raw_decode(lines.lstrip())
     except json.JSONDecodeError as fault:
@@ -129,13 +129,13 @@ def _json_fault(line: str, fault: Exception) -> str:
     """What is wrong and in which column; `line` is the line that `fault` is in."""
     if not isinstance(fault, json.JSONDecodeError):
         return f"is not readable JSON ({fault})"
-    found = line[fault.colno - 1 : fault.colno + 11]
-    if "control character" in fault.msg and not found:
+    rest = line[fault.colno - 1 : fault.colno + 11]
+    if "control character" in fault.msg and not rest:
         return "has a line break inside a text; write it as \\n"
     if "control character" in fault.msg:
-        code = f"{ord(found[0]):02x}"
+        code = f"{ord(rest[0]):02x}"
         return f"has a raw control character (0x{code}) at column {fault.colno:,}; write it as \\u00{code}"
-    where = f"at column {fault.colno:,}, before {found!r}" if found else "at the end of the line"
+    where = f"at column {fault.colno:,}, before {rest!r}" if rest else "at the end of the line"
     return f"is not JSON: {fault.msg[0].lower() + fault.msg[1:].removesuffix(' at')} {where}"
 
 

@@ -62,10 +62,10 @@ def _served(folder: Path) -> tuple[tuple[int, ...], str]:
     """The ids at which generation stops, and the file that says so."""
     for name in SERVED_BY:
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
-        ids = found if isinstance(found, list) else [found]
+        ids = ends if isinstance(ends, list) else [ends]
         if ids and all(isinstance(each, int) for each in ids):
             return tuple(ids), name
     return (), ""

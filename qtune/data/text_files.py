@@ -28,8 +28,8 @@ def refuse_bad_bytes(path: Path) -> None:
             decoder.decode(block, final=not block)
         except UnicodeDecodeError as fault:
             line = newlines + (held + block).count(b"\n", 0, fault.start) + 1
-            found = fault.object[fault.start]
-            raise FileFault(path, f"byte 0x{found:02x} is not UTF-8 text. Save the file as UTF-8.", line) from None
+            bad_byte = fault.object[fault.start]
+            raise FileFault(path, f"byte 0x{bad_byte:02x} is not UTF-8 text. Save the file as UTF-8.", line) from None
         newlines += block.count(b"\n")
 
 

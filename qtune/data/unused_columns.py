@@ -39,8 +39,8 @@ class Unused:
 
 def unused_of(rows_by_field: Mapping[str, int]) -> tuple[Unused, ...]:
     """Those that matter first."""
-    found = [Unused(field, rows, MATTERS.get(field.lower())) for field, rows in rows_by_field.items()]
-    return tuple(sorted(found, key=lambda unused: unused.advice is None))
+    every = [Unused(field, rows, MATTERS.get(field.lower())) for field, rows in rows_by_field.items()]
+    return tuple(sorted(every, key=lambda unused: unused.advice is None))
 
 
 def unused_line(unused: Sequence[Unused]) -> str:
