@@ -20,14 +20,14 @@ from qtune.memory.packed_experts import expert_modules, is_packed, stacked_names
 
 def expert_targets(model: torch.nn.Module) -> list[str]:
     """What `LoraConfig(target_parameters=...)` calls the packed parameters of `model`: `mlp.experts.down_proj`."""
-    found: dict[str, None] = {}
+    parameters: dict[str, None] = {}
     owners = {id(experts) for experts in expert_modules(model)}
     for name, module in model.named_modules():
         if id(module) in owners:
             short = ".".join(part for part in name.split(".") if part != "base_layer").split(".")[-2:]
             held = [own for own in stacked_names(module) if is_packed(getattr(module, own, None))]
-            found |= dict.fromkeys(".".join([*short, own]) for own in held)
-    return list(found)
+            parameters |= dict.fromkeys(".".join([*short, own]) for own in held)
+    return list(parameters)
 
 
 def register(config: LoraConfig, model: torch.nn.Module) -> None:

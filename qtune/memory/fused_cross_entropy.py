@@ -122,10 +122,10 @@ def _of_head(
         return of_sliced_head(hidden, quantized_head.sliced(head, hidden), labels, with_gradient)
     if not head_offload.is_on_host(head):
         return of_weight(hidden, head.weight, labels, with_gradient)
-    found = head_offload.sliced(head, hidden.device)
-    if len(found.parts) == 1:
-        return of_weight(hidden, found.weight(found.parts[0]), labels, with_gradient)
-    return of_sliced_head(hidden, found, labels, with_gradient)
+    slices = head_offload.sliced(head, hidden.device)
+    if len(slices.parts) == 1:
+        return of_weight(hidden, slices.weight(slices.parts[0]), labels, with_gradient)
+    return of_sliced_head(hidden, slices, labels, with_gradient)
 
 
 def of_weight(

@@ -19,7 +19,7 @@ from qtune.memory import memory_tracker
 from qtune.memory.activation_offload import page_locked
 from qtune.memory.chunked_cross_entropy import SlicedHead
 
-SLICE_BYTES = 32 * 1024**2
+SLICE_BYTES = 32 * 1024**2  # a copy of so much takes long enough to be worth its start, and is little on any card
 
 
 def move_head_out(model: PreTrainedModel, device: torch.device, is_tied: bool) -> None:
@@ -40,8 +40,8 @@ def move_head_out(model: PreTrainedModel, device: torch.device, is_tied: bool) -
 
     def forward(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, V), for answers: of the few positions whose next token is asked for."""
-        found = sliced(self, device)
-        return torch.cat([torch.nn.functional.linear(hidden, found.weight(rows)) for rows in found.parts], dim=-1)
+        slices = sliced(self, device)
+        return torch.cat([torch.nn.functional.linear(hidden, slices.weight(rows)) for rows in slices.parts], dim=-1)
 
     head.forward = types.MethodType(forward, head)
 

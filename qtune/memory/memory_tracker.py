@@ -215,13 +215,13 @@ def storage_sizes(tensors: Iterable[torch.Tensor]) -> int:
 
 def quantization_state(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
     """The scales and codes that bitsandbytes keeps beside its packed weights."""
-    found = []
+    tensors = []
     for parameter in parameters:
         state = getattr(parameter, "quant_state", None)
         while state is not None:
-            found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor)]
+            tensors += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor)]
             state = state.state2
-    return found
+    return tensors
 
 
 def mark(tensors: Iterable[torch.Tensor], part: str, side: Side = "device") -> None:

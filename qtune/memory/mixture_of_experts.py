@@ -107,15 +107,15 @@ class _Experts(torch.autograd.Function):
             with torch.enable_grad(), ctx.autocast():
                 y = run.one(expert, leaves[0], leaves[1], leaves[2:], is_wanted=False)
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, gradient[tokens].to(y.dtype)))
+            gradients = iter(torch.autograd.grad(y, wanted, gradient[tokens].to(y.dtype)))
             del y, parts, leaves, wanted
             if needs[0]:
-                sums[0].index_add_(0, tokens, next(found))
+                sums[0].index_add_(0, tokens, next(gradients))
             if needs[1]:
-                sums[1].view(-1)[pairs] = next(found)
+                sums[1].view(-1)[pairs] = next(gradients)
             for place in _own(sums[2:], expert, len(ctx.counts)):
                 if place is not None:
-                    place.copy_(next(found))
+                    place.copy_(next(gradients))
         return sums[0], sums[1], None, None, None, *sums[2:]
 
 

@@ -49,9 +49,9 @@ def refusal(experts: Any) -> str | None:
     if not hasattr(experts, "_apply_gate") or not hasattr(experts, "is_transposed"):
         return f"the experts of {kind} stay in 16 bits: transformers does not run them through its experts interface"
     odd = {"has_bias": "have biases", "is_transposed": "are stored transposed", "has_post_expert_norm": "end in a norm"}
-    found = [what for name, what in odd.items() if getattr(experts, name, False)]
-    if found:
-        return f"the experts of {kind} stay in 16 bits: they {' and '.join(found)}"
+    oddities = [what for name, what in odd.items() if getattr(experts, name, False)]
+    if oddities:
+        return f"the experts of {kind} stay in 16 bits: they {' and '.join(oddities)}"
     for name in stacked_names(experts):
         parameter = getattr(experts, name, None)
         if parameter is None or not _is_stack(parameter):
@@ -112,14 +112,14 @@ def packed_like(parameter: torch.Tensor, double: bool) -> Any:
 
 def packed_tensors(experts: Any) -> list[tuple[Any, str]]:
     """(owner, attribute) of every tensor that holds the weights of packed experts, to be moved or replaced."""
-    found: list[tuple[Any, str]] = []
+    places: list[tuple[Any, str]] = []
     for name in stacked_names(experts):
         parameter = getattr(experts, name)
         if is_packed(parameter):
             state = parameter.quant_state
-            found += [(parameter, "data"), (state, "absmax")]
-            found += [(state.state2, "absmax")] if state.nested else []
-    return found
+            places += [(parameter, "data"), (state, "absmax")]
+            places += [(state.state2, "absmax")] if state.nested else []
+    return places
 
 
 def block_scales(parameter: Any) -> torch.Tensor | None:

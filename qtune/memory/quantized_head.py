@@ -17,7 +17,7 @@ from qtune.memory import memory_tracker
 from qtune.memory.chunked_cross_entropy import SlicedHead
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, weight_rows
 
-SLICE_BYTES = 16 * 1024**2
+SLICE_BYTES = 16 * 1024**2  # in float32, of which a slice and its gradient are held at a time
 
 
 def quantize_head(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ import torch
 from qtune.memory import memory_tracker
 from qtune.memory.activation_offload import page_locked
 
-ALIGNMENT = 256
+ALIGNMENT = 256  # bytes, which suits every dtype and CUDA kernel: cudaMalloc aligns to as much
 
 
 @dataclass(frozen=True)

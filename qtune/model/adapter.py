@@ -107,10 +107,10 @@ def put_back(model: PeftModel, folder: Path) -> None:
 
     Raises ModelError where they are not those of this adapter.
     """
-    found = set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
-    missing = [name for name in found.missing_keys if ".lora_" in name]
-    if missing or found.unexpected_keys:
-        raise ModelError(f"{folder}: is not the adapter of this recipe ({(missing or found.unexpected_keys)[0]}).")
+    outcome = set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    missing = [name for name in outcome.missing_keys if ".lora_" in name]
+    if missing or outcome.unexpected_keys:
+        raise ModelError(f"{folder}: is not the adapter of this recipe ({(missing or outcome.unexpected_keys)[0]}).")
 
 
 def load(model: PreTrainedModel, folder: Path) -> PeftModel:

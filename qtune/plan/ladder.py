@@ -21,7 +21,7 @@ from qtune.plan.overrides import forced, refusals
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Recipe
 
-MARGIN_FRACTION = 0.03  # of the device: what a desktop beside the run takes and gives back, and what forecasts were off
+MARGIN_FRACTION = 0.03  # of the device; chosen: six times what the tests let a forecast be off, and room for a desktop
 GROUND = "recomputed_layers"  # what other techniques stand on, and a large batch gains most by: never taken back whole
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from qtune.memory.techniques import LiveModel, Step, Technique, Techniques, auto_or_count
 from qtune.memory.techniques.standing import Standing
 
-MOST_GROUPS = 8  # more of them save little beside what one head and the rest of a layer hold
+MOST_GROUPS = 8  # chosen: more of them save little beside what one head and the rest of a layer hold
 ATTENTION_AGAIN = 0.10  # of a step's time: an estimate, not measured on a card yet
 
 

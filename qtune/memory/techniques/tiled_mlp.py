@@ -6,8 +6,8 @@ from typing import Any
 from qtune.memory.techniques import LiveModel, Step, Technique, Techniques, auto_or_count
 from qtune.memory.techniques.standing import Standing
 
-TILE_TOKENS = 1024  # what a tile holds is small beside one layer's checkpoint, and a card's cores are still filled
-SMALL_TILE_TOKENS = 256  # the fewest at which dequantising the weights once a tile is not most of the work
+TILE_TOKENS = 1024  # chosen: a tile holds little beside the checkpoints, and still fills the cores of a card
+SMALL_TILE_TOKENS = 256  # chosen: the fewest at which dequantising the weights once a tile is not most of the work
 DEQUANTISING = 0.05  # of a step's time with tiles of TILE_TOKENS: an estimate, not measured on a card yet
 NOTE = "weights are dequantised once a tile"
 
