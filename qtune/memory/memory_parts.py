@@ -1,19 +1,22 @@
 """What stands in a live model, by part and by side of the bus: the names that forecast and ledger share."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 
-from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import Side, quantization_state
+
+if TYPE_CHECKING:
+    from qtune.memory.engine import Engine
 
 STANDING_PARTS = ("base", "streamed layers", "embedding", "head", "adapter", "gradients", "optimizer")
 PASSING_PARTS = ("batch", "checkpoints", "layer workspace", "dequantised weights", "loss")
 
 
 def standing_parts(
-    model: PeftModel, engine: Engine | None, optimizer: torch.optim.Optimizer | None
+    model: PeftModel, engine: "Engine | None", optimizer: torch.optim.Optimizer | None
 ) -> Iterator[tuple[str, Side, list[torch.Tensor]]]:
     """Tensors by part and side. A tensor of a tied pair is the head's."""
     causal = model.get_base_model()
@@ -39,7 +42,7 @@ def standing_parts(
         yield "optimizer", "device", optimizer_state(optimizer)
 
 
-def _moved(engine: Engine) -> Iterator[tuple[str, Side, list[torch.Tensor]]]:
+def _moved(engine: "Engine") -> Iterator[tuple[str, Side, list[torch.Tensor]]]:
     """What the techniques that are on have put elsewhere."""
     for technique in engine.techniques.on():
         yield from technique.live_parts(engine, engine.techniques)

@@ -6,15 +6,18 @@ it is this process's resident memory, of which Python and the libraries held a s
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 
 from qtune.events import MemoryMeasured
 from qtune.hardware import Device, host_memory, reset_peak, resident_bytes
-from qtune.memory.engine import Engine
 from qtune.memory.memory_parts import STANDING_PARTS, standing_parts
 from qtune.memory.memory_tracker import storage_sizes
+
+if TYPE_CHECKING:
+    from qtune.memory.engine import Engine
 
 REST = "activations and workspace"
 HOST = "held for the host"  # what a card would not hold, where the processor is the device
@@ -41,7 +44,7 @@ class Ledger:
         phase: str,
         step: int,
         model: PeftModel,
-        engine: Engine | None = None,
+        engine: "Engine | None" = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> MemoryMeasured:
         """Bytes by part at the highest point since the last measurement. Gradients count if they are there."""
