@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import yaml
+from test_architecture import ROOMS
 
 from qtune import __version__
 
@@ -32,3 +33,16 @@ def test_the_changelog_names_the_version_and_what_is_new_since() -> None:
     assert versions[0] == "Unreleased"
     assert versions[1] == __version__
     assert all(re.fullmatch(r"\S+ \(\d{4}-\d\d-\d\d\)", heading) for heading in headings[1:])
+
+
+def test_the_tour_names_what_is_there() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:tests/|scripts/)?[a-z_/]+(?:\.py|/))`", tour))
+    assert len(paths) > 20
+    assert [path for path in sorted(paths) if not ((ROOT / path).exists() or (ROOT / "qtune" / path).exists())] == []
+
+
+def test_the_tour_has_the_rooms_in_the_order_in_which_they_import() -> None:
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = tour.split("| room |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert [room for row in rows for room in re.findall(r"`([a-z_.]+)`", row.split("|")[1])] == ROOMS
