@@ -143,3 +143,10 @@ def test_a_run_prepares_the_same_rows_whoever_tokenises(tmp_path: Path, in_three
     monkeypatch.undo()
     monkeypatch.setenv("QTUNE_CACHE", "off")
     assert prepare(recipe, tokenizer).fingerprint == spread_out.fingerprint
+
+
+@pytest.mark.parametrize("module", ["qtune.data.row_stream", "qtune.audit.row_checks"])
+def test_what_a_process_loads_to_encode_rows_is_light(module: str) -> None:
+    """Two seconds of each processor went to torch, which no row needs, before the first one was encoded."""
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
