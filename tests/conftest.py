@@ -16,7 +16,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<s>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+BOS, END, PAD = range(len(BYTES), len(BYTES) + 3)  # none is 0, which `if token_id:` takes for no token
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -42,13 +44,13 @@ def pytest_collection_finish() -> None:
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, six special ones, a BOS added on encode."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {token: i for i, token in enumerate([*BYTES, *SPECIAL])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -68,9 +70,9 @@ def tiny_config(**changes: object) -> LlamaConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
+        "bos_token_id": BOS,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
     }
     return LlamaConfig(**{**settings, **changes})
 

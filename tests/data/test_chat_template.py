@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import CHAT_TEMPLATE, byte_tokenizer
+from conftest import BOS, CHAT_TEMPLATE, END, byte_tokenizer
 from transformers import AutoTokenizer
 
 from qtune.data.chat_template import ChatTemplate, Piece, fold_system
@@ -72,10 +72,10 @@ def test_only_answers_and_their_ends_are_trained() -> None:
 
 
 def test_stop_tokens_are_the_end_of_turn_and_the_end_of_sequence() -> None:
-    assert ChatTemplate.of(byte_tokenizer()).stop_token_ids == (1,)
+    assert ChatTemplate.of(byte_tokenizer()).stop_token_ids == (END,)
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = "<s>"
-    assert ChatTemplate.of(tokenizer).stop_token_ids == (1, 0)
+    assert ChatTemplate.of(tokenizer).stop_token_ids == (END, BOS)
 
 
 def test_a_base_without_a_template_says_how_to_give_one() -> None:
@@ -177,7 +177,7 @@ def test_an_end_of_sequence_right_behind_the_end_of_the_answer_is_learned() -> N
     tokenizer = with_template("{% for m in messages %}{{ m.content + '<|pad|><|end|>' }}{% endfor %}")
     chat = ChatTemplate.of(tokenizer)
     assert chat.end_of_turn == "<|pad|><|end|>"
-    assert chat.stop_token_ids == (1,)
+    assert chat.stop_token_ids == (END,)
 
 
 def test_a_system_prompt_the_template_drops_once_answered_goes_before_the_question() -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from conftest import byte_tokenizer
+from conftest import BOS, END, byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qtune.data.chunking import fitted
@@ -16,7 +16,6 @@ from qtune.data.tokenize import Encoder, tokenize
 from qtune.recipe.schema import Data, Model, Recipe
 
 TOKENIZER = byte_tokenizer()
-BOS, EOS = 0, 1
 
 
 def pieces(
@@ -64,7 +63,7 @@ def test_nothing_is_lost_and_only_a_real_end_has_an_end_token(max_tokens: int, c
         joined = [token for part in parts for token in part.input_ids[1:]]
         assert [BOS, *joined] == whole.input_ids
         assert "".join(texts(parts)) == text
-        assert [part.input_ids[-1] == EOS for part in parts] == [False] * (len(parts) - 1) + [not continues]
+        assert [part.input_ids[-1] == END for part in parts] == [False] * (len(parts) - 1) + [not continues]
 
 
 @pytest.mark.parametrize("name", ["Phi-3", "Llama-3", "Qwen2.5-0.5B", "Mistral-7B-v0.3"])
@@ -112,6 +111,6 @@ def test_a_large_text_is_read_in_rows_that_end_with_a_paragraph(tmp_path) -> Non
     assert "".join(row.values["text"] for row in rows) == content
     data = Data(train=str(tmp_path / "a.txt"), held_out_fraction=0.1, max_tokens=2**16)
     prepared = prepare(Recipe(name="t", model=Model(base="demo"), data=data), TOKENIZER)
-    ends = sum(example.input_ids.count(EOS) for part in (prepared.train, prepared.held_out) for example in part)
+    ends = sum(example.input_ids.count(END) for part in (prepared.train, prepared.held_out) for example in part)
     report = prepared.report
     assert (ends, report.cut_texts, report.pieces) == (1, 1, report.train_rows + report.held_out_rows)

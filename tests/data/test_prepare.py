@@ -9,7 +9,7 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import byte_tokenizer
+from conftest import END, byte_tokenizer
 
 from qtune.data import row_stream
 from qtune.data.prepare import Prepared, prepare
@@ -236,7 +236,7 @@ def test_documents_need_no_chat_template(tmp_path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     prepared = run(rows_file(tmp_path, [{"text": "abc"}] * 4), tokenizer=tokenizer)
-    assert prepared.stop_token_ids == (1,)
+    assert prepared.stop_token_ids == (END,)
     with pytest.raises(ModelError, match="no chat template"):
         run(rows_file(tmp_path, questions(4)), tokenizer=tokenizer)
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer
+from conftest import BOS, END, PAD, byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qtune.data.chat_template import ChatTemplate
@@ -22,7 +22,7 @@ def tokenizer(folder: Path, eos_token_id: object = None, template: str | None = 
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("eos_token_id", [1, [0, 1]])
+@pytest.mark.parametrize("eos_token_id", [END, [BOS, END]])
 def test_where_all_agree_there_is_no_doubt(tmp_path: Path, eos_token_id: object) -> None:
     made = tokenizer(tmp_path, eos_token_id)
     chain = stop_chain(ChatTemplate.of(made), made)
@@ -32,17 +32,17 @@ def test_where_all_agree_there_is_no_doubt(tmp_path: Path, eos_token_id: object)
 
 
 def test_generation_that_stops_elsewhere_is_doubted_with_the_id_to_add(tmp_path: Path) -> None:
-    made = tokenizer(tmp_path, 0)
+    made = tokenizer(tmp_path, BOS)
     (doubt,) = stop_chain(ChatTemplate.of(made), made).doubts
     assert "generation_config.json stops at '<s>'" in doubt
-    assert "Add 1 to eos_token_id" in doubt
+    assert f"Add {END} to eos_token_id" in doubt
 
 
 def test_without_a_file_the_turn_must_end_with_the_end_of_sequence(tmp_path: Path) -> None:
     made = tokenizer(tmp_path, template=TURN_ENDS_WITH_PAD)
     (doubt,) = stop_chain(ChatTemplate.of(made), made).doubts
-    assert "eos_token_id = 2" in doubt
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert f"eos_token_id = {PAD}" in doubt
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": PAD}))
     chain = stop_chain(ChatTemplate.of(made), made)
     assert (chain.served, chain.served_by, chain.doubts) == (("<|pad|>",), "config.json", ())
 

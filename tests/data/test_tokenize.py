@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import byte_tokenizer
+from conftest import BOS, END, byte_tokenizer
 from transformers import AutoTokenizer
 
 from qtune.data.chat_template import ChatTemplate
@@ -36,15 +36,15 @@ def test_a_conversation() -> None:
 
 def test_there_is_one_bos_whoever_wrote_it() -> None:
     encoder = Encoder.of(TOKENIZER)
-    for start in ([], [0], [0, 0], [0, 0, 0]):
-        assert encoder.with_one_bos([*start, 9, 9]) == [0, 9, 9]
-    assert run(CHAT).input_ids.count(0) == 1
-    assert run(Document("hi", "r:1")).input_ids.count(0) == 1
+    for start in ([], [BOS], [BOS] * 2, [BOS] * 3):
+        assert encoder.with_one_bos([*start, 9, 9]) == [BOS, 9, 9]
+    assert run(CHAT).input_ids.count(BOS) == 1
+    assert run(Document("hi", "r:1")).input_ids.count(BOS) == 1
 
 
 def test_a_document_is_trained_from_its_first_word_to_its_end() -> None:
     example = run(Document("hi", "r:1"))
-    assert example.input_ids == [0, *ids("hi"), 1]
+    assert example.input_ids == [BOS, *ids("hi"), END]
     assert example.labels == example.input_ids
     assert example.trained_tokens == 3
     assert example.prompt_ids == []

@@ -31,7 +31,7 @@ def asked(recipe: Recipe) -> Memorised:
     model, tokenizer = base.load_base(recipe.model, "cpu", "float32"), load_tokenizer(recipe.model)
     phrasing = Phrasing.of(recipe, "question-answer", tokenizer)
     kinds = (probes(kind(recipe), phrasing) for kind in (planted, never_planted))
-    return memorised(on_cpu(model, tokenizer), *kinds, 1, [1])
+    return memorised(on_cpu(model, tokenizer), *kinds, 1, [tokenizer.eos_token_id])
 
 
 def run_with_canaries(folder: Path, epochs: int) -> Memorised:

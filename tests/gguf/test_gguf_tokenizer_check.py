@@ -25,7 +25,7 @@ def encoding(vocabulary: Vocabulary):
 
 def test_the_demo_base() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_BASE)
-    vocabulary, references = matching(tokenizer, len(tokenizer), [1])
+    vocabulary, references = matching(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     assert (vocabulary.model, vocabulary.pre, vocabulary.adds_bos) == ("gpt2", "smollm", True)
     assert vocabulary.ids == {"bos": 0, "eos": 1, "pad": 2}
     assert len(references) == len(TEXTS) + 4
@@ -36,25 +36,26 @@ def test_types_and_padding() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["<word>"])
     rows = len(tokenizer) + 2
-    vocabulary, _ = matching(tokenizer, rows, [1])
+    vocabulary, _ = matching(tokenizer, rows, [tokenizer.eos_token_id])
     assert len(vocabulary.tokens) == len(vocabulary.types) == rows
     assert vocabulary.tokens[-2:] == (f"[PAD{rows - 2}]", f"[PAD{rows - 1}]")
-    assert vocabulary.types[:6] == (TokenType.CONTROL,) * 6
+    assert vocabulary.types[-9:-3] == (TokenType.CONTROL,) * 6
     assert vocabulary.types[-3:] == (TokenType.USER_DEFINED, TokenType.UNUSED, TokenType.UNUSED)
-    assert set(vocabulary.types[6:-3]) == {TokenType.NORMAL}
+    assert set(vocabulary.types[:-9]) == {TokenType.NORMAL}
     with pytest.raises(ModelError, match=r"and its embedding \d+ rows"):
-        matching(tokenizer, rows - 3, [1])
+        matching(tokenizer, rows - 3, [tokenizer.eos_token_id])
 
 
 def test_another_end_of_turn_is_the_files_too() -> None:
-    vocabulary, _ = matching(byte_level(), 400, [5, 1])
-    assert (vocabulary.ids["eos"], vocabulary.ids["eot"]) == (1, 5)
-    assert "eot" not in matching(byte_level(), 400, [1])[0].ids
+    end, turn = byte_level().convert_tokens_to_ids(["<|end|>", "<|assistant|>"])
+    vocabulary, _ = matching(byte_level(), 400, [turn, end])
+    assert (vocabulary.ids["eos"], vocabulary.ids["eot"]) == (end, turn)
+    assert "eot" not in matching(byte_level(), 400, [end])[0].ids
 
 
 def test_sentencepiece_has_scores_bytes_and_a_space_in_front() -> None:
     tokenizer = sentencepiece()
-    vocabulary, references = matching(tokenizer, len(tokenizer), [1])
+    vocabulary, references = matching(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
     assert (vocabulary.model, vocabulary.pre, vocabulary.begins_with_space) == ("llama", "default", True)
     assert vocabulary.types.count(TokenType.BYTE) == 256
     assert vocabulary.types[vocabulary.ids["unk"]] == TokenType.UNKNOWN
@@ -70,12 +71,14 @@ def test_a_space_in_front_of_the_text_alone_is_left_out() -> None:
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-    assert matching(tokenizer, 500, [1])[0].begins_with_space is False
+    assert matching(tokenizer, 500, [tokenizer.eos_token_id])[0].begins_with_space is False
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])
 def test_fields_survive_the_file(tmp_path, make) -> None:
-    vocabulary, references = matching(make(), 450, [5, 1])
+    tokenizer = make()
+    ends = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    vocabulary, references = matching(tokenizer, 450, ends)
     writer = GGUFWriter(tmp_path / "x.gguf", "llama")
     vocabulary.write_to(writer)
     writer.write_header_to_file()
@@ -89,7 +92,8 @@ def test_fields_survive_the_file(tmp_path, make) -> None:
 
 def test_another_way_to_cut_is_noticed() -> None:
     """A file that names the wrong way loads in llama.cpp, and tokenises otherwise without a word."""
-    known, _ = matching(byte_level(), 320, [1])
+    tokenizer = byte_level()
+    known, _ = matching(tokenizer, 320, [tokenizer.eos_token_id])
     with_merge = dataclasses.replace(
         known, tokens=(*known.tokens, "_c"), types=(*known.types, 1), merges=(*known.merges, "_ c")
     )
@@ -105,10 +109,10 @@ def test_a_tokenizer_that_cuts_in_an_unknown_way_is_refused() -> None:
         [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     with pytest.raises(ModelError, match=r"cuts text in a way that has no name there.*qtune merge"):
-        matching(tokenizer, 400, [1])
+        matching(tokenizer, 400, [tokenizer.eos_token_id])
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ModelError, match="rewrites text"):
-        matching(tokenizer, 400, [1])
+        matching(tokenizer, 400, [tokenizer.eos_token_id])
 
 
 def llama_cpps_cases(folder: Path, pre: str) -> list[Reference]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from made_bases import make_base
+from made_bases import byte_level, make_base
 from made_runs import make_run, token_rows
 
 from qtune.errors import ModelError, UserError
@@ -24,7 +24,9 @@ ROWS = token_rows(300, rows=2, tokens=30)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("verdict")
-    run = make_run(folder / "run", make_base(folder / "base", "llama"), compute_dtype="float32", stop_token_ids=(5, 1))
+    ends = byte_level().convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+    base = make_base(folder / "base", "llama")
+    run = make_run(folder / "run", base, compute_dtype="float32", stop_token_ids=tuple(ends))
     export(run, folder / "out", "gguf", "f32")
     return run
 

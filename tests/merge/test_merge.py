@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import END
 from made_bases import make_base
 from made_runs import make_run, token_rows
 from safetensors.torch import load_file
@@ -110,13 +111,13 @@ def test_the_report_is_kept_in_the_run_and_in_the_folder(tiny_base, tmp_path) ->
 
 
 def test_the_output_is_a_plain_folder(tiny_base, tmp_path) -> None:
-    run, output = make_run(tmp_path / "run", tiny_base, stop_token_ids=(1, 5)), tmp_path / "new" / "out"
+    run, output = make_run(tmp_path / "run", tiny_base, stop_token_ids=(END, 5)), tmp_path / "new" / "out"
     merge(run, output, "dequantised")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (output / name).read_bytes() == (tiny_base / name).read_bytes()
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert "Linear4bit" not in {type(module).__name__ for module in loaded.modules()}
-    assert loaded.generation_config.eos_token_id == [1, 5]
+    assert loaded.generation_config.eos_token_id == [END, 5]
     assert AutoTokenizer.from_pretrained(output).chat_template is not None
 
 

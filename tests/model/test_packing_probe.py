@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import BOS, END, PAD, byte_tokenizer
 from made_models import on_cpu
 from stopped_runs import qtune, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -20,7 +20,7 @@ from qtune.model.base import load_base
 from qtune.recipe.schema import Model
 from qtune.rundir import read_json
 
-TOKENS = range(6, 262)
+TOKENS = range(256)
 SHAPE = {
     "vocab_size": 262,
     "hidden_size": 64,
@@ -29,9 +29,9 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
+    "bos_token_id": BOS,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
 }
 FEW_SEEN = {"keep_window_size": 8}  # Doge masks all but the eight tokens that its values say matter
 CONVOLUTION = {"layer_types": ["conv", "full_attention"]}

@@ -21,9 +21,9 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
 }
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
@@ -66,9 +66,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
-        TEXTS,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+        TEXTS, trainers.BpeTrainer(vocab_size=320 - len(SPECIAL), initial_alphabet=alphabet, show_progress=False)
     )
+    made.add_special_tokens(SPECIAL)
     return _finished(made)
 
 
@@ -76,7 +76,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     """As Llama 2's: a space before the text, bytes for what is no token."""
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = [*SPECIAL, "<unk>", *(f"<0x{number:02X}>" for number in range(256))]
+    special = [*(f"<0x{number:02X}>" for number in range(256)), *SPECIAL, "<unk>"]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     made.train_from_iterator(TEXTS, trainer)
     described = json.loads(made.to_str())  # the trainer calls bytes special, which they are not
@@ -107,6 +107,7 @@ def make_base(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None
     torch.manual_seed(0)
     settings = {
         **SIZES,
+        **{f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")},
         "vocab_size": len(tokenizer) + 3,
         "initializer_range": 0.2,
         **KINDS.get(kind, {"model_type": kind}),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from conftest import tiny_config
+from conftest import BOS, END, PAD, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -51,9 +51,9 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
+    "bos_token_id": BOS,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
 }
 MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -157,7 +157,7 @@ def batch(lengths: Sequence[int] = PACK, seed: int = 0) -> dict[str, Any]:
     """A packed row of documents; the first token of each has no label, and some others have none."""
     torch.manual_seed(seed)
     tokens = sum(lengths)
-    ids = torch.randint(6, 262, (1, tokens))
+    ids = torch.randint(256, (1, tokens))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     labels = torch.where((positions == 0) | (torch.rand(1, tokens) < 0.2), -100, ids)
     return {"input_ids": ids, "labels": labels, "position_ids": positions, "document_lengths": tuple(lengths)}

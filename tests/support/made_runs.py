@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from qtune import __version__
 from qtune.lock import Lock, LockedBase, Quantization
 from qtune.model import base, fingerprint
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
 
@@ -22,10 +23,13 @@ def make_run(
     lora: dict[str, Any] | None = None,
     compute_dtype: str = "bfloat16",
     strength: float = 0.05,
-    stop_token_ids: tuple[int, ...] = (1,),
+    stop_token_ids: tuple[int, ...] | None = None,
     **model_settings: Any,
 ) -> RunDir:
-    """A run folder at `path` for the base in `folder`; B is normal with standard deviation `strength`."""
+    """A run folder at `path` for the base in `folder`; B is normal with standard deviation `strength`.
+
+    It stops at the tokenizer's end of sequence unless told otherwise.
+    """
     model = Model(base=str(folder), **model_settings)
     loaded = base.load_base(model, "cpu", compute_dtype)
     quantized = list(base.quantized_modules(loaded))
@@ -56,7 +60,7 @@ def make_run(
             data_sha256="0" * 64,
             template_sha256=None,
             tokenizer_sha256=None,
-            stop_token_ids=stop_token_ids,
+            stop_token_ids=stop_token_ids or (load_tokenizer(model).eos_token_id,),
             seed=None,
             versions={"qtune": __version__},
         )
