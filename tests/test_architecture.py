@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -59,6 +60,10 @@ ROOMS = [
     "cli",
 ]
 
+LONGEST_CHAIN = 13
+MOST_WITH_ONE_IMPORTER = 55
+MOST_PARAMETERS = 7
+
 
 def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" and path.name != "__main__.py")
@@ -112,6 +117,48 @@ def test_there_is_no_import_cycle() -> None:
         tuple(TopologicalSorter(graph).static_order())
     except CycleError as cycle:
         pytest.fail(" -> ".join(reversed(cycle.args[1])))
+
+
+def imported_at_the_top() -> dict[str, set[str]]:
+    """What each module, and each package that has code, cannot be imported without."""
+    graph = {dotted_name(path).removesuffix(".__init__"): qtune_imports(path, True) for path in PACKAGE.rglob("*.py")}
+    return {name: {target for target in targets if target in graph} for name, targets in graph.items()}
+
+
+def test_to_read_a_module_one_reads_a_dozen_at_most() -> None:
+    graph = imported_at_the_top()
+    chains: dict[str, list[str]] = {}
+    for name in TopologicalSorter(graph).static_order():
+        chains[name] = [name, *max((chains[target] for target in graph[name]), key=len, default=[])]
+    longest = max(chains.values(), key=len)
+    assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
+
+
+def test_few_modules_are_there_for_one_other_alone() -> None:
+    graph = imported_at_the_top()
+    importers = Counter(target for targets in graph.values() for target in targets)
+    single = sorted(name for name, count in importers.items() if count == 1)
+    assert len(single) <= MOST_WITH_ONE_IMPORTER, single
+
+
+@pytest.mark.parametrize("path", PACKAGE.rglob("*.py"), ids=dotted_name)
+def test_no_function_takes_more_than_seven_parameters(path: Path) -> None:
+    """Methods: beside self or cls."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [argument.arg for argument in taken if argument.arg not in ("self", "cls")]
+            assert len(names) <= MOST_PARAMETERS, f"{node.name}({', '.join(names)})"
+
+
+@pytest.mark.parametrize(
+    ("room", "others"),
+    [("evaluate", ["train"]), ("merge", ["train", "plan", "evaluate"]), ("gguf", ["train", "plan", "evaluate"])],
+)
+def test_what_is_done_with_weights_needs_nothing_that_trained_them(room: str, others: list[str]) -> None:
+    """Inside functions neither."""
+    for path in (PACKAGE / room).rglob("*.py"):
+        assert not [name for name in qtune_imports(path) if name.split(".")[1] in others], path
 
 
 def test_only_packages_of_things_are_deeper_than_one_level_and_inner_init_files_are_empty() -> None:
