@@ -14,11 +14,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune import __version__, logs, reading
+from qtune import __version__, logs
 from qtune.data.prepare import Prepared, prepare
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.errors import MachineError
-from qtune.evaluate.held_out import HeldOut
+from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import Device, find_device
 from qtune.lock import Lock, LockedBase, Quantization
@@ -99,7 +99,7 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | Non
         config = base.read_config_alone(recipe.model)
     refuse_unknown_targets(config, recipe)
     doing(f"reading {recipe.data.train}")
-    read = reading.read(recipe, doing.rows)
+    read = read_rows(recipe, doing.rows)
     doing("planning")
     plan = decide(recipe, find_device(), config, _work_of(read.prepared), settled)
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)

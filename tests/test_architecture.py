@@ -51,7 +51,6 @@ ROOMS = [
     "share",
     "resume",
     "rescore",
-    "reading",
     "ready",
     "run",
     "guest",

@@ -1,5 +1,7 @@
 """The pages hold: commands parse, recipes validate, links lead somewhere, figures are those of the tables."""
 
+import ast
+import inspect
 import re
 import shlex
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import qtune
 from qtune.cli import build_parser
 from qtune.evaluate.metrics import METRICS
 from qtune.recipe import load
@@ -147,6 +150,33 @@ def test_the_readme_is_a_screen_and_a_half() -> None:
 
 def test_every_page_is_named_in_the_readme() -> None:
     assert {path.name for path in PAGES[1:]} == set(re.findall(r"\(docs/(\w+\.md)\)", README))
+
+
+def test_the_library_is_told_of_as_it_is() -> None:
+    """Every name with its parameters; code blocks can be read by Python, and use names that there are."""
+    page = ROOT / "docs" / "python.md"
+    told = {}
+    for cell in (row[0] for row in rows(page)):
+        for name, parameters in re.findall(r"`(\w+)(?:\(([^)]*)\))?`", cell):
+            told[name] = [text.split("=")[0].strip(" *") for text in (parameters or "").split(",") if text.strip()]
+    functions = {name: getattr(qtune, name) for name in qtune.__all__ if inspect.isroutine(getattr(qtune, name))}
+    functions |= {name: getattr(qtune.Run, name) for name in dir(qtune.Run) if not name.startswith("_")}
+    functions["Training"] = qtune.Training
+    assert set(functions) - {"folder"} == set(told) - {"Run"}
+    for name, function in functions.items():
+        if callable(function):
+            parameters = [each for each in inspect.signature(function).parameters if each not in ("self", "doing")]
+            assert told[name] == (["tables"] if name == "make_recipe" else parameters), name
+    for block in blocks(page, "python"):
+        used = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute)]
+        named = {node.attr for node in used if isinstance(node.value, ast.Name) and node.value.id == "qtune"}
+        assert named <= set(qtune.__all__)
+    errors = {
+        name
+        for name in qtune.__all__
+        if inspect.isclass(getattr(qtune, name)) and issubclass(getattr(qtune, name), Exception)
+    }
+    assert errors <= set(re.findall(r"\w+", page.read_text(encoding="utf-8").split("## Errors")[1]))
 
 
 def test_all_settings_are_on_their_page_as_the_schema_has_them() -> None:

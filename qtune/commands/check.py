@@ -39,12 +39,13 @@ def _without_plan(options: Namespace) -> None:
         recipe, _ = arguments.load_recipe(options)
         arguments.make_tracker_ready(recipe)
         with terminal.importing(doing):
-            from qtune import logs, reading
+            from qtune import logs
+            from qtune.evaluate.held_out import read_rows
             from qtune.report import tables
 
         logs.quiet_libraries()
         doing(f"reading {recipe.data.train}")
-        data = dataclasses.asdict(reading.read(recipe, doing.rows).prepared.report)
+        data = dataclasses.asdict(read_rows(recipe, doing.rows).prepared.report)
     if options.json:
         terminal.print_json({"data": data, "plan": None})
     else:

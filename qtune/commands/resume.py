@@ -4,7 +4,6 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from qtune.commands import arguments, terminal
-from qtune.commands.run import drawn, going_on_told, told
 from qtune.commands.verb import Verb
 from qtune.errors import RecipeError, RunFolderError, UserError
 
@@ -37,7 +36,7 @@ def act(options: Namespace) -> int:
 
     folder = RunDir.open_to_resume(options.run)
     logs.hold()
-    with folder.held(), going_on_told(folder):
+    with folder.held(), terminal.going_on_told(folder):
         return _go_on(folder, options)
 
 
@@ -49,13 +48,13 @@ def _go_on(folder: "RunDir", options: Namespace) -> int:
         arguments.make_tracker_ready(recipe)
         arguments.stay_offline_when_local(recipe)
         with terminal.importing(doing):
-            from qtune import run  # noqa: F401
+            from qtune import run  # noqa: F401  (for `drawn`)
             from qtune.ready import get_ready_again
 
         ready, going_on = get_ready_again(folder, recipe, options.allow_change, doing)
     console = doing.console
     resume.remember(folder, options.set)
-    return told(folder, drawn(ready, folder, console, going_on), console, options.json)
+    return terminal.told(folder, terminal.drawn(ready, folder, console, going_on), console, options.json)
 
 
 def said(fault: UserError, options: Namespace) -> str:

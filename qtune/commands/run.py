@@ -1,22 +1,11 @@
 """`qtune run`: train a recipe."""
 
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qtune.commands import arguments, terminal
 from qtune.commands.verb import Verb
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from qtune.ready import GoingOn, Ready
-    from qtune.rundir import RunDir
-    from qtune.train.loop import Fitted
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -36,6 +25,7 @@ def act(options: Namespace) -> int:
         arguments.make_tracker_ready(recipe)
         with terminal.importing(doing):
             from qtune import ready as readiness
+            from qtune import run  # noqa: F401  (for `drawn`)
         from qtune.recipe.load import given_anywhere
         from qtune.report import run_header
         from qtune.resume import Invocation
@@ -45,43 +35,8 @@ def act(options: Namespace) -> int:
     run_header.show(console, recipe, asdict(ready.prepared.report), ready.plan.as_json())
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
     folder = readiness.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
-    with folder.held(), going_on_told(folder):
-        return told(folder, drawn(ready, folder, console), console, options.json)
-
-
-def drawn(ready: "Ready", folder: "RunDir", console: "Console", going_on: "GoingOn | None" = None) -> "Fitted":
-    """The run, drawn on the terminal while it runs."""
-    from qtune import run as story
-    from qtune.report.dashboard import listener_for
-
-    story.get_weights(ready, folder, lambda said: console.print(said, style="dim", markup=False))
-    with listener_for(console, ready.title, ready.plan.steps) as dashboard:
-        return story.run(ready, folder, dashboard, going_on, catches_signals=True)
-
-
-@contextmanager
-def going_on_told(folder: "RunDir") -> Iterator[None]:
-    """A run that is broken off outside of its steps says how to go on with it."""
-    from qtune.report.tables import NextCommands
-
-    stopped = f"Stopped. Go on with it:\n  {NextCommands.of(folder).resume}"
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(stopped) from None
-    except SystemExit:
-        print(stopped, file=sys.stderr)
-        raise
-
-
-def told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool) -> int:
-    """The end of a run, shown; returns the exit code."""
-    from qtune.report import summary, tables
-
-    console.print(tables.end_of_run(folder), crop=False)
-    if as_json:
-        terminal.print_json(summary.as_json(folder))
-    return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by
+    with folder.held(), terminal.going_on_told(folder):
+        return terminal.told(folder, terminal.drawn(ready, folder, console), console, options.json)
 
 
 VERB = Verb(

@@ -14,7 +14,10 @@ from qtune.fast_imports import quick_imports
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qtune.ready import GoingOn, Ready
     from qtune.report.progress_line import Doing
+    from qtune.rundir import RunDir
+    from qtune.train.loop import Fitted
 
 
 def console_of(options: argparse.Namespace) -> "Console":
@@ -58,3 +61,38 @@ def is_agreed(question: str, done: str) -> bool:
         )
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def drawn(ready: "Ready", folder: "RunDir", console: "Console", going_on: "GoingOn | None" = None) -> "Fitted":
+    """The run, drawn on the terminal while it runs."""
+    from qtune import run as story
+    from qtune.report.dashboard import listener_for
+
+    story.get_weights(ready, folder, lambda said: console.print(said, style="dim", markup=False))
+    with listener_for(console, ready.title, ready.plan.steps) as dashboard:
+        return story.run(ready, folder, dashboard, going_on, catches_signals=True)
+
+
+@contextmanager
+def going_on_told(folder: "RunDir") -> Iterator[None]:
+    """A run that is broken off outside of its steps says how to go on with it."""
+    from qtune.report.tables import NextCommands
+
+    stopped = f"Stopped. Go on with it:\n  {NextCommands.of(folder).resume}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(stopped) from None
+    except SystemExit:
+        print(stopped, file=sys.stderr)
+        raise
+
+
+def told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool) -> int:
+    """The end of a run, shown; returns the exit code."""
+    from qtune.report import summary, tables
+
+    console.print(tables.end_of_run(folder), crop=False)
+    if as_json:
+        print_json(summary.as_json(folder))
+    return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by

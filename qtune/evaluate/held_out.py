@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.packing import PackedRow, packed_rows
-from qtune.data.prepared import Prepared
+from qtune.data.prepare import Prepared, prepare
 from qtune.data.rows import Example
+from qtune.data.sources import Tell
 from qtune.errors import DataError
 from qtune.evaluate.forgetting import general_packs
 from qtune.evaluate.metrics import METRICS, FaultOf
+from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Evaluate, Recipe
 
 SHOWN_ROWS = 3  # of those that cannot be scored; they mostly have one fault in common
@@ -63,3 +65,21 @@ def refuse_unscorable(asked: Sequence[Example], wanted: Evaluate) -> None:
     named = [f"{place}: {fault}." for place, fault in faulty[:SHOWN_ROWS]]
     count = f"{len(faulty):,} of {len(asked):,} held-out rows" if len(faulty) > 1 else "This row"
     raise DataError("\n".join([*named, f'{count} cannot be scored by evaluate.metric = "{wanted.metric}".']))
+
+
+@dataclass(frozen=True)
+class Read:
+    """A recipe's data as it is to a run: rows as the model is to see them, and what both models will be asked."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    held_out: HeldOut
+
+
+def read_rows(recipe: Recipe, tell: Tell) -> Read:
+    """Raises a UserError for rows that could not be trained on, or not be scored afterwards."""
+    tokenizer = load_tokenizer(recipe.model)
+    prepared = prepare(recipe, tokenizer, tell)
+    held_out = HeldOut.of(prepared, recipe, tokenizer)
+    refuse_unscorable(scored_examples(held_out, recipe.evaluate), recipe.evaluate)
+    return Read(tokenizer, prepared, held_out)
