@@ -2,7 +2,19 @@
 
 import pytest
 
-from qtune.units import GIB, KIB, MIB, counted, format_bytes, parse_bytes
+from qtune.units import (
+    GIB,
+    KIB,
+    MIB,
+    counted,
+    format_bytes,
+    format_count,
+    format_percent,
+    format_rate,
+    format_seconds,
+    parse_bytes,
+    parse_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +62,51 @@ def test_what_is_printed_can_be_read_back(size: int) -> None:
 )
 def test_a_noun_agrees_with_its_number(number: float, noun: str, told: str) -> None:
     assert counted(number, noun) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("10min", 600), (" 10 min ", 600), ("1.5h", 5400), ("0.5min", 30), ("0s", None), ("10", None)]
+    + [(text, None) for text in ("", "min", "10 m", "-1s", "1e3s", "10mins", ".5h", "1d")],
+)
+def test_a_duration_is_read(text: str, seconds: float | None) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (250, "4 min 10 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+    ],
+)
+def test_seconds_are_told_in_minutes_of_60_and_hours_of_60(seconds: float, told: str) -> None:
+    assert format_seconds(seconds) == told
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "told"),
+    [
+        (format_bytes, 1023, "1023 B"),
+        (format_bytes, 1024, "1.0 KiB"),
+        (format_bytes, 12 * MIB, "12 MiB"),
+        (format_bytes, 3.2 * GIB, "3.2 GiB"),
+        (format_count, 812, "812"),
+        (format_count, 99_999, "99,999"),
+        (format_count, 412_000, "412k"),
+        (format_count, 33e6, "33.0M"),
+        (format_count, 8e9, "8.0B"),
+        (format_rate, 2e-4, "2.0e-4"),
+        (format_rate, 0.01, "1.0e-2"),
+        (format_percent, 0.008, "0.8 %"),
+        (format_percent, 1, "100.0 %"),
+    ],
+)
+def test_a_number_is_told_in_a_unit_that_suits_it(form, value: float, told: str) -> None:
+    assert form(value) == told

@@ -83,6 +83,34 @@ def write_into(path: str) -> None:
             put(b"x" * 100)
 
 
+class SlowDisk:
+    """A file whose every write takes a while, and which knows how much had been handed over by then."""
+
+    def __init__(self, path) -> None:
+        self.file = path.open("wb", buffering=0)
+        self.handed = self.written = self.most_waiting = 0
+
+    def write(self, content: bytes) -> None:
+        time.sleep(0.002)
+        self.most_waiting = max(self.most_waiting, self.handed - self.written)
+        self.file.write(content)
+        self.written += 1
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+
+def test_a_slow_disk_holds_up_who_hands_over(tmp_path) -> None:
+    """Else the parts of a whole model wait in memory."""
+    disk = SlowDisk(tmp_path / "x")
+    with disk.file, written_beside(disk) as put:  # type: ignore[arg-type]
+        for _ in range(200):
+            disk.handed += 1
+            put(b"x")
+    assert (tmp_path / "x").read_bytes() == b"x" * 200
+    assert 1 < disk.most_waiting <= parallel_writer.WRITTEN_BEHIND + 1
+
+
 def test_it_goes_to_the_disk_on_the_way(tmp_path, monkeypatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
