@@ -55,8 +55,9 @@ from qtune.memory.memory_parts import standing_parts
 from qtune.memory.memory_tracker import LiveBytes, storage_sizes
 from qtune.memory.techniques import STEPS, Techniques
 from qtune.model import base
-from qtune.plan import activation_memory, fake_step
+from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecaster
+from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
 from qtune.units import format_bytes
 
@@ -177,7 +178,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     config, make = base_maker(options.base, options.shape, settings, device.name, device.compute_dtype)
     forecaster = activation_memory.forecaster(config, recipe, device.compute_dtype, device.is_cuda, 0)
     trials, refused = trials_of(forecaster)
-    shape = fake_step.Batch.of_one_document(options.tokens)
+    shape = BatchShape.of_one_document(options.tokens)
     batch = batch_of(random_rows(1, options.tokens, config.get_text_config().vocab_size), device.name)
     stages, peaks = [], []
     for trial in trials:
