@@ -26,8 +26,9 @@ from qtune.gguf.contents import Draft, adapter_draft, model_draft
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.verify import GgufVerdict
 from qtune.gguf.writer import Quant, ReadBack, Written
-from qtune.merge.merge import Progress, check_disk, counting, publish, refuse_dequantised_alone
+from qtune.merge.merge import refuse_dequantised_alone
 from qtune.merge.merged_weights import Fold, Onto
+from qtune.merge.output_folder import Progress, check_disk, counting, publish
 from qtune.merge.safetensors_shards import write_synced
 from qtune.rundir import RunDir, default_export, refuse_used, write_json
 

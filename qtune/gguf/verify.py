@@ -32,7 +32,7 @@ from qtune.merge.logit_distance import (
     is_loss_rise_at_most,
     usable_rows,
 )
-from qtune.merge.merge import Progress, check_disk, counting
+from qtune.merge.output_folder import Progress, check_disk, counting
 from qtune.merge.verify import ORIGINAL_LOSS_RISE, Live, measure
 from qtune.merge.weights_proof import WeightsProof
 from qtune.rundir import RunDir

@@ -11,8 +11,6 @@ of a small model), but the activations of models made in bfloat16 can overflow i
 """
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,21 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qtune import atomic_files
 from qtune.errors import DiskFull, MachineError, UserError, VerificationFailed
 from qtune.lock import Lock
 from qtune.merge.merged_weights import DType, Fold, Onto
-from qtune.merge.partial_merge import Staging, make_folder
+from qtune.merge.output_folder import Progress, check_disk, counting, publish
+from qtune.merge.partial_merge import Staging
 from qtune.merge.verify import Live, MergeVerdict, compare, verify
 from qtune.merge.weight_change import LayerChange
 from qtune.model import base
 from qtune.report.progress_line import Doing
 from qtune.rundir import MERGE_REPORT, RunDir, read_json, refuse_used, write_json
-from qtune.units import MIB, format_bytes
-
-Progress = Callable[[int, int, str], None]
-
-SPARE_DISK_BYTES = 64 * MIB  # tokenizer files and reports
 
 
 @dataclass(frozen=True)
@@ -183,42 +176,8 @@ def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
 
 
-def check_disk(output: Path, weight_bytes: int, what: str) -> None:
-    """Make the folder that `output` is to stand in; MachineError where that fails, or its disk is too small."""
-    make_folder(output.parent, output)
-    free = shutil.disk_usage(output.parent).free
-    needed = weight_bytes + SPARE_DISK_BYTES
-    if free < needed:
-        raise MachineError(
-            f"{output}: the {what} needs {format_bytes(needed)} and {output.parent} has {format_bytes(free)} free. Free"
-            " some, or name an --output on another disk."
-        )
-
-
 def _measure(
     run: RunDir, staging: Staging, candidates: Sequence[Onto], rows: Sequence[Sequence[int]], dtype: str
 ) -> tuple[MergeVerdict, ...]:
     live = Live.open(run)
     return tuple(compare(live, staging.folder(onto), rows, onto, dtype) for onto in candidates)
-
-
-def publish(staged: Path, output: Path) -> None:
-    """Move a finished folder into place in one step, and wait until both directories are on the disk."""
-    atomic_files.flush(staged)
-    if output.exists():
-        output.rmdir()
-    os.rename(staged, output)
-    atomic_files.flush(output.parent)
-
-
-def counting(progress: Progress | None, total: int) -> Callable[[str], None]:
-    """`progress` for one tensor more each time it is called with a name."""
-    done = 0
-
-    def tell(name: str) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total, name)
-
-    return tell

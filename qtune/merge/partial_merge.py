@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from qtune import atomic_files
-from qtune.errors import MachineError, ModelError
+from qtune.errors import ModelError
 from qtune.merge.merged_weights import Onto, WrittenShard
+from qtune.merge.output_folder import make_folder
 from qtune.merge.safetensors_shards import Shard
 from qtune.merge.weight_change import LayerChange
 from qtune.rundir import HELD, alone_in, write_json
@@ -79,14 +80,6 @@ class Staging:
         for path in self.path.rglob("*"):
             if not path.is_dir() and path not in kept and path.name not in (MADE_FROM, HELD):
                 path.unlink()
-
-
-def make_folder(path: Path, output: Path) -> None:
-    """Make `path` and what leads to it; MachineError, about `output`, where that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise MachineError(f"{output}: cannot be made ({fault.strerror}). Name another --output.") from None
 
 
 def _finished(

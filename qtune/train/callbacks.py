@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -10,8 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from qtune.events import Evaluated, Listener, Notice, StepDone
 from qtune.model.adapter import trained_parameters
 from qtune.train.rows import HeldOutLoss
-from qtune.train.tracker_callback import TrackerCallback
 from qtune.train.trainer import Meter, MeteredTrainer
+
+if TYPE_CHECKING:
+    from qtune.train.tracker_callback import TrackerCallback
 
 SECONDS_BETWEEN_LEDGERS = 1.0
 RISEN = 3.0  # times the first loss
@@ -25,7 +27,7 @@ class Reporter(TrainerCallback):
         trainer: MeteredTrainer,
         held_out: HeldOutLoss | None,
         listen: Listener,
-        tracker: TrackerCallback | None = None,
+        tracker: "TrackerCallback | None" = None,
     ):
         self.trainer, self.held_out, self.listen, self.tracker = trainer, held_out, listen, tracker
         self.best_loss, self.best_step, self.measured_at = math.inf, 0, 0.0

@@ -1,17 +1,20 @@
 """Plan -> SFTConfig: the only file that knows how trl and transformers spell their settings."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trl import SFTConfig
 
-from qtune.plan.planner import Plan
 from qtune.recipe.schema import Recipe
 from qtune.train.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from qtune.plan.planner import Plan
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def sft_config(recipe: Recipe, plan: Plan, folder: Path) -> SFTConfig:
+def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
     """Settings for rows that are tokenised, cut and packed already; trl prepares, saves and prints nothing itself."""
     train = recipe.train
     return SFTConfig(

@@ -19,7 +19,7 @@ from qtune.gguf.export import ExportReport, export
 from qtune.gguf.layout import Layout
 from qtune.gguf.lora import refuse_what_is_no_lora
 from qtune.merge.lora_delta import AdapterWeights, LoraDelta
-from qtune.merge.merge import SPARE_DISK_BYTES
+from qtune.merge.output_folder import SPARE_DISK_BYTES
 from qtune.model.lora_variants.dora import DORA, MAGNITUDE
 from qtune.rundir import RunDir, read_json, write_json
 

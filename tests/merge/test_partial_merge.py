@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qtune.errors import MachineError, ModelError, RunFolderError
-from qtune.merge.merge import SPARE_DISK_BYTES, merge
+from qtune.merge.merge import merge
+from qtune.merge.output_folder import SPARE_DISK_BYTES
 from qtune.merge.partial_merge import Staging
 from qtune.rundir import RunDir
 
