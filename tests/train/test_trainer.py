@@ -10,9 +10,9 @@ from made_models import on_cpu
 
 from qtune.data.packing import collate
 from qtune.hardware import find_device
+from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.memory.oom_recovery import Recovery
-from qtune.memory.techniques import Engine
 from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import decide
