@@ -19,6 +19,7 @@ from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
 from qtune.train.learner import Learner
+from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.rows import TrainingRows
 from qtune.train.sft_config import sft_config
 from qtune.train.trainer import Meter, MeteredTrainer
@@ -56,7 +57,8 @@ def trainer(tiny_base: Path, folder: Path) -> MeteredTrainer:
     def places(numbers: Sequence[int]) -> list[str]:
         return [f"rows.jsonl:{number}" for number in numbers]
 
-    return MeteredTrainer(learner, sft_config(recipe, plan, folder), TrainingRows(PACKS, places=places), None)
+    rows, optimizer = TrainingRows(PACKS, places=places), OPTIMIZERS[recipe.train.optimizer]
+    return MeteredTrainer(learner, sft_config(recipe, plan, folder), optimizer, rows, None)
 
 
 @pytest.fixture(scope="module")
