@@ -21,12 +21,12 @@ from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import FORMAT, Checkpoint
 from qtune.train.lr_schedule import wind
 from qtune.train.optimizer_state import put_optimizer_back, take_optimizer, take_random
+from qtune.train.stop_signals import Stop
 from qtune.train.trainer import Meter, MeteredTrainer
 from qtune.units import parse_seconds
 
 if TYPE_CHECKING:
     from qtune.train.callbacks import Reporter
-    from qtune.train.stop_signals import Stop
 
 
 class Saver(TrainerCallback):
@@ -130,7 +130,7 @@ class Saver(TrainerCallback):
 class SaveWhen(TrainerCallback):
     """Says when a checkpoint is due: at its interval, at the best held-out loss, at the end, on a signal or request."""
 
-    def __init__(self, every: int | str, run: RunDir, reporter: "Reporter", stop: "Stop"):
+    def __init__(self, every: int | str, run: RunDir, reporter: "Reporter", stop: Stop):
         self.every, self.request = _interval(every), run.checkpoint_request
         self.reporter, self.stop = reporter, stop
         self.saved_at = time.monotonic()

@@ -6,12 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune.events import Listener, Stopping
-from qtune.train.trainer import MeteredTrainer
+
+if TYPE_CHECKING:
+    from qtune.train.trainer import MeteredTrainer
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -26,7 +28,7 @@ class Stop(TrainerCallback):
     `caught` is the last signal there was. What a signal does is said at once, by a thread of its own: the handler
     may have broken into the very writing of a line."""
 
-    def __init__(self, trainer: MeteredTrainer, listen: Listener, asked: threading.Event):
+    def __init__(self, trainer: "MeteredTrainer", listen: Listener, asked: threading.Event):
         self._trainer, self._listen, self._asked = trainer, listen, asked
         self._to_say: queue.SimpleQueue[Stopping | None] = queue.SimpleQueue()
         self._signals = 0
