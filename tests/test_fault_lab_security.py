@@ -12,16 +12,17 @@ from fault_lab import leaked_secrets, paths, pickles, sockets, templates
 from qtune.data.template_process import Untraceable
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_no_pickle_is_opened(tmp_path: Path, seed: int) -> None:
     assert list(pickles.run(30, seed, tmp_path)) == [None] * 30
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_no_name_leads_out_of_its_folder(tmp_path: Path, seed: int) -> None:
     assert list(paths.run(60, seed, tmp_path)) == [None] * 60
 
 
+@pytest.mark.long  # the quick ones are in test_template_process
 def test_templates_that_run_away_are_stopped(tmp_path: Path) -> None:
     assert list(templates.run(4, 1, tmp_path)) == [None] * 4
 

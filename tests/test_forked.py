@@ -50,6 +50,11 @@ def test_it_has_the_libraries_and_nothing_of_qtune() -> None:
     assert forked.run(["-c", asked]).stdout == "[True, True, True, True, False]\n"
 
 
+def test_code_has_names_of_its_own() -> None:
+    """It wrote over those of what forks it, which could not end then."""
+    assert forked.run(["-c", "code = asked = main = 7"]).returncode == 0
+
+
 def test_a_variable_that_the_libraries_have_read_already_is_refused() -> None:
     with pytest.raises(ValueError, match="HF_HOME"):
         forked.run(["-c", ""], env={**os.environ, "HF_HOME": "elsewhere"})

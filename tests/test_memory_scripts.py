@@ -236,6 +236,15 @@ def test_a_bench_of_nothing_is_refused(tmp_path, capsys) -> None:
 # ---- bench_gpu
 
 
+def test_a_dry_run_leaves_what_it_found(tmp_path, capsys) -> None:
+    assert bench_gpu.main(["--dry-run", "--items", "machine,cost", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_dry_run.json").read_text())
+    assert all(item["rows"] and item["ended_early"] is None for item in report["items"].values())
+    assert "these figures mean nothing" in (tmp_path / "gpu_dry_run.md").read_text()
+    assert "## cost" in capsys.readouterr().out
+
+
+@pytest.mark.long
 def test_a_dry_run_goes_through_every_kind_of_item(tmp_path, capsys) -> None:
     items = "machine,floor_30b,forecast_8b,cost,per_token,beside_trl,card_8gib"
     assert bench_gpu.main(["--dry-run", "--items", items, "--output", str(tmp_path)]) == 0

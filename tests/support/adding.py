@@ -3,9 +3,10 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import forked
 
 import qtune
 
@@ -17,11 +18,9 @@ def qtune_with(file: Path, package: str, folder: Path) -> Run:
     copied = folder / "qtune"
     shutil.copytree(Path(qtune.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(file, copied / package)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
     def run(code: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        return forked.run(["-c", code, *arguments], folder, {**os.environ, "PYTHONPATH": str(folder)})
 
     return run
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -177,6 +178,7 @@ def run_as_python_does(arguments: list[str]) -> None:
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif how == "-c":
         sys.argv = ["-c", *rest[1:]]
+        sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(rest[0], "<string>", "exec"), vars(sys.modules["__main__"]))
     else:
         sys.argv = arguments
@@ -191,7 +193,7 @@ def end_at_once(code: list[int]) -> None:
         os._exit(code[0])
 
 
-if __name__ == "__main__":
+def main() -> None:
     code: list[int] = []
     atexit.register(end_at_once, code)  # first here, it is called last
     import_libraries()
@@ -208,3 +210,7 @@ if __name__ == "__main__":
     except Exception:
         code.append(1)
         raise
+
+
+if __name__ == "__main__":
+    main()
