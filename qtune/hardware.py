@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qtune.units import MIB
+
 # Dense bfloat16 tensor operations a second with float32 sums, as the makers publish them, times what a fine-tune gets
 # out of them. Longer names first: the first that is part of the card's name counts.
 PUBLISHED_OPERATIONS = {
@@ -106,7 +108,7 @@ def with_host(device: Device, host_bytes: int | None) -> Device:
     return device if host_bytes is None else replace(device, host_free_bytes=host_bytes)
 
 
-ASSUMED_CONTEXT_BYTES = 500 * 1024**2  # CUDA context and cuBLAS workspaces: 0.4 to 0.6 GiB on consumer cards
+ASSUMED_CONTEXT_BYTES = 500 * MIB  # CUDA context and cuBLAS workspaces: 0.4 to 0.6 GiB on consumer cards
 
 
 def context_bytes() -> int:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from qtune.memory import memory_tracker
+from qtune.units import MIB
 
-TILE_BYTES = 16 * 1024**2
+TILE_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from qtune.data.rows import NOT_TRAINED
 from qtune.memory import head_offload, memory_tracker, quantized_head
 from qtune.memory.chunked_cross_entropy import of_sliced_head
 from qtune.memory.nf4 import is_quantized
+from qtune.units import MIB
 
-TILE_BYTES = 64 * 1024**2
+TILE_BYTES = 64 * MIB
 SCALES = (  # names that transformers' configurations give to what a head does beside its product
     "final_logit_softcapping",
     "output_logit_soft_cap",

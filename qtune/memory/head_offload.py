@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from qtune.memory import memory_tracker
 from qtune.memory.activation_offload import page_locked
 from qtune.memory.chunked_cross_entropy import SlicedHead
+from qtune.units import MIB
 
-SLICE_BYTES = 32 * 1024**2  # a copy of so much takes long enough to be worth its start, and is little on any card
+SLICE_BYTES = 32 * MIB  # a copy of so much takes long enough to be worth its start, and is little on any card
 
 
 def move_head_out(model: PreTrainedModel, device: torch.device, is_tied: bool) -> None:

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from qtune.memory import memory_tracker
 from qtune.memory.chunked_cross_entropy import SlicedHead
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, weight_rows
+from qtune.units import MIB
 
-SLICE_BYTES = 16 * 1024**2  # in float32, of which a slice and its gradient are held at a time
+SLICE_BYTES = 16 * MIB  # in float32, of which a slice and its gradient are held at a time
 
 
 def quantize_head(model: PreTrainedModel) -> None:

@@ -25,9 +25,10 @@ from qtune.plan import fake_model
 from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
+from qtune.units import MIB
 
 STANDING = "standing"
-TRL_LOSS_BYTES = 256 * 1024**2  # of logits, which trl's fused head makes a chunk at a time
+TRL_LOSS_BYTES = 256 * MIB  # of logits, which trl's fused head makes a chunk at a time
 
 
 @dataclass(frozen=True)

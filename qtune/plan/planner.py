@@ -22,10 +22,10 @@ from qtune.plan.suggestions import explain, remedies
 from qtune.plan.throughput import Speed
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import HOST_FRACTION, Recipe
-from qtune.units import counted, format_count, format_percent, parse_bytes
+from qtune.units import MIB, counted, format_count, format_percent, parse_bytes
 
 EVALUATIONS = 10  # points enough to see a loss turn, at a cost that is small beside the run
-SPARE_DISK_BYTES = 64 * 1024**2  # for what is small: the log, the events, the page, the card
+SPARE_DISK_BYTES = 64 * MIB  # for what is small: the log, the events, the page, the card
 
 
 @dataclass(frozen=True)
