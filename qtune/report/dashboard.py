@@ -1,13 +1,14 @@
 """The live dashboard: events in, a picture of the run out. It is a listener and knows nothing of the trainer."""
 
+import termios
 import textwrap
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -18,7 +19,6 @@ from qtune.report import braille_plot, memory_bar
 from qtune.report.dashboard_state import View, advance
 from qtune.report.log_lines import PlainLines
 from qtune.report.progress_line import is_screen
-from qtune.report.terminal_echo import no_echo
 from qtune.report.wording import finite, format_duration, format_loss, format_norm, one_line
 from qtune.units import counted, format_count, format_percent, format_rate
 
@@ -32,6 +32,7 @@ LEAST_EVENT_COLUMNS = 20
 LEAST_WAIT_FRACTION = 0.01
 LEAST_STEP_SECONDS = 2.0  # a clock beside shorter steps would only flicker
 LEAST_HELD_OUT_RISES = 2
+LOCAL_FLAGS = 3  # where termios.tcgetattr has c_lflag
 
 
 def listener_for(console: Console, title: str, steps: int) -> "Dashboard | PlainLines":
@@ -305,3 +306,21 @@ def _beside(left: Sequence[Text], right: Sequence[Text], start: int) -> list[Tex
             line.append(" " * (start - line.cell_len)).append_text(right[row])
         lines.append(line)
     return lines
+
+
+@contextmanager
+def no_echo(file: IO[str]) -> Iterator[None]:
+    """A terminal that does not print what is typed, such as the ^C of a Ctrl-C, into the picture.
+
+    Signals are sent as ever. What is no terminal, or is gone, is left alone."""
+    before = None
+    with suppress(OSError, ValueError, termios.error):
+        before = termios.tcgetattr(file.fileno())
+        quiet = [*before[:LOCAL_FLAGS], before[LOCAL_FLAGS] & ~termios.ECHO, *before[LOCAL_FLAGS + 1 :]]
+        termios.tcsetattr(file.fileno(), termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(OSError, ValueError, termios.error):
+                termios.tcsetattr(file.fileno(), termios.TCSANOW, before)
