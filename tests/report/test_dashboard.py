@@ -193,11 +193,11 @@ def test_any_stream_of_events_is_drawn_inside_the_terminal(seed: int) -> None:
 
 def test_an_event_costs_far_less_than_a_step(run_events: list[Event]) -> None:
     dashboard = Dashboard("medical", 282, Console(file=io.StringIO()))
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(10):
         for event in run_events:
             dashboard(event)
-    assert (time.perf_counter() - began) / (10 * len(run_events)) < 0.2e-3
+    assert (time.process_time() - began) / (10 * len(run_events)) < 0.2e-3
 
 
 def test_a_picture_costs_a_few_milliseconds(half_view: View) -> None:
