@@ -1,7 +1,8 @@
 """`python -m qtune`."""
 
-import sys
+if __name__ == "__main__":
+    import sys
 
-from qtune.cli import main
+    from qtune.cli import main
 
-sys.exit(main())
+    sys.exit(main())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtune.recipe.error_messages import Fault, dotted, shown
-from qtune.recipe.toml_lines import Key
+from qtune.recipe.toml_reader import Key
 
 BASE, REVISION = ("model", "base"), ("model", "revision")
 TRUST_REMOTE_CODE, COMMIT = ("model", "trust_remote_code"), re.compile(r"[0-9a-f]{40}")

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from qtune.recipe.schema import Recipe
-from qtune.recipe.toml_lines import Key
+from qtune.recipe.toml_reader import Key
 
 Fault = tuple[Key, str]
 """The setting that a fault is about, and a full sentence."""

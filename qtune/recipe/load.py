@@ -17,8 +17,7 @@ from qtune.errors import RecipeError
 from qtune.recipe import base_kind, conflicts, paths, toml_reader
 from qtune.recipe.error_messages import Fault, dotted, explain, field_of, unknown
 from qtune.recipe.schema import Demo, Recipe
-from qtune.recipe.toml_lines import Key
-from qtune.recipe.toml_reader import Broken, placed
+from qtune.recipe.toml_reader import Broken, Key, placed
 
 Values = dict[str, Any]
 SETTING = re.compile(r"(?:\S+: )?([a-z_]+(?:\.[a-z_]+)+)\b")

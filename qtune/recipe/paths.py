@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.recipe.error_messages import Fault, dotted, shown
-from qtune.recipe.toml_lines import Key
+from qtune.recipe.toml_reader import Key
 
 MODELS: tuple[Key, ...] = (("model", "base"), ("demo", "model", "base"))
 TEMPLATE: Key = ("model", "chat_template")

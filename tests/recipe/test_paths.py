@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qtune.recipe.paths import fault_of, made_absolute
-from qtune.recipe.toml_lines import Key
+from qtune.recipe.toml_reader import Key
 
 TRAIN, BASE, TEMPLATE = ("data", "train"), ("model", "base"), ("model", "chat_template")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtune.recipe.toml_lines import Key, first_use, key_lines
+from qtune.recipe.toml_reader import Key, first_use, key_lines
 
 
 def keys_of(value: Any, above: Key = ()) -> set[Key]:

@@ -7,7 +7,7 @@ import pytest
 
 from qtune.errors import RecipeError
 from qtune.recipe import toml_reader
-from qtune.recipe.toml_lines import Key
+from qtune.recipe.toml_reader import Key
 
 
 def fault(tmp_path: Path, content: str | bytes) -> str:

@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits, as bitsandbytes has it."""
+"""AdamW with moments of 8 bits, as bitsandbytes has it: on the device, or in memory that may spill to the host."""
 
 from qtune.train.optimizers import Optimizer
 
@@ -16,3 +16,11 @@ def state_bytes(elements: int) -> int:
 
 
 EIGHT_BIT = Optimizer("adamw_8bit", state_bytes, made_by="adamw_8bit", constant_state=CODE_BOOKS, order=20)
+PAGED = Optimizer(
+    "paged_adamw_8bit",
+    state_bytes,
+    made_by="paged_adamw_8bit",
+    is_paged=True,
+    constant_state=CODE_BOOKS,
+    order=10,
+)
