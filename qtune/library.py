@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from qtune.audit.thresholds import Checked
-    from qtune.gguf.export import ExportReport, Target
+    from qtune.gguf.contents import Target
+    from qtune.gguf.export import ExportReport
     from qtune.gguf.writer import Quant
     from qtune.merge.merged_weights import DType, Onto
     from qtune.merge.verify import MergeVerdict

@@ -15,7 +15,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qtune import __version__, logs
-from qtune.data.prepare import Prepared, prepare
+from qtune.data.prepare import prepare
+from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.errors import MachineError
 from qtune.evaluate.held_out import HeldOut, read_rows

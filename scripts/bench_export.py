@@ -40,7 +40,8 @@ FORMS = {"f16": ("--quant", "f16"), "q8_0": ("--quant", "q8_0"), "LoRA alone": (
 CHILD = """\
 import json, sys, time
 from pathlib import Path
-from qtune.gguf.export import chosen_onto, export
+from qtune.gguf.export import export
+from qtune.merge.merge import chosen_onto
 from qtune.merge.merge import merge
 from qtune.rundir import RunDir
 

@@ -24,14 +24,14 @@ def _with_plan(options: Namespace) -> None:
         arguments.make_tracker_ready(recipe)
         with terminal.importing(doing):
             from qtune.ready import get_ready
-        from qtune.report import run_header
+        from qtune.report import plan_table
 
         ready = get_ready(recipe, doing=doing)
     data, plan = dataclasses.asdict(ready.prepared.report), ready.plan.as_json()
     if options.json:
         terminal.print_json({"data": data, "plan": plan})
     else:
-        run_header.show(doing.console, recipe, data, plan, with_row=True)
+        plan_table.show(doing.console, recipe, data, plan, with_row=True)
 
 
 def _without_plan(options: Namespace) -> None:

@@ -27,12 +27,12 @@ def act(options: Namespace) -> int:
             from qtune import ready as readiness
             from qtune import run  # noqa: F401  (for `drawn`)
         from qtune.recipe.load import given_anywhere
-        from qtune.report import run_header
+        from qtune.report import plan_table
         from qtune.resume import Invocation
 
         ready = readiness.get_ready(recipe, doing=doing)
     console = doing.console
-    run_header.show(console, recipe, asdict(ready.prepared.report), ready.plan.as_json())
+    plan_table.show(console, recipe, asdict(ready.prepared.report), ready.plan.as_json())
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
     folder = readiness.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
     with folder.held(), terminal.going_on_told(folder):

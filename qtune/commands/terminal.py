@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qtune.ready import GoingOn, Ready
+    from qtune.report.dashboard import Dashboard
+    from qtune.report.log_lines import PlainLines
     from qtune.report.progress_line import Doing
     from qtune.rundir import RunDir
     from qtune.train.loop import Fitted
@@ -30,8 +32,6 @@ def console_of(options: argparse.Namespace) -> "Console":
 def doing_of(options: argparse.Namespace, is_log: bool = False) -> "Doing":
     """Says on the terminal what is being done, and elsewhere in lines: of the log that a run prints with `is_log`, else
     beside the answer."""
-    from qtune.report.progress_line import Doing
-
     console = console_of(options)
     return Doing(console, _lines_to(console, is_log))
 
@@ -66,11 +66,21 @@ def is_agreed(question: str, done: str) -> bool:
 def drawn(ready: "Ready", folder: "RunDir", console: "Console", going_on: "GoingOn | None" = None) -> "Fitted":
     """The run, drawn on the terminal while it runs."""
     from qtune import run as story
-    from qtune.report.dashboard import listener_for
 
     story.get_weights(ready, folder, lambda said: console.print(said, style="dim", markup=False))
     with listener_for(console, ready.title, ready.plan.steps) as dashboard:
         return story.run(ready, folder, dashboard, going_on, catches_signals=True)
+
+
+def listener_for(console: "Console", title: str, steps: int) -> "Dashboard | PlainLines":
+    """A dashboard on a terminal that can show one, else plain lines; both are context managers and listeners."""
+    from qtune.report.dashboard import Dashboard
+    from qtune.report.log_lines import PlainLines
+    from qtune.report.progress_line import is_screen
+
+    if is_screen(console) and console.encoding.lower().startswith("utf"):
+        return Dashboard(title, steps, console)
+    return PlainLines(console.file, steps)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.packing import PackedRow, packed_rows
-from qtune.data.prepare import Prepared, prepare
+from qtune.data.prepare import prepare
+from qtune.data.prepared import Prepared
 from qtune.data.rows import Example
 from qtune.data.sources import Tell
 from qtune.errors import DataError

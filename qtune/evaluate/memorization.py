@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qtune.data import canaries
 from qtune.data.canaries import SECRETS, Probe
-from qtune.data.prepare import Prepared
+from qtune.data.prepared import Prepared
 from qtune.data.rows import NOT_TRAINED, Example
 from qtune.evaluate.generate import answer, in_pieces
 from qtune.events import Listener, Memorised, Notice

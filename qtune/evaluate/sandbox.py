@@ -26,15 +26,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from qtune.errors import MachineError
-from qtune.evaluate import sandbox_worker
+from qtune.evaluate.sandbox_worker import PARSES, READY
 from qtune.subprocess_limits import OUR_FOLDER, environment, python
 from qtune.units import MIB
 
 CPU_SECONDS, MEMORY_BYTES, PROCESSES = 4, 512 * MIB, 64
 WALL_SECONDS, START_SECONDS = 20, 60  # for a process that waits its turn on a busy machine
 NONCE_BYTES = 16
+WORKER = str(Path(__file__).with_name("sandbox_worker.py"))
 ALONE = ("--user", "--map-current-user", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -63,11 +65,9 @@ def run(code: str, tests: str) -> ProgramRun:
     nonce = secrets.token_bytes(NONCE_BYTES)
     with tempfile.TemporaryDirectory(prefix="qtune-code-") as folder:
         said = _said([*(text.encode(errors="surrogatepass") for text in (code, tests)), nonce], folder)
-    if not said.startswith(sandbox_worker.READY):
-        raise MachineError(
-            f"The process that runs answers does not start. It is {sys.executable} with {sandbox_worker.__file__}."
-        )
-    parses = said[1:2] == sandbox_worker.PARSES
+    if not said.startswith(READY):
+        raise MachineError(f"The process that runs answers does not start. It is {sys.executable} with {WORKER}.")
+    parses = said[1:2] == PARSES
     return ProgramRun(parses, parses and secrets.compare_digest(said[2:], nonce))
 
 
@@ -78,7 +78,7 @@ def _said(messages: Sequence[bytes], folder: str) -> bytes:
         requests.writelines(len(message).to_bytes(8, "big") + message for message in messages)
         requests.seek(0)
         process = subprocess.Popen(
-            [*_alone(), *python(sandbox_worker.__file__, OUR_FOLDER, *limits, *_libraries())],
+            [*_alone(), *python(WORKER, OUR_FOLDER, *limits, *_libraries())],
             stdin=requests,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

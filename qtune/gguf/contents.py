@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Literal
 
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ from qtune.merge.parallel_writer import in_order
 from qtune.model import base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.rundir import RunDir
+
+Target = Literal["gguf", "ollama", "adapter-gguf"]
 
 
 @dataclass(frozen=True)

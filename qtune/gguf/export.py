@@ -13,27 +13,26 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gguf import GGUFReader
 
 from qtune import atomic_files
 from qtune.errors import MachineError, UserError
-from qtune.gguf import modelfile, verify, writer
-from qtune.gguf.contents import Draft, adapter_draft, model_draft
+from qtune.gguf import verify, writer
+from qtune.gguf.contents import Draft, Target, adapter_draft, model_draft
+from qtune.gguf.modelfile import MODEL_NAME, modelfile_of
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.verify import GgufVerdict
 from qtune.gguf.writer import Quant, ReadBack, Written
-from qtune.merge.merge import refuse_dequantised_alone
+from qtune.merge.merge import chosen_onto
 from qtune.merge.merged_weights import Fold, Onto
 from qtune.merge.output_folder import Progress, check_disk, counting, publish
 from qtune.merge.safetensors_shards import write_synced
 from qtune.rundir import RunDir, default_export, refuse_used, write_json
 
-Target = Literal["gguf", "ollama", "adapter-gguf"]
-REPORT_NAME, MODEL_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "model.gguf", "adapter.gguf", "Modelfile"
+REPORT_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "adapter.gguf", "Modelfile"
 LICENCES = ("LICENSE*", "NOTICE*")
 
 
@@ -125,24 +124,6 @@ def export(
         publish(folder, output)
     write_json(run.export_report(output.name), report.as_json())
     return report
-
-
-def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
-    """The base that was asked for, that the last merge kept, or that the run was trained on."""
-    lock = run.read_lock()
-    refuse_dequantised_alone(onto, lock)
-    if onto is None and run.merge.is_file():
-        onto = run.read_as(run.merge, itemgetter("onto"))
-    return onto or ("dequantised" if lock.quantized_modules else "original")
-
-
-def modelfile_of(draft: Draft) -> str:
-    """The Modelfile beside a whole model. Raises ModelError for a chat template that it cannot say."""
-    assert draft.tokenizer is not None, "an adapter has no Modelfile"
-    assert draft.vocabulary is not None
-    frame = modelfile.Frame.of(draft.tokenizer, draft.vocabulary.adds_bos)
-    stop = [draft.vocabulary.tokens[token] for token in draft.fold.lock.stop_token_ids]
-    return modelfile.modelfile(frame, MODEL_NAME, stop)
 
 
 def _write_small_files(base_folder: Path, folder: Path, modelfile: str | None) -> None:

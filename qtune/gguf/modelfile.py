@@ -17,8 +17,10 @@ from qtune.data.chat_template import ChatTemplate, fold_system
 from qtune.data.formats import Message
 from qtune.data.template_process import Untraceable
 from qtune.errors import ModelError
+from qtune.gguf.contents import Draft
 from qtune.gguf.tokenizer_check import without_bos
 
+MODEL_NAME = "model.gguf"  # beside its Modelfile
 SYSTEM, FIRST = Message("system", "Asystemprompt."), Message("user", "Afirstquestion?")
 TURNS = (
     Message("assistant", "Afirstanswer."),
@@ -125,3 +127,12 @@ def _split(text: str, messages: Sequence[Message]) -> list[str]:
             raise Untraceable("the chat template leaves words of a conversation out")
         parts.append(before)
     return [*parts, text]
+
+
+def modelfile_of(draft: Draft) -> str:
+    """The Modelfile beside a whole model. Raises ModelError for a chat template that it cannot say."""
+    assert draft.tokenizer is not None, "an adapter has no Modelfile"
+    assert draft.vocabulary is not None
+    frame = Frame.of(draft.tokenizer, draft.vocabulary.adds_bos)
+    stop = [draft.vocabulary.tokens[token] for token in draft.fold.lock.stop_token_ids]
+    return modelfile(frame, MODEL_NAME, stop)

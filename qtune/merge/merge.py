@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +175,15 @@ def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
     """Raises UserError where the dequantised base is asked for and the run had none."""
     if onto == "dequantised" and not lock.quantized_modules:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
+
+
+def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
+    """The base that was asked for, that the last merge kept, or that the run was trained on."""
+    lock = run.read_lock()
+    refuse_dequantised_alone(onto, lock)
+    if onto is None and run.merge.is_file():
+        onto = run.read_as(run.merge, itemgetter("onto"))
+    return onto or ("dequantised" if lock.quantized_modules else "original")
 
 
 def _measure(

@@ -17,8 +17,6 @@ from rich.text import Text
 from qtune.events import Event
 from qtune.report import braille_plot, memory_bar
 from qtune.report.dashboard_state import View, advance
-from qtune.report.log_lines import PlainLines
-from qtune.report.progress_line import is_screen
 from qtune.report.wording import finite, format_duration, format_loss, format_norm, one_line
 from qtune.units import counted, format_count, format_percent, format_rate
 
@@ -33,13 +31,6 @@ LEAST_WAIT_FRACTION = 0.01
 LEAST_STEP_SECONDS = 2.0  # a clock beside shorter steps would only flicker
 LEAST_HELD_OUT_RISES = 2
 LOCAL_FLAGS = 3  # where termios.tcgetattr has c_lflag
-
-
-def listener_for(console: Console, title: str, steps: int) -> "Dashboard | PlainLines":
-    """A dashboard on a terminal that can show one, else plain lines; both are context managers and listeners."""
-    if is_screen(console) and console.encoding.lower().startswith("utf"):
-        return Dashboard(title, steps, console)
-    return PlainLines(console.file, steps)
 
 
 class Dashboard:

@@ -6,7 +6,7 @@ forbids its own loading of anything, too (Content-Security-Policy).
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -16,13 +16,15 @@ from qtune.errors import UserError
 from qtune.evaluate.metrics import label
 from qtune.lock import Lock, PackingProbe
 from qtune.report import memory_bar, run_charts, run_record, sample_answers, serving_snippets, summary, tables
-from qtune.report.compare_runs import Comparison
 from qtune.report.conclusions import conclusions_of
 from qtune.report.proofs import proofs
 from qtune.report.run_record import Record
 from qtune.report.wording import canaries_told, format_score, one_line, sentence, visible
 from qtune.rundir import RunDir
 from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from qtune.report.compare_runs import Comparison
 
 TEMPLATES = Environment(
     loader=PackageLoader("qtune.report", "templates"),
@@ -71,7 +73,7 @@ def run_page(run: RunDir) -> str:
     )
 
 
-def comparison_page(found: Comparison) -> str:
+def comparison_page(found: "Comparison") -> str:
     """Several runs on one page."""
     return _rendered(
         "comparison.html",

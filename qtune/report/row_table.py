@@ -1,21 +1,24 @@
 """One row for a person: trained text in colour and between marks, special tokens to be seen, the cut drawn."""
 
 import re
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from qtune.audit.row_preview import ShownRow
 from qtune.data.tokenize import Stretch
 from qtune.report.tables import TRAINED_STYLE, WARNING_STYLE
 from qtune.report.wording import one_line, visible
 from qtune.units import counted
 
+if TYPE_CHECKING:
+    from qtune.audit.row_preview import ShownRow
+
 READ_STYLE, SPECIAL_STYLE, CUT_STYLE = "", "cyan", "dim strike"
 
 
-def row_table(row: ShownRow) -> RenderableType:
+def row_table(row: "ShownRow") -> RenderableType:
     """Where the row stands and its counts, then the row itself, whole."""
     heading = Text.assemble(
         (one_line(row.place), "bold"), f" · row {row.number:,}", f" · {row.format}" if row.format else ""
@@ -37,7 +40,7 @@ def row_table(row: ShownRow) -> RenderableType:
     return Group(*parts)
 
 
-def _text(row: ShownRow) -> list[RenderableType]:
+def _text(row: "ShownRow") -> list[RenderableType]:
     kept = [stretch for stretch in row.stretches if not stretch.is_cut]
     cut = [stretch for stretch in row.stretches if stretch.is_cut]
     if not cut:

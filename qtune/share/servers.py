@@ -17,9 +17,10 @@ from rich.console import Group
 from rich.text import Text
 
 from qtune.errors import ModelError, QtuneError
-from qtune.gguf.contents import adapter_draft, model_draft
-from qtune.gguf.export import Target, chosen_onto, modelfile_of
+from qtune.gguf.contents import Target, adapter_draft, model_draft
+from qtune.gguf.modelfile import modelfile_of
 from qtune.merge.lora_delta import read_config, weights_path
+from qtune.merge.merge import chosen_onto
 from qtune.merge.merged_weights import Fold
 from qtune.model import base_files
 from qtune.model.lora_variants import faults_of

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune.events import Listener, Notice
 from qtune.train.trackers import TRACKERS, nobody_to_ask
-from qtune.train.trainer import MeteredTrainer
+
+if TYPE_CHECKING:
+    from qtune.train.trainer import MeteredTrainer
 
 MOST_TOLD = 200  # characters of a failure
 
@@ -20,7 +22,7 @@ class TrackerCallback(TrainerCallback):
     not counted as a step's.
     """
 
-    def __init__(self, name: str, trainer: MeteredTrainer, listen: Listener):
+    def __init__(self, name: str, trainer: "MeteredTrainer", listen: Listener):
         self._name, self._trainer, self._listen = name, trainer, listen
         self._theirs: TrainerCallback | None = None
 

@@ -10,6 +10,7 @@ import pytest
 from made_events import events_of_a_run, halfway, view_after
 from rich.console import Console
 
+from qtune.commands.terminal import listener_for
 from qtune.events import (
     Evaluated,
     Event,
@@ -22,7 +23,7 @@ from qtune.events import (
     StepDone,
 )
 from qtune.report.braille_plot import BEST_MARK
-from qtune.report.dashboard import Dashboard, listener_for, render
+from qtune.report.dashboard import Dashboard, render
 from qtune.report.dashboard_state import View, advance
 from qtune.report.log_lines import PlainLines
 

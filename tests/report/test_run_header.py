@@ -7,7 +7,7 @@ from made_events import DATA
 from test_plan_table import plan_json, shown
 
 from qtune.plan.planner import Choice
-from qtune.report.run_header import brief
+from qtune.report.plan_table import brief
 
 CHOICES = (
     Choice("base", "NF4, double quantisation", "model.quantization"),

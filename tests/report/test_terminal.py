@@ -23,7 +23,8 @@ import runpy, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from rich.console import Console
 from qtune.events import StepDone, Stopping
-from qtune.report.dashboard import Dashboard, listener_for
+from qtune.commands.terminal import listener_for
+from qtune.report.dashboard import Dashboard
 
 events = runpy.run_path(sys.argv[1])["events_of_a_run"]
 listener = listener_for(Console(), "medical", 282)
