@@ -32,6 +32,8 @@ def console_of(options: argparse.Namespace) -> "Console":
 def doing_of(options: argparse.Namespace, is_log: bool = False) -> "Doing":
     """Says on the terminal what is being done, and elsewhere in lines: of the log that a run prints with `is_log`, else
     beside the answer."""
+    from qtune.report.progress_line import Doing
+
     console = console_of(options)
     return Doing(console, _lines_to(console, is_log))
 
