@@ -29,6 +29,41 @@ def test_a_card_has_a_little_less_than_its_maker_says(text: str, reported: float
     assert 0.96 * reported * GIB < memory_of(text) <= reported * GIB
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "cards"),  # what NVIDIA sells with so many, written down a second time, the other way round
+    [
+        (6, "2060, 3050, 3060 Laptop, 4050 Laptop, A2000"),
+        (
+            8,
+            "2060 Super, 2070, 2070 Super, 2080, 2080 Super, 3050, 3060, 3060 Ti, 3070, 3070 Laptop, 3070 Ti,"
+            " 3070 Ti Laptop, 3080 Laptop, 4060, 4060 Laptop, 4060 Ti, 4070 Laptop, 5050, 5060, 5060 Laptop, 5060 Ti,"
+            " 5070 Laptop",
+        ),
+        (10, "3080"),
+        (11, "2080 Ti"),
+        (12, "2060, 3060, 3080, 3080 Ti, 4070, 4070 Super, 4070 Ti, 4080 Laptop, 5070, 5070 Ti Laptop, A2000"),
+        (
+            16,
+            "3080 Laptop, 3080 Ti Laptop, 4060 Ti, 4070 Ti Super, 4080, 4080 Super, 4090 Laptop, 5060 Ti, 5070 Ti,"
+            " 5080, 5080 Laptop, A4000, P100, T4, V100",
+        ),
+        (20, "4000 Ada, A4500"),
+        (24, "3090, 3090 Ti, 4090, 4500 Ada, 5090 Laptop, A10, A10G, A30, A5000, L4, TITAN RTX"),
+        (32, "5000 Ada, 5090, V100"),
+        (40, "A100"),
+        (48, "6000 Ada, A40, A6000, L40, L40S"),
+        (80, "A100, H100"),
+        (94, "H100"),
+        (96, "PRO 6000"),
+        (141, "H200"),
+    ],
+)
+def test_a_card_has_what_it_is_sold_with(gigabytes: int, cards: str) -> None:
+    """One that is written too large has a run planned that ends out of memory."""
+    sold = sorted(card.removeprefix("RTX ") for card, sizes in MEMORY_GB.items() if gigabytes in sizes)
+    assert ", ".join(sold) == cards
+
+
 def test_names_that_hold_numbers_are_not_sizes() -> None:
     assert memory_of("A10G") == memory_of("A10") == memory_of("L4")
     assert memory_of("A100-80GB") == memory_of("NVIDIA A100-SXM4-80GB") > memory_of("A100 40GB") > memory_of("A10")

@@ -67,6 +67,11 @@ def test_a_plan_of_before_the_setting_of_the_head_is_answered_with(run: RunDir, 
     assert qtune("chat", run.path, "--prompt", "what is xx?", "--max-new-tokens", "2") == 0
 
 
+def test_a_plan_of_before_a_technique_is_answered_without_it(run: RunDir, capsys) -> None:
+    edit(run.plan, lambda plan: plan["techniques"].pop("streamed_layers"))
+    assert qtune("chat", run.path, "--prompt", "what is xx?", "--max-new-tokens", "2") == 0
+
+
 def test_a_setting_that_came_later_has_its_default(run: RunDir, capsys) -> None:
     written_by(run, "0.0.1")
     edit(run.lock, lambda lock: lock["recipe"].pop("report"))
@@ -115,7 +120,7 @@ def test_settings_that_are_not_known_are_refused_with_who_wrote_them(
         ("lock.json", lambda lock: lock.pop("stop_token_ids"), ["chat", "--prompt", "x"]),
         ("lock.json", lambda lock: lock.update(model=[]), ["eval"]),
         ("plan.json", lambda plan: plan.pop("techniques"), ["chat", "--prompt", "x"]),
-        ("plan.json", lambda plan: plan["techniques"].pop("streamed_layers"), ["eval"]),
+        ("plan.json", lambda plan: plan.update(techniques=None), ["eval"]),
         ("base_score.json", lambda score: score.update(from_the_future=1), ["resume"]),
         ("base_score.json", lambda score: score.pop("answers"), ["resume"]),
     ],

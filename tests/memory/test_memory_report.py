@@ -2,6 +2,7 @@
 
 import mmap
 
+import pytest
 import torch
 
 from qtune.hardware import Device, find_device, host_memory, resident_bytes
@@ -11,6 +12,7 @@ from qtune.memory.memory_tracker import block_bytes, storage_sizes
 from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
 from qtune.recipe.schema import Lora, Model
+from qtune.units import GIB
 
 HIDDEN, WIDE, LAYERS, VOCABULARY, RANK = 64, 172, 2, 262, 4
 
@@ -56,6 +58,25 @@ def test_the_parts_sum_to_the_peak_on_the_cpu(tiny_base) -> None:
     assert [name for name, _ in measured.parts] == [name for name in PARTS if name in dict(measured.parts)]
     assert sum(size for _, size in measured.parts) <= measured.peak_bytes + 8 * 1024**2
     assert measured.peak_bytes <= measured.total_bytes
+
+
+def test_a_card_is_asked_what_it_held_before_and_at_its_highest(tiny_base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a made-up driver: of 8 GiB 6 are taken, half of one by torch's allocator."""
+    asked = {0: (2 * GIB, 8 * GIB)}  # free and total, by card
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {0: GIB // 2}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {0: 3 * GIB // 2}.__getitem__)
+    started = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", started.append)
+    ledger = Ledger.begin(Device("cuda:0", "a card", 8 * GIB, 2 * GIB, "bfloat16"))
+    assert ledger.outside_bytes == 6 * GIB - GIB // 2
+    asked[0] = (GIB, 8 * GIB)
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=RANK), 0)
+    measured = ledger.measure("load", 0, model)
+    assert (measured.peak_bytes, measured.total_bytes, measured.free_bytes) == (7 * GIB, 8 * GIB, GIB)
+    assert measured.parts[0] == ("context", ledger.outside_bytes)
+    assert sum(size for _, size in measured.parts) == measured.peak_bytes
+    assert started == [0]  # the next measurement is of what comes after this one
 
 
 def test_what_lives_on_the_host_beside_a_card_is_told_apart_on_the_cpu(tiny_base) -> None:

@@ -179,6 +179,24 @@ def test_the_head_of_a_gguf_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     assert base_kind.gguf_texts(tmp_path) == {}
 
 
+@pytest.mark.parametrize("is_array", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "of_struct"),
+    [(0, "B"), (1, "b"), (2, "H"), (3, "h"), (4, "I"), (5, "i"), (6, "f"), (7, "?"), (10, "Q"), (11, "q"), (12, "d")],
+)
+def test_a_value_of_any_type_before_the_name_is_passed_over(
+    kind: int, of_struct: str, is_array: bool, tmp_path: Path
+) -> None:
+    """A size that is off by one loses the name behind it, without a word."""
+    values = [1, 0, 1] if is_array else [1]
+    head = struct.pack("<IIQ", 9, kind, len(values)) if is_array else struct.pack("<I", kind)
+    before = struct.pack("<Q", 1) + b"k" + head + struct.pack(f"<{len(values)}{of_struct}", *values)
+    name = struct.pack("<Q", 12) + b"general.name" + struct.pack("<IQ", 8, 4) + b"Tiny"
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + before + name)
+    assert base_kind.gguf_texts(path) == {"general.name": "Tiny"}
+
+
 def test_a_base_is_blamed_by_line_with_the_other_mistakes(tmp_path: Path) -> None:
     folder_with(it___config__json=LLAVA)(tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}")

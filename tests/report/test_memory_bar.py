@@ -1,7 +1,19 @@
 import pytest
 
 from qtune.events import MemoryMeasured
-from qtune.report.memory_bar import FILLS, FREE, OTHER, PEAK, UNKNOWN, legend, other_bytes, peak, stacked, title
+from qtune.report.memory_bar import (
+    FILLS,
+    FREE,
+    OTHER,
+    PEAK,
+    UNKNOWN,
+    heading,
+    legend,
+    other_bytes,
+    peak,
+    stacked,
+    title,
+)
 
 GIB = 1024**3
 
@@ -30,6 +42,7 @@ def test_at_most_four_colours() -> None:
 def test_without_a_card_it_is_called_what_it_is() -> None:
     assert title(measured({"python and libraries": 1, "base": 1}, 2, 8, 5)) == "host memory (this machine has no GPU)"
     assert title(measured({"context": 1, "base": 1}, 2, 8, 5)) == "device memory"
+    assert heading(measured({"context": 1, "base": 1}, 2, 8, 5)) == "Device memory"
 
 
 def test_the_legend_names_what_holds_something_in_the_order_of_the_bar() -> None:
