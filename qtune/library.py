@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qtune.gguf.writer import Quant
     from qtune.merge.merged_weights import DType, Onto
     from qtune.merge.verify import MergeVerdict
-    from qtune.plan.planner import Plan
+    from qtune.plan.plan import Plan
     from qtune.report.progress_line import Doing
     from qtune.report.run_list import State
     from qtune.report.run_record import Record
@@ -60,8 +60,7 @@ def check_data(recipe: Recipe, doing: "Doing | None" = None) -> "Checked":
         from qtune.audit.audit import audit
         from qtune.audit.run_refusals import refusals
         from qtune.audit.thresholds import judge
-        from qtune.evaluate.forgetting import general_packs
-        from qtune.evaluate.held_out import fault_asked
+        from qtune.evaluate.held_out import fault_asked, general_packs
         from qtune.model.tokenizer import load_tokenizer
         from qtune.recipe.paths import GENERAL_WORDS
         from qtune.report.progress_line import Doing
@@ -246,7 +245,7 @@ def show(value: "Run | Plan | Checked") -> None:
     with quick_imports():
         from rich.console import Console
 
-        from qtune.plan.planner import Plan
+        from qtune.plan.plan import Plan
         from qtune.report import plan_table, summary
         from qtune.report.audit_table import audit_table
 

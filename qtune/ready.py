@@ -27,7 +27,9 @@ from qtune.model import base, fingerprint
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
 from qtune.plan.fake_model import refuse_unknown_targets
 from qtune.plan.max_context import Longest
-from qtune.plan.planner import Plan, Settled, decide, longest_on, refuse_unless_it_fits
+from qtune.plan.plan import Plan, Settled
+from qtune.plan.planner import decide, longest_on
+from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Recipe
 from qtune.report.progress_line import Doing

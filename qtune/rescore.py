@@ -15,8 +15,6 @@ from qtune.data.prepare import prepare
 from qtune.data.sources import Tell
 from qtune.errors import DataError, QtuneError, UserError
 from qtune.evaluate.before_after import Score, compare, score
-from qtune.evaluate.benchmarks import Benchmarks
-from qtune.evaluate.gguf_score import score_file
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.lock import Lock
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
@@ -72,14 +70,20 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
     others = []
     for path in merged:
         doing(f"scoring {path}")
-        others.append(
-            score_file(path, tokenizer, held_out, wanted)
-            if path.suffix == GGUF_SUFFIX
-            else _score(str(path), open_merged(path, lock), held_out, wanted, pieces)
-        )
+        others.append(_merged_score(path, tokenizer, lock, held_out, wanted, pieces))
     found = about | compare(before, after, held_out, wanted, recipe.train.seed, others)
     write_json(run.evaluation(asked.name), found)
     return found
+
+
+def _merged_score(
+    path: Path, tokenizer: PreTrainedTokenizerBase, lock: Lock, held_out: HeldOut, wanted: Evaluate, pieces: int
+) -> Score:
+    if path.suffix != GGUF_SUFFIX:
+        return _score(str(path), open_merged(path, lock), held_out, wanted, pieces)
+    from qtune.evaluate.gguf_score import score_file  # llama.cpp is not for everyone
+
+    return score_file(path, tokenizer, held_out, wanted)
 
 
 def _both(run: RunDir, ask: Callable[[str, Loaded], T], doing: Doing) -> tuple[T, T]:
@@ -97,6 +101,8 @@ def on_benchmarks(
     run: RunDir, names: Sequence[str], folder: Path | None, limit: int | None, merged: Sequence[Path], doing: Doing
 ) -> dict[str, Any]:
     """Base, tuned and the `merged` folders on tasks of lm-eval; kept in the run folder."""
+    from qtune.evaluate.benchmarks import Benchmarks  # nor is lm-eval
+
     doing(f"getting the data of {', '.join(names)}")
     benchmarks = Benchmarks.open(names, folder)
 

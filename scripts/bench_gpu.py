@@ -66,7 +66,8 @@ from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import Budget
 from qtune.plan.max_context import longest
-from qtune.plan.planner import Plan, decide
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import finish_step

@@ -61,7 +61,9 @@ from qtune.memory.weight_streaming import frozen_tensors
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded, autocast
 from qtune.model.tokenizer import load_tokenizer
-from qtune.plan.planner import Plan, decide, refuse_unless_it_fits
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
+from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work, heaviest_first
 from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Model, Recipe

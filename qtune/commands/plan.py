@@ -37,7 +37,7 @@ def _plan(options: Namespace) -> None:
         recipe, _ = arguments.load_recipe(options, needs_weights=False)
         with terminal.importing(doing):
             from qtune import library
-            from qtune.plan.planner import refuse_unless_it_fits
+            from qtune.plan.suggestions import refuse_unless_it_fits
             from qtune.report import plan_table
 
         plan = library.make_plan(recipe, options.device_memory, options.host_memory, doing)

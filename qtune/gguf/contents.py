@@ -1,20 +1,23 @@
 """Everything a GGUF file will hold, gathered and checked before a byte is written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
-from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter
+import torch
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys
 from transformers import PreTrainedTokenizerBase
 
-from qtune.gguf import lora, writer
+from qtune.errors import ModelError
+from qtune.gguf import writer
 from qtune.gguf.layout import EMBEDDING, HEAD, OUTPUT, ROPE_FACTORS, TOKEN_EMBEDDING, Layout
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.tokenizer_check import Reference, matching
 from qtune.gguf.writer import F32, FILE_TYPE_BY_QUANT, Quant, Stored, TensorEntry, Written, stored, stored_type
+from qtune.merge.lora_delta import AdapterWeights
 from qtune.merge.merged_tensor import Job
 from qtune.merge.merged_weights import Fold, Onto
 from qtune.merge.parallel_writer import in_order
@@ -91,12 +94,12 @@ def adapter_draft(run: RunDir, fold: Fold) -> Draft:
     """A and B alone; `fold` is in float32. Raises ModelError for an adapter that is more than those."""
     layout = Layout.of(base.read_config(fold.model))
     adapter = fold.adapter
-    lora.refuse_what_is_no_lora(adapter)
-    entries = lora.entries(adapter, layout.names(fold.checkpoint.specs()))
+    refuse_what_is_no_lora(adapter)
+    entries = _lora_entries(adapter, layout.names(fold.checkpoint.specs()))
     writer = _introduced(run, fold, layout, GGUFType.ADAPTER)
-    lora.describe(writer, adapter)
+    describe_lora(writer, adapter)
     onto: Onto = "dequantised" if fold.quantized else "original"
-    return Draft(fold, writer, "f32", onto, tuple(entries), lora.jobs(entries, adapter, layout))
+    return Draft(fold, writer, "f32", onto, tuple(entries), _lora_jobs(entries, adapter, layout))
 
 
 def _entry(name: str, place: str, shape: tuple[int, ...], quant: Quant, is_head: bool) -> TensorEntry:
@@ -139,3 +142,57 @@ def _notes(layout: Layout, vocabulary: Vocabulary) -> tuple[str, ...]:
     if "strftime_now" in (vocabulary.chat_template or ""):
         notes.append("The chat template writes the date; in a Modelfile it stays that of this export.")
     return tuple(notes)
+
+
+# A LoRA alone, to be served beside the GGUF file of its base. llama.cpp scales B @ A by alpha / R with one alpha for
+# the whole file. So alpha is the one that gives the first module its scale, which covers rsLoRA; where modules differ
+# in alpha, B makes up for it.
+
+
+def refuse_what_is_no_lora(adapter: AdapterWeights) -> None:
+    """Raises ModelError for what a file of A and B cannot say."""
+    variants = {variant.name: variant for change in adapter.changes.values() for variant in change.variants}
+    faults = [variant.faults["llama.cpp"] for variant in variants.values() if "llama.cpp" in variant.faults]
+    if faults:
+        raise ModelError(f"--to adapter-gguf: {', and '.join(faults)}. Use --to gguf.")
+    if adapter.replaced:
+        raise ModelError(
+            f"--to adapter-gguf: the run trained {', '.join(sorted(adapter.replaced))} whole, and an adapter file holds"
+            " A and B alone. Use --to gguf."
+        )
+
+
+def describe_lora(writer: GGUFWriter, adapter: AdapterWeights) -> None:
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, _alpha(adapter))
+
+
+def _lora_entries(adapter: AdapterWeights, names: dict[str, str]) -> list[TensorEntry]:
+    """A and B of every module, in float32; `names` are the places of the base's tensors."""
+    return [
+        TensorEntry(f"{module}.weight", f"{names[f'{module}.weight']}.{part}", tuple(tensor.shape), F32)
+        for module, change in adapter.changes.items()
+        for part, tensor in (("lora_a", change.a), ("lora_b", change.b))
+    ]
+
+
+def _lora_jobs(
+    entries: Iterable[TensorEntry], adapter: AdapterWeights, layout: Layout
+) -> Iterator[Callable[[], Stored]]:
+    """What makes `entries`: A (R, I), and B (O, R) with its rows where llama.cpp has the base's."""
+    return (
+        partial(stored, entry, tensor) for entry, tensor in zip(entries, _lora_tensors(adapter, layout), strict=True)
+    )
+
+
+def _lora_tensors(adapter: AdapterWeights, layout: Layout) -> Iterator[torch.Tensor]:
+    alpha = _alpha(adapter)
+    for module, change in adapter.changes.items():
+        rank = change.a.shape[0]
+        yield change.a.float()
+        yield layout.arranged(f"{module}.weight", change.b.float()) * (change.scale * rank / alpha)
+
+
+def _alpha(adapter: AdapterWeights) -> float:
+    first = next(iter(adapter.changes.values()))
+    return first.scale * first.a.shape[0]

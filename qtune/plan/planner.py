@@ -2,86 +2,27 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from qtune.errors import DoesNotFit
 from qtune.hardware import Device
-from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.standing import Standing
 from qtune.model import lora_variants
 from qtune.plan import activation_memory, throughput
-from qtune.plan.forecast import Forecast, Forecaster
-from qtune.plan.ladder import Budget, Climb, Ladder, Reserve
+from qtune.plan.forecast import Forecaster
+from qtune.plan.ladder import Budget, Climb, Ladder
 from qtune.plan.max_context import STEP_TOKENS, Longest, longest
 from qtune.plan.overrides import refuse_impossible
+from qtune.plan.plan import Choice, Plan, Settled
 from qtune.plan.rung_report import Rung, rungs
-from qtune.plan.suggestions import explain, remedies
-from qtune.plan.throughput import Speed
+from qtune.plan.suggestions import remedies
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import HOST_FRACTION, Recipe
 from qtune.units import MIB, counted, format_count, format_percent, parse_bytes
 
 EVALUATIONS = 10  # points enough to see a loss turn, at a cost that is small beside the run
 SPARE_DISK_BYTES = 64 * MIB  # for what is small: the log, the events, the page, the card
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One settled setting, as text, and why it is what it is."""
-
-    name: str
-    value: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What a run that was interrupted had switched on, to be kept."""
-
-    techniques: Techniques
-    micro_batch: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything a run needs to know besides the recipe and the rows.
-
-    `fits` is False for a plan that must not run; `is_assumed` says that no rows were read for it. `documents_apart`: a
-    pack's documents would read each other in this base, and are fed one by one; memory is forecast for whole packs.
-    """
-
-    device: Device
-    compute_dtype: str
-    steps: int
-    warmup_steps: int
-    eval_every: int
-    micro_batch: int
-    gradient_accumulation: int
-    is_assumed: bool
-    fits: bool
-    layers: int
-    techniques: Techniques
-    budget: Budget
-    forecast: Forecast
-    rungs: tuple[Rung, ...]
-    reserve: tuple[Reserve, ...]
-    speed: Speed
-    disk_bytes: int
-    remedies: tuple[str, ...]
-    choices: tuple[Choice, ...]
-    documents_apart: bool = False
-
-    def with_documents_apart(self, reason: str) -> "Plan":
-        """The same steps over the same packs, but a pass for every document of a pack."""
-        packing = Choice("packing", "no, a pass for each document", reason)
-        choices = tuple(packing if choice.name == packing.name else choice for choice in self.choices)
-        return replace(self, documents_apart=True, choices=choices)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def decide(
@@ -261,9 +202,3 @@ def _eval_every(recipe: Recipe, steps: int) -> tuple[int, str]:
     if recipe.train.eval_every is not None:
         return recipe.train.eval_every, "train.eval_every"
     return max(1, math.ceil(steps / EVALUATIONS)), f"{EVALUATIONS} times in the run"
-
-
-def refuse_unless_it_fits(recipe: Recipe, plan: Plan) -> None:
-    """Raises DoesNotFit, with the changes that would, for a plan that must not run."""
-    if not plan.fits:
-        raise DoesNotFit(explain(recipe, plan.device, plan.forecast, plan.budget, plan.remedies))

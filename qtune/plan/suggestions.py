@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from qtune.errors import DoesNotFit
 from qtune.hardware import Device
 from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.ladder import MARGIN_FRACTION, Budget, Climb, Ladder
 from qtune.plan.max_context import longest
 from qtune.plan.overrides import settled, written
+from qtune.plan.plan import Plan
 from qtune.recipe.schema import Recipe
 from qtune.units import GIB, KIB, MIB, format_bytes
 
@@ -104,7 +106,13 @@ def _rounded_up(size: float) -> str:
     return format_bytes(math.ceil(size / step) * step)
 
 
-def explain(recipe: Recipe, device: Device, needed: Forecast, budget: Budget, changes: tuple[str, ...]) -> str:
+def refuse_unless_it_fits(recipe: Recipe, plan: Plan) -> None:
+    """Raises DoesNotFit, with the changes that would, for a plan that must not run."""
+    if not plan.fits:
+        raise DoesNotFit(_explained(recipe, plan.device, plan.forecast, plan.budget, plan.remedies))
+
+
+def _explained(recipe: Recipe, device: Device, needed: Forecast, budget: Budget, changes: tuple[str, ...]) -> str:
     """The whole message of a run that does not fit."""
     lacking = []
     if needed.needed_bytes > budget.device_bytes * (1 - MARGIN_FRACTION):

@@ -23,7 +23,7 @@ from qtune.memory.oom_recovery import Batch, NextTechnique, free_memory, is_out_
 from qtune.model.adapter import trained_parameters
 
 if TYPE_CHECKING:
-    from qtune.plan.planner import Plan
+    from qtune.plan.plan import Plan
 
 Loss = Callable[[Batch], torch.Tensor]
 

@@ -12,7 +12,7 @@ from qtune.memory.oom_recovery import NextTechnique, Recovery, pieces_to_begin_w
 from qtune.model.loaded import Loaded
 
 if TYPE_CHECKING:
-    from qtune.plan.planner import Plan
+    from qtune.plan.plan import Plan
 
 
 @dataclass(frozen=True)

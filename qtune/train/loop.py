@@ -31,7 +31,7 @@ from qtune.train.tracker_callback import TrackerCallback
 from qtune.train.trainer import MeteredTrainer
 
 if TYPE_CHECKING:
-    from qtune.plan.planner import Plan
+    from qtune.plan.plan import Plan
 
 
 @dataclass(frozen=True)

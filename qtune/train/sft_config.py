@@ -9,7 +9,7 @@ from qtune.recipe.schema import Recipe
 from qtune.train.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from qtune.plan.planner import Plan
+    from qtune.plan.plan import Plan
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

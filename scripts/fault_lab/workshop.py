@@ -28,7 +28,8 @@ from transformers import LlamaForCausalLM
 
 from qtune import cli
 from qtune import ready as readiness
-from qtune.plan.planner import Plan, Settled, decide
+from qtune.plan.plan import Plan, Settled
+from qtune.plan.planner import decide
 from qtune.recipe.load import load
 from qtune.rundir import RunDir
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qtune.errors import DataError
-from qtune.evaluate.forgetting import MOST_TOKENS, general_packs
+from qtune.evaluate.held_out import MOST_TOKENS, general_packs
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 

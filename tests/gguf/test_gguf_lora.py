@@ -14,10 +14,10 @@ from tokenizers import normalizers
 
 from qtune import cli
 from qtune.errors import ModelError
-from qtune.gguf import llama_cpp, lora
+from qtune.gguf import contents, llama_cpp
+from qtune.gguf.contents import refuse_what_is_no_lora
 from qtune.gguf.export import ExportReport, export
 from qtune.gguf.layout import Layout
-from qtune.gguf.lora import refuse_what_is_no_lora
 from qtune.merge.lora_delta import AdapterWeights, LoraDelta
 from qtune.merge.output_folder import SPARE_DISK_BYTES
 from qtune.model.lora_variants.dora import DORA, MAGNITUDE
@@ -106,7 +106,7 @@ def double_alpha(writer: GGUFWriter, adapter: AdapterWeights) -> None:
 
 
 SPOILED = {
-    "another scale": (lora, "describe", double_alpha),
+    "another scale": (contents, "describe_lora", double_alpha),
     "rows in the order of transformers": (Layout, "arranged", lambda layout, name, tensor: tensor),
 }
 
@@ -128,7 +128,7 @@ def test_an_adapter_that_changes_little_is_still_held_to_its_scale(run, tmp_path
     base = Path(read_json(run.lock)["base"]["folder"])
     faint = make_run(tmp_path / "run", base, compute_dtype="float32", strength=0.01)
     right = asked_of_llama_cpp(faint, tmp_path / "right")
-    monkeypatch.setattr(lora, "describe", double_alpha)
+    monkeypatch.setattr(contents, "describe_lora", double_alpha)
     in_weights, in_answers = asked_of_llama_cpp(faint, tmp_path / "out").faults
     assert right.faults == ()
     assert "not those that were trained" in in_weights

@@ -25,7 +25,8 @@ from qtune.memory.oom_recovery import OpenStep, Recovery, is_out_of_memory, let_
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer
-from qtune.plan.planner import Plan, decide
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.atomic_step import HostCopy, keep_steps_whole

@@ -7,7 +7,9 @@ from conftest import tiny_config
 
 from qtune.errors import DoesNotFit, MachineError, ModelError
 from qtune.hardware import Device
-from qtune.plan.planner import Plan, budget_of, decide, refuse_unless_it_fits
+from qtune.plan.plan import Plan
+from qtune.plan.planner import budget_of, decide
+from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 

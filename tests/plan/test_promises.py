@@ -4,7 +4,8 @@ import pytest
 from conftest import tiny_config
 
 from qtune.hardware import Device
-from qtune.plan.planner import Plan, decide
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Save, Train
 from qtune.units import GIB, MIB

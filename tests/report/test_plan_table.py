@@ -11,7 +11,7 @@ from qtune.hardware import Device
 from qtune.memory.techniques import Techniques
 from qtune.plan.forecast import Forecast
 from qtune.plan.ladder import Budget
-from qtune.plan.planner import Plan
+from qtune.plan.plan import Plan
 from qtune.plan.rung_report import Rung
 from qtune.plan.throughput import Speed
 from qtune.report import plan_table

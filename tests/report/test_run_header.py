@@ -6,7 +6,7 @@ import pytest
 from made_events import DATA
 from test_plan_table import plan_json, shown
 
-from qtune.plan.planner import Choice
+from qtune.plan.plan import Choice
 from qtune.report.plan_table import brief
 
 CHOICES = (

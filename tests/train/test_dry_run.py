@@ -22,7 +22,8 @@ from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan import activation_memory
 from qtune.plan.ladder import Budget
-from qtune.plan.planner import Plan, decide
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import Rehearsal, rehearse, rehearse_until_it_fits
