@@ -5,15 +5,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qtune import logs
 from qtune.fast_imports import settled
-from qtune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from qtune.recipe.schema import Recipe
 
 OFFLINE = "HF_HUB_OFFLINE"
 
 
-def sources(recipe: Recipe) -> tuple[str | None, ...]:
+def sources(recipe: "Recipe") -> tuple[str | None, ...]:
     """What a run reads: its base and its rows, on this machine or by names of the hub."""
     return recipe.model.base, recipe.data.train, recipe.data.held_out
 

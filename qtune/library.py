@@ -95,7 +95,7 @@ def make_plan(
         raise UserError(f"{fault}.") from None
     with quick_imports():
         from qtune import hardware
-        from qtune.ready import plan_without_downloads
+        from qtune.planning import plan_without_downloads
         from qtune.report.progress_line import Doing
 
     with at_work(*sources(recipe)):

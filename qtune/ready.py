@@ -15,20 +15,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qtune import __version__, logs
-from qtune.data.prepare import prepare
 from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.errors import MachineError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
-from qtune.hardware import Device, find_device
+from qtune.hardware import find_device
 from qtune.lock import Lock, LockedBase, Quantization
 from qtune.model import base, fingerprint
-from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
 from qtune.plan.fake_model import refuse_unknown_targets
-from qtune.plan.max_context import Longest
 from qtune.plan.plan import Plan, Settled
-from qtune.plan.planner import decide, longest_on
+from qtune.plan.planner import decide
 from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Recipe
@@ -37,7 +34,7 @@ from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, write_json
 from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
-from qtune.units import counted, format_bytes
+from qtune.units import format_bytes
 
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
 PROBE_ROWS = 64
@@ -98,17 +95,17 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | Non
     """
     base.quiet_libraries()
     doing = doing or Doing()
-    with _finding(recipe, doing):
+    with finding_base(recipe, doing):
         config = base.read_config_alone(recipe.model)
     refuse_unknown_targets(config, recipe)
     doing(f"reading {recipe.data.train}")
     read = read_rows(recipe, doing.rows)
     doing("planning")
-    plan = decide(recipe, find_device(), config, _work_of(read.prepared), settled)
+    plan = decide(recipe, find_device(), config, work_of(read.prepared), settled)
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
 
 
-def _finding(recipe: Recipe, doing: Doing) -> contextlib.AbstractContextManager[None]:
+def finding_base(recipe: Recipe, doing: Doing) -> contextlib.AbstractContextManager[None]:
     """While the base's files are looked for, which the hub draws bars of if it is asked."""
     name = recipe.model.base
     if is_on_hub(recipe):
@@ -121,37 +118,9 @@ def is_on_hub(recipe: Recipe) -> bool:
     return recipe.model.base != "demo" and not Path(recipe.model.base).is_absolute()
 
 
-def plan_without_downloads(recipe: Recipe, device: Device, doing: Doing) -> Plan:
-    """The plan from config.json alone; rows are read where data and tokenizer are on this machine already.
-
-    Raises a UserError for anything that could not be trained on.
-    """
-    base.quiet_libraries()
-    with _finding(recipe, doing):
-        config = base.read_config_alone(recipe.model)
-    sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
-    is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
-    if not is_here:
-        doing("planning")
-        return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens), weighs_all=True)
-    doing(f"reading {recipe.data.train}")
-    prepared = prepare(recipe, load_tokenizer(recipe.model), doing.rows)
-    doing("planning")
-    return decide(recipe, device, config, _work_of(prepared), weighs_all=True)
-
-
-def _work_of(prepared: Prepared) -> Work:
+def work_of(prepared: Prepared) -> Work:
     train = prepared.train
     return Work.of_packs(prepared.train_packs, train.tokens.tolist(), train.trained_tokens.tolist())
-
-
-def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) -> list[tuple[Device, Longest]]:
-    """The longest sequence that fits on each device, by whichever plan takes it furthest, and what bounds it."""
-    base.quiet_libraries()
-    with _finding(recipe, doing):
-        config = base.read_config_alone(recipe.model)
-    doing(f"planning for {counted(len(devices), 'card')}")
-    return list(zip(devices, longest_on(recipe, devices, config), strict=True))
 
 
 def start_folder(ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None) -> RunDir:

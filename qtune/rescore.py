@@ -9,10 +9,14 @@ from typing import Any, TypeVar
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.eval_rows import OwnRows
+from qtune.data import token_cache
+from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.packing import packed_rows
-from qtune.data.prepare import prepare
-from qtune.data.sources import Tell
+from qtune.data.prepare import encoding_of, prepare, take_rows
+from qtune.data.row_stream import format_of
+from qtune.data.rows import Dropped, RawRow, recognise
+from qtune.data.sources import Source, Tell
+from qtune.data.tokenize import Encoder
 from qtune.errors import DataError, QtuneError, UserError
 from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
@@ -22,7 +26,7 @@ from qtune.model.loaded import Loaded
 from qtune.model.open_model import open_merged, open_run
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import GGUF_SUFFIX
-from qtune.recipe.schema import MAX_COUNT, Evaluate, Recipe
+from qtune.recipe.schema import MAX_COUNT, Columns, Data, Evaluate, Recipe
 from qtune.report.progress_line import Doing
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
@@ -49,6 +53,47 @@ class Asked:
         """Of the file that keeps the scores: the held-out rows by the recipe's metric keep theirs."""
         parts = ("rows" if self.data is None else f"data-{self.data.stem}", self.metric)
         return "-".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """The rows of `path`, and those that are of no use."""
+
+    path: Path
+    format: str
+    examples: Examples
+    dropped: tuple[Dropped, ...]
+
+    @classmethod
+    def read(cls, path: Path, data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> "OwnRows":
+        """By the columns and the format of `data` where the file has them, else recognised by its own columns.
+
+        Raises DataError for a file that cannot be read, bad rows unless `data` drops them, and where none is left.
+        """
+        source = Source(str(path.absolute()))
+        wanted = _as_in(source, data)
+        form = format_of(source, wanted)
+        with token_cache.staged() as folder:
+            writer = ExampleWriter(folder)
+            taken = take_rows(source, form, encoding_of([form], Encoder.of(tokenizer)), wanted, writer, tell)
+            examples = writer.finish()
+        return cls(path, form.name if form else data.format, examples, tuple(taken.dropped))
+
+    @property
+    def packs(self) -> tuple[tuple[int, ...], ...]:
+        """Every row by itself, whatever the base makes of neighbours."""
+        return tuple((i,) for i in range(len(self.examples)))
+
+
+def _as_in(source: Source, data: Data) -> Data:
+    """`data`, without its columns and its format where the first row of `source` does not have them."""
+    first = next((row for row in source.read(1) if isinstance(row, RawRow)), None)
+    try:
+        if first is not None:
+            recognise(data.format, [first], data.columns.mapped)
+    except DataError:
+        return data.model_copy(update={"format": "auto", "columns": Columns()})
+    return data
 
 
 def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 
 KEPT_VARIABLES = ("TZ", "LD_LIBRARY_PATH")  # the date a program may write; where some builds find their own library
 OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where `import qtune` finds this package
+READY, PARSES = b"r", b"p"  # what such a program says of itself and of code it is given, before the answer
 
 
 def python(program: str, *arguments: str) -> list[str]:

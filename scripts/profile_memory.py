@@ -72,8 +72,7 @@ from qtune.train import optimizers
 from qtune.train.dry_run import as_after_a_step, count_what_is_there, finish_step
 from qtune.train.learner import Learner
 from qtune.train.rows import TrainingRows
-from qtune.train.sft_config import sft_config
-from qtune.train.trainer import MeteredTrainer
+from qtune.train.trainer import MeteredTrainer, sft_config
 from qtune.units import format_bytes
 
 Batch = dict[str, Any]

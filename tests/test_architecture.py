@@ -52,6 +52,7 @@ ROOMS = [
     "resume",
     "rescore",
     "ready",
+    "planning",
     "run",
     "guest",
     "library",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtune.errors import MachineError, RecipeError, UserError, how_to_install
+from qtune.guest import OFFLINE, are_here, sources
 from qtune.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -60,14 +61,10 @@ def make_tracker_ready(recipe: "Recipe") -> None:
 
 def stay_offline_when_local(recipe: "Recipe") -> None:
     """Without a hub name in the recipe no library may ask the network for anything."""
-    from qtune.guest import sources
-
     stay_offline_with(*sources(recipe))
 
 
 def stay_offline_with(*names: str | None) -> None:
-    from qtune.guest import OFFLINE, are_here
-
     if are_here(*names):
         os.environ[OFFLINE] = "1"
 

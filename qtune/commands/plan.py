@@ -54,7 +54,7 @@ def _longest(options: Namespace) -> None:
         with terminal.importing(doing):
             from qtune import hardware
             from qtune.plan.planner import budget_of
-            from qtune.ready import longest_contexts
+            from qtune.planning import longest_contexts
             from qtune.report import plan_table
 
         here, asked, host = hardware.find_device(), options.device_memory, options.host_memory

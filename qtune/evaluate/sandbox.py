@@ -29,8 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtune.errors import MachineError
-from qtune.evaluate.sandbox_worker import PARSES, READY
-from qtune.subprocess_limits import OUR_FOLDER, environment, python
+from qtune.subprocess_limits import OUR_FOLDER, PARSES, READY, environment, python
 from qtune.units import MIB
 
 CPU_SECONDS, MEMORY_BYTES, PROCESSES = 4, 512 * MIB, 64

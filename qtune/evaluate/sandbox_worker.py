@@ -19,9 +19,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.append(sys.argv[1])
 
-from qtune.subprocess_limits import limit
-
-READY, PARSES = b"r", b"p"
+from qtune.subprocess_limits import PARSES, READY, limit
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")

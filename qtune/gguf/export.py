@@ -7,7 +7,6 @@ tokenizer must turn texts into the ids that the base's own does. Last, llama.cpp
 
 import dataclasses
 import math
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -18,7 +17,6 @@ from typing import Any
 
 from gguf import GGUFReader
 
-from qtune import atomic_files
 from qtune.errors import MachineError, UserError
 from qtune.gguf import verify, writer
 from qtune.gguf.contents import Draft, Target, adapter_draft, model_draft
@@ -26,6 +24,7 @@ from qtune.gguf.modelfile import MODEL_NAME, modelfile_of
 from qtune.gguf.tokenizer import Vocabulary
 from qtune.gguf.verify import GgufVerdict
 from qtune.gguf.writer import Quant, ReadBack, Written
+from qtune.merge.config_files import LICENCES, copy_files
 from qtune.merge.merge import chosen_onto
 from qtune.merge.merged_weights import Fold, Onto
 from qtune.merge.output_folder import Progress, check_disk, counting, publish
@@ -33,7 +32,6 @@ from qtune.merge.safetensors_shards import write_synced
 from qtune.rundir import RunDir, default_export, refuse_used, write_json
 
 REPORT_NAME, ADAPTER_NAME, MODELFILE_NAME = "export_report.json", "adapter.gguf", "Modelfile"
-LICENCES = ("LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -127,10 +125,7 @@ def export(
 
 
 def _write_small_files(base_folder: Path, folder: Path, modelfile: str | None) -> None:
-    for pattern in LICENCES:
-        for path in base_folder.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-            atomic_files.flush(folder / path.name)
+    copy_files(base_folder, folder, LICENCES)
     if modelfile is not None:
         write_synced(folder / MODELFILE_NAME, modelfile.encode())
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qtune.memory import memory_tracker
-from qtune.memory.head_offload import is_on_host
+from qtune.memory.output_head import is_on_host
 
 
 def move_embedding_out(model: PreTrainedModel, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from qtune.data.rows import NOT_TRAINED
-from qtune.memory import head_offload, memory_tracker, quantized_head
+from qtune.memory import memory_tracker, output_head
 from qtune.memory.chunked_cross_entropy import of_sliced_head
 from qtune.memory.nf4 import is_quantized
 from qtune.units import MIB
@@ -120,10 +120,10 @@ def _of_head(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and its gradient (N, H), by the way that suits where the head is."""
     if is_quantized(head):
-        return of_sliced_head(hidden, quantized_head.sliced(head, hidden), labels, with_gradient)
-    if not head_offload.is_on_host(head):
+        return of_sliced_head(hidden, output_head.sliced_nf4(head, hidden), labels, with_gradient)
+    if not output_head.is_on_host(head):
         return of_weight(hidden, head.weight, labels, with_gradient)
-    slices = head_offload.sliced(head, hidden.device)
+    slices = output_head.sliced_on_host(head, hidden.device)
     if len(slices.parts) == 1:
         return of_weight(hidden, slices.weight(slices.parts[0]), labels, with_gradient)
     return of_sliced_head(hidden, slices, labels, with_gradient)

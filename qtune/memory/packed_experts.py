@@ -1,7 +1,7 @@
 """Experts as they are held in NF4: one packed parameter for all experts of a layer, read one expert at a time.
 
 Held less of: 4.13 bits a weight with double quantisation, 4.5 without, where transformers keeps 16.
-Costs: nothing here; see `experts`.
+Costs: nothing here; see `mixture_of_experts`.
 Refuses: experts with biases or transposed matrices, a norm behind each expert, matrices that are not a whole number of
 quantisation blocks, and classes that transformers does not run through its experts interface; `refusal` says which.
 

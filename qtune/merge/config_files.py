@@ -23,7 +23,8 @@ CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+LICENCES = ("LICENSE*", "NOTICE*")
+COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", *LICENCES)
 
 
 def write_small_files(base: Path, output: Path, model: Model, stop_token_ids: Sequence[int], dtype: str) -> None:
@@ -31,18 +32,25 @@ def write_small_files(base: Path, output: Path, model: Model, stop_token_ids: Se
 
     Raises ModelError for a configuration that is no JSON object, or a chat template that is not there any more.
     """
-    patterns = (*COPIED, *(["*.py"] if model.trust_remote_code else []))
-    for path in sorted({path for pattern in patterns for path in base.glob(pattern) if path.is_file()}):
-        if path.name != INDEX_NAME:
-            refuse_link_outside(path)
-            shutil.copyfile(path, output / path.name)
-            atomic_files.flush(output / path.name)
+    copy_files(base, output, (*COPIED, *(["*.py"] if model.trust_remote_code else [])))
     config = _read(base / CONFIG)
     _edit(output / CONFIG, config, _plain(config, dtype))
     generation = _read(base / GENERATION) if (base / GENERATION).is_file() else {}
     _edit(output / GENERATION, generation, _stopping(generation, config, stop_token_ids))
     if model.chat_template is not None:
         _use_template(output, Path(model.chat_template))
+
+
+def copy_files(base: Path, output: Path, patterns: Sequence[str]) -> None:
+    """What matches `patterns` in `base`, but for an index of shards, byte for byte, and on the disk on return.
+
+    Raises ModelError for a link that leads out of `base`.
+    """
+    for path in sorted({path for pattern in patterns for path in base.glob(pattern) if path.is_file()}):
+        if path.name != INDEX_NAME:
+            refuse_link_outside(path)
+            shutil.copyfile(path, output / path.name)
+            atomic_files.flush(output / path.name)
 
 
 def _read(path: Path) -> dict[str, Any]:

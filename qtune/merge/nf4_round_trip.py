@@ -2,7 +2,7 @@
 
 On a card bitsandbytes' kernels do it, and the weight is restored whole. On a CPU they need five float32 copies of the
 weight and a binary search for each of its values, so there the scales of all blocks are found first, and rows are
-rounded as they are asked for, by compiled `loops`.
+rounded as they are asked for, by compiled `kernels`.
 """
 
 from collections.abc import Callable

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qtune.errors import ModelError
 from qtune.hardware import find_device
 from qtune.merge import greedy_answers
-from qtune.merge.float32_forward import compute_in_float32, with_weights_of
 from qtune.merge.greedy_answers import Greedy
+from qtune.merge.live_weights import compute_in_float32, with_weights_of
 from qtune.merge.logit_distance import (
     ROWS_AT_ONCE,
     Closeness,

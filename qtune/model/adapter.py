@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qtune.errors import ModelError
-from qtune.memory import expert_lora
+from qtune.memory import mixture_of_experts
 from qtune.model import lora_variants
 from qtune.recipe.schema import Lora
 
@@ -35,11 +35,11 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         r=lora.rank,
         lora_dropout=lora.dropout,
         target_modules=[name for name in targets if name != EXPERTS],
-        target_parameters=expert_lora.expert_targets(model) if EXPERTS in targets else None,
+        target_parameters=mixture_of_experts.expert_targets(model) if EXPERTS in targets else None,
         task_type="CAUSAL_LM",
         **settings,
     )
-    expert_lora.register(config, model)
+    mixture_of_experts.register(config, model)
     try:
         return get_peft_model(model, config)
     except ValueError as fault:
@@ -52,7 +52,7 @@ def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
     `experts` stands for all experts that are held in NF4; "all-linear" leaves them out, as there are so many.
     """
     linears = linear_names(model)
-    there = linears | ({EXPERTS} if expert_lora.expert_targets(model) else set())
+    there = linears | ({EXPERTS} if mixture_of_experts.expert_targets(model) else set())
     if lora.targets == "all-linear":
         return tuple(sorted(linears))
     missing = [target for target in lora.targets if target not in there]
@@ -126,7 +126,7 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = LoraConfig.from_pretrained(folder)
-            expert_lora.register(config, model)
+            mixture_of_experts.register(config, model)
             return PeftModel.from_pretrained(model, folder, config=config)
     except (RuntimeError, ValueError, SafetensorError) as fault:
         raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None

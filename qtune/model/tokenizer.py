@@ -21,7 +21,7 @@ def has_tokenizer_here(model: Model) -> bool:
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with the recipe's chat template where it names one; of a hub model no weights are fetched.
 
-    Raises ModelError for a tokenizer or template that cannot be read, and what `files` raises.
+    Raises ModelError for a tokenizer or template that cannot be read, and what `base_files` raises.
     """
     folder = base_files.local_folder(model) or base_files.without_weights(model)
     if model.trust_remote_code:

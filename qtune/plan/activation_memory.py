@@ -1,27 +1,166 @@
-"""One trace of a shallow model -> what a pass through the whole one holds, of any batch with any set of techniques.
+"""One fake step of a shallow model -> what a pass through the whole one holds, of any batch with any set of techniques.
+
+Only what comes and goes in a pass is traced, without weights or a GPU; what stands through it (weights, gradients,
+optimizer) is counted in `plan.parameter_count`. Gradients exist before the pass begins, as they do from the second
+micro-batch on.
 
 Layers of one kind hold the same, so what a pass holds is a straight line in their number. How steep it is is seen
 between the layers of the same trace: what one leaves behind of those that keep their activations, and the input that is
 kept of one that is recomputed. Tokens are not fitted: a trace is made of the very batch that is asked about.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import torch
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from qtune.errors import ModelError
-from qtune.memory.memory_tracker import Peak
+from qtune.memory import fused_cross_entropy, memory_tracker
+from qtune.memory.engine import Engine
+from qtune.memory.gradient_checkpointing import find_layers
+from qtune.memory.memory_tracker import LiveBytes, Peak
 from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.standing import Parts
+from qtune.model import adapter
+from qtune.model.loaded import autocast
 from qtune.plan import fake_model
-from qtune.plan.fake_step import Traced, trace
-from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LOSS, Forecaster
+from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS, Forecaster
 from qtune.plan.parameter_count import count
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
+from qtune.units import MIB
+
+STANDING = "standing"
+TRL_LOSS_BYTES = 256 * MIB  # of logits, which trl's fused head makes a chunk at a time
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Peaks by phase (`plan.forecast.Passes`), of what stands not counted; what is kept of a layer that is recomputed,
+    its input; and what is held as each layer begins its forward pass, where layers can be told apart."""
+
+    peaks: dict[str, Peak]
+    checkpoint: Peak
+    held: tuple[Peak, ...]
+
+    def left_by(self, layer: int) -> Peak:
+        """What that layer's forward pass leaves behind; not to be asked of the last layer, nor of the first, whose
+        input needs no gradient."""
+        before, after = self.held[layer], self.held[layer + 1]
+        return Peak(_grown(before.device, after.device), _grown(before.host, after.host))
+
+
+def trace(
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    compute_dtype: str,
+    techniques: Techniques,
+    batch: BatchShape,
+    is_card: bool,
+) -> Traced:
+    """One pass through a model as deep as `config` says."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = fake_model.build(config, recipe, compute_dtype, mode)
+    with mode, _as_on_a_card(is_card), fake_model.dora_on_empty_weights():
+        engine = Engine(model)
+        with LiveBytes(stands_for_card=is_card) as counter:
+            engine.switch_to(techniques.in_a_pass())
+            for parameter in adapter.trained_parameters(model):
+                parameter.grad = torch.zeros_like(parameter)
+            counter.count(standing_tensors(model), STANDING)
+            model.train()
+            held = _held_before_layers(model, counter)
+            counter.peaks.clear()
+            counter.enter_phase(FORWARD)
+            with counter.part_of_new("batch"):
+                ids = torch.zeros(1, batch.tokens, dtype=torch.long)
+                inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": ids.clone()}
+                labelled = torch.zeros(batch.labelled, dtype=torch.long)
+            with autocast("cpu", compute_dtype):
+                loss = _loss(model, inputs, batch.document_lengths, labelled)
+            loss.backward()
+    checkpoint = _a_checkpoint(counter.begun[LOSS], techniques.recomputed_layers)
+    return Traced(_first_and_last(counter), checkpoint, tuple(held))
+
+
+def _a_checkpoint(held: Peak, layers: int) -> Peak:
+    """Of what is `held` with every one of `layers` checkpoints there, one."""
+    return Peak(*({"checkpoints": side.get("checkpoints", 0) // max(1, layers)} for side in (held.device, held.host)))
+
+
+def _held_before_layers(model: PeftModel, counter: LiveBytes) -> list[Peak]:
+    """A list that gets what is held as each layer begins, one entry a layer, in the forward pass alone."""
+    held: list[Peak] = []
+
+    def note(layer: torch.nn.Module, arguments: Any) -> None:
+        if counter.phase == FORWARD:
+            held.append(counter.now())
+
+    for layer in find_layers(model):
+        layer.register_forward_pre_hook(note)
+    return held
+
+
+def _grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    """By how many bytes each part has grown, where it has."""
+    return {part: size - before.get(part, 0) for part, size in after.items() if size > before.get(part, 0)}
+
+
+def standing_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that stand through a step; under one name, as they are counted elsewhere."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    scales = memory_tracker.quantization_state(model.parameters())
+    return [*model.parameters(), *model.buffers(), *gradients, *scales]
+
+
+def _loss(
+    model: PeftModel, inputs: dict[str, torch.Tensor], lengths: tuple[int, ...], labelled: torch.Tensor
+) -> torch.Tensor:
+    if fused_cross_entropy.suits(model):
+        return model(**inputs, document_lengths=lengths, tiled_loss=True, labelled=labelled).nats
+    labels = inputs.pop("labels")
+    causal: Any = model.get_base_model()
+    hidden = causal.base_model(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
+    memory_tracker.enter_phase(LOSS)
+    # trl's fused head: a float32 gradient of the hidden states beside a chunk of logits
+    memory_tracker.note_workspace("loss", TRL_LOSS_BYTES + 8 * 2 * hidden.shape[-1] * labels.shape[1])
+    return hidden.sum()
+
+
+def _first_and_last(counter: LiveBytes) -> dict[str, Peak]:
+    """The backward passes of single layers folded into two: the first layer's, and the largest of the others."""
+    peaks = {phase: _without_standing(counter.peaks[phase]) for phase in (FORWARD, LOSS)}
+    backward = {layer: _without_standing(counter.peaks[phase]) for layer, phase in counter.layer_phases.items()}
+    if backward:
+        peaks[FIRST_BACKWARD] = backward[0]
+        others = [peak for layer, peak in backward.items() if layer] or [backward[0]]
+        peaks[LAST_BACKWARD] = max(others, key=lambda peak: peak.device_bytes)
+    return peaks
+
+
+def _without_standing(peak: Peak) -> Peak:
+    return Peak({part: size for part, size in peak.device.items() if part != STANDING}, peak.host)
+
+
+@contextlib.contextmanager
+def _as_on_a_card(is_card: bool) -> Iterator[None]:
+    """peft asks whether CUDA autocasts before it casts the adapter's inputs; on a card it would."""
+    if not is_card:
+        yield
+        return
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 def forecaster(

@@ -6,7 +6,7 @@ forbids its own loading of anything, too (Content-Security-Policy).
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -17,10 +17,9 @@ from qtune.evaluate.metrics import label
 from qtune.lock import Lock, PackingProbe
 from qtune.report import memory_bar, run_charts, run_record, sample_answers, serving_snippets, summary, tables
 from qtune.report.conclusions import conclusions_of
-from qtune.report.proofs import proofs
 from qtune.report.run_record import Record
 from qtune.report.wording import canaries_told, format_score, one_line, sentence, visible
-from qtune.rundir import RunDir
+from qtune.rundir import RunDir, leaves
 from qtune.units import counted, format_bytes, format_count, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -230,3 +229,49 @@ def _probe_rows(probe: PackingProbe | None) -> list[tuple[str, str]]:
     if not probe.leaks:
         return [("packs", f"a document is the same alone and behind others: {by}")]
     return [("packs", f"a document would be another behind others ({by}), so each had a pass of its own")]
+
+
+class Proof(NamedTuple):
+    """A merge or an export. `outcome` is in words; `passed` is None where it was not held against the live adapter."""
+
+    title: str
+    outcome: str
+    passed: bool | None
+    caption: str
+    rows: list[tuple[str, str]]
+
+
+def proofs(found: Record) -> list[Proof]:
+    """The last merge, and every export."""
+    merged = [_merge(found.merge)] if found.merge else []
+    return [*merged, *(_export(name, report) for name, report in found.exports)]
+
+
+def _merge(report: dict[str, Any]) -> Proof:
+    verdict = report.get("verdict")
+    if not verdict:
+        written = f"onto the {report['onto']} base, {report['dtype']}: {report['output']}"
+        caption = "Written, and not held against the live adapter"
+        return Proof("Merge", "not verified", None, caption, [("merged", written)])
+    caption = "The merged model, loaded again and held against the live adapter on held-out rows"
+    passed = bool(verdict["passed"])
+    return Proof("Merge", "passed" if passed else "failed", passed, caption, tables.merge_rows(report, verdict))
+
+
+def _export(name: str, report: dict[str, Any]) -> Proof:
+    """Of a report that another version wrote the plain values, by their dotted names."""
+    title = f"Export {one_line(name.removeprefix('export-').removesuffix('.json'))}"
+    try:
+        rows = [*tables.export_rows(report), *(("", note) for note in report["notes"])]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return _of_another_version(title, report)
+    asked = " and asked of llama.cpp beside the live adapter" if report["verdict"] else ""
+    return Proof(title, *tables.export_outcome(report), f"The file, read back byte by byte{asked}", rows)
+
+
+def _of_another_version(title: str, report: dict[str, Any]) -> Proof:
+    values = ((name.replace("_", " "), value) for name, value in leaves(report))
+    rows = [(one_line(name), one_line(str(value))) for name, value in values if isinstance(value, str | int | float)]
+    passed = report.get("passed")
+    outcome = {True: "passed", False: "failed"}.get(passed, "") if isinstance(passed, bool) else ""
+    return Proof(title, outcome, passed if outcome else None, "As its report says", rows)

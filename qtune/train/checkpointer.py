@@ -6,7 +6,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +18,7 @@ from qtune.model import adapter
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
 from qtune.train import checkpoint_files
+from qtune.train.callbacks import Reporter
 from qtune.train.checkpoint_files import FORMAT, Checkpoint
 from qtune.train.lr_schedule import wind
 from qtune.train.optimizer_state import put_optimizer_back, take_optimizer, take_random
@@ -25,14 +26,11 @@ from qtune.train.stop_signals import Stop
 from qtune.train.trainer import Meter, MeteredTrainer
 from qtune.units import parse_seconds
 
-if TYPE_CHECKING:
-    from qtune.train.callbacks import Reporter
-
 
 class Saver(TrainerCallback):
     """Writes the checkpoints of one run, and puts back the one that it goes on from."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, trainer: MeteredTrainer, reporter: "Reporter", listen: Listener):
+    def __init__(self, recipe: Recipe, run: RunDir, trainer: MeteredTrainer, reporter: Reporter, listen: Listener):
         self._recipe, self._run, self._listen = recipe, run, listen
         self._trainer, self._reporter = trainer, reporter
         self._names = {weight: name for name, weight in trainer.model.named_parameters()}
@@ -130,7 +128,7 @@ class Saver(TrainerCallback):
 class SaveWhen(TrainerCallback):
     """Says when a checkpoint is due: at its interval, at the best held-out loss, at the end, on a signal or request."""
 
-    def __init__(self, every: int | str, run: RunDir, reporter: "Reporter", stop: Stop):
+    def __init__(self, every: int | str, run: RunDir, reporter: Reporter, stop: Stop):
         self.every, self.request = _interval(every), run.checkpoint_request
         self.reporter, self.stop = reporter, stop
         self.saved_at = time.monotonic()

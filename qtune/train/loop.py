@@ -19,16 +19,14 @@ from qtune.plan.workload import heaviest_first
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
 from qtune.train import dry_run
-from qtune.train.callbacks import EvaluateEvery, Reporter
+from qtune.train.callbacks import EvaluateEvery, Reporter, TrackerCallback
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.checkpointer import Saver, SaveWhen, train_from
 from qtune.train.learner import Learner
 from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.rows import TrainingRows
-from qtune.train.sft_config import sft_config
 from qtune.train.stop_signals import StepDropped, Stop
-from qtune.train.tracker_callback import TrackerCallback
-from qtune.train.trainer import MeteredTrainer
+from qtune.train.trainer import MeteredTrainer, sft_config
 
 if TYPE_CHECKING:
     from qtune.plan.plan import Plan

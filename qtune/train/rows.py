@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qtune.data.packing import PackedRow
+from qtune.train.sampler import DataOrder
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,7 @@ class TrainingRows:
     @property
     def held_out_rows(self) -> int:
         return self.held_out.rows if self.held_out else 0
+
+    def order(self, seed: int) -> DataOrder:
+        """In which they are trained on."""
+        return DataOrder(len(self.packs), seed)

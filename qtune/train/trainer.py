@@ -1,8 +1,10 @@
-"""trl's SFTTrainer, made to take steps whole, in an order of our own, and to save and go on as a checkpoint says."""
+"""trl's SFTTrainer, made to take steps whole, in an order of our own, and to save and go on as a checkpoint says;
+and the only file that knows how trl and transformers spell their settings."""
 
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -14,16 +16,58 @@ from qtune.data.rows import NOT_TRAINED
 from qtune.errors import TrainingDiverged
 from qtune.memory import fused_cross_entropy
 from qtune.memory.oom_recovery import Batch, OpenStep
+from qtune.recipe.schema import Recipe
 from qtune.train.atomic_step import keep_steps_whole
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.lr_schedule import warming_from_first_step, wind
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
-from qtune.train.optimizers import Optimizer
+from qtune.train.optimizers import OPTIMIZERS, Optimizer
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
 
+if TYPE_CHECKING:
+    from qtune.plan.plan import Plan
+
 SHOWN_PLACES = 5
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
+    """Settings for rows that are tokenised, cut and packed already; trl prepares, saves and prints nothing itself."""
+    train = recipe.train
+    return SFTConfig(
+        output_dir=str(folder.absolute()),  # wandb takes a name that is the folder as well for a slip
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        warmup_steps=plan.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=OPTIMIZERS[train.optimizer].made_by,
+        gradient_checkpointing=False,  # ours is memory.gradient_checkpointing
+        bf16=plan.compute_dtype == "bfloat16",
+        fp16=plan.compute_dtype == "float16",
+        use_cpu=not plan.device.is_cuda,
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        prediction_loss_only=True,
+        save_strategy="no",
+        report_to=[],  # train.callbacks tells them
+        run_name=folder.name,
+        project="qtune",
+        disable_tqdm=True,
+        dataloader_pin_memory=plan.device.is_cuda,
+        remove_unused_columns=False,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
 
 
 @dataclass
@@ -82,7 +126,7 @@ class MeteredTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.train_dataset = rows.packs
         self.learner, self.places, self.going_on_from = learner, rows.places, going_on_from
-        self.order = DataOrder(len(rows.packs), settings.seed)
+        self.order = rows.order(settings.seed)
         self.has_begun, self.may_drop = False, True
         self.standing: tuple[Meter, Tensors, dict[str, Any]] | None = None
         self.start_clock(0.0)

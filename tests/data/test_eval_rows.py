@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer
 
-from qtune.data.eval_rows import OwnRows
 from qtune.errors import DataError
 from qtune.recipe.schema import Columns, Data
+from qtune.rescore import OwnRows
 
 MAPPED = Data(train="x", format="prompt-completion", columns=Columns(prompt="asked", completion="said"))
 

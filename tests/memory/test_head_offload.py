@@ -4,7 +4,7 @@ import pytest
 import torch
 from made_models import adapted, assert_close, assert_equal, base, batch, held_out, one_pass, switched
 
-from qtune.memory import head_offload
+from qtune.memory import output_head
 from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes
 from qtune.memory.techniques import Techniques
@@ -33,7 +33,7 @@ def test_a_head_of_one_slice_is_equal_to_the_bit(kind, dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("slice_bytes", [1, 100 * 64 * 4])
 def test_slices_give_the_same_to_rounding(kind, slice_bytes, monkeypatch) -> None:
-    monkeypatch.setattr(head_offload, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", slice_bytes)
     plain, ours = adapted(base(kind, nf4="double")), adapted(base(kind, nf4="double"))
     Engine(plain)
     switched(ours, HEAD)
@@ -42,7 +42,7 @@ def test_slices_give_the_same_to_rounding(kind, slice_bytes, monkeypatch) -> Non
 
 def test_no_more_than_two_slices_are_on_the_device(monkeypatch) -> None:
     """The next is copied in while the last is still named; the logits of 16 rows or more stand beside them."""
-    monkeypatch.setattr(head_offload, "SLICE_BYTES", 16 * 64 * 4)
+    monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", 16 * 64 * 4)
     model = adapted(base("llama"))
     with LiveBytes() as counter:
         switched(model, HEAD)
@@ -76,6 +76,6 @@ def test_a_tied_table_is_one_in_host_memory() -> None:
 def test_slices_cross_to_the_device_asked_for() -> None:
     """torch's meta device stands in for a card."""
     model = base("llama")
-    head_offload.move_head_out(model, torch.device("meta"), is_tied=False)
+    output_head.move_head_out(model, torch.device("meta"), is_tied=False)
     logits = model.get_output_embeddings()(torch.empty(1, 2, 64, device="meta"))
     assert (logits.device.type, logits.shape) == ("meta", (1, 2, 262))

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory import expert_lora, memory_tracker
+from qtune.memory import memory_tracker, mixture_of_experts
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.memory_tracker import quantization_state, storage_sizes
 from qtune.memory.mixture_of_experts import install
@@ -97,9 +97,9 @@ def with_plain_experts(model):
 
 
 def adapted(model, on_experts=False):
-    targets = expert_lora.expert_targets(model) if on_experts else None
+    targets = mixture_of_experts.expert_targets(model) if on_experts else None
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], target_parameters=targets, task_type="CAUSAL_LM")
-    expert_lora.register(config, model)
+    mixture_of_experts.register(config, model)
     with_adapter = get_peft_model(model, config)
     torch.manual_seed(1)
     for parameter in with_adapter.parameters():
@@ -361,7 +361,7 @@ def test_an_adapter_on_experts_loads_onto_packed_ones(qwen, tmp_path):
     ours = adapted(load(qwen), on_experts=True)
     ours.save_pretrained(tmp_path)
     config, again = LoraConfig.from_pretrained(tmp_path), load(qwen)
-    expert_lora.register(config, again)
+    mixture_of_experts.register(config, again)
     loaded = PeftModel.from_pretrained(again, tmp_path, config=config)
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, ours.eval()(input_ids=IDS).logits)
@@ -370,7 +370,7 @@ def test_an_adapter_on_experts_loads_onto_packed_ones(qwen, tmp_path):
 def test_a_layer_whose_input_needs_no_gradient_trains_its_adapter(layer):
     experts, hidden, index, weights = layer
     a, b = torch.randn(EXPERTS * 2, 64, requires_grad=True), torch.randn(2 * WIDE, EXPERTS * 2, requires_grad=True)
-    experts.lent_factors = {"gate_up_proj": expert_lora.Factors(a, b, 0.5)}
+    experts.lent_factors = {"gate_up_proj": mixture_of_experts.Factors(a, b, 0.5)}
     experts(hidden.detach(), index, weights.detach()).sum().backward()
     assert a.grad.abs().sum() > 0
     assert b.grad.abs().sum() > 0

@@ -6,10 +6,10 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from made_models import adapted, assert_close, base, batch, held_out, one_pass, switched
 
-from qtune.memory import quantized_head
+from qtune.memory import output_head
 from qtune.memory.chunked_cross_entropy import of_sliced_head
 from qtune.memory.fused_cross_entropy import of_weight, suits, summed_loss
-from qtune.memory.quantized_head import quantize_head, sliced, slices
+from qtune.memory.output_head import nf4_slices, quantize_head, sliced_nf4
 from qtune.memory.techniques import Techniques
 
 HEAD = Techniques(head="nf4")
@@ -40,16 +40,16 @@ def pair(vocabulary: int, width: int = 64) -> tuple[Linear4bit, torch.nn.Linear]
 @pytest.mark.parametrize("slice_bytes", [1, 64 * 4 * 200, 64 * 1024**2])
 @pytest.mark.parametrize("vocabulary", [262, 1000, 63, 64, 4001])
 def test_value_and_gradient_whatever_the_slices(monkeypatch, vocabulary, slice_bytes) -> None:
-    monkeypatch.setattr(quantized_head, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(output_head, "NF4_SLICE_BYTES", slice_bytes)
     packed, plain = pair(vocabulary)
     labels = torch.randint(0, vocabulary, (53,))
     labels[:2] = torch.tensor([0, vocabulary - 1])
     hidden = 3 * torch.randn(53, 64)
-    ours = of_sliced_head(hidden, sliced(packed, hidden), labels, with_gradient=True)
+    ours = of_sliced_head(hidden, sliced_nf4(packed, hidden), labels, with_gradient=True)
     theirs = of_weight(hidden.double(), plain.weight.double(), labels, with_gradient=True)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
     assert (ours[1] - theirs[1]).norm() <= 1e-5 * theirs[1].norm()
-    assert of_sliced_head(hidden, sliced(packed, hidden), labels, with_gradient=False)[1] is None
+    assert of_sliced_head(hidden, sliced_nf4(packed, hidden), labels, with_gradient=False)[1] is None
 
 
 def test_a_large_odd_vocabulary() -> None:
@@ -68,7 +68,7 @@ def test_a_large_odd_vocabulary() -> None:
 def test_logits_too_large_for_an_exponential() -> None:
     packed, plain = pair(300)
     labels, hidden = torch.randint(0, 300, (5,)), 1e4 * torch.randn(5, 64)
-    ours = of_sliced_head(hidden, sliced(packed, hidden), labels, with_gradient=True)
+    ours = of_sliced_head(hidden, sliced_nf4(packed, hidden), labels, with_gradient=True)
     theirs = of_weight(hidden, plain.weight, labels, with_gradient=True)
     assert ours[0].item() == pytest.approx(theirs[0].item(), rel=1e-5)
     assert torch.isfinite(ours[1]).all()
@@ -86,9 +86,9 @@ def test_no_label_at_all() -> None:
 @pytest.mark.parametrize("slice_bytes", [1, 100_000, 64 * 1024**2])
 @pytest.mark.parametrize("width", [64, 172, 7])
 def test_slices_cover_the_vocabulary_and_start_on_blocks(monkeypatch, width, slice_bytes) -> None:
-    monkeypatch.setattr(quantized_head, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(output_head, "NF4_SLICE_BYTES", slice_bytes)
     head, _ = pair(1000, width)
-    found = slices(head, torch.zeros(1))
+    found = nf4_slices(head, torch.zeros(1))
     assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
     assert found[-1].stop == 1000
     assert all(part.start * width % 64 == 0 for part in found)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from qtune.errors import ModelError, UserError
-from qtune.merge.float32_forward import compute_in_float32
+from qtune.merge.live_weights import compute_in_float32
 from qtune.merge.logit_distance import in_batches, is_at_most, logits_of, usable_rows
 from qtune.merge.merge import merge
 from qtune.merge.verify import Live, compare, verify

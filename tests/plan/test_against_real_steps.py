@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from qtune.memory.techniques import Techniques
-from qtune.plan.activation_memory import forecaster
-from qtune.plan.fake_step import trace
+from qtune.plan.activation_memory import forecaster, trace
 from qtune.plan.workload import BatchShape
 
 DOCUMENTS = (290, 121, 57, 32)

@@ -9,7 +9,7 @@ from made_events import DATA, LOCK, SCORES, whole_run_in
 from rich.console import Console
 
 from qtune.recipe.schema import Recipe
-from qtune.report import compare_runs, html_page, model_card, proofs, run_record, summary, tables
+from qtune.report import compare_runs, html_page, model_card, run_record, summary, tables
 from qtune.rundir import RunDir, write_json
 
 GREEDY = [{"same": True}, {"same": False}]
@@ -161,7 +161,7 @@ def test_what_a_fold_costs_apart_from_rounding_is_told_where_it_was_measured(run
 
 
 def test_a_run_without_merge_or_export_has_no_proofs(run: RunDir) -> None:
-    assert proofs.proofs(run_record.read(run)) == []
+    assert html_page.proofs(run_record.read(run)) == []
     assert "Proofs" not in html_page.run_page(run)
     assert "not verified" not in flat(summary.report(run))
 

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory import expert_lora, fused_cross_entropy, packed_attention
+from qtune.memory import fused_cross_entropy, mixture_of_experts, packed_attention
 from qtune.memory.engine import Engine
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.nf4 import keep_weights_as_quantised
@@ -138,10 +138,10 @@ def saved_and_loaded(model: PreTrainedModel, double: bool) -> PreTrainedModel:
 def adapted(model: PreTrainedModel, **lora: Any) -> PeftModel:
     """`model` with an adapter on every linear and on packed experts, of random weights."""
     torch.manual_seed(1)
-    packed = expert_lora.expert_targets(model)
+    packed = mixture_of_experts.expert_targets(model)
     targets = {"target_modules": sorted(linear_names(model)), "target_parameters": packed or None}
     config = LoraConfig(**{"r": 4, "task_type": "CAUSAL_LM", **targets, **lora})
-    expert_lora.register(config, model)
+    mixture_of_experts.register(config, model)
     with_adapter = get_peft_model(model, config)
     for parameter in trained(with_adapter):
         torch.nn.init.normal_(parameter, std=0.1)

@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from qtune.train.lr_schedule import warming_from_first_step, wind
-from qtune.train.sft_config import SCHEDULES
+from qtune.train.trainer import SCHEDULES
 
 STEPS, PEAK = 12, 2e-4
 

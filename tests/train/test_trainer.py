@@ -21,8 +21,7 @@ from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
 from qtune.train.learner import Learner
 from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.rows import TrainingRows
-from qtune.train.sft_config import sft_config
-from qtune.train.trainer import Meter, MeteredTrainer
+from qtune.train.trainer import Meter, MeteredTrainer, sft_config
 
 IDS = [[5, 6, 7, number] for number in range(8, 20)]
 PACKS = [{"input_ids": ids, "labels": [-100, *ids[1:]], "seq_lengths": [4]} for ids in IDS]

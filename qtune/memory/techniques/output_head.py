@@ -1,4 +1,4 @@
-"""The output head in host memory, or in NF4 on the device: `memory.head_offload`, `memory.quantized_head`."""
+"""The output head in host memory, or in NF4 on the device: `memory.output_head`."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -70,8 +70,7 @@ class OutputHead(Technique):
 
     def switch_on(self, live: LiveModel, wanted: Techniques) -> None:
         from qtune.memory.embedding_offload import move_embedding_out
-        from qtune.memory.head_offload import move_head_out
-        from qtune.memory.quantized_head import quantize_head
+        from qtune.memory.output_head import move_head_out, quantize_head
 
         if wanted.head == "nf4":
             quantize_head(live.causal)

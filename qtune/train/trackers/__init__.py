@@ -1,6 +1,6 @@
 """Experiment trackers: a file each. Who adds a file with a `Tracker` in it has added one. Nothing heavy is loaded here.
 
-A tracker is told at arm's length, by `tracker_callback`: whatever goes wrong in it ends no run.
+A tracker is told at arm's length, by `callbacks`: whatever goes wrong in it ends no run.
 """
 
 import os
