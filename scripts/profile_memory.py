@@ -257,7 +257,7 @@ def set_up(loaded: PreTrainedModel, recipe: Recipe, techniques: Techniques, comp
 
     def loss_of(batch: Batch) -> torch.Tensor:
         with autocast(device, compute_dtype):
-            output = model(**batch, tiled_loss=True)
+            output = model(**batch, fused_loss=True)
         loss: torch.Tensor = output.nats / output.tokens
         return loss
 

@@ -62,7 +62,7 @@ def _summed_pack(loaded: Loaded, batch: Batch, recovery: Recovery) -> tuple[floa
 def _summed(model: torch.nn.Module, batch: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss in nats and the number of trained tokens."""
     if fused_cross_entropy.suits(model):
-        output = model(**batch, tiled_loss=True)
+        output = model(**batch, fused_loss=True)
         return output.nats, output.tokens
     with_fused_head(model)
     output = model(**batch, fused_lm_head=True, use_cache=False)

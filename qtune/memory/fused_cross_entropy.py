@@ -56,18 +56,18 @@ def suits(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let `model(**batch, labels=labels, tiled_loss=True)` return a SummedLoss. Any other call is its own forward."""
+    """Let `model(**batch, labels=labels, fused_loss=True)` return a SummedLoss. Any other call is its own forward."""
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
     def forward(
         self: PreTrainedModel,
         *args: Any,
-        tiled_loss: bool = False,
+        fused_loss: bool = False,
         labelled: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if not tiled_loss:
+        if not fused_loss:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state

@@ -124,7 +124,7 @@ def _loss(
     model: PeftModel, inputs: dict[str, torch.Tensor], lengths: tuple[int, ...], labelled: torch.Tensor
 ) -> torch.Tensor:
     if fused_cross_entropy.suits(model):
-        return model(**inputs, document_lengths=lengths, tiled_loss=True, labelled=labelled).nats
+        return model(**inputs, document_lengths=lengths, fused_loss=True, labelled=labelled).nats
     labels = inputs.pop("labels")
     causal: Any = model.get_base_model()
     hidden = causal.base_model(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state

@@ -188,7 +188,7 @@ class MeteredTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """The summed loss over the tokens of the whole step; trl's own where the head does not allow tiles."""
         if fused_cross_entropy.suits(self.model):
-            output = model(**inputs, tiled_loss=True)
+            output = model(**inputs, fused_loss=True)
             loss = output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)

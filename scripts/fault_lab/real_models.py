@@ -67,7 +67,7 @@ def each_document(row: PackedRow) -> Iterator[tuple[list[int], list[int]]]:
 
 def summed_loss(model: PeftModel, packed: list[PackedRow]) -> torch.Tensor:
     """The summed loss of one micro-batch, as training makes it."""
-    nats: torch.Tensor = model(**collate(packed), tiled_loss=True).nats
+    nats: torch.Tensor = model(**collate(packed), fused_loss=True).nats
     return nats
 
 

@@ -82,7 +82,7 @@ def test_an_installed_model_keeps_its_own_forward() -> None:
     before = model(input_ids=ids).logits
     fused_cross_entropy.install(model)
     assert torch.equal(model(input_ids=ids).logits, before)
-    loss = model(input_ids=ids, labels=ids, tiled_loss=True)
+    loss = model(input_ids=ids, labels=ids, fused_loss=True)
     wanted = torch.nn.functional.cross_entropy(before[0, :-1].double(), ids[0, 1:], reduction="sum")
     assert loss.nats.item() == pytest.approx(wanted.item(), rel=1e-6)
     model.generate(input_ids=ids, max_new_tokens=2, do_sample=False)

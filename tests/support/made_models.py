@@ -180,7 +180,7 @@ def forward(model: PeftModel, inputs: dict[str, Any], autocast: torch.dtype | No
         return torch.nn.functional.cross_entropy(logits, inputs["labels"][0, 1:], reduction="sum")
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
         if fused_cross_entropy.suits(model):
-            return model(**inputs, tiled_loss=True).nats
+            return model(**inputs, fused_loss=True).nats
         return model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum()
 
 

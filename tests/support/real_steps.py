@@ -71,7 +71,7 @@ class RealModel:
 
         def loss_of(batch: dict) -> torch.Tensor:
             with autocast("cpu", self.dtype):
-                return self.model(**batch, tiled_loss=True).nats
+                return self.model(**batch, fused_loss=True).nats
 
         return rehearse(self.model, self.engine, optimizer, batch, loss_of, accumulates, find_device())
 

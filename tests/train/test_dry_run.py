@@ -132,7 +132,7 @@ def rehearse_once(folder: Path, poison: bool = False) -> tuple[torch.nn.Module, 
     model.eval()
 
     def loss_of(batch: dict) -> torch.Tensor:
-        return model(**batch, tiled_loss=True).nats
+        return model(**batch, fused_loss=True).nats
 
     rehearse(model, engine, optimizer, collate(rows(1, 40)), loss_of, True, find_device())
     return model, optimizer, before
@@ -185,7 +185,7 @@ def test_a_second_rehearsal_counts_what_the_first_would_have(wide_base: Path) ->
     optimizer = torch.optim.AdamW(list(adapter.trained_parameters(model)))
     batch = collate(rows(1, 100))
     found = [
-        rehearse(model, engine, optimizer, batch, lambda b: model(**b, tiled_loss=True).nats, True, find_device())
+        rehearse(model, engine, optimizer, batch, lambda b: model(**b, fused_loss=True).nats, True, find_device())
         for _ in range(2)
     ]
     assert found[0].peaks == found[1].peaks
