@@ -33,7 +33,8 @@ def nowhere(name: str) -> bool:
 
 @contextlib.contextmanager
 def quantized_experts(lives_on_host: Callable[[str], bool] = nowhere) -> Iterator[None]:
-    """Inside, `from_pretrained` with a 4-bit BitsAndBytesConfig holds experts in NF4 and runs them by `mixture_of_experts`.
+    """Inside, `from_pretrained` with a 4-bit BitsAndBytesConfig holds experts in NF4 and runs them as in
+    `mixture_of_experts`.
 
     Parameters for whose name `lives_on_host` holds are quantised on the device like all others, and leave it at once:
     a model larger than the device can be loaded if enough of it lives in host memory.

@@ -2,8 +2,8 @@
 
 A base is hashed when a run starts, goes on, is merged and exported, which for one of 16 GB is many seconds each time.
 So the hash is kept beside what the file system says of the files (`cache_dir`, under "bases"), as git does in its
-index: size, inode, and when content and inode were last changed. Who writes to a file changes that; who means to deceive, and
-may set a machine's clock, can deceive.
+index: size, inode, and when content and inode were last changed. Who writes to a file changes that; who means to
+deceive, and may set a machine's clock, can deceive.
 """
 
 import hashlib
