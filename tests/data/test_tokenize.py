@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.formats import Message, RowFault
 from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
-from qtune.data.tokenize import Encoder, fit, tokenize
+from qtune.data.tokenize import BATCH_CHARACTERS, BATCH_TEXTS, Encoder, batches_of, fit, tokenize
 
 TOKENIZER = byte_tokenizer()
 CHAT = Conversation((Message("user", "hi"), Message("assistant", "yes")), "r:1")
@@ -99,6 +99,13 @@ def test_rows_keep_their_order_over_batches() -> None:
     assert [(example.place, example.prompt_text, example.trained_tokens) for example in results] == [
         (f"r:{i}", str(i), i % 9 + 2) for i in range(900)
     ]
+
+
+def test_a_batch_ends_with_so_many_texts_or_characters() -> None:
+    """The tokenizer holds a hundred bytes a token of a batch: a thousand books at once are more than a machine has."""
+    assert [len(batch) for batch in batches_of(range(2 * BATCH_TEXTS + 1), lambda item: 1)] == [BATCH_TEXTS] * 2 + [1]
+    half = BATCH_CHARACTERS // 2
+    assert list(batches_of([half, half, 9 * half, 1], lambda item: item)) == [[half, half], [9 * half], [1]]
 
 
 def test_white_space_behind_a_special_token_is_what_it_is_in_the_whole_row(material) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from made_bases import KINDS, LLAMA_3_ROPE, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,6 +87,25 @@ def test_a_sliding_window_is_where_the_context_ends() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"original_max_position_embeddings": 128}, (128, 32.0, 1.0)),  # the paper's own where the base names none
+        ({"original_max_position_embeddings": 64, "beta_fast": 24.0, "beta_slow": 2.0}, (64, 24.0, 2.0)),
+    ],
+)
+def test_a_stretched_context_is_described_as_the_base_has_it(given: dict[str, float], said: tuple[float, ...]) -> None:
+    """With others a file loads, and answers worse the longer the text."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, **given}
+    layout, writer = Layout.of(config(rope_parameters=rope)), GGUFWriter(None, "llama")
+    layout.describe(writer, 64)
+    (values,) = writer.kv_data
+    scaling = [values[f"llama.rope.scaling.{key}"].value for key in ("type", "factor")]
+    assert [*scaling, values["llama.rope.freq_base"].value] == ["yarn", 4.0, 5e5]
+    keys = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+    assert tuple(values[f"llama.rope.scaling.{key}"].value for key in keys) == said
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"model_type": "gemma2"}, "gemma2 models cannot be exported to GGUF yet; llama, mistral, qwen2, qwen3"),
@@ -93,6 +113,20 @@ def test_a_sliding_window_is_where_the_context_ends() -> None:
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "dynamic",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4},
+            },
+            "only a part of each head is rotated",
+        ),
+        (
+            {
+                "model_type": "llama",
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "rope_theta": 1e4},
+            },
+            "its yarn scaling sets an attention factor",
         ),
         ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers is not every 4th"),
     ],
