@@ -11,6 +11,7 @@ import pytest
 from at_a_terminal import ROOT, AtTerminal
 from stopped_runs import copy, qtune
 
+from qtune.errors import RunFolderError
 from qtune.rundir import RunDir
 
 
@@ -37,6 +38,21 @@ def listed(capsys: pytest.CaptureFixture, *arguments: str | Path) -> dict[str, d
     capsys.readouterr()
     assert qtune("ls", *arguments, "--json") == 0
     return {run["path"]: run for run in json.loads(capsys.readouterr().out)}
+
+
+def test_who_names_no_run_is_told_the_newest_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFolderError, match=r"^nowhere: there is no such run folder\.$"):
+        RunDir.open(Path("nowhere"))
+    for age in range(7):
+        lock = tmp_path / "runs" / f"of-{age}-days" / "lock.json"
+        lock.parent.mkdir(parents=True)
+        lock.write_text("{}")
+        os.utime(lock.parent, (time.time() - 86_400 * age,) * 2)
+    with pytest.raises(RunFolderError) as refused:
+        RunDir.open(Path("nowhere"))
+    newest = ", ".join(f"runs/of-{age}-days" for age in (4, 3, 2, 1, 0))
+    assert str(refused.value) == f"nowhere: there is no such run folder. Runs here: {newest}."
 
 
 def test_runs_are_listed_newest_first_with_how_far_they_came(runs: Path, capsys: pytest.CaptureFixture) -> None:
