@@ -1,5 +1,6 @@
 """The command line as a user meets it: verbs, exit codes, words, and no traceback for anything typed wrongly."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -286,6 +287,17 @@ def test_doctor_looks_for_real(capsys: pytest.CaptureFixture) -> None:
     found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert found["4-bit weights"]["is_fine"]
     assert "torch" in found
+
+
+def test_doctor_says_what_is_wrong_and_by_its_exit_code_that_something_is(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=99", "no-such-package>=1", "pytest"])
+    assert cli.main(["doctor", "--json"]) == 2
+    found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
+    assert (found["torch"]["is_fine"], found["torch"]["meaning"]) == (False, "qtune needs >=99")
+    assert found["no-such-package"]["meaning"] == "pip install 'no-such-package>=1'"
+    assert found["pytest"]["is_fine"]
 
 
 def test_a_whole_life(workplace: Path, capsys: pytest.CaptureFixture) -> None:
