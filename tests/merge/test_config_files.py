@@ -16,7 +16,8 @@ def base(tmp_path):
     (folder / "config.json").write_text('{"eos_token_id": 2,\n  "torch_dtype": "bfloat16", "odd": [1,2]}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 9],   "top_p": 0.8}')
     (folder / "tokenizer_config.json").write_text('{"chat_template":"old",  "x": 1}')
-    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE"):
+    licence = ("LICENSE", "LICENSE.md", "NOTICE")  # who passes on what is under Apache 2.0 passes on its NOTICE
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", *licence):
         (folder / name).write_bytes(f"{name}\r\n\x00".encode())
     for name in ("pytorch_model.bin", "run.py", "model.safetensors", "model.safetensors.index.json", "x.pt"):
         (folder / name).write_text("must stay behind")
@@ -33,7 +34,15 @@ def test_files_are_copied_byte_for_byte_and_nothing_that_can_run(base, tmp_path)
     write_small_files(base, out, Model(base=str(base)), [9], "bfloat16")
     names = {path.name for path in out.iterdir()}
     assert not names & {"pytorch_model.bin", "run.py", "x.pt", "model.safetensors", "model.safetensors.index.json"}
-    assert {"tokenizer.json", "LICENSE", "merges.txt", "tokenizer.model", "config.json"} <= names
+    assert {
+        "tokenizer.json",
+        "LICENSE",
+        "LICENSE.md",
+        "NOTICE",
+        "merges.txt",
+        "tokenizer.model",
+        "config.json",
+    } <= names
     for name in names:  # config and generation settings too, as there was nothing to change
         assert (out / name).read_bytes() == (base / name).read_bytes(), name
 

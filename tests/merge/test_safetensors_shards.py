@@ -37,7 +37,15 @@ def test_a_written_file_is_read_back_by_safetensors(tmp_path) -> None:
         assert torch.equal(read[name].to(torch.float32), tensor.to(torch.float32))
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("name", ["t" * length for length in range(1, 9)])
+def test_tensors_begin_where_eight_divides_however_long_the_header_is(name: str, tmp_path) -> None:
+    """Readers map the file and take numbers of eight bytes out of it as they lie."""
+    path = tmp_path / "model.safetensors"
+    write_shard(path, {}, [TensorSpec(name, torch.int64, (1,))], [torch.tensor([3])])
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    assert load_file(path)[name].tolist() == [3]
 
 
 def test_a_transposed_tensor_is_written_in_its_own_order(tmp_path) -> None:
