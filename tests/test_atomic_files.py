@@ -143,3 +143,20 @@ def test_a_folder_that_holds_something_by_then_is_not_replaced(tmp_path: Path) -
         filling.__exit__(None, None, None)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["theirs"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_glance_takes_in_both_ends_and_what_lies_between(tmp_path: Path) -> None:
+    """A file whose end was written anew was taken for the old one by a glance that stopped short of it."""
+    path, whole = tmp_path / "weights", bytes(atomic_files.GLANCES * atomic_files.GLANCE_BYTES * 3)
+    path.write_bytes(whole)
+    before = atomic_files.glance_at(path)
+    for place in (0, len(whole) - atomic_files.GLANCE_BYTES, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[place] = 1
+        path.write_bytes(changed)
+        assert atomic_files.glance_at(path) != before
+    for length in (len(whole) - 1, len(whole) + 1, 10, 0):
+        path.write_bytes(bytes(length))
+        assert atomic_files.glance_at(path) != before
+    path.write_bytes(whole)
+    assert atomic_files.glance_at(path) == before

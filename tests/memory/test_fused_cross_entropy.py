@@ -3,10 +3,20 @@
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qtune.memory import fused_cross_entropy
 from qtune.memory.fused_cross_entropy import positions_before_labels, summed_loss
+
+SHAPE = {
+    "vocab_size": 262,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "num_key_value_heads": 1,
+}
 
 
 def rows(tokens: int, hidden: int = 32, vocabulary: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,14 +103,20 @@ def test_heads_it_cannot_stand_in_for_are_left_to_trl() -> None:
     assert fused_cross_entropy.suits(plain)
     plain.lm_head.requires_grad_(True)
     assert not fused_cross_entropy.suits(plain)
-    capped = Gemma2Config(
-        vocab_size=262,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        head_dim=32,
-        num_key_value_heads=1,
-        final_logit_softcapping=30.0,
-    )
-    assert not fused_cross_entropy.suits(Gemma2ForCausalLM(capped).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}),
+        ("xlstm", {"output_logit_soft_cap": 30.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("falcon_h1", {"lm_head_multiplier": 0.5}),
+    ],
+)
+def test_a_head_that_scales_or_caps_its_logits_is_left_to_trl(kind: str, setting: dict[str, float]) -> None:
+    """By the names that these families' own configurations give to it; the loss of tiles would be another."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **setting}))
+    assert not fused_cross_entropy.suits(model.requires_grad_(False))

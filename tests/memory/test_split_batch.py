@@ -37,6 +37,7 @@ def test_pieces_joined_are_the_batch(pieces) -> None:
         ([100, 10, 10, 10], 4, [0, 1, 2, 3, 4]),
         ([10, 10, 100], 2, [0, 2, 3]),
         ([3, 3, 3, 3, 3, 3, 3, 3], 4, [0, 2, 4, 6, 8]),
+        ([10, 10, 10, 10, 10, 35, 30], 3, [0, 5, 6, 7]),  # of most tokens, not of most documents
     ],
 )
 def test_the_longest_piece_is_cut_nearest_its_middle(lengths, pieces, cuts) -> None:

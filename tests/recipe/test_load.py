@@ -209,6 +209,11 @@ class TestOverrides:
         (fault,) = faults(folder, overrides=[text])
         assert fault.startswith(f"--set {text}: {expected}")
 
+    def test_of_two_for_one_setting_the_last_counts_and_is_blamed(self, folder: Path) -> None:
+        assert read(folder, overrides=["lora.rank=4", "lora.rank=8"]).lora.rank == 8
+        (fault,) = faults(folder, overrides=["lora.rank=4", "lora.rank=0"])
+        assert fault.startswith("--set lora.rank=0: lora.rank must be at least 1")
+
     def test_paths_are_relative_to_the_current_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "here").mkdir()
         (folder / "here" / "mine.jsonl").write_text("{}\n")

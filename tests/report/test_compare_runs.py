@@ -90,6 +90,12 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, change: dict[str, Any],
     assert caution in shown(found)
 
 
+@pytest.mark.parametrize("fact", ["template_sha256", "device"])
+def test_what_one_of_them_never_noted_is_not_said_to_differ(tmp_path: Path, fact: str) -> None:
+    """Older versions noted less."""
+    assert two(tmp_path, **{fact: None}).cautions == ()
+
+
 def test_a_run_that_was_stopped_is_named(tmp_path: Path) -> None:
     stopped = start_run(tmp_path / "stopped")
     for event in list(events_of_a_run())[:60]:

@@ -40,6 +40,13 @@ def test_time_left_has_room_for_the_held_out_losses_to_come() -> None:
     assert view.seconds_left == pytest.approx(50 * 2.0 + 60.0)
 
 
+def test_the_held_out_loss_before_the_first_step_does_not_come_again() -> None:
+    """It may take minutes on a cold machine, and was spread over all steps to come."""
+    steps = [step(i) for i in range(1, 51)]
+    view = view_of(Started(100, 10, 5), Evaluated(0, 2.0, True, 900.0), *steps)
+    assert view.seconds_left == pytest.approx(50 * 2.0)
+
+
 def test_before_the_first_step_and_after_the_last_nothing_is_forecast() -> None:
     assert view_of(Started(100, 10, 0)).seconds_left is None
     assert view_of(Started(2, 10, 0), step(1), step(2), Finished(2, 4.0)).seconds_left is None

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from qtune.events import Evaluated, Finished, MemoryMeasured, Notice, Saved, Scored, Started, Stopping
+from qtune.events import Evaluated, Finished, MemoryMeasured, Notice, Rehearsed, Saved, Scored, Started, Stopping
 from qtune.report.wording import best_held_out, format_duration, format_loss, one_line, sentence, visible
 
 
@@ -44,6 +44,18 @@ def test_one_line_is_one_line() -> None:
             "tuned: held-out 1.246, general text 3.620 (2.0 s)",
         ),
         (Scored("tuned", 1.3, "none", None, 0, 2.0), "tuned: held-out 1.300 (2.0 s)"),
+        (
+            Rehearsed(2_000_000_000, 2_100_000_000, "forward", ()),
+            "the largest batch takes 2.0 GiB, forecast 1.9 GiB (5.0 % more)",
+        ),
+        (
+            Rehearsed(2_000_000_000, 1_900_000_000, "forward", ()),
+            "the largest batch takes 1.8 GiB, forecast 1.9 GiB (5.0 % less)",
+        ),
+        (
+            Rehearsed(2_000_000_000, 1_900_000_000, "forward", ("recompute layers", "tiles")),
+            "the largest batch takes 1.8 GiB, forecast 1.9 GiB; switched on for it: recompute layers; tiles",
+        ),
         (Notice("[bold]loading\x1b"), "[bold]loading␛"),
         (Finished(282, 1_104.0), "282 steps done in 18 min 24 s"),
         (Finished(7, 61.0), "stopped at step 7 of 282 after 1 min 01 s"),
