@@ -113,6 +113,17 @@ def test_runs_are_removed_whole(runs: Path, capsys: pytest.CaptureFixture) -> No
     assert sorted(path.name for path in (runs / "runs").iterdir()) == ["nested", "notes"]
 
 
+def test_a_run_that_is_named_twice_is_removed_once(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    size = listed(capsys)["runs/whole"]["bytes"]
+    assert qtune("rm", "runs/whole", "runs/whole", "--yes", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"removed": ["runs/whole"], "bytes": size}
+
+
+def test_all_steps_without_an_adapter_are_no_finished_run(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    (runs / "runs" / "whole" / "adapter").rename(runs / "taken")
+    assert listed(capsys)["runs/whole"]["state"] == "stopped"
+
+
 def test_checkpoints_alone_are_removed(runs: Path, capsys: pytest.CaptureFixture) -> None:
     before = listed(capsys)["runs/whole"]
     assert qtune("rm", "--checkpoints", "runs/whole", "--yes", "--json") == 0

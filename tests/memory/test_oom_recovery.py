@@ -619,3 +619,10 @@ def test_forgetting_comes_before_climbing() -> None:
     recovery.after_pass("Step 1", "forward pass", [7])
     assert told == ["forget", "climb", "told"]
     assert recovery.pieces == 1
+
+
+@pytest.mark.parametrize(("tokens", "advised"), [(2048, 1024), (9, 8)])
+def test_a_document_that_does_not_fit_is_advised_to_be_half_as_long(tokens: int, advised: int) -> None:
+    """Advice to leave it as long as it is would end in the same place."""
+    with pytest.raises(OutOfMemory, match=rf"one document of {tokens:,} tokens.* Set data\.max_tokens to {advised} "):
+        Recovery().after_pass("Step 3", "forward pass", [tokens])

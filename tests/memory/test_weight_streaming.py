@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from arithmetic import STANDING
 from made_models import (
     LAYERS,
     adapted,
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_iter
 
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
+from qtune.memory.memory_tracker import block_bytes
 from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.weight_streaming import spread
 from qtune.memory.weight_streaming import ALIGNMENT, frozen_tensors, layout
@@ -223,3 +225,14 @@ def test_answers_alone_need_no_recomputation() -> None:
     prompt = {"input_ids": batch()["input_ids"][:, :9], "max_new_tokens": 4, "do_sample": False, "use_cache": True}
     assert torch.equal(ours.generate(**prompt), plain.eval().generate(**prompt))
     assert_close(one_pass(ours, batch()), one_pass(plain, batch()), 1e-5)
+
+
+@pytest.mark.parametrize(("streamed", "slots"), [(0, 0), (1, 1), (2, 2), (4, 2)])
+def test_a_forecast_has_as_many_buffers_as_there_will_be(streamed: int, slots: int) -> None:
+    """A lone streamed layer has one to itself: a second was promised room that nothing takes."""
+    layer = STANDING.layers[0]
+    on = Techniques(streamed_layers=streamed, recomputed_layers=len(STANDING.layers))
+    parts = on.on_device(STANDING)
+    assert parts.get("streamed layers", 0) == slots * block_bytes(layer.packed_bytes)
+    assert parts["base"] == STANDING.base_bytes - streamed * layer.resident_bytes
+    assert on.on_host(STANDING).get("streamed layers", 0) == streamed * block_bytes(layer.packed_bytes)

@@ -45,6 +45,18 @@ ANSWERS = "right answers (right, or rightly abstained)"
             None,
         ),
         (
+            scored(0.4, 0.42, 0.0, 0.05),
+            f"Whether it learned cannot be said: {ANSWERS} went from 0.400 to 0.420 on 100 held-out rows, a difference"
+            " between +0.000 and +0.050 with 95 % confidence, which may be chance.",
+            None,
+        ),
+        (
+            scored(0.4, 0.38, -0.05, 0.0),
+            f"Whether it learned cannot be said: {ANSWERS} went from 0.400 to 0.380 on 100 held-out rows, a difference"
+            " between -0.050 and +0.000 with 95 % confidence, which may be chance.",
+            None,
+        ),
+        (
             scored(0.4, 0.2, -0.3, -0.1),
             f"It got worse: {ANSWERS} went from 0.400 to 0.200 on 100 held-out rows, a difference between -0.300 and"
             " -0.100 with 95 % confidence.",

@@ -48,6 +48,15 @@ def test_a_record_holds_the_whole_run(whole_run: RunDir) -> None:
     assert found.missing == ()
 
 
+def test_the_memory_that_is_told_is_that_of_the_highest_point(whole_run: RunDir) -> None:
+    highest = read(whole_run).memory
+    assert highest is not None
+    whole_run.record(replace(highest, phase="save", peak_bytes=highest.peak_bytes // 2))
+    assert read(whole_run).memory == highest
+    whole_run.record(replace(highest, phase="rehearsed step", peak_bytes=2 * highest.peak_bytes, is_rehearsal=True))
+    assert read(whole_run).memory == highest  # a rehearsal is told beside the forecast
+
+
 def test_the_page_tells_the_run(whole_run: RunDir) -> None:
     page = written(whole_run)
     for fact in (
