@@ -7,10 +7,11 @@ import pytest
 
 from qtune.hardware import Device
 from qtune.model import base
-from qtune.plan.planner import Plan, decide
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Model, Recipe, Train
-from qtune.train.sft_config import sft_config
+from qtune.train.trainer import sft_config
 from qtune.units import GIB
 
 TRAIN = Train(
