@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from qtune.errors import ModelError
 from qtune.memory import mixture_of_experts
 from qtune.model import lora_variants
+from qtune.recipe.base_kind import ADAPTER_CONFIG
 from qtune.recipe.schema import Lora
 
 EXPERTS = "experts"
@@ -118,8 +119,8 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises ModelError where the folder holds no adapter or one whose shapes do not fit this base.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: holds no adapter, it has no adapter_config.json.")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{folder}: holds no adapter, it has no {ADAPTER_CONFIG}.")
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():  # peft would look for a pickle
         raise ModelError(f"{folder}: holds no adapter weights, it has no {SAFETENSORS_WEIGHTS_NAME}.")
     try:

@@ -16,13 +16,13 @@ from rich.text import Text
 
 from qtune.atomic_files import write_text
 from qtune.errors import MachineError, RunFolderError, UserError
+from qtune.recipe.base_kind import ADAPTER_CONFIG
 from qtune.report import model_card, run_record
 from qtune.report.model_card import What
 from qtune.report.wording import one_line
 from qtune.rundir import MERGE_REPORT, RunDir
 from qtune.units import counted, format_bytes
 
-ADAPTER_CONFIG = "adapter_config.json"
 LEFT_OUT = {MERGE_REPORT}  # it quotes held-out rows and names folders of this machine
 BASE_KEY = "base_model_name_or_path"
 
