@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from made_events import LOCK
 from rich.console import Console
 
 from qtune import cli
@@ -49,7 +50,7 @@ def run(tmp_path: Path) -> RunDir:
     made = RunDir.create(tmp_path / "run", "", {})
     recipe = {"about": "", "data": {}}
     base = {"name": "owner/base", "folder": str(tmp_path), "sha256": "0" * 64}
-    write_json(made.lock, {"name": "r", "base": base, "recipe": recipe, "seed": 0, "versions": {}})
+    write_json(made.lock, {**LOCK, "name": "r", "base": base, "recipe": recipe, "versions": {}})
     made.adapter.mkdir()
     write_json(made.adapter / "adapter_config.json", {"base_model_name_or_path": "owner/base"})
     (made.adapter / "adapter_model.safetensors").write_bytes(b"x" * 2048)
