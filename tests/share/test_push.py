@@ -154,9 +154,10 @@ def test_what_the_hub_says_becomes_one_sentence_or_two(run: RunDir, fault: Excep
     assert TOKEN not in str(raised.value)
 
 
-def test_without_a_network_the_real_client_gives_up_in_a_sentence(run: RunDir) -> None:
-    from huggingface_hub import HfApi
+def test_without_a_network_the_real_client_gives_up_in_a_sentence(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, constants
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     upload = push.prepare(run, "me/r", "adapter")
     with pytest.raises(MachineError, match="cannot be reached"):
         push.push(upload, False, HfApi(endpoint="http://127.0.0.1:9", token=TOKEN))
