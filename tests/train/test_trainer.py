@@ -1,7 +1,10 @@
 """What the trainer counts, and which rows it blames; the steps themselves are in test_loop.py."""
 
+import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,15 +12,18 @@ import torch
 from made_models import on_cpu
 
 from qtune.data.packing import collate
+from qtune.errors import TrainingDiverged
+from qtune.events import Event, Notice
 from qtune.hardware import find_device
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
-from qtune.memory.oom_recovery import Recovery
+from qtune.memory.oom_recovery import Recovery, unheard
 from qtune.model import adapter, base
 from qtune.model.tokenizer import load_tokenizer
 from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
+from qtune.train.callbacks import Reporter
 from qtune.train.learner import Learner
 from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.rows import TrainingRows
@@ -110,3 +116,31 @@ def test_what_a_dropped_step_changed_is_put_back(built: MeteredTrainer) -> None:
     built.put_standing_back()
     assert built.meter.tokens == 11
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_gradient_that_is_no_number_ends_training_but_where_a_scaler_skips_the_step(built: MeteredTrainer) -> None:
+    """In float16 the first steps overflow as a rule, until the scale has been halved often enough."""
+    reporter = Reporter(built, None, unheard)
+    weight = next(adapter.trained_parameters(built.model))
+    try:
+        for gradient, fp16, ends in ((1.0, False, False), (math.inf, True, False), (math.nan, False, True)):
+            weight.grad = torch.full_like(weight, gradient)
+            settings = replace(built.args, fp16=fp16, bf16=False)
+            with pytest.raises(TrainingDiverged, match="the gradient is not a finite") if ends else nullcontext():
+                reporter.on_pre_optimizer_step(settings, built.state, built.control)
+    finally:
+        weight.grad = None
+
+
+def test_a_loss_is_said_to_rise_once_it_is_three_times_the_first(built: MeteredTrainer) -> None:
+    heard: list[Event] = []
+    reporter = Reporter(built, None, heard.append)
+    for step, loss in enumerate((1.0, 1.1, 2.9, 0.5), start=1):
+        reporter._warn_of_rise(loss, step)
+    assert heard == []
+    reporter._warn_of_rise(3.1, 5)
+    (notice,) = heard
+    assert isinstance(notice, Notice)
+    assert notice.text.startswith("The loss at step 5 is 3.1, 3.1 times that of the first step.")
+    reporter._warn_of_rise(9.0, 6)
+    assert len(heard) == 1
