@@ -1,5 +1,6 @@
 """A merge from the run folder to a folder anyone can load, or nothing at all."""
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -13,8 +14,8 @@ from made_runs import make_run, token_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qtune.errors import MachineError, ModelError, RunFolderError, UserError
-from qtune.merge.merge import merge
+from qtune.errors import DiskFull, MachineError, ModelError, RunFolderError, UserError
+from qtune.merge.merge import _refusing_bad_disk, merge
 from qtune.merge.merged_weights import Fold
 from qtune.merge.verify import FOLD_KL, verify
 from qtune.rundir import read_json
@@ -194,3 +195,16 @@ def test_real_checkpoints_are_reproduced(material, tmp_path, name, dtype, bound)
     assert set(load_file(output / "model.safetensors")) == set(before.specs())
     assert (output / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(output).lm_head.weight).all()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), r"Input/output error"),
+        (OSError("the library said no more"), r"the library said no more"),
+        (DiskFull("m: cannot be written, the disk is full."), r"m: cannot be written, the disk is full\."),
+    ],
+)
+def test_why_writing_failed_is_said_whoever_says_it(fault: Exception, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=rf"writing failed \({reason}\)"), _refusing_bad_disk(tmp_path):
+        raise fault
