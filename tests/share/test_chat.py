@@ -107,6 +107,7 @@ def test_the_same_seed_draws_the_same_conversation(speaker: Speaker) -> None:
 
 def test_a_small_share_leaves_the_likeliest_token_alone(finished: Path, capsys: pytest.CaptureFixture) -> None:
     def said(*given: str) -> str:
+        capsys.readouterr()
         assert qtune("chat", finished, "--prompt", QUESTION, "--max-new-tokens", "12", *given) == 0
         return capsys.readouterr().out
 
