@@ -87,6 +87,8 @@ class Model(Table):
 
 
 class _Pair(Table):
+    """What every adapter has."""
+
     rank: int = Field(
         16, ge=1, le=1024, description="Inner dimension of each adapter pair; 16 is enough for most tasks."
     )
@@ -105,7 +107,7 @@ class _Pair(Table):
 _VARIANTS: dict[str, Any] = {
     each.name: (bool, Field(False, description=each.description)) for each in LORA_VARIANTS.values()
 }
-_Variants: Any = create_model("_Variants", __base__=_Pair, **_VARIANTS)
+_Variants: Any = create_model("_Variants", __base__=_Pair, __doc__="A setting a variant.", **_VARIANTS)
 
 
 class Lora(_Variants):  # a setting for each variant of LoRA that there is
@@ -244,6 +246,8 @@ Size = Annotated[str, BeforeValidator(_auto_or_size)]
 
 
 class _Budgets(Table):
+    """What a run may take."""
+
     budget: Size = Field(
         "auto", description='Device memory the run may take, such as "6GiB"; auto is what is free when it starts.'
     )
@@ -257,7 +261,7 @@ class _Budgets(Table):
 _SETTINGS: dict[str, Any] = {
     each.key: (each.setting, Field("auto", description=each.description)) for each in TECHNIQUES.values()
 }
-_Techniques: Any = create_model("_Techniques", __base__=_Budgets, **_SETTINGS)
+_Techniques: Any = create_model("_Techniques", __base__=_Budgets, __doc__="A setting a technique.", **_SETTINGS)
 
 
 class Memory(_Techniques):  # a setting for each technique that there is

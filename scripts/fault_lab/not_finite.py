@@ -55,7 +55,7 @@ def _poison(step: int, what: str, value: float) -> Callable[[], None]:
 
         def compute_poisoned(self: MeteredTrainer, *args: object, **kwargs: object) -> torch.Tensor:
             loss = compute(self, *args, **kwargs)
-            if not self.model.training or self.state.global_step != step - 1 or not hasattr(self, "began"):
+            if not self.model.training or self.state.global_step != step - 1 or not self.is_in_train:
                 return loss
             if what == "loss":
                 return loss * value

@@ -60,12 +60,17 @@ def make_run(
             data_sha256="0" * 64,
             template_sha256=None,
             tokenizer_sha256=None,
-            stop_token_ids=stop_token_ids or (load_tokenizer(model).eos_token_id,),
+            stop_token_ids=stop_token_ids or _ends(folder, model),
             seed=None,
             versions={"qtune": __version__},
         )
     )
     return run
+
+
+def _ends(folder: Path, model: Model) -> tuple[int, ...]:
+    """What ends an answer, where the base has a tokenizer to say it."""
+    return (load_tokenizer(model).eos_token_id,) if (folder / "tokenizer.json").is_file() else ()
 
 
 def token_rows(vocabulary: int = 262, rows: int = 6, tokens: int = 40) -> list[list[int]]:
