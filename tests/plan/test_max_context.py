@@ -60,7 +60,12 @@ def any_plan_fits(exact: Forecaster, lines: Forecaster, budget: Budget, tokens: 
 
 @pytest.mark.parametrize(
     ("device_mib", "host_mib", "bound"),
-    [(650, 100, "host"), (650, 4000, "card"), (700, 80, "both"), (1200, 100, "card")],
+    [
+        pytest.param(650, 100, "host", marks=pytest.mark.long),
+        pytest.param(650, 4000, "card", marks=pytest.mark.long),
+        (700, 80, "both"),
+        pytest.param(1200, 100, "card", marks=pytest.mark.long),
+    ],
 )
 def test_no_plan_goes_further(
     exact: Forecaster, lines: Forecaster, device_mib: int, host_mib: int, bound: Bound

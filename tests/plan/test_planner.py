@@ -121,6 +121,7 @@ def test_what_does_not_fit_names_three_changes_that_do() -> None:
     assert "data.max_tokens = 64 takes" in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_host_that_is_too_small_is_what_is_said() -> None:
     """It once named the device, which had room, as what lacked."""
     plan = plan_within(GIB, {"host_budget": "1KiB"})

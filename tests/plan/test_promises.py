@@ -69,6 +69,7 @@ def on_the_cpu(device_bytes: int, rank: int, tokens: int) -> Plan:
     return decide(recipe, device, tiny_config(num_hidden_layers=1), work)
 
 
+@pytest.mark.long  # five plans, a dozen traces each
 def test_a_remedy_is_the_nearest_that_fits() -> None:
     """The longest rows, and the highest of the halves of the rank: more of either does not fit."""
     rank, tokens = 256, 3000
