@@ -12,8 +12,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the lab forks, 
 
 
 # How many cases of each lane, as quick as it can be and still see the fault, and at some length.
-QUICK = {"R4": 10, "R9": 1, "O1": 4, "L1": 6, "L2": 1, "L3": 10, "L5": 1, "B1": 60, "B2": 300}
-AT_LENGTH = {"R1": 6, "R4": 100, "R7": 2, "R9": 6, "L1": 50, "L3": 100, "L5": 4, "B1": 1000, "B2": 2000, "B4": 8}
+QUICK = {"R4": 10, "O1": 4, "L1": 6, "L3": 10, "L5": 1, "B1": 60, "B2": 300}
+AT_LENGTH = {
+    "R1": 6,
+    "R4": 100,
+    "R7": 2,
+    "R9": 6,
+    "L1": 50,
+    "L2": 1,
+    "L3": 100,
+    "L5": 4,
+    "B1": 1000,
+    "B2": 2000,
+    "B4": 8,
+}
 
 
 def torture(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -201,6 +201,7 @@ def test_a_timeline_is_cut_into_its_highest_moments_and_its_phases() -> None:
 # ---- bench_memory
 
 
+@pytest.mark.long
 def test_each_technique_is_benched_off_and_on(tiny_base, tmp_path, capsys) -> None:
     target = tmp_path / "rows.json"
     arguments = ["--base", str(tiny_base), "--tokens", "64", "--rounds", "1", "--json", str(target)]
@@ -264,6 +265,7 @@ def test_an_item_that_takes_too_long_costs_only_itself() -> None:
     assert (found["rows"], found["ended_early"]) == ([], "stopped after 0 s")
 
 
+@pytest.mark.long
 def test_an_item_has_a_process_of_its_own(tmp_path) -> None:
     assert bench_gpu.main(["--dry-run", "--apart", "--items", "machine", "--output", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "gpu_dry_run.json").read_text())["items"]["machine"]["rows"]

@@ -96,6 +96,7 @@ def test_adapter_and_merge_are_the_trained_model_elsewhere(material, tmp_path, m
     assert merged == pytest.approx(scores["tuned"]["held_out_loss"], abs=1e-3)
 
 
+@pytest.mark.long
 def test_one_seed_writes_one_journal(material, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "template.jinja").write_text(TEMPLATE)

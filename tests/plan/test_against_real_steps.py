@@ -144,6 +144,7 @@ def test_real_trained_models(request: pytest.FixtureRequest, name: str, layers: 
     compare(base, dtype, ladder, [300, 100, 70, 30], tolerance=0.002)
 
 
+@pytest.mark.long
 def test_a_hundred_million_parameters(tmp_path: Path) -> None:
     config = tiny_config(
         vocab_size=32_000,
@@ -160,7 +161,7 @@ def test_a_hundred_million_parameters(tmp_path: Path) -> None:
     compare(tmp_path, "bfloat16", [every_rung(8, 4)], [180, 60, 16])
 
 
-@pytest.mark.parametrize(("is_card", "on_host"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("is_card", "on_host"), [(True, False), pytest.param(False, True, marks=pytest.mark.long)])
 def test_few_layers_stand_for_many(is_card: bool, on_host: bool) -> None:
     """Every phase, against a trace of all layers: each kept layer once took a checkpoint off the backward pass."""
     recipe, config = recipe_for("demo"), tiny_config(num_hidden_layers=6)

@@ -80,6 +80,7 @@ def test_no_plan_goes_further(
     assert furthest.bound == bound
 
 
+@pytest.mark.long
 def test_the_climb_finds_a_plan_wherever_there_is_one(exact: Forecaster, lines: Forecaster) -> None:
     """Checkpoints in host memory were once in the way of weights there: what a low rung keeps, no higher one gets."""
     tokens = FIRST_TOKENS[0]
