@@ -19,7 +19,8 @@ ENDS = {
     "at an exit that is registered": "import atexit; atexit.register(print, 'last')",
     "killed": "import os; os.kill(os.getpid(), 9)",
     "by Ctrl-C": (  # which a process in the background of a shell has ignored since before it began
-        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)"
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        " os.kill(os.getpid(), signal.SIGINT)"
     ),
 }
 
