@@ -1,8 +1,8 @@
 """How long a run takes, estimated from its arithmetic: good for comparing plans, rough as a clock.
 
 Frozen weights have no gradient, so a token costs 2P operations forward and 2P backward, and 2P more where layers are
-recomputed (P the parameters it passes through); attention adds 2TE a head and layer forward and 2.5 times that
-backward, halved as it is causal.
+recomputed (P the parameters it passes through); attention adds 4TE a head and layer forward, halved as it is causal,
+and 2.5 times that backward.
 
 Letters: P parameters, T tokens of a document, E head_dim.
 """
