@@ -24,6 +24,7 @@ ROOMS = [
     "subprocess_limits",
     "registry",
     "logs",
+    "accelerator",
     "gpu_models",
     "hardware",
     "memory.techniques",

@@ -8,36 +8,14 @@ Refuses: nothing; without a card the copies are plain ones.
 Letters: B rows, T tokens, H hidden, L layers.
 """
 
-import contextlib
-import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
+from qtune import accelerator
+from qtune.accelerator import page_locked
 from qtune.memory import memory_tracker
-
-
-def page_locked(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """An empty host tensor of `count` elements that a card can copy to and from while it computes.
-
-    torch's own pinned allocator rounds a size up to the next power of two, which can double it; so an ordinary tensor
-    is registered with the driver. Where that is refused (a limit on locked memory) copies still work, unoverlapped.
-    """
-    buffer = torch.empty(count, dtype=dtype)
-    if torch.cuda.is_available() and count and not isinstance(buffer, FakeTensor):  # which has no address
-        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
-        if int(runtime.cudaHostRegister(address, buffer.nbytes, 0)) == 0:
-            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
-        else:
-            _clear_error()
-    return buffer
-
-
-def _clear_error() -> None:
-    """The runtime remembers a call that it refused, and torch would raise that for the next kernel, whichever it is."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
 
 
 @dataclass
@@ -45,7 +23,7 @@ class _Kept:
     """One layer's input in host memory: its buffer, which may be larger, and the event after which it is there."""
 
     buffer: torch.Tensor
-    is_there: torch.cuda.Event | None = None
+    is_there: Any = None
 
 
 @dataclass
@@ -54,8 +32,8 @@ class HostBuffers:
 
     _buffers: dict[int, torch.Tensor] = field(default_factory=dict)
     _kept: dict[int, _Kept] = field(default_factory=dict)
-    _coming: dict[int, tuple[torch.Tensor, torch.cuda.Event | None]] = field(default_factory=dict)
-    _stream: torch.cuda.Stream | None = None
+    _coming: dict[int, tuple[torch.Tensor, Any]] = field(default_factory=dict)
+    _stream: Any = None
 
     def put(self, index: int, hidden: torch.Tensor) -> None:
         """Copy layer `index`'s input out; the caller need not keep it."""
@@ -65,21 +43,18 @@ class HostBuffers:
         memory_tracker.mark([buffer], "checkpoints", "host")  # a counter may be younger than the buffer
         place = buffer[: hidden.numel()].view_as(hidden)
         kept = self._kept[index] = _Kept(place)
-        if not hidden.is_cuda:
-            place.copy_(hidden)
-            return
         stream = self._copy_stream(hidden.device)
-        stream.wait_stream(torch.cuda.current_stream(hidden.device))
-        with torch.cuda.stream(stream):
+        stream.wait_stream(accelerator.current_stream(hidden.device))
+        with accelerator.on_stream(stream, hidden.device):
             place.copy_(hidden, non_blocking=True)
-            hidden.record_stream(stream)
+            if accelerator.is_card(hidden.device):
+                hidden.record_stream(stream)
             kept.is_there = stream.record_event()
 
     def get(self, index: int, device: torch.device) -> torch.Tensor:
         """Layer `index`'s input on `device`; that of the layer before it is on its way when this returns."""
         tensor, is_here = self._coming.pop(index) if index in self._coming else self._fetch(index, device)
-        if is_here is not None:
-            torch.cuda.current_stream(device).wait_event(is_here)
+        accelerator.current_stream(device).wait_event(is_here)
         del self._kept[index]
         if index - 1 in self._kept and index - 1 not in self._coming:
             self._coming[index - 1] = self._fetch(index - 1, device)
@@ -90,20 +65,17 @@ class HostBuffers:
         self._kept.clear()
         self._coming.clear()
 
-    def _fetch(self, index: int, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def _fetch(self, index: int, device: torch.device) -> tuple[torch.Tensor, Any]:
         kept = self._kept[index]
         tensor = torch.empty_like(kept.buffer, device=device)
         memory_tracker.mark([tensor], "checkpoints")
-        if device.type != "cuda":
-            tensor.copy_(kept.buffer)
-            return tensor, None
         stream = self._copy_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))  # the memory just given may still be in use there
-        with torch.cuda.stream(stream):
+        stream.wait_stream(accelerator.current_stream(device))  # the memory just given may still be in use there
+        with accelerator.on_stream(stream, device):
             tensor.copy_(kept.buffer, non_blocking=True)
             return tensor, stream.record_event()
 
-    def _copy_stream(self, device: torch.device) -> torch.cuda.Stream:
+    def _copy_stream(self, device: torch.device) -> Any:
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = accelerator.new_stream(device)
         return self._stream

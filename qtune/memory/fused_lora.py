@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from qtune import accelerator
 from qtune.memory import memory_tracker, nf4
 from qtune.memory.gradient_checkpointing import compute_dtype_here
 
@@ -125,7 +126,7 @@ def _sum_over_tokens(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left' right of (T, M) and (T, N), made in float32 where they have 16 bits."""
     if left.dtype.itemsize > 2:
         return left.t() @ right
-    if left.is_cuda or memory_tracker.stands_for_card():
+    if accelerator.is_card(left.device) or memory_tracker.stands_for_card():
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float32)
     for piece in memory_tracker.tiles(len(left), PIECE_TOKENS, left):

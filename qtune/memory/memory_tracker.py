@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from qtune.accelerator import is_card
+
 Side = Literal["device", "host"]
 BLOCK_BYTES = 512
 FUSED_ROWS = 512  # bitsandbytes multiplies fewer rows than this without writing the dequantised weight out
@@ -268,7 +270,9 @@ def _dequantised_weight(args: Any) -> tuple[str, int]:
     """`gemm_4bit(A, B, (N, K), scales, block, ...)` on many rows writes the (N, K) weight in A's dtype, and its fp32
     block scales."""
     activations, (rows, columns) = args[0], args[2]
-    if activations.numel() // activations.shape[-1] <= FUSED_ROWS and (activations.is_cuda or stands_for_card()):
+    if activations.numel() // activations.shape[-1] <= FUSED_ROWS and (
+        is_card(activations.device) or stands_for_card()
+    ):
         return "dequantised weights", 0
     return "dequantised weights", rows * columns * activations.element_size() + 2 * 4 * rows * columns // args[4]
 

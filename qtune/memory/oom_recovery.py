@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from qtune import accelerator
 from qtune.errors import OutOfMemory, QtuneError
 from qtune.events import Event, Listener, Notice
 from qtune.memory import rng_state
@@ -80,8 +81,7 @@ def let_go(fault: BaseException) -> None:
 def free_memory() -> None:
     """Give what nothing refers to any more back to the device."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    accelerator.free_cached_memory()
 
 
 class LowestNode:
@@ -92,7 +92,7 @@ class LowestNode:
     """
 
     def __init__(self) -> None:
-        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        devices = [torch.device("cpu"), *accelerator.cards()]
         with torch.inference_mode(False), torch.enable_grad():
             self._starts = [torch.zeros((), device=device, requires_grad=True) for device in devices]
             self._nodes = [start.view_as(start) for start in self._starts]

@@ -22,8 +22,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import PreTrainedModel
 
+from qtune.accelerator import page_locked
 from qtune.memory import memory_tracker
-from qtune.memory.activation_offload import page_locked
 from qtune.memory.chunked_cross_entropy import SlicedHead
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, weight_rows
 from qtune.units import MIB

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qtune import accelerator
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -16,13 +18,13 @@ class RandomState:
 
 
 def note(device: torch.device) -> RandomState:
-    return RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+    return RandomState(torch.get_rng_state(), accelerator.random_state(device))
 
 
 def wind_back(state: RandomState, device: torch.device) -> None:
     torch.set_rng_state(state.host)
     if state.device is not None:
-        torch.cuda.set_rng_state(state.device, device)
+        accelerator.set_random_state(state.device, device)
 
 
 @contextlib.contextmanager

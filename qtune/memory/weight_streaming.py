@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from qtune import accelerator
+from qtune.accelerator import page_locked
 from qtune.memory import memory_tracker
-from qtune.memory.activation_offload import page_locked
 
 ALIGNMENT = 256  # bytes, which suits every dtype and CUDA kernel: cudaMalloc aligns to as much
 
@@ -40,7 +41,7 @@ class Slot:
 
     buffer: torch.Tensor
     layer: int | None = None
-    is_here: torch.cuda.Event | None = None
+    is_here: Any = None
 
 
 def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]:
@@ -93,7 +94,7 @@ class LayerStream:
         self.streamed, self._device = sorted(streamed), device
         self._pieces: dict[int, list[Piece]] = {}
         self._home: dict[int, torch.Tensor] = {}
-        self._copying: torch.cuda.Stream | None = None
+        self._copying = accelerator.new_stream(device)
         for index in self.streamed:
             self._move_out(index, layers[index])
         self._slots: list[Slot] = []
@@ -116,8 +117,7 @@ class LayerStream:
         slot = self._slot_of(index)
         if slot is None:
             slot = self._load(index, not_slot=None)
-        if slot.is_here is not None:
-            torch.cuda.current_stream(self._device).wait_event(slot.is_here)
+        accelerator.current_stream(self._device).wait_event(slot.is_here)
         self._bind(index, slot.buffer)
         following = self._following(index, is_forward)
         if following is not None and self._slot_of(following) is None:
@@ -144,14 +144,9 @@ class LayerStream:
         home = self._home[index]
         target = slot.buffer[: home.numel()]
         slot.layer, slot.is_here = None, None  # should the copy fail, nobody is here
-        if self._device.type != "cuda":
-            target.copy_(home)
-            slot.layer = index
-            return slot
-        if self._copying is None:
-            self._copying = torch.cuda.Stream(self._device)
-        self._copying.wait_stream(torch.cuda.current_stream(self._device))  # the slot's last layer may still compute
-        with torch.cuda.stream(self._copying):
+        # the slot's last layer may still compute
+        self._copying.wait_stream(accelerator.current_stream(self._device))
+        with accelerator.on_stream(self._copying, self._device):
             target.copy_(home, non_blocking=True)
             slot.is_here = self._copying.record_event()
         slot.layer = index

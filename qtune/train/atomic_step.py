@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qtune.memory.activation_offload import page_locked
+from qtune.accelerator import page_locked, synchronize
 from qtune.memory.oom_recovery import Recovery, is_out_of_memory, let_go
 
 ALIGNED_BYTES = 64
@@ -118,5 +118,5 @@ def _room_for(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _wait(tensors: list[torch.Tensor]) -> None:
     """Until the card has done what it was told: copies that do not block, kernels on paged state."""
-    if any(tensor.is_cuda for tensor in tensors):
-        torch.cuda.synchronize()
+    for device in {tensor.device for tensor in tensors}:
+        synchronize(device)

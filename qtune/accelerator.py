@@ -1,0 +1,88 @@
+"""What a device is asked for besides arithmetic: streams, events, random numbers, page-locked memory.
+
+torch keeps these under the same names in a module for each kind of device: `torch.cuda` (ROCm too), `torch.xpu`,
+`torch.cpu`, or one that a backend registers. On the processor a copy is done when it returns, so there its streams and
+events wait for nothing. Whoever asks here needs not know which kind it has.
+"""
+
+import contextlib
+import weakref
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def kind(device: torch.device) -> ModuleType:
+    """torch's module for the kind of `device`. Raises RuntimeError for a kind that has none, such as `meta`."""
+    return torch.get_device_module(device)
+
+
+def is_card(device: torch.device) -> bool:
+    """Whether `device` has memory of its own, which the host's tensors have to be copied to."""
+    return device.type not in ("cpu", "meta")
+
+
+def cards() -> list[torch.device]:
+    """The card that torch computes on; none on a machine without."""
+    card = torch.accelerator.current_accelerator(check_available=True)
+    return [] if card is None else [torch.device(card.type)]
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream beside the one that computes; on the processor one that orders nothing."""
+    return kind(device).Stream(device) if is_card(device) else torch.cpu.Stream()
+
+
+def current_stream(device: torch.device) -> Any:
+    """The stream to which work on `device` is now given."""
+    return kind(device).current_stream(device)
+
+
+def on_stream(stream: Any, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Give work on `device` to `stream`."""
+    entered: contextlib.AbstractContextManager[Any] = kind(device).stream(stream)
+    return entered
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all that it was told."""
+    kind(device).synchronize(device)
+
+
+def random_state(device: torch.device) -> torch.Tensor | None:
+    """The state of the random numbers that `device` draws; None for the processor, whose are torch's own."""
+    return kind(device).get_rng_state(device) if is_card(device) else None
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    kind(device).set_rng_state(state, device)
+
+
+def free_cached_memory() -> None:
+    """Give what torch's allocator keeps of a card's memory, and nothing uses, back to the card."""
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def page_locked(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """An empty host tensor of `count` elements that a card can copy to and from while it computes.
+
+    torch's own pinned allocator rounds a size up to the next power of two, which can double it; so an ordinary tensor
+    is registered with the driver. Where that is refused (a limit on locked memory) copies still work, unoverlapped.
+    """
+    buffer = torch.empty(count, dtype=dtype)
+    if torch.cuda.is_available() and count and not isinstance(buffer, FakeTensor):  # which has no address
+        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+        if int(runtime.cudaHostRegister(address, buffer.nbytes, 0)) == 0:
+            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
+        else:
+            clear_error()
+    return buffer
+
+
+def clear_error() -> None:
+    """The runtime remembers a call that it refused, and torch would raise that for the next kernel, whichever it is."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
