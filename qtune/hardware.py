@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from qtune import accelerator
 from qtune.units import MIB
 
 # Dense bfloat16 tensor operations a second with float32 sums, as the makers publish them, times what a fine-tune gets
@@ -59,8 +60,8 @@ class Device:
     operations_per_second: float | None = None
 
     @property
-    def is_cuda(self) -> bool:
-        return self.name.startswith("cuda")
+    def is_card(self) -> bool:
+        return accelerator.is_card(torch.device(self.name))
 
 
 def find_device() -> Device:
@@ -99,7 +100,7 @@ def imagined_card(device_bytes: int, host_bytes: int | None, here: Device) -> De
         "--device-memory",
         host_bytes or here.host_free_bytes,
         ASSUMED_CONTEXT_BYTES,
-        here.operations_per_second if here.is_cuda else None,
+        here.operations_per_second if here.is_card else None,
     )
 
 
@@ -178,7 +179,7 @@ def resident_bytes() -> tuple[int, int]:
 
 def reset_peak(device: Device) -> None:
     """Start a new peak; on Linux a process may reset its own `VmHWM` (proc(5), clear_refs)."""
-    if device.is_cuda:
+    if device.is_card:
         torch.cuda.reset_peak_memory_stats(0)
         return
     with contextlib.suppress(OSError):

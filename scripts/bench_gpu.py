@@ -172,7 +172,7 @@ class Lab:
         device = self.device
         recipe = recipe_of(memory or Memory())
         return activation_memory.forecaster(
-            self.config(shape), recipe, device.compute_dtype, device.is_cuda, device.outside_bytes
+            self.config(shape), recipe, device.compute_dtype, device.is_card, device.outside_bytes
         )
 
     def build(self, forecaster: Forecaster, techniques: Techniques) -> Stage:
@@ -187,7 +187,7 @@ class Lab:
 
     def measure(self, stage: Stage, batch: dict[str, Any]) -> Figures:
         """Peak bytes and seconds of one step, gradients and optimizer state there before it."""
-        if not self.device.is_cuda:
+        if not self.device.is_card:
             counter, start = LiveBytes(), time.perf_counter()
             count_step(stage, batch, accumulates=True, counter=counter)
             counted = max(peak.device_bytes for peak in counter.peaks.values())
@@ -222,7 +222,7 @@ class Lab:
             stage.model.zero_grad()
             free_memory()
             return {"ran": False}
-        if most_bytes is not None and not self.device.is_cuda and found["allocated_bytes"] > most_bytes:
+        if most_bytes is not None and not self.device.is_card and found["allocated_bytes"] > most_bytes:
             return {"ran": False}
         return {"ran": True, **found}
 
@@ -281,9 +281,9 @@ def beside(forecast: Forecast, found: Figures) -> Figures:
 
 def machine(lab: Lab) -> Iterator[Figures]:
     """What the card does at best: 16-bit products of matrices, and copies from page-locked memory."""
-    size, count = (8192, 20) if lab.device.is_cuda else (128, 2)
+    size, count = (8192, 20) if lab.device.is_card else (128, 2)
     square = torch.randn(size, size, device=lab.device.name, dtype=torch.bfloat16)
-    home = torch.empty(size * size * 4, dtype=torch.uint8, pin_memory=lab.device.is_cuda)
+    home = torch.empty(size * size * 4, dtype=torch.uint8, pin_memory=lab.device.is_card)
     there = torch.empty_like(home, device=lab.device.name)
 
     def seconds(act: Callable[[], object]) -> float:
@@ -305,7 +305,7 @@ def machine(lab: Lab) -> Iterator[Figures]:
 
 
 def synchronize(lab: Lab) -> None:
-    if lab.device.is_cuda:
+    if lab.device.is_card:
         torch.cuda.synchronize()
 
 
@@ -471,13 +471,13 @@ class limited_to:
         self.lab, self.card_bytes = lab, card_bytes
 
     def __enter__(self) -> None:
-        if self.lab.device.is_cuda:
+        if self.lab.device.is_card:
             share = (self.card_bytes - self.lab.device.outside_bytes) / self.lab.device.total_bytes
             torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
     def __exit__(self, *fault: object) -> None:
         let_memory_go()
-        if self.lab.device.is_cuda:
+        if self.lab.device.is_card:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
 
@@ -586,7 +586,7 @@ def _trl_run(lab: Lab, forecaster: Forecaster, rows: Sequence[PackedRow], batch:
                 save_strategy="no",
                 logging_steps=1,
                 disable_tqdm=True,
-                use_cpu=not device.is_cuda,
+                use_cpu=not device.is_card,
                 bf16=device.compute_dtype == "bfloat16",
             ),
             train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows]),
@@ -647,12 +647,12 @@ def joined(rows: Sequence[PackedRow]) -> PackedRow:
 
 def reset_peak(lab: Lab) -> None:
     let_memory_go()
-    if lab.device.is_cuda:
+    if lab.device.is_card:
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_of(lab: Lab) -> int | None:
-    return torch.cuda.max_memory_allocated() if lab.device.is_cuda else None
+    return torch.cuda.max_memory_allocated() if lab.device.is_card else None
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         train=Train(learning_rate=LEARNING_RATE, optimizer="adamw_8bit"),
     )
     config, make = base_maker(options.base, options.shape, settings, device.name, device.compute_dtype)
-    forecaster = activation_memory.forecaster(config, recipe, device.compute_dtype, device.is_cuda, 0)
+    forecaster = activation_memory.forecaster(config, recipe, device.compute_dtype, device.is_card, 0)
     trials, refused = trials_of(forecaster)
     shape = BatchShape.of_one_document(options.tokens)
     batch = batch_of(random_rows(1, options.tokens, config.get_text_config().vocab_size), device.name)
@@ -186,13 +186,13 @@ def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         if not fused_cross_entropy.suits(stage.model):
             raise ModelError("--base: its head scales, caps or biases the logits; such a loss is not benched here.")
         stages.append(stage)
-        peaks.append(count(stage, batch, device.is_cuda))
+        peaks.append(count(stage, batch, device.is_card))
         print(f"counted: {trial.name}", file=sys.stderr, flush=True)
     seconds: list[list[float]] = [[] for _ in trials]
     losses = [0.0] * len(trials)
     for number in range(options.rounds):
         for index, stage in enumerate(stages):
-            took, losses[index] = timed_step(stage, batch, device.is_cuda)
+            took, losses[index] = timed_step(stage, batch, device.is_card)
             seconds[index].append(took)
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
     rows = [

@@ -51,5 +51,5 @@ def test_a_card_is_imagined_in_this_host_or_in_one_of_its_own() -> None:
     here = hardware.Device("cpu", "CPU", 24 * GIB, 20 * GIB, "float32", "a test", 20 * GIB)
     assert hardware.imagined_card(8 * GIB, None, here).host_free_bytes == 20 * GIB
     card = hardware.imagined_card(8 * GIB, 3 * GIB, here)
-    assert (card.free_bytes, card.host_free_bytes, card.is_cuda) == (8 * GIB, 3 * GIB, True)
+    assert (card.free_bytes, card.host_free_bytes, card.is_card) == (8 * GIB, 3 * GIB, True)
     assert card.operations_per_second is None  # nobody knows how fast it is

@@ -119,7 +119,7 @@ def _device() -> Examined:
     from qtune.hardware import find_device
 
     device = find_device()
-    if device.is_cuda:
+    if device.is_card:
         return Examined("device", device.label, f"runs compute in {device.compute_dtype}")
     build = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA card"
     return Examined(
@@ -133,7 +133,7 @@ def _memory() -> Examined:
     from qtune.hardware import find_device
 
     device = find_device()
-    where = "card" if device.is_cuda else "host"
+    where = "card" if device.is_card else "host"
     return Examined(
         f"{where} memory",
         f"{format_bytes(device.free_bytes)} free of {format_bytes(device.total_bytes)}",

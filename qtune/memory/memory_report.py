@@ -34,7 +34,7 @@ class Ledger:
     @classmethod
     def begin(cls, device: Device) -> "Ledger":
         """Call before the base is loaded."""
-        if device.is_cuda:
+        if device.is_card:
             free, total = torch.cuda.mem_get_info(0)
             return cls(device, total - free - torch.cuda.memory_reserved(0))
         return cls(device, resident_bytes()[0])
@@ -51,10 +51,10 @@ class Ledger:
         sizes: dict[str, int] = {}
         for part, side, tensors in standing_parts(model, engine, optimizer):
             name = part if side == "device" else HOST
-            if side == "device" or not self.device.is_cuda:
+            if side == "device" or not self.device.is_card:
                 sizes[name] = sizes.get(name, 0) + storage_sizes(tensors)
         peak, total, free = self._held()
-        outside = "context" if self.device.is_cuda else "python and libraries"
+        outside = "context" if self.device.is_card else "python and libraries"
         sizes[REST] = max(0, peak - self.outside_bytes - sum(sizes.values()))
         sizes[outside] = self.outside_bytes
         reset_peak(self.device)
@@ -64,7 +64,7 @@ class Ledger:
 
     def _held(self) -> tuple[int, int, int]:
         """Peak, total and free bytes of the device; the peak includes what was held outside."""
-        if self.device.is_cuda:
+        if self.device.is_card:
             free, total = torch.cuda.mem_get_info(0)
             return torch.cuda.max_memory_allocated(0) + self.outside_bytes, total, free
         total, free = host_memory()

@@ -105,7 +105,7 @@ def rehearse(
         group["lr"] = 0.0
     try:
         as_after_a_step(model, optimizer, accumulates)
-        watch = _on_a_card if device.is_cuda else _by_counting
+        watch = _on_a_card if device.is_card else _by_counting
         return watch(model, engine, optimizer, batch, loss_of)
     finally:
         for parameter, weight in zip(trained, weights, strict=True):

@@ -50,7 +50,7 @@ def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
         gradient_checkpointing=False,  # ours is memory.gradient_checkpointing
         bf16=plan.compute_dtype == "bfloat16",
         fp16=plan.compute_dtype == "float16",
-        use_cpu=not plan.device.is_cuda,
+        use_cpu=not plan.device.is_card,
         seed=train.seed,
         data_seed=train.seed,
         logging_steps=train.log_every,
@@ -62,7 +62,7 @@ def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
         run_name=folder.name,
         project="qtune",
         disable_tqdm=True,
-        dataloader_pin_memory=plan.device.is_cuda,
+        dataloader_pin_memory=plan.device.is_card,
         remove_unused_columns=False,
         max_length=None,
         packing=False,
