@@ -19,6 +19,7 @@ from qtune.guest import at_work, sources
 from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir, read_json, refuse_used
+from qtune.train import trackers
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -131,7 +132,7 @@ def _train(
     recipe = load.bare(recipe)
     if output is not None:
         refuse_used(Path(output))
-    _make_tracker_ready(recipe)
+    trackers.make_ready(recipe.report.to)
     with quick_imports():
         from qtune import run as story
         from qtune.ready import get_ready, start_folder
@@ -146,13 +147,6 @@ def _train(
             listen = on_event or _printed(ready.plan.steps)
             story.run(ready, folder, listen, stop=stop, catches_signals=catches_signals)
     return Run(folder)
-
-
-def _make_tracker_ready(recipe: Recipe) -> None:
-    from qtune.train.trackers import TRACKERS
-
-    if recipe.report.to is not None:
-        TRACKERS[recipe.report.to].make_ready()
 
 
 def _printed(steps: int) -> Listener:
@@ -324,7 +318,7 @@ class Run:
         resume.refuse_without_checkpoints(self.folder)
         with self.folder.held():
             recipe = resume.recipe_of(self.folder, _as_texts(overrides))
-            _make_tracker_ready(recipe)
+            trackers.make_ready(recipe.report.to)
             with at_work(*sources(recipe)):
                 ready, going_on = get_ready_again(self.folder, recipe, allow_change, Doing())
                 resume.remember(self.folder, _as_texts(overrides))

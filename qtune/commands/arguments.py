@@ -52,13 +52,6 @@ def said_by_line(fault: UserError, options: Namespace) -> str:
     return load.blamed(str(fault), shipped_recipes.find(options.recipe), options.set, options.demo)
 
 
-def make_tracker_ready(recipe: "Recipe") -> None:
-    from qtune.train.trackers import TRACKERS
-
-    if recipe.report.to is not None:
-        TRACKERS[recipe.report.to].make_ready()
-
-
 def stay_offline_when_local(recipe: "Recipe") -> None:
     """Without a hub name in the recipe no library may ask the network for anything."""
     stay_offline_with(*sources(recipe))

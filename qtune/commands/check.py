@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 
 from qtune.commands import arguments, terminal
 from qtune.commands.verb import Verb
+from qtune.train import trackers
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def act(options: Namespace) -> None:
 def _with_plan(options: Namespace) -> None:
     with terminal.doing_of(options) as doing:
         recipe, _ = arguments.load_recipe(options)
-        arguments.make_tracker_ready(recipe)
+        trackers.make_ready(recipe.report.to)
         with terminal.importing(doing):
             from qtune.ready import get_ready
         from qtune.report import plan_table
@@ -37,7 +38,7 @@ def _with_plan(options: Namespace) -> None:
 def _without_plan(options: Namespace) -> None:
     with terminal.doing_of(options) as doing:
         recipe, _ = arguments.load_recipe(options)
-        arguments.make_tracker_ready(recipe)
+        trackers.make_ready(recipe.report.to)
         with terminal.importing(doing):
             from qtune import logs
             from qtune.evaluate.held_out import read_rows

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from qtune.commands import arguments, terminal
 from qtune.commands.verb import Verb
 from qtune.errors import RecipeError, RunFolderError, UserError
+from qtune.train import trackers
 
 if TYPE_CHECKING:
     from qtune.rundir import RunDir
@@ -45,7 +46,7 @@ def _go_on(folder: "RunDir", options: Namespace) -> int:
 
     with terminal.doing_of(options, is_log=True) as doing:
         recipe = resume.recipe_of(folder, options.set)
-        arguments.make_tracker_ready(recipe)
+        trackers.make_ready(recipe.report.to)
         arguments.stay_offline_when_local(recipe)
         with terminal.importing(doing):
             from qtune import run  # noqa: F401  (for `drawn`)

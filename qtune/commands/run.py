@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qtune.commands import arguments, terminal
 from qtune.commands.verb import Verb
+from qtune.train import trackers
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def refuse(options: Namespace) -> None:
 def act(options: Namespace) -> int:
     with terminal.doing_of(options, is_log=True) as doing:
         recipe, path = arguments.load_recipe(options)
-        arguments.make_tracker_ready(recipe)
+        trackers.make_ready(recipe.report.to)
         with terminal.importing(doing):
             from qtune import ready as readiness
             from qtune import run  # noqa: F401  (for `drawn`)

@@ -75,3 +75,9 @@ def _refuse_absent(name: str, package: str) -> None:
 
 
 TRACKERS = registered(__name__, Tracker)
+
+
+def make_ready(name: str | None) -> None:
+    """Settle what the tracker of that name will do; None is none. Raises what `Tracker.make_ready` does."""
+    if name is not None:
+        TRACKERS[name].make_ready()
