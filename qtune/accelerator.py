@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+Capability = tuple[int, int]  # of a CUDA card, major and minor: which kernels it can run
+
 
 def kind(device: torch.device) -> ModuleType:
     """torch's module for the kind of `device`. Raises RuntimeError for a kind that has none, such as `meta`."""
@@ -28,6 +30,11 @@ def cards() -> list[torch.device]:
     """The card that torch computes on; none on a machine without."""
     card = torch.accelerator.current_accelerator(check_available=True)
     return [] if card is None else [torch.device(card.type)]
+
+
+def capability(device: torch.device) -> Capability | None:
+    """Of a CUDA card; None for any other device, whose kernels torch chooses by other rules."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def new_stream(device: torch.device) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qtune import accelerator
+from qtune.accelerator import Capability
 from qtune.units import MIB
 
 # Dense bfloat16 tensor operations a second with float32 sums, as the makers publish them, times what a fine-tune gets
@@ -38,6 +39,8 @@ PUBLISHED_OPERATIONS = {
     "L4": 121e12,
     "A10": 125e12,
 }
+# Tensor cores multiply bfloat16 from here on, and float16 (CUDA programming guide, compute capabilities).
+OLDEST_WITH: dict[str, Capability] = {"bfloat16": (8, 0), "float16": (7, 0), "float32": (7, 0)}
 USED_FRACTION = 0.5  # chosen, not measured: dequantising, norms and copies take about as long as the products
 
 
@@ -46,7 +49,8 @@ class Device:
     """`name` is torch's (`cuda:0`, `cpu`), `label` a person's, `why` the reason it was taken; bytes as they are now.
 
     `outside_bytes` is what a process holds on it besides tensors; `operations_per_second` what its arithmetic is worth
-    in a fine-tune, None where that is not known.
+    in a fine-tune, None where that is not known. `capability` is a CUDA card's; where it is not said, that of
+    the oldest card with such arithmetic.
     """
 
     name: str
@@ -58,6 +62,11 @@ class Device:
     host_free_bytes: int = 0
     outside_bytes: int = 0
     operations_per_second: float | None = None
+    capability: Capability | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_card and self.capability is None:
+            object.__setattr__(self, "capability", OLDEST_WITH[self.compute_dtype])
 
     @property
     def is_card(self) -> bool:
@@ -71,17 +80,18 @@ def find_device() -> Device:
         torch.cuda.init()
         outside = context_bytes()
         free, total = torch.cuda.mem_get_info(0)
-        label, has_bfloat16 = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0) >= (8, 0)
+        label, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
         return Device(
             "cuda:0",
             label,
             total,
             free + outside,  # this process's own context is part of the forecast
-            "bfloat16" if has_bfloat16 else "float16",
+            "bfloat16" if capability >= OLDEST_WITH["bfloat16"] else "float16",
             "the first CUDA card",
             host_free,
             outside,
             published_operations(label),
+            capability,
         )
     dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
     label = f"CPU, {os.cpu_count()} cores"

@@ -172,7 +172,7 @@ class Lab:
         device = self.device
         recipe = recipe_of(memory or Memory())
         return activation_memory.forecaster(
-            self.config(shape), recipe, device.compute_dtype, device.is_card, device.outside_bytes
+            self.config(shape), recipe, device.compute_dtype, device.capability, device.outside_bytes
         )
 
     def build(self, forecaster: Forecaster, techniques: Techniques) -> Stage:

@@ -176,7 +176,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         train=Train(learning_rate=LEARNING_RATE, optimizer="adamw_8bit"),
     )
     config, make = base_maker(options.base, options.shape, settings, device.name, device.compute_dtype)
-    forecaster = activation_memory.forecaster(config, recipe, device.compute_dtype, device.is_card, 0)
+    forecaster = activation_memory.forecaster(config, recipe, device.compute_dtype, device.capability, 0)
     trials, refused = trials_of(forecaster)
     shape = BatchShape.of_one_document(options.tokens)
     batch = batch_of(random_rows(1, options.tokens, config.get_text_config().vocab_size), device.name)

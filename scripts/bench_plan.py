@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import QtuneError
-from qtune.hardware import ASSUMED_CONTEXT_BYTES
+from qtune.hardware import ASSUMED_CONTEXT_BYTES, OLDEST_WITH
 from qtune.memory.techniques import Techniques
 from qtune.model import base
 from qtune.plan.activation_memory import forecaster
@@ -106,7 +106,7 @@ def every_model(options: argparse.Namespace, folder: Path) -> None:
         work = Work.of_full_sequences(options.tokens)
         try:
             config = base.read_config_alone(recipe.model)
-            forecasts = forecaster(config, recipe, "bfloat16", True, ASSUMED_CONTEXT_BYTES)
+            forecasts = forecaster(config, recipe, "bfloat16", OLDEST_WITH["bfloat16"], ASSUMED_CONTEXT_BYTES)
             climbs = [Ladder(forecasts, work, Budget(gib * GIB, host_bytes)).climb() for gib in CARDS_GIB]
             cells = [cell(climb, forecasts.layers) for climb in climbs]
         except QtuneError as fault:

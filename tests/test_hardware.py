@@ -53,3 +53,11 @@ def test_a_card_is_imagined_in_this_host_or_in_one_of_its_own() -> None:
     card = hardware.imagined_card(8 * GIB, 3 * GIB, here)
     assert (card.free_bytes, card.host_free_bytes, card.is_card) == (8 * GIB, 3 * GIB, True)
     assert card.operations_per_second is None  # nobody knows how fast it is
+
+
+def test_a_cards_capability_is_its_own_or_the_oldest_with_its_arithmetic() -> None:
+    here = hardware.Device("cpu", "CPU", 24 * GIB, 20 * GIB, "float32", "a test", 20 * GIB)
+    assert here.capability is None
+    assert hardware.imagined_card(8 * GIB, None, here).capability == (8, 0)
+    assert hardware.Device("cuda:0", "T4", 8 * GIB, 8 * GIB, "float16").capability == (7, 0)
+    assert hardware.Device("cuda:0", "RTX 4060", 8 * GIB, 8 * GIB, "bfloat16", capability=(8, 9)).capability == (8, 9)

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from qtune.accelerator import is_card
+from qtune import accelerator
+from qtune.accelerator import Capability, is_card
 
 Side = Literal["device", "host"]
 BLOCK_BYTES = 512
@@ -62,8 +63,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts while it is entered. `peaks` holds one Peak a phase, `begun` what was held as each phase began last;
     `timeline` (device bytes by part) if asked for.
 
-    With `with_places` every storage remembers the line of code that made it, which is slow. `stands_for_card` says that
-    the tensors are fake ones of the host, in place of a card's.
+    With `with_places` every storage remembers the line of code that made it, which is slow. `card` says that the
+    tensors are fake ones of the host, in place of those of a card of that capability.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class LiveBytes(TorchDispatchMode):
         part_of_new: str = "layer workspace",
         with_timeline: bool = False,
         with_places: bool = False,
-        stands_for_card: bool = False,
+        card: Capability | None = None,
     ):
         super().__init__()
         self.phase = "load"
-        self.stands_for_card = stands_for_card
+        self.card = card
         self.peaks: dict[str, Peak] = {}
         self.begun: dict[str, Peak] = {}
         self.layer_phases: dict[int, str] = {}
@@ -257,7 +258,12 @@ def tiles(length: int, step: int, example: torch.Tensor) -> list[slice]:
 
 def stands_for_card() -> bool:
     """Whether what runs now is a forecast of what a CUDA card would hold."""
-    return _active is not None and _active.stands_for_card
+    return _active is not None and _active.card is not None
+
+
+def capability_for(tensor: torch.Tensor) -> Capability | None:
+    """Of the CUDA card that `tensor` lies on, or stands for in a forecast; None on any other device."""
+    return _active.card if _active is not None and _active.card else accelerator.capability(tensor.device)
 
 
 def note_workspace(part: str, size: int) -> None:

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
+from qtune.accelerator import Capability
 from qtune.errors import ModelError
 from qtune.memory import fused_cross_entropy, memory_tracker
 from qtune.memory.engine import Engine
@@ -63,14 +64,14 @@ def trace(
     compute_dtype: str,
     techniques: Techniques,
     batch: BatchShape,
-    is_card: bool,
+    card: Capability | None,
 ) -> Traced:
-    """One pass through a model as deep as `config` says."""
+    """One pass through a model as deep as `config` says, on a `card` of that capability or on the processor."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model.build(config, recipe, compute_dtype, mode)
-    with mode, _as_on_a_card(is_card), fake_model.dora_on_empty_weights():
+    with mode, _as_on_a_card(card is not None), fake_model.dora_on_empty_weights():
         engine = Engine(model)
-        with LiveBytes(stands_for_card=is_card) as counter:
+        with LiveBytes(card=card) as counter:
             engine.switch_to(techniques.in_a_pass())
             for parameter in adapter.trained_parameters(model):
                 parameter.grad = torch.zeros_like(parameter)
@@ -164,13 +165,15 @@ def _as_on_a_card(is_card: bool) -> Iterator[None]:
 
 
 def forecaster(
-    config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, is_card: bool, context_bytes: int
+    config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, card: Capability | None, context_bytes: int
 ) -> Forecaster:
-    """Forecasts of the model that `config` describes. Raises ModelError where transformers cannot build it, and when
-    asked where it cannot run."""
-    standing = count(config, recipe, compute_dtype, is_card)
-    passes = TracedPasses(config, recipe, compute_dtype, is_card, len(standing.layers))
-    return Forecaster(recipe, standing, passes, is_card, context_bytes)
+    """Forecasts of the model that `config` describes, on a `card` of that capability or on the processor.
+
+    Raises ModelError where transformers cannot build it, and when asked where it cannot run.
+    """
+    standing = count(config, recipe, compute_dtype, is_card=card is not None)
+    passes = TracedPasses(config, recipe, compute_dtype, card, len(standing.layers))
+    return Forecaster(recipe, standing, passes, card is not None, context_bytes)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class TracedPasses:
     config: PreTrainedConfig
     recipe: Recipe
     compute_dtype: str
-    is_card: bool
+    card: Capability | None
     layers: int
     traces: dict[tuple[int, Techniques, BatchShape], Traced] = field(default_factory=dict)
 
@@ -229,7 +232,7 @@ class TracedPasses:
         if key not in self.traces:
             config = fake_model.shallow(self.config, layers)
             try:
-                self.traces[key] = trace(config, self.recipe, self.compute_dtype, on, batch, self.is_card)
+                self.traces[key] = trace(config, self.recipe, self.compute_dtype, on, batch, self.card)
             except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as fault:
                 reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
                 raise ModelError(f"model.base: the model its config.json describes cannot run ({reason}).") from fault

@@ -134,7 +134,7 @@ def _overhead(told: Sequence[Rung]) -> float:
 
 
 def _forecaster(recipe: Recipe, device: Device, config: PreTrainedConfig, compute_dtype: str) -> Forecaster:
-    return activation_memory.forecaster(config, recipe, compute_dtype, device.is_card, device.outside_bytes)
+    return activation_memory.forecaster(config, recipe, compute_dtype, device.capability, device.outside_bytes)
 
 
 def budget_of(recipe: Recipe, device: Device) -> Budget:

@@ -230,6 +230,6 @@ def test_a_card_writes_a_dequantised_weight_out_for_many_rows_only(rows: int, on
     """bitsandbytes multiplies up to 512 rows with the weight as it is, on a card; elsewhere it never does."""
     weight = 128 * 64 * 4 + 2 * 4 * 128 * 64 // 64  # (128, 64) in float32, and two scales for each 64 of it
     asked = (torch.empty(1, rows, 64), None, (128, 64), None, 64)  # the last is how many weights share a scale
-    with LiveBytes(stands_for_card=True):
+    with LiveBytes(card=(8, 6)):
         assert memory_tracker.WORKSPACES["bitsandbytes::gemm_4bit"](asked) == ("dequantised weights", on_card * weight)
     assert memory_tracker.WORKSPACES["bitsandbytes::gemm_4bit"](asked) == ("dequantised weights", weight)

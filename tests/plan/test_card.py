@@ -47,7 +47,9 @@ SHAPES: dict[str, PreTrainedConfig] = {
 
 @lru_cache
 def forecaster(shape: str) -> Forecaster:
-    return activation_memory.forecaster(SHAPES[shape], recipe_for("demo", lora={"rank": 16}), "bfloat16", True, CONTEXT)
+    return activation_memory.forecaster(
+        SHAPES[shape], recipe_for("demo", lora={"rank": 16}), "bfloat16", (8, 6), CONTEXT
+    )
 
 
 def allocated(shape: str, techniques: Techniques, tokens: int = 2048) -> int:
@@ -75,7 +77,7 @@ def test_bytes_of_a_token_of_context() -> None:
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 def test_attention_takes_the_workspace_of_flash_attention(key_value_heads: int) -> None:
     """Backward, the queries' gradient in float32, and for grouped heads two gradients for every query head."""
-    with FakeTensorMode(), LiveBytes(stands_for_card=True) as counter:
+    with FakeTensorMode(), LiveBytes(card=(8, 6)) as counter:
         query = torch.empty(1, 8, 1024, 32, dtype=torch.bfloat16, requires_grad=True)
         key, value = (
             torch.empty(1, key_value_heads, 1024, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)

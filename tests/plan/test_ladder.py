@@ -51,7 +51,7 @@ HEIGHTS = heights_of(ladder_of(WORK))
 @pytest.fixture(scope="module")
 def traced() -> Forecaster:
     config = tiny_config(num_hidden_layers=REAL_LAYERS, intermediate_size=384)
-    return activation_memory.forecaster(config, recipe_for("demo"), "float32", False, 0)
+    return activation_memory.forecaster(config, recipe_for("demo"), "float32", None, 0)
 
 
 def highest(climb: Climb) -> int:

@@ -32,7 +32,7 @@ EVERYTHING = Budget(1 << 60, 1 << 60)
 
 @pytest.fixture(scope="module")
 def exact() -> Forecaster:
-    return activation_memory.forecaster(CONFIG, RECIPE, "bfloat16", True, CONTEXT)
+    return activation_memory.forecaster(CONFIG, RECIPE, "bfloat16", (8, 6), CONTEXT)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def recipe_for(folder: Path | str, memory: dict | None = None, lora: dict | None
 
 
 def on_this_machine(recipe: Recipe, dtype: str) -> Forecaster:
-    return forecaster(base.read_config(recipe.model), recipe, dtype, is_card=False, context_bytes=0)
+    return forecaster(base.read_config(recipe.model), recipe, dtype, card=None, context_bytes=0)
 
 
 def packed(lengths: Sequence[int], vocabulary: int) -> dict:

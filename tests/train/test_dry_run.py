@@ -233,7 +233,7 @@ def test_another_fault_is_not_taken_for_memory() -> None:
 def test_every_rung_trains_the_same(wide_base: Path, tmp_path: Path) -> None:
     """Budgets that end at each rung in turn, two steps of each, and the largest batch within the budget as measured."""
     recipe, train = recipe_for(wide_base, max_steps=2), rows(2, TOKENS)
-    forecasts = activation_memory.forecaster(base.read_config(recipe.model), recipe, "float32", False, 0)
+    forecasts = activation_memory.forecaster(base.read_config(recipe.model), recipe, "float32", None, 0)
     heaviest, techniques = Work.of_rows(train).heaviest(1), Techniques()
     plan = plan_for(recipe, train)
     assert plan.techniques == techniques
