@@ -69,8 +69,28 @@ def set_random_state(state: torch.Tensor, device: torch.device) -> None:
 
 def free_cached_memory() -> None:
     """Give what torch's allocator keeps of a card's memory, and nothing uses, back to the card."""
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    for card in cards():
+        kind(card).empty_cache()
+
+
+def free_and_total_bytes(card: torch.device) -> tuple[int, int]:
+    """What is free of a card's memory, and all of it, as the driver has it."""
+    free, total = kind(card).mem_get_info(card)
+    return int(free), int(total)
+
+
+def reserved_bytes(card: torch.device) -> int:
+    """What torch's allocator holds of a card's memory, used or not."""
+    return int(kind(card).memory_reserved(card))
+
+
+def most_allocated_bytes(card: torch.device) -> int:
+    """The most that tensors took on a card since `count_anew`."""
+    return int(kind(card).max_memory_allocated(card))
+
+
+def count_anew(card: torch.device) -> None:
+    kind(card).reset_peak_memory_stats(card)
 
 
 def page_locked(count: int, dtype: torch.dtype) -> torch.Tensor:

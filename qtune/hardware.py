@@ -190,7 +190,7 @@ def resident_bytes() -> tuple[int, int]:
 def reset_peak(device: Device) -> None:
     """Start a new peak; on Linux a process may reset its own `VmHWM` (proc(5), clear_refs)."""
     if device.is_card:
-        torch.cuda.reset_peak_memory_stats(0)
+        accelerator.count_anew(torch.device(device.name))
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

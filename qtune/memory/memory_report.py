@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
+from qtune import accelerator
 from qtune.events import MemoryMeasured
 from qtune.hardware import Device, host_memory, reset_peak, resident_bytes
 from qtune.memory.memory_parts import STANDING_PARTS, standing_parts
@@ -35,8 +36,9 @@ class Ledger:
     def begin(cls, device: Device) -> "Ledger":
         """Call before the base is loaded."""
         if device.is_card:
-            free, total = torch.cuda.mem_get_info(0)
-            return cls(device, total - free - torch.cuda.memory_reserved(0))
+            card = torch.device(device.name)
+            free, total = accelerator.free_and_total_bytes(card)
+            return cls(device, total - free - accelerator.reserved_bytes(card))
         return cls(device, resident_bytes()[0])
 
     def measure(
@@ -65,7 +67,8 @@ class Ledger:
     def _held(self) -> tuple[int, int, int]:
         """Peak, total and free bytes of the device; the peak includes what was held outside."""
         if self.device.is_card:
-            free, total = torch.cuda.mem_get_info(0)
-            return torch.cuda.max_memory_allocated(0) + self.outside_bytes, total, free
+            card = torch.device(self.device.name)
+            free, total = accelerator.free_and_total_bytes(card)
+            return accelerator.most_allocated_bytes(card) + self.outside_bytes, total, free
         total, free = host_memory()
         return max(resident_bytes()), total, free

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 
+from qtune import accelerator
 from qtune.lock import Quantization
 
-WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 22}  # 2 MiB in float32 stay in a cache; a card wants more at a time
+WEIGHTS_AT_ONCE = 1 << 19  # 2 MiB in float32, which stay in a processor's cache
+WEIGHTS_AT_ONCE_ON_CARD = 1 << 22  # chosen, not measured on a card: enough for its cores, and little of its memory
 OUTER_BLOCK = 256
 
 SAFE_SCALE = 2.0**-120  # below, a weight may be restored to less than 2**-126: see `restored_rows`
@@ -24,7 +26,8 @@ Rows = Callable[[Index], torch.Tensor]
 
 def rows_at_once(weight: torch.Tensor) -> int:
     """How many rows of a matrix are worked on together."""
-    return max(1, WEIGHTS_AT_ONCE[weight.device.type] // max(1, weight.shape[1]))
+    most = WEIGHTS_AT_ONCE_ON_CARD if accelerator.is_card(weight.device) else WEIGHTS_AT_ONCE
+    return max(1, most // max(1, weight.shape[1]))
 
 
 def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: Quantization) -> Rows:
@@ -35,7 +38,7 @@ def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: Quanti
     some processors and not on others.
     """
     block = quantization.blocksize
-    if weight.device.type == "cpu" and quantization.type == "nf4" and weight.shape[1] % block == 0:
+    if not accelerator.is_card(weight.device) and quantization.type == "nf4" and weight.shape[1] % block == 0:
         nf4 = NF4Rows.of(weight, dtype, block, quantization.double)
         if not ((nf4.scales != 0) & (nf4.scales.abs() < SAFE_SCALE)).any():
             return nf4.restored

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.linalg import vector_norm
 
+from qtune import accelerator
+
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -34,7 +36,7 @@ class Movement:
         """The same rows four times; `held` is them after 4 bits, None where they were not quantised."""
         original, start, merged = original.float(), start.float(), merged.float()
         held = original if held is None else held.float()
-        if original.is_cuda:
+        if accelerator.is_card(original.device):
             return cls(*(float(vector_norm(each)) ** 2 for each in (original, merged - start, held - original)))
         from qtune.merge.kernels import squares  # a card does without numba
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
+from qtune import accelerator
 from qtune.errors import OutOfMemory
 from qtune.events import Listener, MemoryMeasured, Rehearsed
 from qtune.hardware import Device
@@ -156,11 +157,11 @@ def _on_a_card(
     peaks: dict[str, Peak] = {}
 
     def end(phase: str) -> None:
-        torch.cuda.synchronize()
-        peaks[phase] = Peak({"allocated": torch.cuda.max_memory_allocated()})
-        torch.cuda.reset_peak_memory_stats()
+        accelerator.synchronize(engine.device)
+        peaks[phase] = Peak({"allocated": accelerator.most_allocated_bytes(engine.device)})
+        accelerator.count_anew(engine.device)
 
-    torch.cuda.reset_peak_memory_stats()
+    accelerator.count_anew(engine.device)
     loss = loss_of(batch)
     end("forward")
     loss.backward()

@@ -62,21 +62,22 @@ def test_the_parts_sum_to_the_peak_on_the_cpu(tiny_base) -> None:
 
 def test_a_card_is_asked_what_it_held_before_and_at_its_highest(tiny_base, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a made-up driver: of 8 GiB 6 are taken, half of one by torch's allocator."""
-    asked = {0: (2 * GIB, 8 * GIB)}  # free and total, by card
+    card = torch.device("cuda:0")
+    asked = {card: (2 * GIB, 8 * GIB)}  # free and total, by card
     monkeypatch.setattr(torch.cuda, "mem_get_info", asked.__getitem__)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", {0: GIB // 2}.__getitem__)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {0: 3 * GIB // 2}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {card: GIB // 2}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {card: 3 * GIB // 2}.__getitem__)
     started = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", started.append)
     ledger = Ledger.begin(Device("cuda:0", "a card", 8 * GIB, 2 * GIB, "bfloat16"))
     assert ledger.outside_bytes == 6 * GIB - GIB // 2
-    asked[0] = (GIB, 8 * GIB)
+    asked[card] = (GIB, 8 * GIB)
     model = adapter.attach(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), Lora(rank=RANK), 0)
     measured = ledger.measure("load", 0, model)
     assert (measured.peak_bytes, measured.total_bytes, measured.free_bytes) == (7 * GIB, 8 * GIB, GIB)
     assert measured.parts[0] == ("context", ledger.outside_bytes)
     assert sum(size for _, size in measured.parts) == measured.peak_bytes
-    assert started == [0]  # the next measurement is of what comes after this one
+    assert started == [card]  # the next measurement is of what comes after this one
 
 
 def test_what_lives_on_the_host_beside_a_card_is_told_apart_on_the_cpu(tiny_base) -> None:

@@ -127,7 +127,7 @@ def test_auto_keeps_the_dtype_of_the_checkpoint(tied_base, tmp_path) -> None:
 @pytest.mark.parametrize("onto", ["dequantised", "original"])
 def test_threads_change_no_bit(tiny_base, tmp_path, monkeypatch, onto) -> None:
     run = make_run(tmp_path / "run", tiny_base, strength=0.3)
-    monkeypatch.setitem(nf4_round_trip.WEIGHTS_AT_ONCE, "cpu", 300)
+    monkeypatch.setattr(nf4_round_trip, "WEIGHTS_AT_ONCE", 300)
     before, found = torch.get_num_threads(), []
     for threads in (1, 3):
         torch.set_num_threads(threads)

@@ -84,7 +84,7 @@ def test_it_is_rounded_from_the_compute_dtype(monkeypatch) -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
     expected = restore_quantized(weight.to(torch.bfloat16), quantization())
-    monkeypatch.setitem(nf4_round_trip.WEIGHTS_AT_ONCE, "cpu", 1024)
+    monkeypatch.setattr(nf4_round_trip, "WEIGHTS_AT_ONCE", 1024)
     assert torch.equal(restored_rows(weight, torch.bfloat16, quantization())(slice(0, 64)), expected.float())
 
 
