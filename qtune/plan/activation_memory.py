@@ -65,13 +65,16 @@ def trace(
     techniques: Techniques,
     batch: BatchShape,
     card: Capability | None,
+    counter: LiveBytes | None = None,
 ) -> Traced:
-    """One pass through a model as deep as `config` says, on a `card` of that capability or on the processor."""
+    """One pass through a model as deep as `config` says, on a `card` of that capability or on the processor; under
+    `counter` where more than live bytes is asked for."""
+    counter = LiveBytes(card=card) if counter is None else counter
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model.build(config, recipe, compute_dtype, mode)
     with mode, _as_on_a_card(card is not None), fake_model.dora_on_empty_weights():
         engine = Engine(model)
-        with LiveBytes(card=card) as counter:
+        with counter:
             engine.switch_to(techniques.in_a_pass())
             for parameter in adapter.trained_parameters(model):
                 parameter.grad = torch.zeros_like(parameter)
