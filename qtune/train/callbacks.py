@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune.events import Evaluated, Listener, Notice, StepDone
@@ -46,10 +45,8 @@ class Reporter(TrainerCallback):
         self.first_loss, self.has_warned = standing["first_loss"], standing["has_warned"]
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        gradients = [p.grad for p in trained_parameters(self.trainer.model) if p.grad is not None]
-        is_finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-        if not is_finite and not args.fp16:  # with fp16 the gradient scaler skips such a step and halves its scale
-            raise self.trainer.diverged("gradient")
+        parameters = trained_parameters(self.trainer.model)
+        self.trainer.refuse_unless_finite([p.grad for p in parameters if p.grad is not None])
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.monotonic()

@@ -212,10 +212,26 @@ class MeteredTrainer(SFTTrainer):
             return super(MeteredTrainer, self).training_step(model, piece, num_items_in_batch)
 
         loss = self.open_step.add(inputs, run)
-        if not torch.isfinite(loss):
-            raise self.diverged("loss")
         self.step_loss += loss
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` on the device, with the labelled positions found before, as a card would have to be waited for."""
+        if fused_cross_entropy.suits(self.model):
+            inputs = {**inputs, "labelled": fused_cross_entropy.positions_before_labels(inputs["labels"])}
+        return super()._prepare_inputs(inputs)
+
+    def refuse_unless_finite(self, gradients: list[torch.Tensor]) -> None:
+        """Raises TrainingDiverged before a step whose loss or gradient is no number; waits for the device once.
+
+        With float16 the gradient scaler skips a step of such a gradient itself, and halves its scale.
+        """
+        norm = torch.nn.utils.get_total_norm(gradients).to(self.step_loss)
+        loss_is_finite, gradient_is_finite = torch.stack([self.step_loss, norm]).isfinite().tolist()
+        if not loss_is_finite:
+            raise self.diverged("loss")
+        if not gradient_is_finite and not self.args.fp16:
+            raise self.diverged("gradient")
 
     def diverged(self, what: str) -> TrainingDiverged:
         """The refusal of a step whose loss or gradient is no number; names the rows that it was made of."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_models import on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtune.data.packing import collate
 from qtune.errors import TrainingDiverged
@@ -122,14 +123,54 @@ def test_a_gradient_that_is_no_number_ends_training_but_where_a_scaler_skips_the
     """In float16 the first steps overflow as a rule, until the scale has been halved often enough."""
     reporter = Reporter(built, None, unheard)
     weight = next(adapter.trained_parameters(built.model))
+    patch = pytest.MonkeyPatch()
     try:
         for gradient, fp16, ends in ((1.0, False, False), (math.inf, True, False), (math.nan, False, True)):
             weight.grad = torch.full_like(weight, gradient)
+            built.begin_step("Step 1")
             settings = replace(built.args, fp16=fp16, bf16=False)
+            patch.setattr(built, "args", settings)
             with pytest.raises(TrainingDiverged, match="the gradient is not a finite") if ends else nullcontext():
                 reporter.on_pre_optimizer_step(settings, built.state, built.control)
     finally:
+        patch.undo()
         weight.grad = None
+
+
+class Waits(TorchDispatchMode):
+    """What would make this thread wait for a card: values that the host wants, and shapes that depend on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero"):
+            self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_neither_loss_nor_labels_of_a_micro_batch_wait_for_a_card(built: MeteredTrainer) -> None:
+    """The loss was asked for after every micro-batch, and its labelled positions were found on the card."""
+    built.begin_step("Step 1")
+    batch = built._prepare_inputs(collate(PACKS[:1]))
+    assert batch["labelled"].tolist() == [0, 1, 2]
+    with Waits() as waits:
+        built.step_loss += built.loss_of(batch)
+    assert waits.names == ["_local_scalar_dense"]  # transformers looks whether positions begin anew in a row
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_loss_that_is_no_number_among_others_ends_its_step(built: MeteredTrainer, fp16: bool) -> None:
+    built.begin_step("Step 1")
+    batches = [collate(PACKS[:1]), collate(PACKS[1:2])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(built, "args", replace(built.args, fp16=fp16, bf16=False))
+        built.refuse_unless_finite([torch.ones(2)])
+        for batch, value in zip(batches, (math.nan, 1.0), strict=True):
+            built.step_loss += built.loss_of(batch).detach() * value
+        with pytest.raises(TrainingDiverged, match="the loss is not a finite"):
+            built.refuse_unless_finite([torch.ones(2)])
 
 
 def test_a_loss_is_said_to_rise_once_it_is_three_times_the_first(built: MeteredTrainer) -> None:
