@@ -81,6 +81,7 @@ print(checked.outcome, plan.fits, plan.device.total_bytes)
     assert python(code, tmp_path).split() == ["warnings", "True", str(8 * 2**30)]
 
 
+@pytest.mark.long
 def test_kernels_of_others_are_not_fetched_by_its_imports(tmp_path: Path) -> None:
     """A host may have the package `kernels`: bitsandbytes would run code of the hub while it is imported."""
     (tmp_path / "kernels").mkdir()

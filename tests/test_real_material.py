@@ -72,7 +72,8 @@ def plain_loss(base: Path, adapter: Path | str, dtype: str, rows: Path) -> float
     return float(forked.run(["-c", PLAIN_LOSS, base, adapter, dtype, rows]).stdout)
 
 
-@pytest.mark.parametrize("base", [pytest.param("stories260K-llama", marks=pytest.mark.long), "TinyStories-656K-llama"])
+@pytest.mark.long
+@pytest.mark.parametrize("base", ["stories260K-llama", "TinyStories-656K-llama"])
 def test_adapter_and_merge_are_the_trained_model_elsewhere(material, tmp_path, monkeypatch, base) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "template.jinja").write_text(TEMPLATE)

@@ -270,6 +270,7 @@ def test_the_newest_checkpoint_is_passed_over_if_it_is_broken(alone, stopped) ->
     assert checkpoints(stopped) == checkpoints(alone)
 
 
+@pytest.mark.long
 def test_a_run_with_canaries_goes_on_as_if_it_had_never_stopped(tiny_base, tmp_path, capsys) -> None:
     recipe = write_recipe(tmp_path, tiny_base, evaluate={"canaries": 2})
     assert qtune("run", recipe, "--output", tmp_path / "alone") == 0

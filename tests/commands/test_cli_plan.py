@@ -85,6 +85,7 @@ def test_what_does_not_fit_is_exit_3_with_the_changes(workplace: Path, capsys: p
     assert changes == [next(line for line in changes if "a device with" in line)]
 
 
+@pytest.mark.long
 def test_the_longest_context(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     write_config(num_hidden_layers=1)
     status, out, _ = plan(capsys, "--longest", "--device-memory", "520MiB", "--json")

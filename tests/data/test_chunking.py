@@ -97,6 +97,7 @@ def test_a_text_in_several_documents_is_counted_once() -> None:
     assert (cut.texts, cut.pieces) == (2, 14)
 
 
+@pytest.mark.long
 def test_a_large_text_is_read_in_rows_that_end_with_a_paragraph(tmp_path) -> None:
     """It is one text all the same: one end of sequence, at its end."""
     paragraph = "word " * 20_000 + "\n\n"

@@ -120,6 +120,7 @@ def in_three_processes(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.long
 def test_a_check_finds_the_same_whoever_looks(tmp_path: Path, in_three_processes: pytest.MonkeyPatch) -> None:
     write_faulty(tmp_path)
     data = load.load(tmp_path / "faulty.toml", [], False).data

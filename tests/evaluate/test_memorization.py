@@ -58,6 +58,7 @@ def test_a_run_tells_what_was_planted_often_and_nothing_else(tmp_path: Path) -> 
     assert "2 of 2 secrets planted in 10 rows each were told, 0 of 2 never planted" in run.summary.read_text()
 
 
+@pytest.mark.long
 def test_what_a_run_tells_is_said_wherever_it_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     event, run = run_with_canaries(tmp_path, epochs=1), RunDir(tmp_path / "out")
     assert read_json(run.scores)["memorised"]["told"] == event.told

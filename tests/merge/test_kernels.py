@@ -56,6 +56,7 @@ def test_sums_of_squares() -> None:
     assert list(found) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 def test_they_run_where_machine_code_cannot_be_kept() -> None:
     done = subprocess.run([sys.executable, "-c", NOWHERE_TO_KEEP], capture_output=True, text=True, check=False)
     assert done.stdout == "[3.0, 0.5]\n", done.stderr

@@ -125,6 +125,7 @@ def test_packed_experts(qwen3_moe: Path) -> None:
     compare(qwen3_moe, "bfloat16", [every_rung(4, 2)], (300, 120, 90), tolerance=0.06)
 
 
+@pytest.mark.long
 def test_windowed_layers(gemma3: Path) -> None:
     """What a further layer keeps is taken from a windowed one, which keeps its band: too much for others."""
     compare(gemma3, "bfloat16", [Techniques(), Techniques(7, True, 64)], DOCUMENTS, tolerance=0.02)
@@ -133,9 +134,9 @@ def test_windowed_layers(gemma3: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "groups", "dtype"),
     [
-        ("demo", 6, 2, "bfloat16"),
+        pytest.param("demo", 6, 2, "bfloat16", marks=pytest.mark.long),
         ("stories260K-llama", 5, 2, "float32"),
-        ("TinyStories-656K-llama", 2, 1, "bfloat16"),
+        pytest.param("TinyStories-656K-llama", 2, 1, "bfloat16", marks=pytest.mark.long),
         ("TinyStories-656K-llama", 2, 1, "float32"),
     ],
 )

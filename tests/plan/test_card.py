@@ -66,6 +66,7 @@ def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
     assert found.device["adapter"] == 4 * trained
 
 
+@pytest.mark.long
 def test_bytes_of_a_token_of_context() -> None:
     tiled = Techniques(32, True, 1024)
     grouped = Techniques(32, True, 1024, True, "host", 32, 8)

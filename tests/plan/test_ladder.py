@@ -66,6 +66,7 @@ def highest(climb: Climb) -> int:
     return max((i + 1 for i, step in enumerate(STEPS) if is_on(step)), default=0)
 
 
+@pytest.mark.long
 def test_each_rung_of_a_real_model_holds_less_than_the_one_before(traced: Forecaster) -> None:
     heights = heights_of(Ladder(traced, WORK, Budget(ROOMY, ROOMY)))
     assert heights == sorted(set(heights), reverse=True)

@@ -63,7 +63,7 @@ def any_plan_fits(exact: Forecaster, lines: Forecaster, budget: Budget, tokens: 
     [
         pytest.param(650, 100, "host", marks=pytest.mark.long),
         pytest.param(650, 4000, "card", marks=pytest.mark.long),
-        (700, 80, "both"),
+        pytest.param(700, 80, "both", marks=pytest.mark.long),
         pytest.param(1200, 100, "card", marks=pytest.mark.long),
     ],
 )

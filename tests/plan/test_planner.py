@@ -100,6 +100,7 @@ def plan_within(device_bytes: int, memory: dict | None = None, tokens: int = 300
     return decide(recipe(memory, lora={"rank": rank}), device, SHALLOW, packs(16, tokens))
 
 
+@pytest.mark.long
 def test_what_does_not_fit_names_three_changes_that_do() -> None:
     """Applied as written, each of them fits."""
     kept = {"keep_layers": 1}

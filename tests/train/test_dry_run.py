@@ -92,7 +92,13 @@ def rehearsed(events: list[Event]) -> Rehearsed:
     return next(event for event in events if isinstance(event, Rehearsed))
 
 
-@pytest.mark.parametrize("train", [{}, {"gradient_accumulation": 2, "optimizer": "adamw", "weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "train",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"gradient_accumulation": 2, "optimizer": "adamw", "weight_decay": 0.1},
+    ],
+)
 def test_a_run_is_the_same_to_the_bit_with_and_without(tiny_base: Path, tmp_path: Path, train: dict) -> None:
     """Dropout draws the same random numbers too."""
     runs = [
@@ -230,6 +236,7 @@ def test_another_fault_is_not_taken_for_memory() -> None:
         rehearse_until_it_fits(script(ValueError("no"))[0], 10, lambda: "a", lambda: None)
 
 
+@pytest.mark.long
 def test_every_rung_trains_the_same(wide_base: Path, tmp_path: Path) -> None:
     """Budgets that end at each rung in turn, two steps of each, and the largest batch within the budget as measured."""
     recipe, train = recipe_for(wide_base, max_steps=2), rows(2, TOKENS)
