@@ -12,6 +12,7 @@ from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
+from qtune.memory import attention_kernels
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.model import adapter, base, packing_probe
@@ -129,6 +130,8 @@ def _probed(ready: Ready, folder: RunDir, loaded: Loaded, tell: Listener) -> Rea
     probed = packing_probe.probe(loaded, vocabulary, lambda document: document_loss(loaded, document))
     folder.write_lock(dataclasses.replace(folder.read_lock(), packing_probe=probed))
     packing_probe.refuse_another(probed, ready.recipe.model.base)
+    for why in attention_kernels.varlen_faults():
+        tell(Notice(f"torch's varlen_attn does not work here ({why}): packed documents are padded to powers of two"))
     if not probed.leaks:
         return ready
     reason = f"documents in a pack read each other in this base (logits move by {format_percent(probed.moved_in_pack)})"

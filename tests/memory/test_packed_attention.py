@@ -1,10 +1,13 @@
 """Packed documents: the same numbers as one at a time, and no token that sees another document."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_config
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -20,7 +23,8 @@ from transformers import (
 )
 
 from qtune.memory import packed_attention
-from qtune.memory.packed_attention import bucket_documents
+from qtune.memory.packed_attention import bucket_documents, document_attention
+from qtune.merge.logit_distance import logits_of
 
 LENGTHS = (5, 9, 3, 17, 1, 30, 30)
 SHAPE = {
@@ -110,6 +114,22 @@ def test_rows_longer_than_the_window_are_what_they_are_in_plain_transformers(kin
     )
 
 
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_rows_padded_behind_are_within_the_window_without_a_mask(kind: str) -> None:
+    """So are the rows of a verification given, and those of lm-eval."""
+    config_class, model_class = WINDOWED[kind]
+    config = config_class(**SHAPE, sliding_window=4, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    torch.manual_seed(0)
+    plain = model_class._from_config(config, attn_implementation="eager").eval()
+    ours = model_class._from_config(config, attn_implementation=packed_attention.NAME).eval()
+    ours.load_state_dict(plain.state_dict())
+    packed_attention.install(ours)
+    rows = [torch.randint(6, 262, (length,)).tolist() for length in (21, 9, 3)]
+    for logits, row in zip(logits_of(ours, rows, "cpu"), rows, strict=True):
+        alone = plain(input_ids=torch.tensor([row])).logits[0]
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)
+
+
 def test_a_packed_row_costs_no_mask_though_its_window_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(packed_attention, "sdpa_mask", lambda *args, **kwargs: made.append(kwargs))
@@ -140,11 +160,64 @@ def test_padded_batches_and_generation_use_ordinary_attention() -> None:
     assert padded[0, 8:].tolist() == alone[0, 5:].tolist()
 
 
+class Launches(TorchDispatchMode):
+    """The kernels that are launched, by name: views move no number, and room is made by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (func.is_view or "empty" in func.name()):
+            self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def by_scattering(rows: list[torch.Tensor], lengths: tuple[int, ...]) -> torch.Tensor:
+    """The same pack with gathers of torch's own, whose gradients are added up at their places: (1, T, H, E)."""
+    outputs, buckets = [], bucket_documents(lengths, rows[0].device)
+    for places in buckets.split(buckets.positions):
+        query, key, value = (
+            row[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+            for row in rows
+        )
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, buckets.real)[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [LENGTHS, (40, 40, 40), (8, 7)])
+def test_a_pack_is_gathered_both_ways_to_the_bit_and_in_few_launches(
+    lengths: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    buckets = bucket_documents(lengths, torch.device("cpu"))  # made once for all layers
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1, heads, sum(lengths), 16, generator=generator, dtype=dtype) for heads in (4, 2, 2)]
+    weights = torch.randn(1, sum(lengths), 4, 16, generator=generator, dtype=dtype)
+
+    def ours(rows: list[torch.Tensor]) -> torch.Tensor:
+        return document_attention(torch.nn.Module(), *rows, None, document_lengths=lengths)[0]
+
+    results, launches = [], []
+    for attention in (ours, lambda rows: by_scattering(rows, lengths)):
+        leaves = [row.clone().requires_grad_() for row in rows]
+        with Launches() as counted:
+            output = attention(leaves)
+            results.append((output, *torch.autograd.grad(output, leaves, weights)))
+        launches.append(counted.names)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not {"index_add", "index_add_", "zeros", "new_zeros"} & set(launches[0])
+    assert launches[0].count("index_select") == 2 * 4  # queries, keys, values and the output, both ways
+    attended, joined, padded = 2 * len(buckets.shapes), 4 * (len(buckets.shapes) > 1), buckets.padding is not None
+    assert len(launches[0]) == attended + 2 * 4 + joined + padded < len(launches[1])
+
+
 def test_every_token_is_in_one_bucket_and_padding_is_at_most_double() -> None:
     rng = random.Random(0)
     for _ in range(200):
         lengths = tuple(rng.randint(1, 200) for _ in range(rng.randint(2, 40)))
-        buckets, back = bucket_documents(lengths, torch.device("cpu"))
-        places = torch.cat([bucket.positions.flatten()[bucket.real] for bucket in buckets])
-        assert places[back].tolist() == list(range(sum(lengths)))
-        assert sum(bucket.positions.numel() for bucket in buckets) <= 2 * sum(lengths)
+        buckets = bucket_documents(lengths, torch.device("cpu"))
+        assert buckets.positions[buckets.real].tolist() == list(range(sum(lengths)))
+        assert len(buckets.positions) == sum(documents * longest for documents, longest in buckets.shapes)
+        assert len(buckets.positions) <= 2 * sum(lengths)

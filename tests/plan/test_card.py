@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from qtune.hardware import Device
+from qtune.memory.attention_kernels import attend
 from qtune.memory.memory_tracker import LiveBytes
-from qtune.memory.packed_attention import _attend
 from qtune.memory.techniques import Techniques
 from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecaster
@@ -70,25 +70,26 @@ def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
 def test_bytes_of_a_token_of_context() -> None:
     tiled = Techniques(32, True, 1024)
     grouped = Techniques(32, True, 1024, True, "host", 32, 8)
-    for techniques, most in ((tiled, 115_500), (grouped, 60_000)):
+    for techniques, most in ((tiled, 115_600), (grouped, 60_000)):
         lower, higher = (allocated("Llama-3.1-8B", techniques, tokens) for tokens in (16_384, 32_768))
         assert (higher - lower) / 16_384 <= most
 
 
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 def test_attention_takes_the_workspace_of_flash_attention(key_value_heads: int) -> None:
-    """Backward, the queries' gradient in float32, and for grouped heads two gradients for every query head."""
+    """Backward, the queries' gradient in float32, a sum for each query, and for grouped heads two gradients for every
+    query head."""
     with FakeTensorMode(), LiveBytes(card=(8, 6)) as counter:
         query = torch.empty(1, 8, 1024, 32, dtype=torch.bfloat16, requires_grad=True)
         key, value = (
             torch.empty(1, key_value_heads, 1024, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
         )
-        output = _attend(query, key, value, None, 0.0, None)
+        output = attend(query, key, value, None, 0.0, None)
         counter.enter_phase("backward")
         before = sum(counter.held().values())
         output.backward(output.detach())
     queries, others = query.nbytes, key.nbytes + value.nbytes
-    workspace = 2 * queries + (2 * queries if key_value_heads < 8 else 0)
+    workspace = 2 * queries + 4 * 8 * 1024 + (2 * queries if key_value_heads < 8 else 0)
     assert counter.peaks["backward"].device_bytes - before == queries + others + workspace
 
 
