@@ -166,18 +166,21 @@ def random_weights(
     device: str,
     compute_dtype: str,
     techniques: Techniques = PLAIN,
-    attention: str = packed_attention.NAME,
+    is_plain: bool = False,
 ) -> PreTrainedModel:
     """A frozen model of this shape with random weights, its linears and experts in NF4 if `settings` say so.
 
     One weight at a time is made in 16 bits, on `device`. Layers that `techniques` stream leave it as soon as they are
-    made. The same call gives the same weights.
+    made. The same call gives the same weights. `is_plain`: as transformers makes it, with nothing of qtune in it.
     """
     packed_attention.register()
     dtype = getattr(torch, compute_dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=settings.trust_remote_code
+            config,
+            dtype=dtype,
+            attn_implementation="sdpa" if is_plain else packed_attention.NAME,
+            trust_remote_code=settings.trust_remote_code,
         )
     model.tie_weights()
     double = settings.double_quantization
@@ -192,15 +195,16 @@ def random_weights(
     streamed = {id(layers[i]) for i in spread(techniques.streamed_layers, len(layers))}
     made: dict[int, torch.nn.Parameter] = {}
     for module in _children_first(model):
-        _fill(module, settings.quantization == "nf4", double, device, made)
+        stacked = _stacked(module) if settings.quantization == "nf4" and not is_plain else ()
+        _fill(module, stacked, double, device, made)
         if id(module) in streamed:
             for tensor, put in frozen_tensors(module):
                 put(tensor.to("cpu"))
     model.requires_grad_(False)
     model.config.use_cache = False
     nf4.keep_weights_as_quantised(model)
-    mixture_of_experts.install(model)
-    if attention == packed_attention.NAME:
+    if not is_plain:
+        mixture_of_experts.install(model)
         packed_attention.install(model)
         fused_cross_entropy.install(model)
     return model
@@ -210,13 +214,16 @@ def _children_first(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [found for child in module.children() for found in _children_first(child)] + [module]
 
 
+def _stacked(module: torch.nn.Module) -> Sequence[str]:
+    """Names of the parameters of `module` that hold the matrices of several experts."""
+    is_packed = any(packed_experts.expert_modules(module)) and packed_experts.refusal(module) is None
+    return packed_experts.stacked_names(module) if is_packed else ()
+
+
 def _fill(
-    module: torch.nn.Module, is_quantised: bool, double: bool, device: str, made: dict[int, torch.nn.Parameter]
+    module: torch.nn.Module, stacked: Sequence[str], double: bool, device: str, made: dict[int, torch.nn.Parameter]
 ) -> None:
-    """Real values for the meta parameters of one module; a weight that is tied is made once."""
-    stacked: Sequence[str] = ()
-    if is_quantised and any(packed_experts.expert_modules(module)) and packed_experts.refusal(module) is None:
-        stacked = packed_experts.stacked_names(module)
+    """Real values for the meta parameters of one module, the `stacked` ones in NF4; a tied weight is made once."""
     for name, parameter in list(module._parameters.items()):
         if parameter is None or not parameter.is_meta:
             continue

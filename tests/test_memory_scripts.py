@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import bench_gpu  # noqa: E402
 import bench_memory  # noqa: E402
 import profile_memory  # noqa: E402
+from gpu_items import lab, shapes, smoke  # noqa: E402
 
 from qtune.memory.memory_parts import standing_parts  # noqa: E402
 from qtune.memory.memory_tracker import LiveBytes, storage_sizes  # noqa: E402
@@ -237,38 +238,80 @@ def test_a_bench_of_nothing_is_refused(tmp_path, capsys) -> None:
 # ---- bench_gpu
 
 
-def test_a_dry_run_leaves_what_it_found(tmp_path, capsys) -> None:
-    assert bench_gpu.main(["--dry-run", "--items", "machine,cost", "--output", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "gpu_dry_run.json").read_text())
+def test_a_rehearsal_leaves_what_it_found(tmp_path, capsys) -> None:
+    assert bench_gpu.main(["--rehearse", "--items", "machine,sanitizer,cost", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_rehearsal.json").read_text())
     assert all(item["rows"] and item["ended_early"] is None for item in report["items"].values())
-    assert "these figures mean nothing" in (tmp_path / "gpu_dry_run.md").read_text()
+    assert "these figures mean nothing" in (tmp_path / "gpu_rehearsal.md").read_text()
     assert "## cost" in capsys.readouterr().out
 
 
 @pytest.mark.long
-def test_a_dry_run_goes_through_every_kind_of_item(tmp_path, capsys) -> None:
-    items = "machine,floor_30b,forecast_8b,cost,per_token,beside_trl,card_8gib"
-    assert bench_gpu.main(["--dry-run", "--items", items, "--output", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "gpu_dry_run.json").read_text())
-    assert list(report["items"]) == items.split(",")
-    assert all(item["rows"] and item["ended_early"] is None for item in report["items"].values())
-    for row in report["items"]["forecast_8b"]["rows"]:
+def test_a_rehearsal_goes_through_every_item(tmp_path) -> None:
+    assert bench_gpu.main(["--rehearse", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_rehearsal.json").read_text())
+    assert list(report["items"]) == [name for name, item in bench_gpu.ITEMS.items() if not item.is_extra]
+    assert all(item["rows"] for item in report["items"].values())
+    for row in report["items"]["forecast_small"]["rows"] + report["items"]["forecast_large"]["rows"]:
+        assert abs(row["off_fraction"]) < 0.01, row
+
+
+@pytest.mark.long
+def test_a_rehearsal_goes_through_what_is_extra(tmp_path) -> None:
+    names = "floor_30b,lengths_8b,per_token,context_8gib"
+    assert bench_gpu.main(["--rehearse", "--items", names, "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_rehearsal.json").read_text())
+    for row in report["items"]["lengths_8b"]["rows"]:
         assert abs(row["off_fraction"]) < 0.01
-    card = report["items"]["card_8gib"]["rows"][0]
+    card = report["items"]["context_8gib"]["rows"][0]
     assert card["ran_longest"] == pytest.approx(card["forecast_longest"], rel=0.15)
-    assert "these figures mean nothing" in (tmp_path / "gpu_dry_run.md").read_text()
-    assert "## cost" in capsys.readouterr().out
+
+
+def test_all_of_it_is_a_call_of_ten_minutes() -> None:
+    usual = [item for item in bench_gpu.ITEMS.values() if not item.is_extra]
+    assert sum(item.expected for item in usual) < bench_gpu.TOTAL_SECONDS < 600
+    assert all(item.expected < item.seconds for item in bench_gpu.ITEMS.values())
+
+
+def test_a_check_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path) -> None:
+    def moved(lab):
+        """What is on the host stays there."""
+        raise smoke.Broken("embedding is on cuda:0")
+
+    def whole(lab):
+        """All is well."""
+        return "3 steps"
+
+    monkeypatch.setattr(smoke, "CHECKS", (moved, whole))
+    assert bench_gpu.main(["--rehearse", "--items", "smoke", "--output", str(tmp_path)]) == 1
+    written = (tmp_path / "gpu_rehearsal.md").read_text()
+    assert "| What is on the host stays there. | no | Broken: embedding is on cuda:0 |" in written
+    assert "| All is well. | yes | 3 steps |" in written
+
+
+def test_what_is_kept_on_the_host_is_looked_for(tiny_base) -> None:
+    techniques = Techniques(recomputed_layers=2, streamed_layers=1)
+    stage = stage_of(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), tiny_base, techniques)
+    assert smoke.stays_on_the_host(lab.Trained(stage, None, ())) > 0
+    plain = stage_of(base.load_base(Model(base=str(tiny_base)), "cpu", "float32"), tiny_base, Techniques())
+    with pytest.raises(smoke.Broken, match="nothing is in host memory"):
+        smoke.stays_on_the_host(lab.Trained(plain, None, ()))
+    assert smoke.near(100 << 20, 90 << 20, "reserved")
+    with pytest.raises(smoke.Broken, match="300 MiB reserved"):
+        smoke.near(300 << 20, 100 << 20, "reserved")
 
 
 def test_an_item_that_takes_too_long_costs_only_itself() -> None:
-    found = bench_gpu.Apart("machine", is_dry=True).run(seconds=0.5)
-    assert (found["rows"], found["ended_early"]) == ([], "stopped after 0 s")
+    ended = bench_gpu.Apart("machine", is_rehearsed=True).run(seconds=0.5)
+    assert (ended["rows"], ended["ended_early"]) == ([], "stopped after 0 s")
 
 
 @pytest.mark.long
-def test_an_item_has_a_process_of_its_own(tmp_path) -> None:
-    assert bench_gpu.main(["--dry-run", "--apart", "--items", "machine", "--output", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "gpu_dry_run.json").read_text())["items"]["machine"]["rows"]
+def test_an_item_has_a_process_and_an_environment_of_its_own(tmp_path) -> None:
+    assert bench_gpu.main(["--rehearse", "--apart", "--items", "machine,sanitizer", "--output", str(tmp_path)]) == 0
+    items = json.loads((tmp_path / "gpu_rehearsal.json").read_text())["items"]
+    assert items["machine"]["rows"]
+    assert "nothing unordered" in items["sanitizer"]["rows"][0]["seen"]
 
 
 def test_an_item_that_fails_keeps_its_rows(monkeypatch, tmp_path, capsys) -> None:
@@ -276,9 +319,9 @@ def test_an_item_that_fails_keeps_its_rows(monkeypatch, tmp_path, capsys) -> Non
         yield {"card": "c", "tokens": 1, "peak_bytes": 2 * bench_gpu.GIB}
         raise RuntimeError("no more")
 
-    monkeypatch.setitem(bench_gpu.ITEMS, "machine", bench_gpu.Item(rows, 60))
-    assert bench_gpu.main(["--dry-run", "--items", "machine", "--output", str(tmp_path)]) == 1
-    written = (tmp_path / "gpu_dry_run.md").read_text()
+    monkeypatch.setitem(bench_gpu.ITEMS, "machine", bench_gpu.Item(rows, 60, 5))
+    assert bench_gpu.main(["--rehearse", "--items", "machine", "--output", str(tmp_path)]) == 1
+    written = (tmp_path / "gpu_rehearsal.md").read_text()
     assert "| c | 1 | 2.000 |" in written
     assert "Ended early: RuntimeError: no more" in written
 
@@ -286,17 +329,29 @@ def test_an_item_that_fails_keeps_its_rows(monkeypatch, tmp_path, capsys) -> Non
 def test_without_a_card_it_says_so(capsys, tmp_path) -> None:
     if not torch.cuda.is_available():
         assert bench_gpu.main(["--output", str(tmp_path)]) == 2
-        assert "--dry-run" in capsys.readouterr().err
-    assert bench_gpu.main(["--dry-run", "--items", "floor,cost"]) == 2
+        assert "--rehearse" in capsys.readouterr().err
+    assert bench_gpu.main(["--rehearse", "--items", "floor,cost"]) == 2
     assert "floor_8b" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert bench_gpu.main(["--dry-run", "--items", "", "--output", str(tmp_path / "file")]) == 2
+    assert bench_gpu.main(["--rehearse", "--items", "", "--output", str(tmp_path / "file")]) == 2
 
 
 def test_the_shapes_are_the_published_ones() -> None:
     """Parameters in billions, as their makers state them."""
-    lab = bench_gpu.Lab(bench_gpu.find_device(), is_dry=False)
+    real = lab.Lab(bench_gpu.find_device(), is_rehearsed=False)
+    billions = {
+        "smollm2_135m": 0.1345,
+        "llama_1b": 1.236,
+        "qwen3_4b": 4.02,
+        "gemma3_4b": 3.88,
+        "mistral_7b": 7.25,
+        "llama_8b": 8.03,
+        "qwen3_14b": 14.77,
+        "qwen3_30b_a3b": 30.5,
+        "llama_70b": 70.6,
+    }
+    assert set(billions) == set(shapes.PUBLISHED)
     with torch.device("meta"):
-        for shape, billions in (("llama_8b", 8.03), ("llama_70b", 70.6), ("qwen3_4b", 4.02), ("qwen3_30b_a3b", 30.5)):
-            model = profile_memory.AutoModelForCausalLM.from_config(lab.config(shape))
-            assert model.num_parameters() / 1e9 == pytest.approx(billions, rel=0.01), shape
+        for shape, wanted in billions.items():
+            model = profile_memory.AutoModelForCausalLM.from_config(real.config(shape))
+            assert model.num_parameters() / 1e9 == pytest.approx(wanted, rel=0.01), shape

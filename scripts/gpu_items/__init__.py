@@ -1,0 +1,1 @@
+"""What scripts/bench_gpu.py measures, a file each; `lab` is where they do it, `shapes` what on."""
