@@ -1,17 +1,21 @@
-"""Experts in NF4: a mixture-of-experts layer that dequantises one expert at a time.
+"""Experts in NF4: a mixture-of-experts layer that dequantises a few experts at a time.
 
 Held less of: the experts, 4.13 bits a weight where transformers keeps 16 (it quantises linear layers only). For the
-backward pass only the layer's input and its routing are kept: each expert is dequantised and run again there, so that
-one expert's weights and activations live at a time.
+backward pass only the layer's input and its routing are kept: the experts are dequantised and run again there, so that
+the weights and activations of one group of them live at a time.
 Costs: the experts' first linear runs once more in the backward pass; an expert that is hit is dequantised once in the
 forward pass, its first matrix twice and its second once in the backward pass; the scales of the layer in float32,
-4 bytes for 64 weights, for the time of a pass.
+4 bytes for 64 weights, for the time of a pass; the host waits for the routing once a layer and pass.
 Refuses: what `packed_experts.refusal` says; such experts stay in 16 bits.
 
-Letters: T tokens, k experts chosen for each, S = Tk pairs of token and expert, n of them one expert's, E experts,
-H hidden, R rank of an adapter, (N, K) the shape of one expert's matrix.
+A group are experts that were hit and lie one after another, of `GROUP_BYTES` at most. On a card one call multiplies
+them all (`torch.nn.functional.grouped_mm`); elsewhere each is a product of its own, and the group changes no bit.
+
+Letters: T tokens, k experts chosen for each, S = Tk pairs of token and expert, n of them a group's, E experts,
+G of them in a group, H hidden, R rank of an adapter, (N, K) the shape of one expert's matrix.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,9 +29,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qtune.memory import memory_tracker
 from qtune.memory.gradient_checkpointing import autocast_here, compute_dtype_here
-from qtune.memory.packed_experts import block_scales, expert_modules, held_shape, is_packed, matrix, stacked_names
+from qtune.memory.packed_experts import block_scales, expert_modules, held_shape, is_packed, matrices, stacked_names
+from qtune.units import MIB
 
 NAME = "qtune_nf4"
+GROUP_BYTES = 64 * MIB  # of dequantised matrices: ten of Qwen3-30B-A3B's experts, and half of what an 8B's MLP takes
+GROUPED_FROM = (8, 0)  # capability of the cards that torch multiplies in groups on (the page of grouped_mm)
+GROUPED_ALIGNMENT = 16  # bytes of which each row of a grouped product has to be a multiple (`_grouped_mm` refuses else)
 
 
 @dataclass(frozen=True)
@@ -78,75 +86,112 @@ class _Experts(torch.autograd.Function):
         scaling: list[float],
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
-        order, counts = _routes(index, experts.num_experts)
-        ctx.save_for_backward(hidden, weights, order, *factors)
-        ctx.counts, ctx.arguments = counts, (experts, compute_dtype_here(hidden), scaling)
+        routes = _routes(index, experts.num_experts)
+        ctx.save_for_backward(hidden, weights, routes.order, routes.ends, *factors)
+        ctx.counts, ctx.arguments = routes.counts, (experts, compute_dtype_here(hidden), scaling)
         ctx.autocast = autocast_here(hidden)
         run = _Pass(*ctx.arguments)
         output = torch.zeros_like(hidden)
-        for expert, pairs in _groups(order, counts):
-            tokens = pairs // weights.shape[1]
-            y = run.one(expert, hidden[tokens], weights.flatten()[pairs], _own(factors, expert, len(counts)))
+        for group in _groups(routes, run.most_in_a_group):
+            tokens = group.pairs // weights.shape[1]
+            own = _own(factors, group.experts, experts.num_experts)
+            y = run.of_group(group, hidden[tokens], weights.flatten()[group.pairs], own)
             output.index_add_(0, tokens, y.to(output.dtype))
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weights, order, *factors = ctx.saved_tensors
+        hidden, weights, order, ends, *factors = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
         sums: list[Any] = [
             torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else None
             for t, need in zip((hidden, weights, *factors), needs, strict=True)
         ]
         run = _Pass(*ctx.arguments)
-        for expert, pairs in _groups(order, ctx.counts):
-            tokens = pairs // weights.shape[1]
-            parts = (hidden[tokens], weights.flatten()[pairs], *_own(factors, expert, len(ctx.counts)))
+        for group in _groups(Routes(order, ends, ctx.counts), run.most_in_a_group):
+            tokens, count = group.pairs // weights.shape[1], len(ctx.counts)
+            parts = (hidden[tokens], weights.flatten()[group.pairs], *_own(factors, group.experts, count))
             leaves: list[Any] = [
                 part if part is None else part.detach().requires_grad_(need)
                 for part, need in zip(parts, needs, strict=True)
             ]
             with torch.enable_grad(), ctx.autocast():
-                y = run.one(expert, leaves[0], leaves[1], leaves[2:], is_wanted=False)
+                y = run.of_group(group, leaves[0], leaves[1], leaves[2:], is_wanted=False)
             wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
             gradients = iter(torch.autograd.grad(y, wanted, gradient[tokens].to(y.dtype)))
             del y, parts, leaves, wanted
             if needs[0]:
                 sums[0].index_add_(0, tokens, next(gradients))
             if needs[1]:
-                sums[1].view(-1)[pairs] = next(gradients)
-            for place in _own(sums[2:], expert, len(ctx.counts)):
+                sums[1].view(-1)[group.pairs] = next(gradients)
+            for place in _own(sums[2:], group.experts, count):
                 if place is not None:
                     place.copy_(next(gradients))
         return sums[0], sums[1], None, None, None, *sums[2:]
 
 
-def _own(factors: Sequence[torch.Tensor | None], expert: int, experts: int) -> list[torch.Tensor | None]:
-    """One expert's part of (a, b, a, b): views (R, K) and (N, R)."""
+def _own(factors: Sequence[torch.Tensor | None], own: slice, experts: int) -> list[torch.Tensor | None]:
+    """A group's part of (a, b, a, b): views (G, R, K) and (G, N, R)."""
     parts: list[torch.Tensor | None] = []
     for a, b in (factors[0:2], factors[2:4]):
-        parts.append(None if a is None else a.view(experts, -1, a.shape[1])[expert])
-        parts.append(None if b is None else b.view(b.shape[0], -1, experts)[:, :, expert])
+        parts.append(None if a is None else a.view(experts, -1, a.shape[1])[own])
+        parts.append(None if b is None else b.view(b.shape[0], -1, experts)[:, :, own].permute(2, 0, 1))
     return parts
 
 
-def _routes(index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
-    """The S pairs sorted by expert, and how many each expert has."""
+@dataclass(frozen=True)
+class Routes:
+    """`order`: the S pairs sorted by expert; `ends` (E,) int32: where those of each expert end in it; `counts`: how
+    many each has, on the host."""
+
+    order: torch.Tensor
+    ends: torch.Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that lie one after another: their `pairs` (n,), and where each expert's end in them, on the device (G,)
+    int32 and on the host."""
+
+    experts: slice
+    pairs: torch.Tensor
+    ends: torch.Tensor
+    ends_here: list[int]
+
+
+def _routes(index: torch.Tensor, experts: int) -> Routes:
     chosen = index.flatten()
     order = chosen.argsort(stable=True)
     if isinstance(chosen, FakeTensor):
-        return order, [-(-len(order) // experts)] * experts
-    return order, torch.bincount(chosen, minlength=experts).tolist()[:experts]
+        even = -(-len(order) // experts)
+        return Routes(order, order.new_empty(experts, dtype=torch.int32), [even] * experts)
+    counts = torch.bincount(chosen, minlength=experts)[:experts]
+    return Routes(order, counts.cumsum(0, dtype=torch.int32), counts.tolist())
 
 
-def _groups(order: torch.Tensor, counts: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each expert that was hit, with its pairs; of fake ones two and the last, as the others would hold the same."""
-    ends = list(accumulate(counts))
-    for expert in (part.start for part in memory_tracker.tiles(len(counts), 1, order)):
-        count = counts[expert]
-        first = min(ends[expert] - count, len(order) - count)  # the counts of fake tensors are rounded up
-        if count:
-            yield expert, order[first : first + count]
+def _groups(routes: Routes, most: int) -> Iterator[Group]:
+    """The experts that were hit, up to `most` in a group; of fake groups two and the last, as the others would hold the
+    same."""
+    begins = [0, *accumulate(routes.counts)]
+    groups = list(_runs(routes.counts, most))
+    for group in memory_tracker.tiles(len(groups), 1, routes.order):
+        experts = groups[group.start]
+        count = min(begins[experts.stop] - begins[experts.start], len(routes.order))
+        first = min(begins[experts.start], len(routes.order) - count)  # the counts of fake tensors are rounded up
+        ends_here = [min(end - begins[experts.start], count) for end in begins[experts.start + 1 : experts.stop + 1]]
+        yield Group(experts, routes.order[first : first + count], routes.ends[experts] - first, ends_here)
+
+
+def _runs(counts: Sequence[int], most: int) -> Iterator[slice]:
+    """Experts one after another that all have something, up to `most` of them."""
+    start = 0
+    for end in range(1, len(counts) + 1):
+        if not counts[start]:
+            start = end
+        elif end == len(counts) or end - start == most or not counts[end]:
+            yield slice(start, end)
+            start = end
 
 
 class _Pass:
@@ -157,46 +202,70 @@ class _Pass:
         self._parameters = [getattr(experts, name) for name in stacked_names(experts)]
         self._scales = [block_scales(parameter) for parameter in self._parameters]
 
-    def one(
+    @property
+    def most_in_a_group(self) -> int:
+        largest = max(math.prod(held_shape(parameter)[1:]) for parameter in self._parameters)
+        return max(1, GROUP_BYTES // (self._dtype.itemsize * largest))
+
+    def of_group(
         self,
-        expert: int,
+        group: Group,
         x: torch.Tensor,
         weights: torch.Tensor,
         factors: Sequence[torch.Tensor | None],
         is_wanted: bool = True,
     ) -> torch.Tensor:
-        """Expert `expert` of `x` (n, H) times `weights` (n,). What is not `is_wanted` has a graph but no value.
+        """The experts of `group` of `x` (n, H) times `weights` (n,). What is not `is_wanted` has a graph but no value.
 
         The weights go in before the last linear, whose output is not needed for their gradient then.
         """
-        wide = self._linear(0, expert, x.to(self._dtype), factors, True)
+        wide = self._linear(0, group, x.to(self._dtype), factors, True)
         inner = self._experts._apply_gate(wide) if self._experts.has_gate else self._experts.act_fn(wide)
-        return self._linear(1, expert, (inner * weights[:, None]).to(self._dtype), factors, is_wanted)
+        return self._linear(1, group, (inner * weights[:, None]).to(self._dtype), factors, is_wanted)
 
     def _linear(
-        self, which: int, expert: int, x: torch.Tensor, factors: Sequence[torch.Tensor | None], is_wanted: bool
+        self, which: int, group: Group, x: torch.Tensor, factors: Sequence[torch.Tensor | None], is_wanted: bool
     ) -> torch.Tensor:
         parameter, scales, dtype = self._parameters[which], self._scales[which], self._dtype
         rows = None if is_wanted else held_shape(parameter)[1]
-        y: torch.Tensor = _Linear.apply(x, lambda: matrix(parameter, scales, expert, dtype), rows)
+        y: torch.Tensor = _Linear.apply(x, lambda: matrices(parameter, scales, group.experts, dtype), group, rows)
         a, b = factors[2 * which : 2 * which + 2]
         if a is None or b is None:
             return y
-        low = torch.nn.functional.linear(x, a.to(dtype))
-        return y + torch.nn.functional.linear(low, b.to(dtype)) * self._scaling[which]
+        low = _product(x, a.to(dtype), group)
+        return y + _product(low, b.to(dtype), group) * self._scaling[which]
+
+
+def _product(x: torch.Tensor, matrices: torch.Tensor, group: Group) -> torch.Tensor:
+    """(n, N): each expert's rows of `x` (n, K) times its own of `matrices` (G, N, K)."""
+    if len(matrices) > 1 and _is_multiplied_in_groups(x, matrices):
+        stacked = matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
+        return torch.nn.functional.grouped_mm(x, stacked.transpose(1, 2), offs=group.ends)
+    begins = [0, *group.ends_here]
+    parts = [x[start:end] @ own.t() for start, end, own in zip(begins, group.ends_here, matrices, strict=False)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _is_multiplied_in_groups(x: torch.Tensor, matrices: torch.Tensor) -> bool:
+    capability = memory_tracker.capability_for(x)
+    rows_are_aligned = all(width * x.element_size() % GROUPED_ALIGNMENT == 0 for width in matrices.shape[1:])
+    return capability is not None and capability >= GROUPED_FROM and x.dtype == torch.bfloat16 and rows_are_aligned
 
 
 class _Linear(torch.autograd.Function):
-    """`x` (n, K) times a frozen matrix (N, K), fetched when due and not kept; given `rows`, N, no value is made."""
+    """`x` (n, K) times a group's frozen matrices (G, N, K), fetched when due and not kept; given `rows`, N, no value is
+    made."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, fetch: Callable[[], torch.Tensor], rows: int | None) -> torch.Tensor:
-        ctx.fetch = fetch
-        return x @ fetch().t() if rows is None else x.new_zeros(1).expand(len(x), rows)
+    def forward(
+        ctx: Any, x: torch.Tensor, fetch: Callable[[], torch.Tensor], group: Group, rows: int | None
+    ) -> torch.Tensor:
+        ctx.fetch, ctx.group = fetch, group
+        return _product(x, fetch(), group) if rows is None else x.new_zeros(1).expand(len(x), rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient @ ctx.fetch(), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _product(gradient, ctx.fetch().transpose(1, 2), ctx.group), None, None, None
 
 
 # LoRA on packed experts: peft's adapter of a 3-D parameter, without its sum of weight and update. Held less of: peft

@@ -1,4 +1,4 @@
-"""Experts as they are held in NF4: one packed parameter for all experts of a layer, read one expert at a time.
+"""Experts as they are held in NF4: one packed parameter for all experts of a layer, read a few experts at a time.
 
 Held less of: 4.13 bits a weight with double quantisation, 4.5 without, where transformers keeps 16.
 Costs: nothing here; see `mixture_of_experts`.
@@ -9,7 +9,7 @@ transformers 5 holds a layer's experts as two parameters (E, N, K). Packed, such
 whole stack: 4-bit codes in `data`, everything else in `quant_state`. As each matrix starts on a block of 64 weights,
 it can be dequantised alone.
 
-Letters: E experts, (N, K) the shape of one expert's matrix.
+Letters: E experts, G of them one after another, (N, K) the shape of one expert's matrix.
 """
 
 from collections.abc import Iterator
@@ -134,13 +134,13 @@ def block_scales(parameter: Any) -> torch.Tensor | None:
     return nested.add_(state.offset)
 
 
-def matrix(parameter: Any, scales: torch.Tensor | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
-    """(N, K) of one expert, in `dtype`."""
+def matrices(parameter: Any, scales: torch.Tensor | None, experts: slice, dtype: torch.dtype) -> torch.Tensor:
+    """(G, N, K) of the G `experts`, one after another, in `dtype`."""
     if scales is None:
-        plain: torch.Tensor = parameter.detach()[expert].to(dtype)
+        plain: torch.Tensor = parameter.detach()[experts].to(dtype)
         return plain
     _, rows, columns = parameter.quant_state.shape
     size = rows * columns
-    weights = slice(expert * size, (expert + 1) * size)
+    weights = slice(experts.start * size, experts.stop * size)
     own_scales = scales[weights.start // BLOCK : weights.stop // BLOCK]
-    return nf4.dequantised(parameter, weights, own_scales, dtype).view(rows, columns)
+    return nf4.dequantised(parameter, weights, own_scales, dtype).view(-1, rows, columns)

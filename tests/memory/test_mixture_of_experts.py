@@ -7,6 +7,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
@@ -221,6 +222,82 @@ def run_layer(experts, hidden, index, weights, how):
     return output.detach(), hidden.grad.clone(), weights.grad.clone()
 
 
+def test_groups_change_no_bit(layer, monkeypatch):
+    experts, hidden, index, weights = layer
+    results = []
+    for most in (1, 64 << 20):  # bytes: each expert alone, all that were hit
+        monkeypatch.setattr(mixture_of_experts, "GROUP_BYTES", most)
+        hidden.grad = weights.grad = None
+        results.append(run_layer(experts, hidden, index, weights, lambda layer, *given: layer(*given)))
+    for alone, grouped in zip(*results, strict=True):
+        assert torch.equal(alone, grouped)
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "expected"),
+    [
+        ([3, 1, 2], 8, [(0, 3)]),
+        ([3, 1, 2], 2, [(0, 2), (2, 3)]),
+        ([0, 1, 0, 0, 5, 6, 7, 0], 2, [(1, 2), (4, 6), (6, 7)]),
+        ([0, 0], 8, []),
+        ([1, 0, 0, 1], 8, [(0, 1), (3, 4)]),
+        ([2], 1, [(0, 1)]),
+    ],
+)
+def test_a_group_are_experts_beside_each_other_that_were_hit(counts, most, expected):
+    assert [(run.start, run.stop) for run in mixture_of_experts._runs(counts, most)] == expected
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def as_on_a_card(monkeypatch):
+    monkeypatch.setattr(memory_tracker, "capability_for", lambda tensor: (8, 6))
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_a_card_multiplies_a_group_at_once(qwen, monkeypatch, rank):
+    """Rows of an adapter of rank 4 are too short for it; then each expert's are multiplied alone."""
+    model = load(qwen, torch.bfloat16)
+    config = LoraConfig(r=rank, target_modules=[], target_parameters=mixture_of_experts.expert_targets(model))
+    mixture_of_experts.register(config, model)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    results = []
+    for is_on_card in (False, True):
+        if is_on_card:
+            as_on_a_card(monkeypatch)
+        adapted.zero_grad()
+        with Operations() as seen:
+            results.append(loss_and_gradients(adapted))
+        calls = seen.names.count("_grouped_mm")
+        assert bool(calls) == is_on_card
+        results[-1] = results[-1][0], {name: gradient.clone() for name, gradient in results[-1][1].items()}
+    assert_close(results[1], results[0], 0.05)
+
+
+def test_kernels_on_a_card_do_not_grow_with_the_experts(layer, monkeypatch):
+    experts, hidden, _, weights = layer
+    as_on_a_card(monkeypatch)
+    launched = []
+    for hit in (2, 6):
+        index = torch.arange(60).view(30, 2) % hit
+        given = hidden.detach().bfloat16().requires_grad_(), index, weights.detach().bfloat16().requires_grad_()
+        with Operations() as seen:
+            experts(*given).float().sum().backward()
+        launched.append(len(seen.names))
+    assert launched[0] == launched[1]
+
+
 class Reentrant(torch.autograd.Function):
     """Keeps its input and runs the layer again in its backward pass."""
 
@@ -265,7 +342,7 @@ def test_only_input_and_routing_are_kept_for_the_backward_pass(layer):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         experts(hidden, index, weights)
-    assert sorted(tuple(t.shape) for t in kept) == [(30, 2), (30, 64), (60,)]
+    assert sorted(tuple(t.shape) for t in kept) == [(experts.num_experts,), (30, 2), (30, 64), (60,)]
 
 
 def test_weights_that_are_replaced_between_the_passes_are_read_where_they_are(layer):
@@ -283,8 +360,10 @@ def test_weights_that_are_replaced_between_the_passes_are_read_where_they_are(la
     assert torch.equal(weights.grad, before[2])
 
 
-def test_fake_tensors_run_through_a_layer_with_balanced_routing():
-    tokens = 64
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_fake_tensors_run_through_a_layer_with_balanced_routing(monkeypatch, at_once):
+    tokens, first_matrix = 64, 4 * 2 * WIDE * 64
+    monkeypatch.setattr(mixture_of_experts, "GROUP_BYTES", at_once * first_matrix)
     with FakeTensorMode():
         layer = KINDS["qwen3"]().model.layers[0].mlp.requires_grad_(False)
         experts = layer.experts
@@ -297,7 +376,7 @@ def test_fake_tensors_run_through_a_layer_with_balanced_routing():
             output.sum().backward()
     assert hidden.grad.shape == hidden.shape
     highest = counter.peaks["load"].device["dequantised weights"]
-    assert highest <= 4 * 2 * WIDE * 64  # one expert's first matrix
+    assert (at_once - 1) * first_matrix < highest <= at_once * first_matrix
 
 
 def test_a_fake_pass_counts_what_a_real_one_takes():
