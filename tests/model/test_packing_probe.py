@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.evaluate.held_out_loss import document_loss
 from qtune.lock import PackingProbe
-from qtune.memory import fused_cross_entropy, packed_attention
+from qtune.memory import attention_kernels, fused_cross_entropy, packed_attention
 from qtune.model import packing_probe
 from qtune.model.base import load_base
 from qtune.recipe.schema import Model
@@ -145,7 +145,11 @@ def test_code_that_comes_with_a_base_is_probed_like_any_other(tmp_path: Path, ti
     assert not found.is_another_model
 
 
-def test_a_leaking_base_is_trained_a_document_a_pass_and_the_run_says_so(tmp_path: Path, capsys: Any) -> None:
+def test_a_leaking_base_is_trained_a_document_a_pass_and_the_run_says_so(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does it of attention that this card's torch gets wrong."""
+    monkeypatch.setattr(attention_kernels, "varlen_faults", lambda: ["off by 30% of the largest value"])
     base = saved(tmp_path / "base", "lfm2", **CONVOLUTION)
     losses = {}
     for packing in (True, False):
@@ -162,7 +166,9 @@ def test_a_leaking_base_is_trained_a_document_a_pass_and_the_run_says_so(tmp_pat
         assert qtune("run", recipe, "--output", folder / "run") == 0
         losses[packing] = read_json(folder / "run" / "scores.json")["base"]["held_out_loss"]
     run = tmp_path / "packing-True" / "run"
-    assert "documents in a pack read each other" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "documents in a pack read each other" in said
+    assert "torch's varlen_attn does not work here (off by 30% of the largest value)" in said
     plan, lock = read_json(run / "plan.json"), read_json(run / "lock.json")
     assert plan["documents_apart"]
     (packing_choice,) = (choice for choice in plan["choices"] if choice["name"] == "packing")
