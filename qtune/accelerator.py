@@ -7,6 +7,7 @@ events wait for nothing. Whoever asks here needs not know which kind it has.
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,32 @@ def random_state(device: torch.device) -> torch.Tensor | None:
 
 def set_random_state(state: torch.Tensor, device: torch.device) -> None:
     kind(device).set_rng_state(state, device)
+
+
+def compute_on(device: torch.device) -> Callable[[], None]:
+    """Have this thread's work go to that card where none is named; returns how that is undone."""
+    card = kind(device)
+    if not hasattr(card, "set_device"):  # of a backend with one card
+        return _nothing
+    before = card.current_device()
+    card.set_device(device)
+    return lambda: card.set_device(before)
+
+
+def hold_to(device: torch.device, most_bytes: int) -> Callable[[], None]:
+    """Have torch's allocator take no more than `most_bytes` of a card beside what it has already: beyond that it is
+    out of memory, where some drivers would go on in the host's. Returns how that is undone."""
+    card = kind(device)
+    if not hasattr(card, "set_per_process_memory_fraction"):  # not every backend has it
+        return _nothing
+    before = card.get_per_process_memory_fraction(device)
+    fraction = (most_bytes + reserved_bytes(device)) / free_and_total_bytes(device)[1]
+    card.set_per_process_memory_fraction(min(1.0, max(0.0, fraction)), device)
+    return lambda: card.set_per_process_memory_fraction(before, device)
+
+
+def _nothing() -> None:
+    pass
 
 
 def free_cached_memory() -> None:

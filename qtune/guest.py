@@ -32,8 +32,10 @@ def at_work(*names: str | None) -> Iterator[None]:
     what is here."""
     from huggingface_hub import constants
 
+    from qtune.hardware import as_it_was
+
     before, is_offline = os.environ.get(OFFLINE), constants.HF_HUB_OFFLINE
-    with settled(), logs.as_guest():
+    with settled(), logs.as_guest(), as_it_was():
         logs.quiet_libraries()
         if are_here(*names):
             os.environ[OFFLINE], constants.HF_HUB_OFFLINE = "1", True

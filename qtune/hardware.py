@@ -3,13 +3,14 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from qtune import accelerator
+from qtune import accelerator, gpu_choice
 from qtune.accelerator import Capability
 from qtune.units import MIB
 
@@ -74,23 +75,26 @@ class Device:
 
 
 def find_device() -> Device:
-    """The first CUDA card, else the CPU. `compute_dtype` is the fastest this device has real arithmetic for."""
+    """The CUDA card with most free memory, else the CPU. `compute_dtype` is the fastest this device has real arithmetic
+    for."""
     host_total, host_free = host_memory()
     if torch.cuda.is_available():
         torch.cuda.init()
-        outside = context_bytes()
-        free, total = torch.cuda.mem_get_info(0)
-        label, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        index, why = gpu_choice.chosen([str(each.uuid) for each in seen])
+        card, capability = seen[index], (seen[index].major, seen[index].minor)
+        outside = context_bytes(index)
+        free, total = torch.cuda.mem_get_info(index)
         return Device(
-            "cuda:0",
-            label,
+            f"cuda:{index}",
+            card.name,
             total,
             free + outside,  # this process's own context is part of the forecast
             "bfloat16" if capability >= OLDEST_WITH["bfloat16"] else "float16",
-            "the first CUDA card",
+            why,
             host_free,
             outside,
-            published_operations(label),
+            published_operations(card.name),
             capability,
         )
     dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
@@ -114,6 +118,39 @@ def imagined_card(device_bytes: int, host_bytes: int | None, here: Device) -> De
     )
 
 
+_changed = contextlib.ExitStack()  # how what `prepare` did to this process is undone
+
+
+def prepare(device: Device, most_bytes: int | None = None) -> Device:
+    """Make this process ready to compute on `device`, of which it may take `most_bytes`; None is all that is free.
+    Returns the device.
+
+    The limit is torch's own, so that an overrun is seen where the driver would hide it: on Windows and WSL2 it goes on
+    in the host's memory, many times slower. What is outside of torch's allocator is taken off. cuDNN's attention is
+    turned off: it plans anew for each shape, and packs have new ones all the time.
+    """
+    _changed.callback(torch.backends.cuda.enable_cudnn_sdp, torch.backends.cuda.cudnn_sdp_enabled())
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device.is_card:
+        most = device.free_bytes if most_bytes is None else most_bytes
+        card = torch.device(device.name)
+        _changed.callback(accelerator.compute_on(card))
+        _changed.callback(accelerator.hold_to(card, most - device.outside_bytes))
+    return device
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """Afterwards the settings that `prepare` changes are those of before."""
+    global _changed
+    outer, _changed = _changed, contextlib.ExitStack()
+    try:
+        yield
+    finally:
+        _changed.close()
+        _changed = outer
+
+
 def with_host(device: Device, host_bytes: int | None) -> Device:
     """`device` in a host with `host_bytes` free; None leaves it as it is."""
     return device if host_bytes is None else replace(device, host_free_bytes=host_bytes)
@@ -122,15 +159,20 @@ def with_host(device: Device, host_bytes: int | None) -> Device:
 ASSUMED_CONTEXT_BYTES = 500 * MIB  # CUDA context and cuBLAS workspaces: 0.4 to 0.6 GiB on consumer cards
 
 
-def context_bytes() -> int:
-    """What this process's CUDA context takes: the card's memory in use, less the allocator's, before and after a
-    first product of two matrices, which loads cuBLAS."""
-    free_before, _ = torch.cuda.mem_get_info(0)
-    square = torch.ones(64, 64, device="cuda:0", dtype=torch.float16)
-    (square @ square).sum().item()
-    free, _ = torch.cuda.mem_get_info(0)
-    own = free_before - free - torch.cuda.memory_reserved(0)
+def context_bytes(index: int) -> int:
+    """What this process's CUDA context takes on that card: the card's memory in use, less the allocator's, before and
+    after a first product of two matrices, which loads cuBLAS."""
+    free_before, _ = torch.cuda.mem_get_info(index)
+    first_product(index)
+    free, _ = torch.cuda.mem_get_info(index)
+    own = free_before - free - torch.cuda.memory_reserved(index)
     return max(own, ASSUMED_CONTEXT_BYTES)
+
+
+def first_product(index: int) -> None:
+    """Make this process's context on a card, and have it load cuBLAS."""
+    square = torch.ones(64, 64, device=f"cuda:{index}", dtype=torch.float16)
+    (square @ square).sum().item()
 
 
 def published_operations(label: str) -> float | None:

@@ -12,6 +12,7 @@ from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
+from qtune.hardware import prepare
 from qtune.memory import attention_kernels
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
@@ -56,6 +57,7 @@ def run(
         listen(event)
     if going_on is not None:
         tell(going_on.told)
+    prepare(ready.plan.device, ready.plan.budget.device_bytes)
     ledger = Ledger.begin(ready.plan.device)
     with _leaving_no_folder(folder):
         loaded, engine = _load(ready, folder, ledger, tell)

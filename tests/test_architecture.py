@@ -26,6 +26,7 @@ ROOMS = [
     "logs",
     "accelerator",
     "gpu_models",
+    "gpu_choice",
     "hardware",
     "memory.techniques",
     "model.lora_variants",

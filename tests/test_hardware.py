@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from made_driver import RTX_3060, RTX_4090, MadeCard, MadeDriver
 
-from qtune import hardware
+from qtune import guest, hardware
 from qtune.units import GIB
 
 MEMINFO, LIMIT, USED = "/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
@@ -61,3 +63,53 @@ def test_a_cards_capability_is_its_own_or_the_oldest_with_its_arithmetic() -> No
     assert hardware.imagined_card(8 * GIB, None, here).capability == (8, 0)
     assert hardware.Device("cuda:0", "T4", 8 * GIB, 8 * GIB, "float16").capability == (7, 0)
     assert hardware.Device("cuda:0", "RTX 4060", 8 * GIB, 8 * GIB, "bfloat16", capability=(8, 9)).capability == (8, 9)
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> MadeDriver:
+    """The larger one shows the desktop and has little left."""
+    driver = MadeDriver([MadeCard(*RTX_4090, free=3 * GIB), MadeCard(*RTX_3060, free=11 * GIB, capability=(8, 6))])
+    driver.install(monkeypatch)
+    return driver
+
+
+def test_of_two_cards_the_one_with_most_free_memory_is_taken_and_the_other_left_alone(two_cards: MadeDriver) -> None:
+    device = hardware.find_device()
+    assert (device.name, device.label, device.total_bytes) == ("cuda:1", RTX_3060[0], 12 * GIB)
+    assert "most free memory of 2 cards" in device.why
+    assert (device.capability, device.compute_dtype) == ((8, 6), "bfloat16")
+    assert [card.has_context for card in two_cards.cards] == [False, True]
+
+
+def test_a_run_may_take_its_budget_beside_what_the_process_holds_already(two_cards: MadeDriver) -> None:
+    device = hardware.find_device()
+    two_cards.cards[1].reserved = GIB
+    hardware.prepare(device, 6 * GIB)
+    allowed = 6 * GIB - device.outside_bytes + GIB
+    assert two_cards.cards[1].fraction == pytest.approx(allowed / (12 * GIB))
+    assert two_cards.cards[0].fraction == 1.0
+    hardware.prepare(device)  # without a budget, what was free
+    assert two_cards.cards[1].fraction == pytest.approx((device.free_bytes - device.outside_bytes + GIB) / (12 * GIB))
+    hardware.prepare(device, 64 * GIB)
+    assert two_cards.cards[1].fraction == 1.0
+
+
+def test_a_process_of_somebody_else_has_its_cards_back(two_cards: MadeDriver) -> None:
+    two_cards.is_initialised, two_cards.cards[1].fraction = True, 0.9
+    has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    with guest.at_work():
+        hardware.prepare(hardware.find_device(), 6 * GIB)
+        assert two_cards.current == 1
+        assert two_cards.cards[1].fraction < 0.6
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert two_cards.current == 0
+    assert two_cards.cards[1].fraction == 0.9
+    assert torch.backends.cuda.cudnn_sdp_enabled() == has_cudnn
+
+
+def test_a_card_that_was_first_used_by_a_run_is_given_back_whole(two_cards: MadeDriver) -> None:
+    with guest.at_work():
+        hardware.prepare(hardware.find_device(), 6 * GIB)
+    assert two_cards.is_initialised
+    assert (two_cards.current, two_cards.cards[1].fraction) == (0, 1.0)
+    assert not two_cards.cards[0].has_context

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from qtune.errors import UserError
 from qtune.fast_imports import quick_imports
+from qtune.gpu_choice import let_segments_grow, narrow_own_process
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +47,8 @@ def _lines_to(console: "Console", is_log: bool) -> IO[str] | None:
 def importing(doing: "Doing") -> Iterator[None]:
     """For what takes seconds to import."""
     doing("importing libraries")
+    narrow_own_process()
+    let_segments_grow()
     with quick_imports():
         yield
     gc.freeze()  # nothing of what was imported is ever garbage

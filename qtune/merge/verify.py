@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import ModelError
-from qtune.hardware import find_device
+from qtune.hardware import find_device, prepare
 from qtune.merge import greedy_answers
 from qtune.merge.greedy_answers import Greedy
 from qtune.merge.live_weights import compute_in_float32, with_weights_of
@@ -141,7 +141,7 @@ class Live:
 
     @classmethod
     def open(cls, run: RunDir) -> "Live":
-        lock, spec, device = run.read_lock(), model_of(run), find_device().name
+        lock, spec, device = run.read_lock(), model_of(run), prepare(find_device()).name
         loaded = base.load_base(spec, device, lock.compute_dtype)
         tuned = compute_in_float32(adapter.load(loaded, run.adapter).eval(), device)
         return cls(

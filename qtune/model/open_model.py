@@ -7,7 +7,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from qtune.errors import MachineError
-from qtune.hardware import find_device, host_memory
+from qtune.hardware import find_device, host_memory, prepare
 from qtune.lock import Lock
 from qtune.memory.engine import Engine
 from qtune.memory.nf4 import weight_rows
@@ -35,7 +35,7 @@ def open_run(run: RunDir, is_for_talk: bool = False) -> Loaded:
     for a base or an adapter that is missing, is another, or does not fit.
     """
     base.quiet_libraries()
-    spec, device, dtype = model_of(run), find_device().name, run.read_lock().compute_dtype
+    spec, device, dtype = model_of(run), prepare(find_device()).name, run.read_lock().compute_dtype
     techniques = run.read_as(run.plan, Techniques.for_answers)
     refuse_other_base(run, base.base_folder(spec))
     loaded = base.load_base(spec, device, dtype, techniques)
@@ -55,7 +55,7 @@ def open_merged(folder: Path, lock: Lock | None = None) -> Loaded:
     base.quiet_libraries()
     trusted = lock is not None and lock.trusts_remote_code
     spec = Model(base=str(folder.resolve()), quantization="none", trust_remote_code=trusted)
-    device = find_device()
+    device = prepare(find_device())
     dtype = lock.compute_dtype if lock else device.compute_dtype
     tokenizer = load_tokenizer(spec)
     try:
