@@ -137,7 +137,16 @@ def changes(before: Lock, now: Lock) -> list[Change]:
     """What differs between two locks, by field; a recipe's fields go by the names they have in it."""
     old, new = _flat(before.as_json()), _flat(now.as_json())
     found = [Change(field, old.get(field), new.get(field)) for field in dict.fromkeys([*old, *new])]
-    return [change for change in found if change.before != change.now]
+    return [change for change in found if change.before != change.now and not _is_the_same_run(change)]
+
+
+def _is_the_same_run(change: Change) -> bool:
+    """Whether what differs is only where something lies: on which of several cards, or the optimizer's state in paged
+    memory, of which a checkpoint holds the same."""
+    before, now = str(change.before), str(change.now)
+    if change.field == "device":
+        return before.partition(":")[0] == now.partition(":")[0]
+    return change.field == "train.optimizer" and before.removeprefix("paged_") == now.removeprefix("paged_")
 
 
 def refuse_changes(run: RunDir, found: Sequence[Change], allowed: Sequence[str]) -> None:

@@ -125,6 +125,27 @@ def test_the_same_is_no_change(folder: RunDir) -> None:
     refuse_changes(folder, [], [])
 
 
+@pytest.mark.parametrize(
+    ("field", "before", "now", "is_another"),
+    [
+        ("train.optimizer", "paged_adamw_8bit", "adamw_8bit", False),
+        ("train.optimizer", "adamw_8bit", "paged_adamw_8bit", False),
+        ("train.optimizer", "paged_adamw_8bit", "adamw", True),
+        ("device", "cuda:0", "cuda:1", False),
+        ("device", "cuda:0", "cpu", True),
+    ],
+)
+def test_where_something_lies_is_no_change(field: str, before: str, now: str, is_another: bool) -> None:
+    def lock_with(value: str) -> Lock:
+        if field == "device":
+            return Lock.from_json({**LOCK, "device": value})
+        return Lock.from_json(
+            {**LOCK, "recipe": {**LOCK["recipe"], "train": {**LOCK["recipe"]["train"], "optimizer": value}}}
+        )
+
+    assert bool(changes(lock_with(before), lock_with(now))) == is_another
+
+
 def test_a_field_that_only_one_of_them_has_is_a_change() -> None:
     [gone] = changes_of(LOCK, {**LOCK, "versions": {"torch": "2.13.0"}})
     assert (gone.field, gone.before, gone.now) == ("versions.peft", "0.21.2", None)

@@ -7,11 +7,12 @@ import torch
 from peft import PeftModel
 
 from qtune.memory.memory_tracker import Side, quantization_state
+from qtune.memory.techniques.standing import PAGED_OPTIMIZER
 
 if TYPE_CHECKING:
     from qtune.memory.engine import Engine
 
-STANDING_PARTS = ("base", "streamed layers", "embedding", "head", "adapter", "gradients", "optimizer")
+STANDING_PARTS = ("base", "streamed layers", "embedding", "head", "adapter", "gradients", "optimizer", PAGED_OPTIMIZER)
 PASSING_PARTS = ("batch", "checkpoints", "layer workspace", "dequantised weights", "loss")
 
 
@@ -39,13 +40,20 @@ def standing_parts(
     yield "adapter", "device", list(trained)
     yield "gradients", "device", [p.grad for p in trained if p.grad is not None]
     if optimizer is not None:
-        yield "optimizer", "device", optimizer_state(optimizer)
+        state = optimizer_state(optimizer)
+        yield "optimizer", "device", [tensor for tensor in state if not _is_paged(tensor)]
+        yield PAGED_OPTIMIZER, "host", [tensor for tensor in state if _is_paged(tensor)]
 
 
 def _moved(engine: "Engine") -> Iterator[tuple[str, Side, list[torch.Tensor]]]:
     """What the techniques that are on have put elsewhere."""
     for technique in engine.techniques.on():
         yield from technique.live_parts(engine, engine.techniques)
+
+
+def _is_paged(tensor: torch.Tensor) -> bool:
+    """Whether the driver moves it between card and host: bitsandbytes marks such tensors."""
+    return getattr(tensor, "is_paged", False)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

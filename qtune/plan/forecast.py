@@ -5,11 +5,12 @@ from typing import Protocol
 
 from qtune.memory.memory_tracker import Peak
 from qtune.memory.techniques import Techniques
-from qtune.memory.techniques.standing import Parts, Standing
+from qtune.memory.techniques.standing import PAGED_OPTIMIZER, Parts, Standing
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
 
 SLACK_FRACTION = 0.04  # of what the allocator has handed out: freed blocks that fit nothing else; not measured yet
+NOT_ALLOCATED = ("context", "slack", PAGED_OPTIMIZER)
 FORWARD, LOSS, FIRST_BACKWARD, LAST_BACKWARD, STEP = "forward", "loss", "backward first", "backward last", "step"
 
 
@@ -17,8 +18,8 @@ FORWARD, LOSS, FIRST_BACKWARD, LAST_BACKWARD, STEP = "forward", "loss", "backwar
 class Forecast:
     """Bytes by part at the peak of a step. `phases` are the device's peaks of each phase.
 
-    `context` and `slack` are outside of what torch's allocator counts as allocated. `load_bytes` is what the device
-    holds while the base is loaded, before its head is quantised.
+    `context`, `slack` and what is paged are outside of what torch's allocator counts as allocated. `load_bytes` is what
+    the device holds while the base is loaded, before its head is quantised.
     """
 
     device: Parts
@@ -39,7 +40,7 @@ class Forecast:
     @property
     def allocated_bytes(self) -> int:
         """What torch.cuda.max_memory_allocated() would say."""
-        return self.device_bytes - self.device.get("context", 0) - self.device.get("slack", 0)
+        return sum(size for part, size in self.device.items() if part not in NOT_ALLOCATED)
 
     @property
     def host_bytes(self) -> int:

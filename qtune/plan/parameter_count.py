@@ -57,6 +57,7 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, is_card:
         attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         key_value_heads=getattr(text, "num_key_value_heads", None) or 1,
         refusals=refusals(model),
+        paged_bytes=sum(optimizer.paged_bytes(p.numel()) for p in trained) if is_card else 0,
         movable={name: each.movable_bytes(model, find_layers(model)) for name, each in TECHNIQUES.items()},
     )
 

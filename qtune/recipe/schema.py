@@ -233,7 +233,8 @@ class Train(Table):
         8, ge=1, le=4096, description="Forward passes per optimizer step; costs no memory."
     )
     optimizer: OptimizerName = Field(
-        "paged_adamw_8bit", description="Paged 8-bit AdamW holds 2 bytes a trained weight and can spill to the host."
+        "adamw_8bit",
+        description="8-bit AdamW holds 2 bytes a trained weight; the paged one may spill to the host, and is slower.",
     )
     eval_every: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="Steps between held-out losses; unset measures ten times in a run."

@@ -27,6 +27,7 @@ FILLS = {
     "adapter": Fill("▓", "green"),
     "gradients": Fill("▚", "green"),
     "optimizer": Fill("▒", "green"),
+    "paged optimizer": Fill("◫", "green"),
     "held for the host": Fill("▞", "dim"),
     "activations and workspace": Fill("░", "yellow"),
 }

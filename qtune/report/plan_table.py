@@ -22,6 +22,7 @@ ORDER = (
     "adapter",
     "gradients",
     "optimizer",
+    "paged optimizer",
     "checkpoints",
     "layer workspace",
     "dequantised weights",

@@ -150,8 +150,11 @@ class MeteredTrainer(SFTTrainer):
         return optimizer
 
     def optimizer_of_its_own(self) -> torch.optim.Optimizer:
-        """One as training makes it, which the trainer does not keep."""
+        """One as training makes it, which the trainer does not keep; not paged, as bitsandbytes gives no paged memory
+        back."""
         optimizer, self.optimizer = super().create_optimizer(), None
+        if hasattr(optimizer, "is_paged"):
+            optimizer.is_paged = False
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:

@@ -109,6 +109,21 @@ def test_gradients_and_the_state_of_an_optimizer() -> None:
     assert len(optimizer_state(wrapped)) == 3 * count
 
 
+def test_paged_state_is_apart_as_the_driver_moves_it() -> None:
+    """bitsandbytes marks it so; torch counts it with nothing."""
+    model = adapted(base("llama"))
+    optimizer = torch.optim.AdamW(trained(model))
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    paged = optimizer.state[trained(model)[0]]["exp_avg"]
+    paged.is_paged = True
+    found = places_by_part(model, None, optimizer)
+    assert found["paged optimizer", "host"] == {place(paged)}
+    assert place(paged) not in found["optimizer", "device"]
+    assert len(found["optimizer", "device"]) == len(optimizer_state(optimizer)) - 1
+
+
 def test_a_trained_head_is_the_adapters() -> None:
     model = adapted(base("llama"))
     model.get_base_model().lm_head.requires_grad_(True)

@@ -75,6 +75,19 @@ def test_bytes_of_a_token_of_context() -> None:
         assert (higher - lower) / 16_384 <= most
 
 
+def test_paged_state_is_on_the_card_and_not_of_torchs_allocator() -> None:
+    """The moments of what has 100,000 weights: of rank 16 the wide sides of the MLP."""
+    recipe = recipe_for("demo", lora={"rank": 16}, optimizer="paged_adamw_8bit")
+    config = SHAPES["Llama-3.1-8B"]
+    paged = activation_memory.forecaster(config, recipe, "bfloat16", (8, 6), CONTEXT)
+    found = paged.forecast(Techniques(32), BatchShape.of_one_document(2048))
+    plain = forecaster("Llama-3.1-8B").forecast(Techniques(32), BatchShape.of_one_document(2048))
+    assert found.device["paged optimizer"] == 2 * 32 * 3 * 16 * 14336
+    assert plain.allocated_bytes - found.allocated_bytes == found.device["paged optimizer"]
+    on_the_processor = activation_memory.forecaster(config, recipe, "bfloat16", None, 0)
+    assert on_the_processor.standing.paged_bytes == 0
+
+
 @pytest.mark.parametrize("key_value_heads", [8, 2])
 def test_attention_takes_the_workspace_of_flash_attention(key_value_heads: int) -> None:
     """Backward, the queries' gradient in float32, a sum for each query, and for grouped heads two gradients for every

@@ -50,8 +50,8 @@ def test_a_meter_counts_all_tokens_and_those_with_a_label() -> None:
     assert (meter.tokens, meter.trained_tokens) == (8, 6)
 
 
-def trainer(tiny_base: Path, folder: Path) -> MeteredTrainer:
-    settings = Train(learning_rate=3e-3, gradient_accumulation=2, micro_batch=3, max_steps=2)
+def trainer(tiny_base: Path, folder: Path, **train: str) -> MeteredTrainer:
+    settings = Train(learning_rate=3e-3, gradient_accumulation=2, micro_batch=3, max_steps=2, **train)
     recipe = Recipe(
         name="t", model=Model(base=str(tiny_base)), lora=Lora(rank=4), data=Data(train="rows.jsonl"), train=settings
     )
@@ -70,6 +70,14 @@ def trainer(tiny_base: Path, folder: Path) -> MeteredTrainer:
 @pytest.fixture(scope="module")
 def built(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MeteredTrainer:
     return trainer(tiny_base, tmp_path_factory.mktemp("built"))
+
+
+def test_the_rehearsals_optimizer_pages_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    """What bitsandbytes pages it never gives back, and a rehearsal throws its state away, again for every rung."""
+    paging = trainer(tiny_base, tmp_path, optimizer="paged_adamw_8bit")
+    large = torch.empty(200_000, device="meta")  # on the processor nothing is paged anyway
+    assert paging.optimizer_of_its_own().get_state_buffer(large, torch.uint8).device.type == "meta"
+    assert paging.create_optimizer().is_paged
 
 
 def test_it_is_built_whole(built: MeteredTrainer) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 Parts = dict[str, int]  # bytes by part
+PAGED_OPTIMIZER = "paged optimizer"  # on the card while there is room, and not of torch's allocator
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Standing:
 
     `head_parameters` are vocabulary x hidden; `attention_width` is heads x head_dim of a layer. `refusals` says which
     techniques the model does not allow, by their names, each with a sentence on why, and `movable` how many bytes those
-    would move that are counted nowhere else.
+    would move that are counted nowhere else. `paged_bytes` of the optimizer's the driver moves between card and host.
     """
 
     base_bytes: int
@@ -41,6 +42,7 @@ class Standing:
     key_value_heads: int
     refusals: dict[str, str]
     movable: dict[str, int]
+    paged_bytes: int = 0
 
     def parts(self) -> Parts:
         """What stands on the device, by part, with nothing switched on."""
@@ -50,5 +52,6 @@ class Standing:
             "head": self.head_bytes,
             "adapter": self.adapter_bytes,
             "gradients": self.adapter_bytes,
-            "optimizer": self.optimizer_bytes,
+            "optimizer": self.optimizer_bytes - self.paged_bytes,
+            PAGED_OPTIMIZER: self.paged_bytes,
         }

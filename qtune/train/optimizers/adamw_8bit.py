@@ -3,6 +3,7 @@
 from qtune.train.optimizers import Optimizer
 
 EIGHT_BIT_FROM, BLOCK = 4096, 256  # bitsandbytes' min_8bit_size, and elements to one scale
+PAGED_FROM = 100_000  # elements, in bitsandbytes' Optimizer8bit.get_state_buffer
 CODE_BOOKS = ("qmap1", "qmap2")
 
 
@@ -15,12 +16,17 @@ def state_bytes(elements: int) -> int:
     return 2 * (block_bytes(elements) + block_bytes(4 * -(-elements // BLOCK)))
 
 
-EIGHT_BIT = Optimizer("adamw_8bit", state_bytes, made_by="adamw_8bit", constant_state=CODE_BOOKS, order=20)
+def paged_bytes(elements: int) -> int:
+    """Of that, what lies in paged memory: the moments of a tensor that is not small."""
+    return 2 * elements if elements >= PAGED_FROM else 0
+
+
+EIGHT_BIT = Optimizer("adamw_8bit", state_bytes, made_by="adamw_8bit", constant_state=CODE_BOOKS, order=10)
 PAGED = Optimizer(
     "paged_adamw_8bit",
     state_bytes,
     made_by="paged_adamw_8bit",
-    is_paged=True,
+    paged_bytes=paged_bytes,
     constant_state=CODE_BOOKS,
-    order=10,
+    order=20,
 )
