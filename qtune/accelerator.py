@@ -6,6 +6,7 @@ events wait for nothing. Whoever asks here needs not know which kind it has.
 """
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -18,13 +19,28 @@ Capability = tuple[int, int]  # of a CUDA card, major and minor: which kernels i
 
 
 def kind(device: torch.device) -> ModuleType:
-    """torch's module for the kind of `device`. Raises RuntimeError for a kind that has none, such as `meta`."""
-    return torch.get_device_module(device)
+    """torch's module for the kind of `device`; for what is no card the processor's, which waits for nothing."""
+    return torch.get_device_module(device) if is_card(device) else torch.cpu
 
 
 def is_card(device: torch.device) -> bool:
     """Whether `device` has memory of its own, which the host's tensors have to be copied to."""
     return device.type not in ("cpu", "meta")
+
+
+def is_on_card(tensor: torch.Tensor) -> bool:
+    """Whether a card holds `tensor`. Paged memory, which a card reads too, is the host's here, as torch has it."""
+    return is_card(tensor.device)
+
+
+def reads_host_memory(device: torch.device) -> bool:
+    """Whether arithmetic on `device` reads host tensors where they stand."""
+    return device.type == "cpu"
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` where the processor can read it, once the card has made it; the same where it can already."""
+    return tensor.to("cpu")
 
 
 def cards() -> list[torch.device]:
@@ -57,6 +73,48 @@ def on_stream(stream: Any, device: torch.device) -> contextlib.AbstractContextMa
 def synchronize(device: torch.device) -> None:
     """Wait until `device` has done all that it was told."""
     kind(device).synchronize(device)
+
+
+class Copy:
+    """A copy under way, beside the arithmetic of `device`.
+
+    It holds on to the memory that it reads and writes until the arithmetic waits for it. One that is dropped before has
+    the arithmetic wait then, as memory that nobody names is given out again.
+    """
+
+    def __init__(self, device: torch.device, is_done: Any, memory: tuple[torch.Tensor, ...]):
+        self._device, self._is_done, self._memory = device, is_done, memory
+
+    def wait(self) -> None:
+        """Have the arithmetic given to the device from now on wait until the copy is done."""
+        current_stream(self._device).wait_event(self._is_done)
+        self._memory = ()
+
+    def synchronize(self) -> None:
+        """Wait, here on the host, until the copy is done."""
+        if self._is_done is not None:
+            self._is_done.synchronize()
+
+    def __del__(self) -> None:
+        if self._memory and not sys.is_finalizing():
+            self.wait()
+
+
+class CopyStream:
+    """Copies to and from `device`, one after another, beside its arithmetic."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, new_stream(device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
+        """Start copying `source` into `target` when the arithmetic given so far is done.
+
+        It may still make `source`, and read what stood where `target` was given its memory.
+        """
+        self._stream.wait_stream(current_stream(self._device))
+        with on_stream(self._stream, self._device):
+            target.copy_(source, non_blocking=True)
+            return Copy(self._device, self._stream.record_event(), (target, source))
 
 
 def random_state(device: torch.device) -> torch.Tensor | None:
@@ -127,13 +185,35 @@ def page_locked(count: int, dtype: torch.dtype) -> torch.Tensor:
     is registered with the driver. Where that is refused (a limit on locked memory) copies still work, unoverlapped.
     """
     buffer = torch.empty(count, dtype=dtype)
-    if torch.cuda.is_available() and count and not isinstance(buffer, FakeTensor):  # which has no address
-        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
-        if int(runtime.cudaHostRegister(address, buffer.nbytes, 0)) == 0:
-            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
-        else:
-            clear_error()
+    if count and not isinstance(buffer, FakeTensor):  # which has no address
+        unlock = lock_pages(buffer.data_ptr(), buffer.nbytes)
+        if unlock is not None:
+            weakref.finalize(buffer.untyped_storage(), _at_rest, unlock)
     return buffer
+
+
+def lock_pages(address: int, size: int) -> Callable[[], None] | None:
+    """Have the driver lock host memory in its place; what unlocks it, or None where there is no card or it refuses."""
+    if not torch.cuda.is_available():
+        return None
+    runtime = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(address, size, 0)) != 0:
+        clear_error()
+        return None
+
+    def unlock() -> None:
+        if int(runtime.cudaHostUnregister(address)) != 0:
+            clear_error()
+
+    return unlock
+
+
+def _at_rest(unlock: Callable[[], None]) -> None:
+    """Unlock memory that nobody names any more, once no copy can be under way there."""
+    with contextlib.suppress(RuntimeError):  # of a card that is gone, no copy is
+        for card in cards():
+            synchronize(card)
+    unlock()
 
 
 def clear_error() -> None:

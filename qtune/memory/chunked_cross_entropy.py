@@ -8,7 +8,8 @@ arXiv:1805.02867).
 Letters: N labelled tokens, H hidden, V vocabulary, R rows of a vocabulary slice.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,11 @@ TILE_BYTES = 16 * MIB
 
 @dataclass(frozen=True)
 class SlicedHead:
-    """`parts` are rows that cover the vocabulary; `weight` makes (R, H) of one of them on the hidden states' device."""
+    """`parts` are rows that cover the vocabulary. `visits(times)` gives each of them with its weight (R, H) on the
+    hidden states' device, all of them in their order so many times; a weight is there until the next is asked for."""
 
     parts: list[slice]
-    weight: Callable[[slice], torch.Tensor]
+    visits: Callable[[int], Iterable[tuple[slice, torch.Tensor]]]
 
 
 def of_sliced_head(
@@ -35,8 +37,8 @@ def of_sliced_head(
     tiles = memory_tracker.tiles(len(hidden), max(16, TILE_BYTES // (4 * (first.stop - first.start))), hidden)
     highest = torch.full((len(hidden),), -torch.inf, device=hidden.device)
     total, own = torch.zeros_like(highest), torch.zeros_like(highest)
-    for rows in head.parts:
-        weight = head.weight(rows)
+    visits = iter(head.visits(2 if with_gradient else 1))
+    for rows, weight in itertools.islice(visits, len(head.parts)):
         for tile in tiles:
             logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
             here, index = _labels_in(labels[tile], rows)
@@ -47,16 +49,19 @@ def of_sliced_head(
             highest[tile] = higher
     normaliser = highest + total.log()
     nats = (normaliser - own).sum()
-    return nats, _gradient(hidden, head, labels, normaliser, tiles) if with_gradient else None
+    return nats, _gradient(hidden, visits, labels, normaliser, tiles) if with_gradient else None
 
 
 def _gradient(
-    hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, normaliser: torch.Tensor, tiles: list[slice]
+    hidden: torch.Tensor,
+    visits: Iterable[tuple[slice, torch.Tensor]],
+    labels: torch.Tensor,
+    normaliser: torch.Tensor,
+    tiles: list[slice],
 ) -> torch.Tensor:
     """(softmax - one-hot) @ weight, summed over the slices in float32."""
     gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for rows in head.parts:
-        weight = head.weight(rows)
+    for rows, weight in visits:
         for tile in tiles:
             p = (hidden[tile].to(weight.dtype) @ weight.t()).float().sub_(normaliser[tile, None]).exp_()
             here, index = _labels_in(labels[tile], rows)

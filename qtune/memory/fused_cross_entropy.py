@@ -125,7 +125,8 @@ def _of_head(
         return of_weight(hidden, head.weight, labels, with_gradient)
     slices = output_head.sliced_on_host(head, hidden.device)
     if len(slices.parts) == 1:
-        return of_weight(hidden, slices.weight(slices.parts[0]), labels, with_gradient)
+        ((_, weight),) = slices.visits(1)
+        return of_weight(hidden, weight, labels, with_gradient)
     return of_sliced_head(hidden, slices, labels, with_gradient)
 
 

@@ -82,7 +82,7 @@ class LayerRunner:
     def _bring_in(self, index: int, stream: "LayerStream") -> Callable[..., None]:
         def before_layer(layer: torch.nn.Module, arguments: Any) -> None:
             if not self.is_recomputing:
-                stream.bring_in(index, is_forward=True)
+                stream.bring_in(index, is_forward=True, goes_round=not layer.training)
 
         return before_layer
 
@@ -141,10 +141,10 @@ class _Recomputed(torch.autograd.Function):
         ctx.random = rng_state.note(hidden.device) if runner.keeps_random_state else None
         ctx.device, ctx.host = hidden.device, runner.host
         if ctx.host is not None:
-            ctx.host.put(index, hidden)
-        else:
-            memory_tracker.mark([hidden], "checkpoints")
-            ctx.save_for_backward(hidden)
+            with ctx.host.putting(index, hidden):
+                return forward(hidden)
+        memory_tracker.mark([hidden], "checkpoints")
+        ctx.save_for_backward(hidden)
         return forward(hidden)
 
     @staticmethod

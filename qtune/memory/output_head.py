@@ -1,8 +1,9 @@
 """The output head for less memory on the device: in host memory, or in NF4; the loss takes slices of its vocabulary.
 
-In host memory. Held less of: the head, 2VH bytes in bfloat16, of which slices of 32 MiB remain while the loss is made.
-A tied table goes as one: embedding and head read the same one in host memory. Costs: 2VH bytes of host memory,
-page-locked; each slice copied to the device twice a pass; what `chunked_cross_entropy` does. Loss and gradient are
+In host memory. Held less of: the head, 2VH bytes in bfloat16, of which two slices of 32 MiB remain while the loss is
+made: one is used, the next is copied in. A tied table goes as one: embedding and head read the same one in host memory.
+Costs: 2VH bytes of host memory, page-locked; each slice copied to the device twice a pass, on a stream of its own (the
+processor reads them where they are); what `chunked_cross_entropy` does. Loss and gradient are
 those of the head on the device, to rounding: a head of one slice gives them to the bit.
 
 In NF4. Held less of: the same, of which 4.13 bits a weight remain; a tied embedding is not touched. Costs: what
@@ -15,6 +16,7 @@ Letters: B rows, T tokens, H hidden, V vocabulary.
 """
 
 import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import PreTrainedModel
 
-from qtune.accelerator import page_locked
+from qtune import accelerator
+from qtune.accelerator import CopyStream
 from qtune.memory import memory_tracker
 from qtune.memory.chunked_cross_entropy import SlicedHead
 from qtune.memory.nf4 import BLOCK, empty_packed, is_quantized, weight_rows
@@ -41,36 +44,51 @@ def move_head_out(model: PreTrainedModel, device: torch.device, is_tied: bool) -
     if is_on_host(head):
         return
     weight = head.weight.detach()
-    table = page_locked(weight.numel(), weight.dtype).view_as(weight).copy_(weight)
+    table = accelerator.page_locked(weight.numel(), weight.dtype).view_as(weight).copy_(weight)
     head.weight = torch.nn.Parameter(table, requires_grad=False)
     if is_tied:
         embedding.weight = head.weight
     memory_tracker.mark([head.weight], "head", "host")
-    head.is_on_host = True
+    head.copies_from_host = CopyStream(device)
 
     def forward(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """(B, T, V), for answers: of the few positions whose next token is asked for."""
-        slices = sliced_on_host(self, device)
-        return torch.cat([torch.nn.functional.linear(hidden, slices.weight(rows)) for rows in slices.parts], dim=-1)
+        visits = sliced_on_host(self, device).visits(1)
+        return torch.cat([torch.nn.functional.linear(hidden, weight) for _, weight in visits], dim=-1)
 
     head.forward = types.MethodType(forward, head)
 
 
 def is_on_host(head: torch.nn.Module | None) -> bool:
-    return getattr(head, "is_on_host", False)
+    return hasattr(head, "copies_from_host")
 
 
 def sliced_on_host(head: Any, device: torch.device) -> SlicedHead:
     weight: torch.Tensor = head.weight
     rows, columns = weight.shape
+    parts = memory_tracker.tiles(rows, max(1, HOST_SLICE_BYTES // (columns * weight.element_size())), weight)
 
-    def copied(part: slice) -> torch.Tensor:
-        source = weight[part]
-        return torch.empty(source.shape, dtype=source.dtype, device=device).copy_(source, non_blocking=True)
+    def visits(times: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        if accelerator.reads_host_memory(device) and not memory_tracker.stands_for_card():
+            return ((rows, weight[rows]) for rows in parts * times)
+        return _copied_ahead(weight, parts * times, device, head.copies_from_host)
 
-    return SlicedHead(
-        memory_tracker.tiles(rows, max(1, HOST_SLICE_BYTES // (columns * weight.element_size())), weight), copied
-    )
+    return SlicedHead(parts, visits)
+
+
+def _copied_ahead(
+    weight: torch.Tensor, order: Sequence[slice], device: torch.device, copies: CopyStream
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each slice of `weight` in `order`, in one of two buffers; the next is copied into the other while it is used."""
+    most = max(rows.stop - rows.start for rows in order)
+    buffers = [torch.empty(most, weight.shape[1], dtype=weight.dtype, device=device) for _ in order[:2]]
+    places = [buffers[i % 2][: rows.stop - rows.start] for i, rows in enumerate(order)]
+    arriving = copies.copy(places[0], weight[order[0]])
+    for i, rows in enumerate(order):
+        arriving.wait()
+        if i + 1 < len(order):
+            arriving = copies.copy(places[i + 1], weight[order[i + 1]])
+        yield rows, places[i]
 
 
 def quantize_head(model: PreTrainedModel) -> None:
@@ -99,4 +117,9 @@ def nf4_slices(head: Linear4bit, hidden: torch.Tensor) -> list[slice]:
 
 
 def sliced_nf4(head: Linear4bit, hidden: torch.Tensor) -> SlicedHead:
-    return SlicedHead(nf4_slices(head, hidden), lambda rows: weight_rows(head, rows, head.compute_dtype))
+    parts = nf4_slices(head, hidden)
+
+    def visits(times: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        return ((rows, weight_rows(head, rows, head.compute_dtype)) for rows in parts * times)
+
+    return SlicedHead(parts, visits)

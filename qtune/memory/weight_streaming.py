@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qtune import accelerator
-from qtune.accelerator import page_locked
+from qtune.accelerator import Copy, CopyStream
 from qtune.memory import memory_tracker
 
 ALIGNMENT = 256  # bytes, which suits every dtype and CUDA kernel: cudaMalloc aligns to as much
@@ -37,11 +37,11 @@ class Piece:
 
 @dataclass
 class Slot:
-    """A device buffer, the layer in it, and the event after which it is there."""
+    """A device buffer, the layer in it, and the copy by which it came."""
 
     buffer: torch.Tensor
     layer: int | None = None
-    is_here: Any = None
+    arriving: Copy | None = None
 
 
 def frozen_tensors(layer: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]:
@@ -94,7 +94,7 @@ class LayerStream:
         self.streamed, self._device = sorted(streamed), device
         self._pieces: dict[int, list[Piece]] = {}
         self._home: dict[int, torch.Tensor] = {}
-        self._copying = accelerator.new_stream(device)
+        self._copies = CopyStream(device)
         for index in self.streamed:
             self._move_out(index, layers[index])
         self._slots: list[Slot] = []
@@ -110,21 +110,26 @@ class LayerStream:
         """The buffers on the device."""
         return [slot.buffer for slot in self._slots]
 
-    def bring_in(self, index: int, is_forward: bool) -> None:
-        """Have layer `index`'s weights on the device, and start on those that are wanted next."""
+    def bring_in(self, index: int, is_forward: bool, goes_round: bool = False) -> None:
+        """Have layer `index`'s weights on the device, and start on those that are wanted next: after the last layer the
+        first, where passes `goes_round`.
+        """
         if index not in self._home:
             return
         slot = self._slot_of(index)
         if slot is None:
             slot = self._load(index, not_slot=None)
-        accelerator.current_stream(self._device).wait_event(slot.is_here)
+        assert slot.arriving is not None, "a layer is in a slot once its copy is under way"
+        slot.arriving.wait()
         self._bind(index, slot.buffer)
-        following = self._following(index, is_forward)
+        following = self._following(index, is_forward, goes_round)
         if following is not None and self._slot_of(following) is None:
             self._load(following, not_slot=slot)
 
-    def _following(self, index: int, is_forward: bool) -> int | None:
+    def _following(self, index: int, is_forward: bool, goes_round: bool) -> int | None:
         place = self.streamed.index(index) + (1 if is_forward else -1)
+        if goes_round:
+            place %= len(self.streamed)
         return self.streamed[place] if 0 <= place < len(self.streamed) else None
 
     def _slot_of(self, index: int) -> Slot | None:
@@ -143,12 +148,8 @@ class LayerStream:
             self._bind(slot.layer, self._home[slot.layer])
         home = self._home[index]
         target = slot.buffer[: home.numel()]
-        slot.layer, slot.is_here = None, None  # should the copy fail, nobody is here
-        # the slot's last layer may still compute
-        self._copying.wait_stream(accelerator.current_stream(self._device))
-        with accelerator.on_stream(self._copying, self._device):
-            target.copy_(home, non_blocking=True)
-            slot.is_here = self._copying.record_event()
+        slot.layer, slot.arriving = None, None  # should the copy fail, nobody is here
+        slot.arriving = self._copies.copy(target, home)
         slot.layer = index
         return slot
 
@@ -162,7 +163,7 @@ class LayerStream:
                 parameter.data = parameter.data.to(self._device)
             _bring_codes(getattr(parameter, "quant_state", None), self._device)
         self._pieces[index], size = layout(layer)
-        self._home[index] = home = page_locked(size, torch.uint8)
+        self._home[index] = home = accelerator.page_locked(size, torch.uint8)
         memory_tracker.mark([home], "streamed layers", "host")
         for piece, (tensor, put) in zip(self._pieces[index], list(frozen_tensors(layer)), strict=True):
             piece.view(home).copy_(tensor)

@@ -7,8 +7,9 @@ when the step does not come to its end, be it for want of memory or a second Ctr
 Costs: in host memory, and copied once a step, the trained weights and the optimizer's state. P trained weights take 4P
 bytes (2P in bfloat16), their state 8P in AdamW and about 2P in 8 bits. One core copies 10 GB a second: 35 ms for 29
 million weights in AdamW, and under 1 % of a step of the tiny model of the tests. From a card it goes into page-locked
-memory at the speed of the bus; paged state is read by the processor. Paged state that is made by a step that fails
-stays mapped until the process ends.
+memory at the speed of the bus. Paged state is read and written by the processor, and only while the card rests: under
+WSL2 a page that the processor touches while the card works ends the process (NVIDIA, CUDA on WSL, "known limitations").
+Paged state that is made by a step that fails stays mapped until the process ends.
 Refuses: nothing; without host memory for the copy there is no step.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from qtune.accelerator import page_locked, synchronize
+from qtune import accelerator
 from qtune.memory.oom_recovery import Recovery, is_out_of_memory, let_go
 
 ALIGNED_BYTES = 64
@@ -76,17 +77,12 @@ class HostCopy:
             self._copies = []
             self._copies = _room_for(tensors)
         self._tensors = tensors
-        for tensor, copy in zip(tensors, self._copies, strict=True):
-            copy.copy_(tensor, non_blocking=True)
-        _wait(tensors)
+        _copy(self._copies, tensors)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Make the weights and the state what they were; state that did not exist is removed."""
-        _wait(self._tensors)  # paged state is written by the processor, and a kernel may still be at it
-        for tensor, copy in zip(self._tensors, self._copies, strict=True):
-            tensor.copy_(copy, non_blocking=True)
-        _wait(self._tensors)
+        _copy(self._tensors, self._copies)
         state = self._optimizer.state
         for weight in list(state):
             if weight not in self._state:
@@ -109,14 +105,21 @@ def _layout(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
 def _room_for(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Places for `tensors` in one page-locked buffer."""
     sizes = [-(-tensor.nbytes // ALIGNED_BYTES) * ALIGNED_BYTES for tensor in tensors]
-    places = page_locked(sum(sizes), torch.uint8).split(sizes)
+    places = accelerator.page_locked(sum(sizes), torch.uint8).split(sizes)
     return [
         place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for place, tensor in zip(places, tensors, strict=True)
     ]
 
 
-def _wait(tensors: list[torch.Tensor]) -> None:
-    """Until the card has done what it was told: copies that do not block, kernels on paged state."""
-    for device in {tensor.device for tensor in tensors}:
-        synchronize(device)
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy every one of `sources`: first what a card holds, in one call, then by the processor what is paged."""
+    pairs = list(zip(targets, sources, strict=True))
+    of_card = [pair for pair in pairs if any(map(accelerator.is_on_card, pair))]
+    of_host = [pair for pair in pairs if not any(map(accelerator.is_on_card, pair))]
+    if of_card:
+        torch._foreach_copy_([target for target, _ in of_card], [source for _, source in of_card], non_blocking=True)
+    for device in {tensor.device for pair in pairs for tensor in pair}:
+        accelerator.synchronize(device)
+    if of_host:
+        torch._foreach_copy_([target for target, _ in of_host], [source for _, source in of_host])

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from qtune.memory.techniques import LiveModel, Side, Step, Technique, Techniques
 from qtune.memory.techniques.standing import Parts, Standing
+from qtune.units import MIB
 
+STAGING_BYTES = 16 * MIB  # page-locked, through which a card is sent rows: a copy of half outlasts its start by far
 COPIES = 0.005  # of a step's time: an estimate, not measured on a card yet
 
 
