@@ -8,7 +8,7 @@ events wait for nothing. Whoever asks here needs not know which kind it has.
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -73,6 +73,12 @@ def on_stream(stream: Any, device: torch.device) -> contextlib.AbstractContextMa
 def synchronize(device: torch.device) -> None:
     """Wait until `device` has done all that it was told."""
     kind(device).synchronize(device)
+
+
+def synchronize_cards() -> None:
+    """Wait until nothing is under way on any card."""
+    for card in cards():
+        synchronize(card)
 
 
 class Copy:
@@ -192,6 +198,20 @@ def page_locked(count: int, dtype: torch.dtype) -> torch.Tensor:
     return buffer
 
 
+_when_refused: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def when_locking_is_refused(tell: Callable[[], None]) -> Iterator[None]:
+    """Inside, `tell` is called the first time that the driver refuses to lock host memory in its place."""
+    _when_refused.append(tell)
+    try:
+        yield
+    finally:
+        if tell in _when_refused:
+            _when_refused.remove(tell)
+
+
 def lock_pages(address: int, size: int) -> Callable[[], None] | None:
     """Have the driver lock host memory in its place; what unlocks it, or None where there is no card or it refuses."""
     if not torch.cuda.is_available():
@@ -199,6 +219,8 @@ def lock_pages(address: int, size: int) -> Callable[[], None] | None:
     runtime = torch.cuda.cudart()
     if int(runtime.cudaHostRegister(address, size, 0)) != 0:
         clear_error()
+        while _when_refused:
+            _when_refused.pop()()
         return None
 
     def unlock() -> None:
@@ -210,9 +232,8 @@ def lock_pages(address: int, size: int) -> Callable[[], None] | None:
 
 def _at_rest(unlock: Callable[[], None]) -> None:
     """Unlock memory that nobody names any more, once no copy can be under way there."""
-    with contextlib.suppress(RuntimeError):  # of a card that is gone, no copy is
-        for card in cards():
-            synchronize(card)
+    with contextlib.suppress(RuntimeError):  # to and from a card that is gone, nothing is
+        synchronize_cards()
     unlock()
 
 

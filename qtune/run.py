@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from qtune import accelerator
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.errors import UserError
 from qtune.evaluate.before_after import Score, compare, score_told
@@ -21,10 +22,17 @@ from qtune.model.loaded import Loaded
 from qtune.ready import GoingOn, Ready, is_on_hub
 from qtune.report import model_card, summary
 from qtune.rundir import RunDir, write_json
+from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.loop import Fitted, TrainingSession
 from qtune.train.rows import HeldOutLoss, TrainingRows
 from qtune.units import format_percent
+
+UNLOCKED = (
+    "the driver refused to page-lock host memory, so copies between host and card wait instead of running beside the"
+    " arithmetic: layers, checkpoints and a head in host memory cost the whole time of their copies. Under WSL2 the"
+    " limit grows with `memory` in .wslconfig"
+)
 
 
 def get_weights(ready: Ready, folder: RunDir, say: Callable[[str], None]) -> None:
@@ -57,6 +65,19 @@ def run(
         listen(event)
     if going_on is not None:
         tell(going_on.told)
+    with accelerator.when_locking_is_refused(lambda: tell(Notice(UNLOCKED))):
+        return _told(ready, folder, tell, checkpoint, stop, catches_signals)
+
+
+def _told(
+    ready: Ready,
+    folder: RunDir,
+    tell: "Teller",
+    checkpoint: Checkpoint | None,
+    stop: threading.Event | None,
+    catches_signals: bool,
+) -> Fitted:
+    """What `run` does, told as it happens."""
     prepare(ready.plan.device, ready.plan.budget.device_bytes)
     ledger = Ledger.begin(ready.plan.device)
     with _leaving_no_folder(folder):

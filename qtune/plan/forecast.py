@@ -5,6 +5,7 @@ from typing import Protocol
 
 from qtune.memory.memory_tracker import Peak
 from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.embedding_offload import STAGING_BYTES
 from qtune.memory.techniques.standing import PAGED_OPTIMIZER, Parts, Standing
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
@@ -110,6 +111,8 @@ class Forecaster:
         parts: Parts = dict(techniques.on_host(self.standing))
         if techniques.host_checkpoints and techniques.recomputed_layers:
             parts["checkpoints"] = techniques.recomputed_layers * self.passes.checkpoint_bytes(batch)
+        if self.is_card and techniques.host_embedding:
+            parts["embedding"] = parts.get("embedding", 0) + STAGING_BYTES
         parts["undo copy of the adapter"] = self.standing.adapter_bytes + self.standing.optimizer_bytes
         return _only_filled(parts)
 

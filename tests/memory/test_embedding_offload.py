@@ -4,6 +4,8 @@ import pytest
 import torch
 from made_models import adapted, assert_equal, base, batch, held_out, one_pass, switched
 
+from qtune import accelerator
+from qtune.memory import embedding_offload
 from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes
 from qtune.memory.techniques import Techniques
@@ -62,12 +64,23 @@ def test_what_it_reads_is_beside_it() -> None:
 
 def test_rows_cross_to_the_device_asked_for() -> None:
     """torch's meta device stands in for a card."""
-    from qtune.memory.embedding_offload import move_embedding_out
-
     model = base("gemma3")
-    move_embedding_out(model, torch.device("meta"))
+    embedding_offload.move_embedding_out(model, torch.device("meta"))
     rows = model.get_input_embeddings()(torch.arange(5)[None])
     assert (rows.device.type, rows.shape) == ("meta", (1, 5, 64))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("rows", [1, 8, 1000])
+def test_rows_cross_in_pieces_to_the_bit(kind, rows, monkeypatch) -> None:
+    """As to a card, through buffers of so many rows."""
+    monkeypatch.setattr(accelerator, "reads_host_memory", lambda device: False)
+    monkeypatch.setattr(embedding_offload, "STAGING_BYTES", 2 * rows * 64 * 4)
+    plain, ours = adapted(base(kind)), adapted(base(kind))
+    Engine(plain)
+    switched(ours, ON_HOST)
+    for inputs in (batch(), batch((1,)), batch((17, 7))):
+        assert_equal(one_pass(ours, inputs), one_pass(plain, inputs))
 
 
 def test_it_is_counted_on_the_host() -> None:

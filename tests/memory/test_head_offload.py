@@ -4,6 +4,7 @@ import pytest
 import torch
 from made_models import adapted, assert_close, assert_equal, base, batch, held_out, one_pass, switched
 
+from qtune import accelerator
 from qtune.memory import output_head
 from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes
@@ -40,8 +41,15 @@ def test_slices_give_the_same_to_rounding(kind, slice_bytes, monkeypatch) -> Non
     passes_and_answers_agree(ours, plain, lambda one, other: assert_close(one, other, 1e-5))
 
 
+@pytest.fixture
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor copies slices as a card would have to."""
+    monkeypatch.setattr(accelerator, "reads_host_memory", lambda device: False)
+
+
+@pytest.mark.usefixtures("as_on_a_card")
 def test_no_more_than_two_slices_are_on_the_device(monkeypatch) -> None:
-    """The next is copied in while the last is still named; the logits of 16 rows or more stand beside them."""
+    """The next is copied in while one is used; the logits of 16 rows or more stand beside them."""
     monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", 16 * 64 * 4)
     model = adapted(base("llama"))
     with LiveBytes() as counter:
@@ -51,6 +59,45 @@ def test_no_more_than_two_slices_are_on_the_device(monkeypatch) -> None:
     assert counter.held("host") == {"head": 262 * 64 * 4}
     # the labelled hidden states, their gradient twice (summed, and as it is handed on), a product, and softmax's own
     assert counter.peaks[counter.phase].device.get("loss", 0) <= 2 * 16 * 64 * 4 + 5 * hidden + 4 * logits + 40_000
+
+
+@pytest.mark.usefixtures("as_on_a_card")
+@pytest.mark.parametrize("slice_rows", [300, 100])
+def test_copied_slices_are_those_of_the_table(slice_rows, monkeypatch) -> None:
+    monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", slice_rows * 64 * 4)
+    plain, ours = adapted(base("llama")), adapted(base("llama"))
+    Engine(plain)
+    switched(ours, HEAD)
+    passes_and_answers_agree(ours, plain, lambda one, other: assert_close(one, other, 1e-5))
+
+
+@pytest.mark.usefixtures("as_on_a_card")
+def test_the_next_slice_is_on_its_way_while_one_is_used(monkeypatch) -> None:
+    """From one pass over the vocabulary to the next, too: each copy of a card's was waited for at its start."""
+    monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", 100 * 64 * 4)
+    model = adapted(base("llama"))
+    switched(model, HEAD)
+    head = model.get_base_model().get_output_embeddings()
+    begun: list[int] = []
+    copy = accelerator.CopyStream.copy
+    monkeypatch.setattr(
+        accelerator.CopyStream, "copy", lambda self, *pair: (begun.append(len(pair[1])), copy(self, *pair))[1]
+    )
+    slices = output_head.sliced_on_host(head, torch.device("cpu"))
+    ahead = []
+    for number, (rows, weight) in enumerate(slices.visits(2)):
+        assert torch.equal(weight, head.weight[rows])
+        ahead.append(len(begun) - number - 1)
+    assert ahead == [1, 1, 1, 1, 1, 0]
+    assert begun == [100, 100, 62] * 2
+
+
+def test_the_processor_reads_the_table_where_it_is() -> None:
+    model = adapted(base("llama"))
+    switched(model, HEAD)
+    head = model.get_base_model().get_output_embeddings()
+    ((_, weight),) = output_head.sliced_on_host(head, torch.device("cpu")).visits(1)
+    assert weight.data_ptr() == head.weight.data_ptr()
 
 
 def test_twice_is_once_and_the_embedding_may_follow() -> None:

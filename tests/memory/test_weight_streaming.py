@@ -28,7 +28,7 @@ from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import block_bytes
 from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.weight_streaming import spread
-from qtune.memory.weight_streaming import ALIGNMENT, frozen_tensors, layout
+from qtune.memory.weight_streaming import ALIGNMENT, LayerStream, Slot, frozen_tensors, layout
 
 STREAMED = Techniques(recomputed_layers=LAYERS, streamed_layers=LAYERS)
 READERS = {"aten::mm", "aten::addmm", "aten::bmm"}
@@ -225,6 +225,29 @@ def test_answers_alone_need_no_recomputation() -> None:
     prompt = {"input_ids": batch()["input_ids"][:, :9], "max_new_tokens": 4, "do_sample": False, "use_cache": True}
     assert torch.equal(ours.generate(**prompt), plain.eval().generate(**prompt))
     assert_close(one_pass(ours, batch()), one_pass(plain, batch()), 1e-5)
+
+
+@pytest.mark.parametrize("streamed", [1, 2, 3, LAYERS])
+def test_in_answers_the_first_layer_follows_the_last(streamed: int, monkeypatch) -> None:
+    """Every token waited for the first layer: it was copied when it was asked for."""
+    model = adapted(base("llama", nf4="double"))
+    switched(model, Techniques(streamed_layers=streamed, recomputed_layers=LAYERS))
+    exposed: list[int] = []
+    load = LayerStream._load
+
+    def watched(self: LayerStream, index: int, not_slot: Slot | None) -> Slot:
+        if not_slot is None:
+            exposed.append(index)
+        return load(self, index, not_slot)
+
+    monkeypatch.setattr(LayerStream, "_load", watched)
+    for _ in range(4):
+        held_out(model, batch((9,)))
+    assert exposed == [spread(streamed, LAYERS)[0]]
+    exposed.clear()
+    for _ in range(2):
+        one_pass(model, batch((9,)))
+    assert exposed == []
 
 
 @pytest.mark.parametrize(("streamed", "slots"), [(0, 0), (1, 1), (2, 2), (4, 2)])

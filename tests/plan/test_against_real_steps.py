@@ -18,10 +18,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from qtune import accelerator
 from qtune.accelerator import Capability
+from qtune.memory import embedding_offload, output_head
 from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.embedding_offload import STAGING_BYTES
+from qtune.model import base
 from qtune.plan.activation_memory import forecaster, trace
 from qtune.plan.workload import BatchShape
+from qtune.units import MIB
 
 DOCUMENTS = (290, 121, 57, 32)
 SHARED = {"vocab_size": 262, "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -129,6 +134,24 @@ def test_packed_experts(qwen3_moe: Path) -> None:
 def test_windowed_layers(gemma3: Path) -> None:
     """What a further layer keeps is taken from a windowed one, which keeps its band: too much for others."""
     compare(gemma3, "bfloat16", [Techniques(), Techniques(7, True, 64)], DOCUMENTS, tolerance=0.02)
+
+
+@pytest.mark.parametrize("slice_bytes", [32 * MIB, 100 * 64 * 2])
+def test_slices_of_a_head_that_are_copied(qwen3: Path, monkeypatch: pytest.MonkeyPatch, slice_bytes: int) -> None:
+    """As a card has to: two at a time, or the one that there is."""
+    monkeypatch.setattr(accelerator, "reads_host_memory", lambda device: False)
+    monkeypatch.setattr(embedding_offload, "move_embedding_out", lambda model, device: None)
+    monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", slice_bytes)
+    compare(qwen3, "bfloat16", [Techniques(5, True, 64, False, "host")], [30])
+
+
+def test_only_rows_for_a_card_pass_through_page_locked_memory(tiny_base: Path) -> None:
+    on_host = {}
+    for card in (None, (8, 9)):
+        recipe = recipe_for(tiny_base)
+        asked = forecaster(base.read_config(recipe.model), recipe, "bfloat16", card, context_bytes=0)
+        on_host[card] = asked.host_parts(Techniques(host_embedding=True), BatchShape((9,), 9))["embedding"]
+    assert on_host[8, 9] - on_host[None] == STAGING_BYTES
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class StreamClocks(TorchDispatchMode):
         self._page_locked = accelerator.page_locked
         for name in ("current_stream", "new_stream", "on_stream", "synchronize", "page_locked", "to_host"):
             self._replaced.setattr(accelerator, name, getattr(self, name))
-        self._replaced.setattr(accelerator, "cards", lambda: [torch.device("cpu")])
+        self._replaced.setattr(accelerator, "synchronize_cards", lambda: self.synchronize(torch.device("cpu")))
         self._replaced.setattr(accelerator, "lock_pages", lambda address, size: lambda: None)
         self._replaced.setattr(accelerator, "is_on_card", lambda tensor: self.use_of(tensor).place == DEVICE)
         self._replaced.setattr(accelerator, "reads_host_memory", lambda device: False)
