@@ -33,7 +33,7 @@ from qtune.merge.logit_distance import (
     usable_rows,
 )
 from qtune.merge.output_folder import Progress, check_disk, counting
-from qtune.merge.verify import ORIGINAL_LOSS_RISE, Live, measure
+from qtune.merge.verify import ORIGINAL_LOSS_RISE, Live, measure, refusing_small_memory
 from qtune.merge.weights_proof import WeightsProof
 from qtune.rundir import RunDir
 from qtune.units import format_percent
@@ -113,10 +113,11 @@ def asked(
     if not any(len(row) > 1 for row in rows):
         return None, (_not_verified("the run kept no held-out rows to compare on."),)
     try:
-        if draft.vocabulary is None:
-            return _asked_on_base(run, draft, path, output, rows, progress)
-        _tell_of_asking(progress, draft)
-        return judge(Live.open(run), path, rows, draft), ()
+        with refusing_small_memory(path.name):
+            if draft.vocabulary is None:
+                return _asked_on_base(run, draft, path, output, rows, progress)
+            _tell_of_asking(progress, draft)
+            return judge(Live.open(run), path, rows, draft), ()
     except MachineError as fault:
         return None, (_not_verified(fault),)
 

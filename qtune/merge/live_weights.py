@@ -4,6 +4,7 @@ Nothing of what a merge is made with has a part in them, so that they can witnes
 adapter, nor its scale, nor its way through 4 bits.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +19,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, linear
 
+from qtune.units import MIB
+
+WIDENED_BYTES = 256 * MIB  # of an output head in float32 at a time: that of a vocabulary of 128k is 2 GB
 UNIT = 2.0**-24  # float32 rounds a sum or a product by at most this fraction
 DORA_NOISE = 2.0**-18  # of a weight: its row's length is a sum of thousands of squares; 2**-21 is the most seen
 
@@ -36,11 +40,31 @@ def is_folded(layer: torch.nn.Module | None) -> bool:
     return isinstance(layer, LoraLayer | Linear4bit)
 
 
-def held(layer: torch.nn.Module) -> torch.Tensor:
-    """The weight (O, I) of a linear without its adapter, in float32, a quantised one as training saw it."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight: Any = base.weight
-    return (dequantize_4bit(weight.data, weight.quant_state) if isinstance(base, Linear4bit) else weight.data).float()
+def held(layer: torch.nn.Module, device: torch.device | None = None) -> torch.Tensor:
+    """The weight (O, I) of a linear without its adapter, in float32, a quantised one as training saw it.
+
+    On `device`, or where the layer computes: its weight may wait in host memory, its adapter does not.
+    """
+    base: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    at = device or device_of(layer)
+    weight: torch.Tensor = _restored(base, at) if isinstance(base, Linear4bit) else base.weight.data.to(at)
+    return weight.float()
+
+
+def device_of(layer: torch.nn.Module) -> torch.device:
+    """Where a linear computes: where its adapter is, if it has one."""
+    parts = layer.lora_A[_adapter(layer)].parameters() if isinstance(layer, LoraLayer) else layer.parameters()
+    return next(parts).device
+
+
+def _restored(layer: Linear4bit, device: torch.device) -> torch.Tensor:
+    """The weight in the compute dtype, on `device`: taken there in its 4 bits, which are left where they are."""
+    state = copy.copy(layer.weight.quant_state)
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+    state.to(device)
+    restored: torch.Tensor = dequantize_4bit(layer.weight.data.to(device), state)
+    return restored
 
 
 def tuned(layer: torch.nn.Module, start: torch.Tensor) -> torch.Tensor:
@@ -106,7 +130,16 @@ def compute_in_float32(model: ModelT, device: str) -> ModelT:
             continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    _begin_on(model.get_base_model() if isinstance(model, PeftModel) else model, device)
     return model
+
+
+def _begin_on(causal: torch.nn.Module, device: str) -> None:
+    """Have `causal.device`, where `generate` sends what a pass begins with, be `device`: by itself it is the first
+    parameter's, and the embedding's waits in host memory."""
+    kind = type(causal)
+    members = {"device": property(lambda self: torch.device(device)), "__module__": kind.__module__}
+    causal.__class__ = type(kind.__name__, (kind,), members)
 
 
 @contextmanager
@@ -137,12 +170,18 @@ def _folded(
     layer: torch.nn.Linear, twin: torch.nn.Module, rounded: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
     bias = None if layer.bias is None else _widened(layer.bias, x)
-    return linear(x, rounded(tuned(twin, held(twin))).float(), bias)
+    return linear(x, rounded(tuned(twin, held(twin, x.device))).float(), bias)
 
 
 def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     bias = None if layer.bias is None else _widened(layer.bias, x)
-    return linear(x, _widened(layer.weight, x), bias)
+    rows = max(1, WIDENED_BYTES // (4 * layer.in_features))
+    if rows >= layer.out_features:
+        return linear(x, _widened(layer.weight, x), bias)
+    output = x.new_empty(*x.shape[:-1], layer.out_features)
+    for weight, part in zip(layer.weight.split(rows), output.split(rows, -1), strict=True):
+        part.copy_(linear(x, _widened(weight, x)))
+    return output if bias is None else output.add_(bias)
 
 
 def _widened(stored: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +192,7 @@ def _widened(stored: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _linear_4bit(layer: Linear4bit, x: torch.Tensor) -> torch.Tensor:
     """The weight as training saw it: restored in the compute dtype, and only then widened."""
     bias = None if layer.bias is None else _widened(layer.bias, x)
-    return linear(x, dequantize_4bit(layer.weight.data, layer.weight.quant_state).float(), bias)
+    return linear(x, _restored(layer, x.device).float(), bias)
 
 
 def _embedding(layer: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from qtune.lock import Lock
 from qtune.merge.merged_weights import DType, Fold, Onto
 from qtune.merge.output_folder import Progress, check_disk, counting, publish
 from qtune.merge.partial_merge import Staging
-from qtune.merge.verify import Live, MergeVerdict, compare, verify
+from qtune.merge.verify import Live, MergeVerdict, compare, refusing_small_memory, verify
 from qtune.merge.weight_change import LayerChange
 from qtune.model import base
 from qtune.report.progress_line import Doing
@@ -109,13 +109,17 @@ def merge(
 def merge_and_verify(
     run: RunDir, output: Path, onto: Onto | Literal["auto"], dtype: DType, doing: Doing
 ) -> tuple[MergeReport, MergeVerdict]:
-    """Merge a finished run into a plain folder, and hold the result against the live adapter, where `auto` has not."""
+    """Merge a finished run into a plain folder, and hold the result against the live adapter, where `auto` has not.
+
+    Raises MachineError where that takes more memory than there is.
+    """
     base.quiet_libraries()
     rows = read_json(run.probe)
-    doing("merging")
-    report = merge(run, output, onto, dtype, rows, doing.tensors, doing.console.print)
-    doing("comparing with the live adapter")
-    return report, report.verdict or verify(run, output, rows)
+    with refusing_small_memory(output):
+        doing("merging")
+        report = merge(run, output, onto, dtype, rows, doing.tensors, doing.console.print)
+        doing("comparing with the live adapter")
+        return report, report.verdict or verify(run, output, rows)
 
 
 def refuse_unproven(output: Path | str, faults: Sequence[str]) -> None:

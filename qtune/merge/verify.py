@@ -8,9 +8,10 @@ that were never trained on, and held against what tuning changed.
 Both sides do their arithmetic in float32, so that what is measured is a difference of weights and not of kernels.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qtune.errors import ModelError
+from qtune.errors import MachineError, ModelError
 from qtune.hardware import find_device, prepare
+from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 from qtune.merge import greedy_answers
 from qtune.merge.greedy_answers import Greedy
 from qtune.merge.live_weights import compute_in_float32, with_weights_of
@@ -42,7 +44,7 @@ from qtune.merge.merged_weights import Onto
 from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.merge.weights_proof import Trained, WeightsProof
 from qtune.model import adapter, base
-from qtune.model.open_model import model_of
+from qtune.model.open_model import model_of, techniques_of
 from qtune.rundir import MERGE_REPORT, RunDir, read_json, write_json
 
 FOLD_KL = 1e-5  # in float32 both sides are the same but for the order of sums: 3e-11 in 30 trained layers
@@ -108,6 +110,22 @@ class MergeVerdict:
         return {"passed": self.passed, "faults": self.faults, **dataclasses.asdict(self)}
 
 
+@contextlib.contextmanager
+def refusing_small_memory(what: object) -> Iterator[None]:
+    """Raises MachineError, about `what`, where memory runs out inside."""
+    try:
+        yield
+    except Exception as fault:
+        if not is_out_of_memory(fault):
+            raise
+        let_go(fault)
+        free_memory()
+        raise MachineError(
+            f"{what}: memory ran out. Close what else uses this device, or take the processor, with"
+            " CUDA_VISIBLE_DEVICES= in the environment: that is slower, and finds the same."
+        ) from None
+
+
 def verify(run: RunDir, output: Path, rows: Sequence[Sequence[int]]) -> MergeVerdict:
     """Compare the merged folder `output` with the run's adapter on its base, on `rows` of token ids never trained on.
 
@@ -141,8 +159,9 @@ class Live:
 
     @classmethod
     def open(cls, run: RunDir) -> "Live":
+        """On the device at hand; weights that waited in host memory through training wait there still."""
         lock, spec, device = run.read_lock(), model_of(run), prepare(find_device()).name
-        loaded = base.load_base(spec, device, lock.compute_dtype)
+        loaded = base.load_base(spec, device, lock.compute_dtype, techniques_of(run))
         tuned = compute_in_float32(adapter.load(loaded, run.adapter).eval(), device)
         return cls(
             tuned,

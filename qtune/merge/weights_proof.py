@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from qtune.merge.live_weights import held, is_folded, layer_called, noise, tuned
+from qtune.merge.live_weights import device_of, held, is_folded, layer_called, noise, tuned
 from qtune.merge.merged_weights import Onto
 from qtune.merge.nf4_round_trip import rows_at_once
 from qtune.merge.safetensors_shards import BaseCheckpoint
@@ -123,7 +123,7 @@ class Trained:
         if name in self.replaced:
             return Wanted(self.replaced[name])
         if name.endswith(".weight") and layer is not None and is_folded(layer):
-            start = held(layer) if self.onto == "dequantised" else self.base.called(name).to(_device(layer)).float()
+            start = held(layer) if self.onto == "dequantised" else self.base.called(name).to(device_of(layer)).float()
             return Wanted(tuned(layer, start), noise(layer, start))
         base = self.base.called(name)
         return Wanted(self._as_held(name, base) if self.onto == "dequantised" and base.is_floating_point() else base)
@@ -133,10 +133,6 @@ class Trained:
         module, _, leaf = name.rpartition(".")
         own = getattr(layer_called(self.model, module), leaf, None)
         return own.data if own is not None and own.shape == base.shape else base.to(self.compute_dtype)
-
-
-def _device(layer: torch.nn.Module) -> torch.device:
-    return next(layer.parameters()).device
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,14 @@ def model_of(run: RunDir) -> Model:
     return run.of_lock(lambda lock: Model(**lock.model))
 
 
+def techniques_of(run: RunDir) -> Techniques:
+    """Where the weights were in training, and have to be where the same device is to answer.
+
+    Raises RunFolderError where the run's plan is missing or is of no version that is known.
+    """
+    return run.read_as(run.plan, Techniques.for_answers)
+
+
 def open_run(run: RunDir, is_for_talk: bool = False) -> Loaded:
     """A tuned model in eval mode, which is the base where its adapter is disabled.
 
@@ -36,7 +44,7 @@ def open_run(run: RunDir, is_for_talk: bool = False) -> Loaded:
     """
     base.quiet_libraries()
     spec, device, dtype = model_of(run), prepare(find_device()).name, run.read_lock().compute_dtype
-    techniques = run.read_as(run.plan, Techniques.for_answers)
+    techniques = techniques_of(run)
     refuse_other_base(run, base.base_folder(spec))
     loaded = base.load_base(spec, device, dtype, techniques)
     tuned = adapter.load(loaded, run.adapter).eval()

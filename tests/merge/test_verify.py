@@ -13,13 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
-from qtune.errors import ModelError, UserError
+from qtune.errors import MachineError, ModelError, UserError
+from qtune.memory.techniques import Techniques
+from qtune.merge import live_weights
+from qtune.merge import merge as merge_module
 from qtune.merge.live_weights import compute_in_float32
 from qtune.merge.logit_distance import in_batches, is_at_most, logits_of, usable_rows
-from qtune.merge.merge import merge
+from qtune.merge.merge import merge, merge_and_verify
 from qtune.merge.verify import Live, compare, verify
 from qtune.model import base
 from qtune.recipe.schema import Model
+from qtune.report.progress_line import Doing
+from qtune.rundir import write_json
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +197,43 @@ def test_float32_arithmetic_on_weights_as_they_are_held(tiny_base, compute_dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (own_kernels - expected).abs().max() > 1e-4
     assert held.lm_head.weight.dtype == getattr(torch, compute_dtype)  # not widened for good
+
+
+def test_a_large_head_is_widened_a_part_at_a_time(tiny_base, monkeypatch) -> None:
+    """In float32 that of a vocabulary of 128k is 2 GB."""
+    model = compute_in_float32(base.load_base(Model(base=str(tiny_base)), "cpu", "bfloat16"), "cpu")
+    ids, widened = torch.tensor(token_rows(rows=1)), []
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        monkeypatch.setattr(live_weights, "WIDENED_BYTES", 100 * 64 * 4)
+        original = live_weights._widened
+        monkeypatch.setattr(live_weights, "_widened", lambda *args: widened.append(args[0].shape) or original(*args))
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+    assert widened == [(100, 64), (100, 64), (62, 64)]
+
+
+def test_weights_that_waited_in_host_memory_wait_there_again(merged, monkeypatch) -> None:
+    """The card that trained it once had to have room for all of it here."""
+    run, output = merged
+    expected = compare(Live.open(run), output, token_rows(), "original", "float32")
+    write_json(run.plan, {"techniques": {"host_embedding": True, "streamed_layers": 2, "head": "host"}})
+    asked, original = [], base.load_base
+    monkeypatch.setattr(base, "load_base", lambda *args: asked.append(args[3]) or original(*args))
+    assert compare(Live.open(run), output, token_rows(), "original", "float32") == expected
+    write_json(run.plan, {"techniques": {}})
+    assert asked == [Techniques(host_embedding=True, streamed_layers=2)]
+
+
+def test_memory_that_runs_out_is_said_with_what_would_work(merged, tmp_path, monkeypatch) -> None:
+    run, _ = merged
+    write_json(run.probe, token_rows())
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(merge_module, "verify", full)
+    with pytest.raises(MachineError, match=r"out: memory ran out.*CUDA_VISIBLE_DEVICES="):
+        merge_and_verify(run, tmp_path / "out", "original", "float32", Doing())
 
 
 @pytest.fixture(scope="module")

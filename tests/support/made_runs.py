@@ -12,7 +12,7 @@ from qtune.lock import Lock, LockedBase, Quantization
 from qtune.model import base, fingerprint
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
-from qtune.rundir import RunDir
+from qtune.rundir import RunDir, write_json
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -65,6 +65,7 @@ def make_run(
             versions={"qtune": __version__},
         )
     )
+    write_json(run.plan, {"techniques": {}})
     return run
 
 
