@@ -111,7 +111,7 @@ class Forecaster:
         parts: Parts = dict(techniques.on_host(self.standing))
         if techniques.host_checkpoints and techniques.recomputed_layers:
             parts["checkpoints"] = techniques.recomputed_layers * self.passes.checkpoint_bytes(batch)
-        if self.is_card and techniques.host_embedding:
+        if self.is_card and (techniques.host_embedding or (self.standing.is_tied and techniques.head == "host")):
             parts["embedding"] = parts.get("embedding", 0) + STAGING_BYTES
         parts["undo copy of the adapter"] = self.standing.adapter_bytes + self.standing.optimizer_bytes
         return _only_filled(parts)

@@ -19,9 +19,9 @@ from stream_clocks import (
     run_with_clocks,
 )
 
+from qtune.events import Event
 from qtune.memory import embedding_offload, output_head
 from qtune.memory.engine import Engine
-from qtune.memory.gradient_checkpointing import LayerRunner
 from qtune.memory.oom_recovery import OpenStep, Recovery
 from qtune.memory.techniques import Techniques
 from qtune.train.atomic_step import keep_steps_whole
@@ -73,26 +73,21 @@ class Live:
         prompt = batch((6,))["input_ids"]
         self.engine.model.eval().generate(input_ids=prompt, max_new_tokens=2, do_sample=False, use_cache=True)
 
-    def out_of_memory_and_again(self, *lengths: int) -> None:
-        """Memory runs out in the backward pass of a layer; the batch is run again, as training does."""
-        recovery = Recovery(climb=lambda: "nothing", forget_pass=self.engine.forget_pass)
-        fails, run_again = [2], LayerRunner.run_again
-
-        def failing(runner: LayerRunner, index: int, *rest: Any) -> Any:
-            if index in fails:
-                fails.remove(index)
-                raise RuntimeError("CUDA out of memory")
-            return run_again(runner, index, *rest)
+    def out_of_memory_and_again(self, clocks: StreamClocks, after: int, *lengths: int) -> None:
+        """Memory runs out `after` so many operations of a pass; the batch is run again, as training does."""
+        told: list[Event] = []
+        recovery = Recovery(told.append, lambda: "nothing", self.engine.forget_pass)
 
         def run(piece: dict[str, Any]) -> torch.Tensor:
             nats = forward(self.engine.model.train(), piece)
             nats.backward()
             return nats.detach()
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(LayerRunner, "run_again", failing)
-            OpenStep(recovery, "Step 1", torch.device("cpu"), self.engine.model.zero_grad).add(batch(lengths), run)
-        assert not fails
+        step = OpenStep(recovery, "Step 1", torch.device("cpu"), self.engine.model.zero_grad)
+        rows = batch(lengths)
+        clocks.fails_at = clocks.operations + after
+        step.add(rows, run)
+        assert len(told) == 1
         self.engine.model.zero_grad()
 
 
@@ -106,10 +101,13 @@ def training(clocks: StreamClocks, techniques: Techniques = EVERYTHING) -> None:
 
 
 def recovering(clocks: StreamClocks) -> None:
+    """Memory runs out here and there, in batches that grow."""
     live = Live.of(clocks, EVERYTHING)
+    before = clocks.operations
     live.step(9)
-    live.out_of_memory_and_again(14)
-    live.out_of_memory_and_again(20)
+    operations = clocks.operations - before
+    for tokens, share in ((14, 0.15), (16, 0.3), (18, 0.4), (20, 0.6), (22, 0.8)):
+        live.out_of_memory_and_again(clocks, round(share * operations), tokens)
     live.step(9)
 
 

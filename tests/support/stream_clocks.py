@@ -100,13 +100,17 @@ class Stream:
 
 
 class StreamClocks(TorchDispatchMode):
-    """Stands in for a card while it is entered; `races` are sentences, `waits` how often each site waited."""
+    """Stands in for a card while it is entered; `races` are sentences, `waits` how often each site waited.
+
+    Memory runs out in the operation that is `fails_at` in their count, once.
+    """
 
     def __init__(self, without: tuple[str, str] | None = None):
         super().__init__()
         self.without = without
         self.races: list[str] = []
         self.waits: Counter[tuple[str, str]] = Counter()
+        self.operations, self.fails_at = 0, -1
         self.host, self.streams = Clock(), list[Stream]()
         self._computing = Stream(self)
         self._current = [self._computing]
@@ -204,6 +208,9 @@ class StreamClocks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.operations += 1
+        if self.operations == self.fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         result = func(*args, **kwargs)
         schema, name = func._schema, func._overloadpacket.__name__
         if any(given.alias_info is not None and not given.alias_info.is_write for given in schema.returns):
