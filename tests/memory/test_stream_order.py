@@ -175,6 +175,20 @@ def test_no_race_and_every_wait_is_listed() -> None:
     assert waited == SITES.keys()
 
 
+@pytest.mark.long
+def test_no_race_wherever_memory_runs_out() -> None:
+    """Also in the middle of a copy: at every 60th of 2,200 operations."""
+
+    def story(clocks: StreamClocks) -> None:
+        live = Live.of(clocks, EVERYTHING)
+        before = clocks.operations
+        live.step(9)
+        for number, after in enumerate(range(1, clocks.operations - before, 60)):
+            live.out_of_memory_and_again(clocks, after, 10 + number)
+
+    assert run_with_clocks(story).races == []
+
+
 @pytest.mark.parametrize("site", SITES, ids=" ".join)
 def test_a_wait_taken_away_alone_is_noticed(site: Site) -> None:
     assert run_with_clocks(SITES[site], without=site).races
