@@ -180,6 +180,11 @@ def most_allocated_bytes(card: torch.device) -> int:
     return int(kind(card).max_memory_allocated(card))
 
 
+def most_reserved_bytes(card: torch.device) -> int:
+    """The most that torch's allocator held of a card's memory since `count_anew`."""
+    return int(kind(card).max_memory_reserved(card))
+
+
 def count_anew(card: torch.device) -> None:
     kind(card).reset_peak_memory_stats(card)
 

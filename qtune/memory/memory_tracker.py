@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qtune import accelerator
-from qtune.accelerator import Capability, is_card
+from qtune.accelerator import Capability
 
 Side = Literal["device", "host"]
 BLOCK_BYTES = 512
-FUSED_ROWS = 512  # bitsandbytes multiplies fewer rows than this without writing the dequantised weight out
 
 _active: "LiveBytes | None" = None
 
@@ -276,11 +275,51 @@ def _dequantised_weight(args: Any) -> tuple[str, int]:
     """`gemm_4bit(A, B, (N, K), scales, block, ...)` on many rows writes the (N, K) weight in A's dtype, and its fp32
     block scales."""
     activations, (rows, columns) = args[0], args[2]
-    if activations.numel() // activations.shape[-1] <= FUSED_ROWS and (
-        is_card(activations.device) or stands_for_card()
+    card = capability_for(activations)
+    if card is not None and activations.numel() // activations.shape[-1] <= fused_rows(
+        card, (rows, columns), activations.dtype
     ):
         return "dequantised weights", 0
     return "dequantised weights", rows * columns * activations.element_size() + 2 * 4 * rows * columns // args[4]
+
+
+# Up to how many rows bitsandbytes multiplies without writing the dequantised weight out, by capability, from so many
+# waves on; a wave is a block of 64 outputs for each multiprocessor. Of bitsandbytes 0.50, backends/cuda/ops.py,
+# `_gemm_4bit_use_custom_cuda`, exceptions rounded down. Others are as 8.9.
+FUSED_ROWS: dict[Capability, tuple[tuple[float, int], ...]] = {
+    (7, 5): ((0.5, 64), (0, 32)),
+    (8, 0): ((3, 128), (1, 32)),
+    (8, 6): ((1, 128), (0.5, 64), (0, 16)),
+    (8, 7): (),
+    (8, 9): ((3, 256), (2, 128), (0.8, 32), (0, 8)),
+    (9, 0): ((3, 64), (2, 48), (1, 32)),
+    (10, 0): ((3, 32),),
+    (10, 3): ((3, 32),),
+    (11, 0): (),
+    (12, 0): ((3, 256), (2, 128), (0.8, 64), (0, 8)),
+}
+FUSED_ANYWHERE = 4  # rows, whatever the card and the weight
+SMALL_WEIGHT = 4 << 20  # elements, below which more rows are fused on few cards
+MOST_MULTIPROCESSORS = {  # of the cards that there are: on one with fewer, more rows are fused
+    (7, 5): 72,
+    (8, 0): 108,
+    (8, 6): 84,
+    (8, 9): 142,
+    (9, 0): 132,
+    (10, 0): 160,
+    (10, 3): 160,
+    (12, 0): 188,
+}
+
+
+def fused_rows(card: Capability, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Up to how many rows any card of that capability multiplies with a packed weight of that shape as it is."""
+    has_kernel = dtype in (torch.float16, torch.bfloat16) and (card >= (8, 0) or dtype == torch.float16)
+    if shape[0] * shape[1] < SMALL_WEIGHT or card < (7, 5) or not has_kernel:
+        return FUSED_ANYWHERE
+    waves = -(-shape[0] // 64) / MOST_MULTIPROCESSORS.get(card, max(MOST_MULTIPROCESSORS.values()))
+    steps = FUSED_ROWS.get(card, FUSED_ROWS[8, 9])
+    return next((rows for least, rows in steps if waves >= least), FUSED_ANYWHERE)
 
 
 WORKSPACES: dict[str, Callable[[Any], tuple[str, int]]] = {"bitsandbytes::gemm_4bit": _dequantised_weight}

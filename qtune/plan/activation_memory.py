@@ -176,7 +176,7 @@ def forecaster(
     """
     standing = count(config, recipe, compute_dtype, is_card=card is not None)
     passes = TracedPasses(config, recipe, compute_dtype, card, len(standing.layers))
-    return Forecaster(recipe, standing, passes, card is not None, context_bytes)
+    return Forecaster(recipe, standing, passes, card, context_bytes)
 
 
 @dataclass(frozen=True)

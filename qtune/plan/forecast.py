@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from qtune.accelerator import Capability
 from qtune.memory.memory_tracker import Peak
 from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.embedding_offload import STAGING_BYTES
 from qtune.memory.techniques.standing import PAGED_OPTIMIZER, Parts, Standing
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
+from qtune.units import KIB, MIB
 
 SLACK_FRACTION = 0.04  # of what the allocator has handed out: freed blocks that fit nothing else; not measured yet
 NOT_ALLOCATED = ("context", "slack", PAGED_OPTIMIZER)
@@ -65,14 +67,14 @@ class Passes(Protocol):
 class Forecaster:
     """Forecasts for one model, adapter and optimizer.
 
-    `is_card` says that the device is a CUDA card, here or not; else it is this machine's processor, where nothing is
-    outside the tensors and `context_bytes` is 0.
+    `card` is the capability of a CUDA card, here or not; without one it is on this machine's processor, where nothing
+    is outside the tensors and `context_bytes` is 0.
     """
 
     recipe: Recipe
     standing: Standing
     passes: Passes
-    is_card: bool
+    card: Capability | None
     context_bytes: int
 
     @property
@@ -81,7 +83,7 @@ class Forecaster:
 
     def forecast(self, techniques: Techniques, batch: BatchShape, accumulates: bool = True) -> Forecast:
         """The peak of a step in which `batch` is the largest. `accumulates` says that gradients outlive a pass."""
-        standing = techniques.on_device(self.standing)
+        standing = self._standing(techniques)
         phases: dict[str, Parts] = {}
         for phase, peak in self.passes.peaks(techniques, batch).items():
             phases[phase] = {**self._at(phase, standing, accumulates), **peak.device}
@@ -92,19 +94,22 @@ class Forecaster:
         sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
         highest = max(sums, key=lambda phase: sums[phase])
         device = _only_filled(phases[highest])
-        if self.is_card:
+        if self.card is not None:
             slack = round(SLACK_FRACTION * sums[highest])
             device |= {"slack": slack, "context": self.context_bytes}
         return Forecast(device, self.host_parts(techniques, batch), highest, sums, self._loading_bytes(techniques))
 
     def least_bytes(self, techniques: Techniques) -> int:
         """What the device has to hold whatever the batch: the optimizer's step and loading. It needs no trace."""
-        step = sum(techniques.on_device(self.standing).values()) + self.standing.optimizer_workspace_bytes
-        outside = round(SLACK_FRACTION * step) + self.context_bytes if self.is_card else 0
+        step = sum(self._standing(techniques).values()) + self.standing.optimizer_workspace_bytes
+        outside = round(SLACK_FRACTION * step) + self.context_bytes if self.card is not None else 0
         return max(step + outside, self._loading_bytes(techniques))
 
+    def _standing(self, techniques: Techniques) -> Parts:
+        return {**techniques.on_device(self.standing), "matmul workspaces": matmul_workspaces(self.card)}
+
     def _loading_bytes(self, techniques: Techniques) -> int:
-        return techniques.while_loading(self.standing) + (self.context_bytes if self.is_card else 0)
+        return techniques.while_loading(self.standing) + self.context_bytes
 
     def host_parts(self, techniques: Techniques, batch: BatchShape) -> Parts:
         """Bytes by part in host memory, found without a trace of the other techniques."""
@@ -132,6 +137,17 @@ class Forecaster:
         if not techniques.host_checkpoints:
             waiting = waiting * 2 // max(2, techniques.recomputed_layers)
         return {**parts, "gradients": gradients, "checkpoints": waiting}
+
+
+def matmul_workspaces(card: Capability | None) -> int:
+    """What torch's allocator gives to cuBLAS: to the handle of the thread that goes forward, and of autograd's.
+
+    torch 2.11, ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`: 2 x 4096 + 8 x 16 KiB, and 32 MiB from
+    Hopper on, which a later version extends to consumer Blackwell.
+    """
+    if card is None:
+        return 0
+    return 2 * (32 * MIB if card >= (9, 0) else (2 * 4096 + 8 * 16) * KIB)
 
 
 def _only_filled(parts: Parts) -> Parts:

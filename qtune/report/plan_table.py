@@ -23,6 +23,7 @@ ORDER = (
     "gradients",
     "optimizer",
     "paged optimizer",
+    "matmul workspaces",
     "checkpoints",
     "layer workspace",
     "dequantised weights",

@@ -31,9 +31,13 @@ Loss = Callable[[Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Peaks by phase. On a card each is one number, named `allocated`; on the CPU there is one a part."""
+    """Peaks by phase. On a card each is one number, named `allocated`; on the CPU there is one a part.
+
+    `reserved_bytes` is the most that a card's allocator took for them, holes between tensors and all.
+    """
 
     peaks: dict[str, Peak]
+    reserved_bytes: int = 0
 
     @property
     def device_bytes(self) -> int:
@@ -56,7 +60,7 @@ def rehearse_until_it_fits(
     while True:
         try:
             found = run_once()
-            if found.device_bytes <= most_bytes:
+            if max(found.device_bytes, found.reserved_bytes) <= most_bytes:
                 return found, climbed
             ran_out = False
         except Exception as fault:
@@ -155,12 +159,15 @@ def _on_a_card(
     model: PeftModel, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, loss_of: Loss
 ) -> Rehearsal:
     peaks: dict[str, Peak] = {}
+    reserved = [0]
 
     def end(phase: str) -> None:
         accelerator.synchronize(engine.device)
         peaks[phase] = Peak({"allocated": accelerator.most_allocated_bytes(engine.device)})
+        reserved.append(accelerator.most_reserved_bytes(engine.device))
         accelerator.count_anew(engine.device)
 
+    accelerator.free_cached_memory()  # what loading left is no part of a step
     accelerator.count_anew(engine.device)
     loss = loss_of(batch)
     end("forward")
@@ -169,7 +176,7 @@ def _on_a_card(
     end("backward")
     finish_step(model, optimizer)
     end("step")
-    return Rehearsal(peaks)
+    return Rehearsal(peaks, max(reserved))
 
 
 def finish_step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:

@@ -1,13 +1,19 @@
 """Live bytes, counted, against sums by hand: views, ties, deaths, sides, phases; the same on fake tensors."""
 
+import ast
 import contextlib
 import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from made_models import LAYERS, adapted, base, batch, forward, one_pass, switched
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qtune.accelerator import Capability
 from qtune.memory import memory_tracker
 from qtune.memory.memory_tracker import BLOCK_BYTES, LiveBytes, Peak, block_bytes, quantization_state, storage_sizes
 from qtune.memory.techniques import Techniques
@@ -225,11 +231,72 @@ def test_a_pass_of_a_model_ends_with_its_gradients_and_nothing_else() -> None:
     assert 0 <= rest <= 16 * 1024  # the index of the documents, which is kept for the next pack
 
 
-@pytest.mark.parametrize(("rows", "on_card"), [(1, 0), (512, 0), (513, 1), (4096, 1)])
+@pytest.mark.parametrize(("rows", "on_card"), [(1, 0), (64, 0), (65, 1), (4096, 1)])
 def test_a_card_writes_a_dequantised_weight_out_for_many_rows_only(rows: int, on_card: int) -> None:
-    """bitsandbytes multiplies up to 512 rows with the weight as it is, on a card; elsewhere it never does."""
-    weight = 128 * 64 * 4 + 2 * 4 * 128 * 64 // 64  # (128, 64) in float32, and two scales for each 64 of it
-    asked = (torch.empty(1, rows, 64), None, (128, 64), None, 64)  # the last is how many weights share a scale
+    """On 8.6 up to 64 rows of this many outputs are multiplied with the weight as it is; on the processor none are."""
+    shape = (4096, 1024)
+    weight = 2 * 4096 * 1024 + 2 * 4 * 4096 * 1024 // 64  # in bfloat16, and two scales for each 64 of it
+    asked = (torch.empty(1, rows, 1024, dtype=torch.bfloat16), None, shape, None, 64)
     with LiveBytes(card=(8, 6)):
         assert memory_tracker.WORKSPACES["bitsandbytes::gemm_4bit"](asked) == ("dequantised weights", on_card * weight)
     assert memory_tracker.WORKSPACES["bitsandbytes::gemm_4bit"](asked) == ("dequantised weights", weight)
+
+
+@pytest.fixture(scope="module")
+def multiplies_as_it_is():
+    """bitsandbytes' own rule, out of its source, as that part of it is loaded on a machine with a card alone."""
+    path = Path(bitsandbytes.__file__).parent / "backends" / "cuda" / "ops.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    rule = next(node for node in tree.body if getattr(node, "name", "") == "_gemm_4bit_use_custom_cuda")
+    card: list[int] = []
+    known = {"functools": SimpleNamespace(cache=lambda f: f), "torch": torch, "_gpu_dispatch_props": lambda _: card}
+    known["_GEMM_4BIT_CUSTOM_FLOOR_M"] = memory_tracker.FUSED_ANYWHERE
+    exec(compile(ast.Module([rule], []), str(path), "exec"), known)
+
+    def asked(capability: Capability, multiprocessors: int, rows: int, shape: tuple[int, int], dtype: Any) -> bool:
+        card[:] = [multiprocessors, *capability]
+        return known["_gemm_4bit_use_custom_cuda"](0, dtype, rows, *shape)
+
+    return asked
+
+
+CARDS: dict[Capability, tuple[int, ...]] = {  # multiprocessors of some of each
+    (6, 1): (20, 28),
+    (7, 5): (30, 40, 72),
+    (8, 0): (56, 108),
+    (8, 6): (20, 28, 46, 72, 84),
+    (8, 7): (16,),
+    (8, 9): (20, 24, 46, 58, 76, 128, 142),
+    (9, 0): (78, 114, 132),
+    (10, 0): (148, 160),
+    (10, 3): (148, 160),
+    (11, 0): (20,),
+    (12, 0): (30, 50, 84, 170, 188),
+    (12, 1): (48,),
+}
+
+
+def test_no_weight_that_is_written_out_is_left_out(multiplies_as_it_is) -> None:
+    """What we say is multiplied as it is, bitsandbytes does so, on whichever card of that capability."""
+    shapes = [(n, k) for n in (256, 1024, 2048, 4096, 8192, 14336, 28672, 128256) for k in (1024, 4096, 8192, 28672)]
+    for capability, sizes in CARDS.items():
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            for shape in shapes:
+                most = memory_tracker.fused_rows(capability, shape, dtype)
+                for multiprocessors in sizes:
+                    for rows in {1, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, most}:
+                        if rows <= most:
+                            asked = (capability, multiprocessors, rows, shape, dtype)
+                            assert multiplies_as_it_is(*asked), asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "rows"),
+    [((8, 0), 108, 32), ((8, 6), 84, 128), ((9, 0), 132, 32), ((8, 9), 142, 32)],
+)
+def test_of_a_wide_weight_as_many_rows_as_the_largest_card_takes(
+    multiplies_as_it_is, capability: Capability, multiprocessors: int, rows: int
+) -> None:
+    """The up projection of Llama-3.1-8B, and those figures that bitsandbytes has for it."""
+    assert memory_tracker.fused_rows(capability, (14336, 4096), torch.bfloat16) == rows
+    assert multiplies_as_it_is(capability, multiprocessors, rows, (14336, 4096), torch.bfloat16)

@@ -1,6 +1,7 @@
 """What a forecast says of a CUDA card for the shapes that matter, from their published configurations."""
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -73,6 +74,19 @@ def test_bytes_of_a_token_of_context() -> None:
     for techniques, most in ((tiled, 115_600), (grouped, 60_000)):
         lower, higher = (allocated("Llama-3.1-8B", techniques, tokens) for tokens in (16_384, 32_768))
         assert (higher - lower) / 16_384 <= most
+
+
+@pytest.mark.parametrize(
+    ("capability", "kib"), [((7, 5), 8320), ((8, 6), 8320), ((8, 9), 8320), ((9, 0), 32768), ((10, 0), 32768)]
+)
+def test_cublas_has_a_workspace_in_each_of_two_threads(capability: tuple[int, int], kib: int) -> None:
+    """torch's allocator has it, so that the forecast, and what has to be there for any batch, has it too."""
+    forecasts = replace(forecaster("Llama-3.1-8B"), card=capability)
+    found = forecasts.forecast(Techniques(32), BatchShape.of_one_document(2048))
+    assert found.device["matmul workspaces"] == 2 * 1024 * kib
+    assert found.allocated_bytes >= sum(found.device.values()) - CONTEXT - found.device["slack"]
+    without = replace(forecasts, card=None, context_bytes=0).least_bytes(Techniques(32))
+    assert forecasts.least_bytes(Techniques(32)) >= without + 2 * 1024 * kib + CONTEXT
 
 
 def test_paged_state_is_on_the_card_and_not_of_torchs_allocator() -> None:

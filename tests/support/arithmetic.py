@@ -73,4 +73,4 @@ def ladder_of(
     **train: object,
 ) -> Ladder:
     recipe = recipe_for("demo", memory, **train)
-    return Ladder(Forecaster(recipe, standing, FormulaPasses(), False, 0), work, budget)
+    return Ladder(Forecaster(recipe, standing, FormulaPasses(), None, 0), work, budget)

@@ -26,6 +26,7 @@ from qtune.plan.plan import Plan
 from qtune.plan.planner import decide
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
+from qtune.train import dry_run
 from qtune.train.dry_run import Rehearsal, rehearse, rehearse_until_it_fits
 from qtune.train.learner import Learner
 from qtune.train.loop import TrainingSession
@@ -123,7 +124,7 @@ def test_it_says_what_it_held_beside_the_forecast(tiny_base: Path, tmp_path: Pat
         assert sum(size for _, size in event.parts) == event.peak_bytes
 
 
-def rehearse_once(folder: Path, poison: bool = False) -> tuple[torch.nn.Module, torch.optim.Optimizer, list]:
+def rehearse_once(folder: Path, poison: bool = False) -> tuple[torch.nn.Module, torch.optim.Optimizer, list, Rehearsal]:
     recipe = recipe_for(folder)
     model = adapter.attach(base.load_base(recipe.model, "cpu", "float32"), recipe.lora, 0)
     engine = Engine(model)
@@ -140,15 +141,15 @@ def rehearse_once(folder: Path, poison: bool = False) -> tuple[torch.nn.Module, 
     def loss_of(batch: dict) -> torch.Tensor:
         return model(**batch, fused_loss=True).nats
 
-    rehearse(model, engine, optimizer, collate(rows(1, 40)), loss_of, True, find_device())
-    return model, optimizer, before
+    found = rehearse(model, engine, optimizer, collate(rows(1, 40)), loss_of, True, find_device())
+    return model, optimizer, before, found
 
 
 @pytest.mark.parametrize("poison", [False, True], ids=["a loss", "no number"])
 def test_nothing_is_left_of_it(tiny_base: Path, poison: bool) -> None:
     """A loss that was no number once left an adapter that was none either, before the first step could say so."""
     state = torch.get_rng_state()
-    model, optimizer, before = rehearse_once(tiny_base, poison)
+    model, optimizer, before, _ = rehearse_once(tiny_base, poison)
     torch.manual_seed(0)
     assert state.shape == torch.get_rng_state().shape
     assert not model.training
@@ -229,6 +230,26 @@ def test_with_nothing_left_it_ends_before_a_step_is_taken() -> None:
 def test_more_than_the_budget_that_the_device_could_hold_is_let_through() -> None:
     found, climbed = rehearse_until_it_fits(script(12, 11)[0], 10, iter(["a", None]).__next__, lambda: None)
     assert (found.device_bytes, climbed) == (11, ["a"])
+
+
+def test_holes_between_tensors_count_against_the_budget() -> None:
+    ends = iter([Rehearsal({"loss": Peak({"allocated": 8})}, 12), Rehearsal({"loss": Peak({"allocated": 7})}, 9)])
+    found, climbed = rehearse_until_it_fits(lambda: next(ends), 10, lambda: "a", lambda: None)
+    assert (found.reserved_bytes, climbed) == (9, ["a"])
+
+
+def test_a_card_tells_what_its_allocator_took(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most of the phases, each counted anew; what loading left is given back before."""
+    taken = iter([500, 900, 700])
+    freed = []
+    answers = {"synchronize": None, "count_anew": None, "most_allocated_bytes": 400}
+    for name, answer in answers.items():
+        monkeypatch.setattr(dry_run.accelerator, name, lambda device, answer=answer: answer)
+    monkeypatch.setattr(dry_run.accelerator, "most_reserved_bytes", lambda device: next(taken), raising=False)
+    monkeypatch.setattr(dry_run.accelerator, "free_cached_memory", lambda: freed.append(True))
+    monkeypatch.setattr(dry_run, "_by_counting", dry_run._on_a_card)
+    assert rehearse_once(tiny_base)[3].reserved_bytes == 900
+    assert freed == [True]
 
 
 def test_another_fault_is_not_taken_for_memory() -> None:
