@@ -24,7 +24,8 @@ ALLOCATOR_SETTINGS = (
 )
 GROWING = "expandable_segments:True"
 NATIVE_DRIVER = Path("/proc/driver/nvidia/version")  # NVIDIA's own on Linux; WSL2 has none, and refuses such mappings
-PROHIBITED = "Prohibited"  # the compute mode in which a card takes no process
+SHARED = "Default"  # the compute mode in which a card takes any process that comes
+PROHIBITED = "Prohibited"  # the one in which a card takes no process
 
 _why_narrowed: list[str] = []  # of this process, once `narrow_own_process` has chosen for it
 
@@ -101,6 +102,11 @@ def let_segments_grow() -> None:
     """
     if NATIVE_DRIVER.exists() and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ[ALLOCATOR_SETTINGS[0]] = GROWING
+
+
+def card_of(uuid: str) -> DriverCard | None:
+    """The card that CUDA has by this uuid, as the driver has it now; None where it does not tell."""
+    return next((card for card in ask_driver() if card.uuid.removeprefix("GPU-") == uuid), None)
 
 
 def chosen(uuids: Sequence[str]) -> tuple[int, str]:

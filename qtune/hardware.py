@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qtune import accelerator, gpu_choice
+from qtune import accelerator, card_faults, gpu_choice
 from qtune.accelerator import Capability
 from qtune.units import MIB
 
@@ -76,31 +76,66 @@ class Device:
 
 def find_device() -> Device:
     """The CUDA card with most free memory, else the CPU. `compute_dtype` is the fastest this device has real arithmetic
-    for."""
+    for.
+
+    Raises MachineError for a card that no run can use: too old for this torch, or taken, or its driver is.
+    """
     host_total, host_free = host_memory()
-    if torch.cuda.is_available():
-        torch.cuda.init()
-        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        index, why = gpu_choice.chosen([str(each.uuid) for each in seen])
-        card, capability = seen[index], (seen[index].major, seen[index].minor)
-        outside = context_bytes(index)
-        free, total = torch.cuda.mem_get_info(index)
-        return Device(
-            f"cuda:{index}",
-            card.name,
-            total,
-            free + outside,  # this process's own context is part of the forecast
-            "bfloat16" if capability >= OLDEST_WITH["bfloat16"] else "float16",
-            why,
-            host_free,
-            outside,
-            published_operations(card.name),
-            capability,
-        )
+    if _has_cards():
+        return _roomiest_card(host_free)
     dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
     label = f"CPU, {os.cpu_count()} cores"
     why = "torch sees no CUDA card"
     return Device("cpu", label, host_total, host_free, dtype, why, host_free, 0, _cpu_operations(dtype))
+
+
+def _has_cards() -> bool:
+    """Whether torch sees any. Where it sees none for a driver that is too old, it says so when it is started alone.
+
+    Raises MachineError for that.
+    """
+    if torch.cuda.is_available():
+        return True
+    if torch.version.cuda is None or os.environ.get(gpu_choice.VISIBLE) == "":
+        return False
+    try:
+        torch.cuda.init()
+    except RuntimeError as fault:
+        _refuse(fault, "The card", is_exclusive=False)
+    return False
+
+
+def _roomiest_card(host_free: int) -> Device:
+    torch.cuda.init()
+    seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    index, why = gpu_choice.chosen([str(each.uuid) for each in seen])
+    card, capability = seen[index], (seen[index].major, seen[index].minor)
+    card_faults.refuse_too_old(card.name, capability, torch.cuda.get_arch_list())
+    try:
+        begun = context_bytes(index, str(card.uuid))
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as fault:
+        as_told = gpu_choice.card_of(str(card.uuid))
+        _refuse(fault, card.name, is_exclusive=as_told is not None and as_told.compute_mode != gpu_choice.SHARED)
+        raise
+    return Device(
+        f"cuda:{index}",
+        card.name,
+        total,
+        free + begun,  # this process's own context is part of the forecast
+        "bfloat16" if capability >= OLDEST_WITH["bfloat16"] else "float16",
+        why,
+        host_free,
+        begun + LATER_KERNEL_BYTES,
+        published_operations(card.name),
+        capability,
+    )
+
+
+def _refuse(fault: RuntimeError, label: str, is_exclusive: bool) -> None:
+    refusal = card_faults.refusal(fault, label, is_exclusive)
+    if refusal is not None:
+        raise refusal from fault
 
 
 def imagined_card(device_bytes: int, host_bytes: int | None, here: Device) -> Device:
@@ -156,17 +191,24 @@ def with_host(device: Device, host_bytes: int | None) -> Device:
     return device if host_bytes is None else replace(device, host_free_bytes=host_bytes)
 
 
-ASSUMED_CONTEXT_BYTES = 500 * MIB  # CUDA context and cuBLAS workspaces: 0.4 to 0.6 GiB on consumer cards
+ASSUMED_CONTEXT_BYTES = 500 * MIB  # CUDA context and kernels, of a whole run: 0.4 to 0.6 GiB on consumer cards
+LATER_KERNEL_BYTES = 200 * MIB  # of that, kernels loaded when a run first uses them (lazy loading); not measured
+LEAST_CONTEXT_BYTES = 50 * MIB  # what is less is not a context: it was there before
 
 
-def context_bytes(index: int) -> int:
-    """What this process's CUDA context takes on that card: the card's memory in use, less the allocator's, before and
-    after a first product of two matrices, which loads cuBLAS."""
-    free_before, _ = torch.cuda.mem_get_info(index)
+@lru_cache
+def context_bytes(index: int, uuid: str) -> int:
+    """What this process's CUDA context takes on that card, with the kernels of a first product of two matrices: what
+    the driver has less of afterwards, but for the allocator's. Assumed where the driver does not tell, or the context
+    was there before. Another process that takes memory at that moment is counted, too."""
+    before = gpu_choice.card_of(uuid)
     first_product(index)
-    free, _ = torch.cuda.mem_get_info(index)
-    own = free_before - free - torch.cuda.memory_reserved(index)
-    return max(own, ASSUMED_CONTEXT_BYTES)
+    after = gpu_choice.card_of(uuid)
+    if before and after and before.free_bytes is not None and after.free_bytes is not None:
+        own = before.free_bytes - after.free_bytes - torch.cuda.memory_reserved(index)
+        if LEAST_CONTEXT_BYTES <= own <= 3 * ASSUMED_CONTEXT_BYTES:
+            return own
+    return ASSUMED_CONTEXT_BYTES - LATER_KERNEL_BYTES
 
 
 def first_product(index: int) -> None:

@@ -6,22 +6,23 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from qtune import accelerator
+from qtune import accelerator, card_faults
 from qtune.data.packing import PackedRow, packed_rows
-from qtune.errors import UserError
+from qtune.errors import MachineError, UserError
 from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
-from qtune.hardware import prepare
+from qtune.hardware import Device, prepare
 from qtune.memory import attention_kernels
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.model import adapter, base, packing_probe
 from qtune.model.loaded import Loaded
 from qtune.ready import GoingOn, Ready, is_on_hub
-from qtune.report import model_card, summary
+from qtune.report import model_card, summary, tables
 from qtune.rundir import RunDir, write_json
+from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.loop import Fitted, TrainingSession
@@ -65,7 +66,8 @@ def run(
         listen(event)
     if going_on is not None:
         tell(going_on.told)
-    with accelerator.when_locking_is_refused(lambda: tell(Notice(UNLOCKED))):
+    locking = accelerator.when_locking_is_refused(lambda: tell(Notice(UNLOCKED)))
+    with locking, _naming_what_is_kept(ready.plan.device, folder):
         return _told(ready, folder, tell, checkpoint, stop, catches_signals)
 
 
@@ -131,6 +133,24 @@ def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener) -> tuple
     engine.switch_to(plan.techniques)
     tell(ledger.measure("attach", 0, model, engine))
     return Loaded(model, ready.tokenizer, plan.device.name, plan.compute_dtype), engine
+
+
+@contextlib.contextmanager
+def _naming_what_is_kept(device: Device, folder: RunDir) -> Iterator[None]:
+    """A card that falls out in the middle becomes a MachineError that names the checkpoint to go on from."""
+    try:
+        yield
+    except Exception as fault:
+        said = card_faults.why_gone(fault)
+        if said is None:
+            raise
+        newest, _ = checkpoint_files.newest_whole(folder.checkpoints)
+        kept = f"The newest checkpoint is kept: {newest}" if newest else "There is no checkpoint yet"
+        raise MachineError(
+            f"{device.label} fell out in the middle ({said}). {kept}. Heat, power and a driver that was updated"
+            " under it are the usual causes; where `nvidia-smi` does not show the card, start the machine anew. Then go"
+            f" on: {tables.NextCommands.of(folder).resume}"
+        ) from fault
 
 
 @contextlib.contextmanager

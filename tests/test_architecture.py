@@ -27,6 +27,7 @@ ROOMS = [
     "accelerator",
     "gpu_models",
     "gpu_choice",
+    "card_faults",
     "hardware",
     "memory.techniques",
     "model.lora_variants",

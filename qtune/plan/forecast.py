@@ -78,6 +78,10 @@ class Forecaster:
     context_bytes: int
 
     @property
+    def is_card(self) -> bool:
+        return self.card is not None
+
+    @property
     def layers(self) -> int:
         return len(self.standing.layers)
 
@@ -94,7 +98,7 @@ class Forecaster:
         sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
         highest = max(sums, key=lambda phase: sums[phase])
         device = _only_filled(phases[highest])
-        if self.card is not None:
+        if self.is_card:
             slack = round(SLACK_FRACTION * sums[highest])
             device |= {"slack": slack, "context": self.context_bytes}
         return Forecast(device, self.host_parts(techniques, batch), highest, sums, self._loading_bytes(techniques))
@@ -102,7 +106,7 @@ class Forecaster:
     def least_bytes(self, techniques: Techniques) -> int:
         """What the device has to hold whatever the batch: the optimizer's step and loading. It needs no trace."""
         step = sum(self._standing(techniques).values()) + self.standing.optimizer_workspace_bytes
-        outside = round(SLACK_FRACTION * step) + self.context_bytes if self.card is not None else 0
+        outside = round(SLACK_FRACTION * step) + self.context_bytes if self.is_card else 0
         return max(step + outside, self._loading_bytes(techniques))
 
     def _standing(self, techniques: Techniques) -> Parts:

@@ -13,7 +13,8 @@ from qtune.units import GIB, MIB
 
 @dataclass
 class MadeCard:
-    """A card with `free` bytes left for a process that has nothing on it yet; a context takes `context` of them."""
+    """A card with `free` bytes left for a process that has nothing on it yet; a context takes `context` of them. With a
+    `fault` no context can be made."""
 
     name: str
     total: int
@@ -24,6 +25,7 @@ class MadeCard:
     context: int = 400 * MIB
     reserved: int = 0
     has_context: bool = False
+    fault: str = ""
     fraction: float = 1.0
 
     @property
@@ -90,6 +92,8 @@ class MadeDriver:
             self.at(device).fraction = fraction
 
         def product(index: int) -> None:
+            if self.cards[index].fault:
+                raise torch.AcceleratorError(self.cards[index].fault)
             self.at(index)
 
         answers = {
@@ -115,6 +119,7 @@ class MadeDriver:
         monkeypatch.setattr(hardware, "first_product", product)
         monkeypatch.setattr(gpu_choice, "ask_driver", lambda: gpu_choice.cards_in(self.csv()))
         monkeypatch.delenv(gpu_choice.VISIBLE, raising=False)
+        hardware.context_bytes.cache_clear()
 
 
 def uuid_of(index: int) -> str:
