@@ -233,7 +233,12 @@ def _in_whole(length: int, block: int) -> int:
 
 def has_varlen() -> bool:
     """Whether torch's `varlen_attn` takes windows and grouped heads: that of 2.10 takes neither, that of 2.12 both."""
-    return {"window_size", "enable_gqa"} <= set(inspect.signature(varlen.varlen_attn).parameters)
+    return _takes_windows_and_groups(varlen.varlen_attn)
+
+
+@functools.cache
+def _takes_windows_and_groups(attention: Callable[..., Any]) -> bool:
+    return {"window_size", "enable_gqa"} <= set(inspect.signature(attention).parameters)
 
 
 def suits_varlen(call: Call, lengths: Sequence[int], window: int | None, card: Capability | None) -> bool:

@@ -91,17 +91,27 @@ WINDOWED = {
 }
 
 
+def windowed(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A model that sees four tokens back, with transformers' own attention and with ours."""
+    config_class, model_class = WINDOWED[kind]
+    packed_attention.register()
+    settings = {**SHAPE, "sliding_window": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    torch.manual_seed(0)
+    plain, ours = (
+        model_class._from_config(config_class(**settings), attn_implementation=name).eval()  # each keeps its config
+        for name in ("eager", packed_attention.NAME)
+    )
+    ours.load_state_dict(plain.state_dict())
+    assert plain.config._attn_implementation == "eager"
+    packed_attention.install(ours)
+    return plain, ours
+
+
 # Without a padding mask no mask was made at all, so rows longer than the window saw everything: an unpadded prompt,
 # and every row of a merge's verification.
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_rows_longer_than_the_window_are_what_they_are_in_plain_transformers(kind: str) -> None:
-    config_class, model_class = WINDOWED[kind]
-    config = config_class(**SHAPE, sliding_window=4, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    torch.manual_seed(0)
-    plain = model_class._from_config(config, attn_implementation="eager").eval()
-    ours = model_class._from_config(config, attn_implementation=packed_attention.NAME).eval()
-    ours.load_state_dict(plain.state_dict())
-    packed_attention.install(ours)
+    plain, ours = windowed(kind)
     ids = torch.randint(6, 262, (1, 21))
     wanted = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
     expected, found = (model.generate(ids, output_logits=True, **wanted) for model in (plain, ours))
@@ -117,13 +127,7 @@ def test_rows_longer_than_the_window_are_what_they_are_in_plain_transformers(kin
 @pytest.mark.parametrize("kind", WINDOWED)
 def test_rows_padded_behind_are_within_the_window_without_a_mask(kind: str) -> None:
     """So are the rows of a verification given, and those of lm-eval."""
-    config_class, model_class = WINDOWED[kind]
-    config = config_class(**SHAPE, sliding_window=4, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    torch.manual_seed(0)
-    plain = model_class._from_config(config, attn_implementation="eager").eval()
-    ours = model_class._from_config(config, attn_implementation=packed_attention.NAME).eval()
-    ours.load_state_dict(plain.state_dict())
-    packed_attention.install(ours)
+    plain, ours = windowed(kind)
     rows = [torch.randint(6, 262, (length,)).tolist() for length in (21, 9, 3)]
     for logits, row in zip(logits_of(ours, rows, "cpu"), rows, strict=True):
         alone = plain(input_ids=torch.tensor([row])).logits[0]
