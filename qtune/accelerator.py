@@ -8,7 +8,7 @@ events wait for nothing. Whoever asks here needs not know which kind it has.
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -121,6 +121,21 @@ class CopyStream:
         with on_stream(self._stream, self._device):
             target.copy_(source, non_blocking=True)
             return Copy(self._device, self._stream.record_event(), (target, source))
+
+
+def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy every one of `sources`, here and now: what a card holds in one call, then the rest, by the processor.
+
+    Paged memory is of that rest. The processor must not touch it while a card works: under WSL2 that ends the process.
+    """
+    pairs = list(zip(targets, sources, strict=True))
+    of_card = [pair for pair in pairs if any(map(is_on_card, pair))]
+    of_host = [pair for pair in pairs if not any(map(is_on_card, pair))]
+    if of_card:
+        torch._foreach_copy_([target for target, _ in of_card], [source for _, source in of_card], non_blocking=True)
+    synchronize_cards()
+    if of_host:
+        torch._foreach_copy_([target for target, _ in of_host], [source for _, source in of_host])
 
 
 def random_state(device: torch.device) -> torch.Tensor | None:

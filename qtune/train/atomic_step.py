@@ -77,12 +77,12 @@ class HostCopy:
             self._copies = []
             self._copies = _room_for(tensors)
         self._tensors = tensors
-        _copy(self._copies, tensors)
+        accelerator.copy_each(self._copies, tensors)
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Make the weights and the state what they were; state that did not exist is removed."""
-        _copy(self._tensors, self._copies)
+        accelerator.copy_each(self._tensors, self._copies)
         state = self._optimizer.state
         for weight in list(state):
             if weight not in self._state:
@@ -110,16 +110,3 @@ def _room_for(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for place, tensor in zip(places, tensors, strict=True)
     ]
-
-
-def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Copy every one of `sources`: first what a card holds, in one call, then by the processor what is paged."""
-    pairs = list(zip(targets, sources, strict=True))
-    of_card = [pair for pair in pairs if any(map(accelerator.is_on_card, pair))]
-    of_host = [pair for pair in pairs if not any(map(accelerator.is_on_card, pair))]
-    if of_card:
-        torch._foreach_copy_([target for target, _ in of_card], [source for _, source in of_card], non_blocking=True)
-    for device in {tensor.device for pair in pairs for tensor in pair}:
-        accelerator.synchronize(device)
-    if of_host:
-        torch._foreach_copy_([target for target, _ in of_host], [source for _, source in of_host])

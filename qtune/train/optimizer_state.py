@@ -6,6 +6,7 @@ from typing import Any
 import numpy
 import torch
 
+from qtune import accelerator
 from qtune.errors import RunFolderError
 from qtune.memory import rng_state
 from qtune.train.optimizers import OPTIMIZERS
@@ -15,13 +16,16 @@ CONSTANT = {key for each in OPTIMIZERS.values() for key in each.constant_state} 
 
 
 def take_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> tuple[Tensors, dict[str, Any]]:
-    """The state of every weight: tensors as `NAME:KEY`, and by name what is none. `names` are those of the weights."""
+    """The state of every weight: tensors as `NAME:KEY`, and by name what is none. `names` are those of the weights.
+
+    What is paged is no copy: it is to be read before the next step, which no card then works at.
+    """
     tensors: Tensors = {}
     others: dict[str, Any] = {}
     for weight, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and key not in CONSTANT:
-                tensors[f"{names[weight]}:{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{names[weight]}:{key}"] = accelerator.to_host(value.detach()).contiguous()
             elif not isinstance(value, torch.Tensor):
                 others.setdefault(names[weight], {})[key] = value
     return tensors, others
@@ -48,8 +52,7 @@ def put_optimizer_back(
         raise RunFolderError(
             "The checkpoint holds the state of another optimizer, or of other weights, than the recipe's."
         )
-    for name, value in wanted.items():
-        value.copy_(tensors[name])
+    accelerator.copy_each(list(wanted.values()), [tensors[name] for name in wanted])
     for weight, state in optimizer.state.items():
         state.update(others.get(names[weight], {}))
 

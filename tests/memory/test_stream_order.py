@@ -25,6 +25,7 @@ from qtune.memory.engine import Engine
 from qtune.memory.oom_recovery import OpenStep, Recovery
 from qtune.memory.techniques import Techniques
 from qtune.train.atomic_step import keep_steps_whole
+from qtune.train.optimizer_state import put_optimizer_back, take_optimizer
 
 Site = tuple[str, str]
 
@@ -119,8 +120,8 @@ def answering(clocks: StreamClocks) -> None:
 
 
 def optimizing(clocks: StreamClocks) -> None:
-    """Steps of an optimizer whose state is paged, one of which fails half-way."""
-    weights = [torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    """Steps of an optimizer whose state is paged, one of which fails half-way; a checkpoint of it, put back."""
+    weights = {torch.nn.Parameter(torch.ones(64, 64)): name for name in ("up", "down")}
     optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=0.1)
     fails, update = [5], optimizer.update_step
     keep_steps_whole(optimizer, Recovery(), lambda: "Step 1")
@@ -130,17 +131,22 @@ def optimizing(clocks: StreamClocks) -> None:
         if fails[0] == 0:
             raise RuntimeError("CUDA out of memory")
         update(*args)
+        for state in map(optimizer.state[args[1]].get, ("state1", "state2")):
+            if clocks.use_of(state).place != PAGED:
+                written = clocks.use_of(state).write
+                clocks.in_host_memory(state, PAGED)
+                clocks.use_of(state).write = written
 
     optimizer.update_step = failing
     for _ in range(3):
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         optimizer.step()
-        for state in optimizer.state.values():
-            for name in ("state1", "state2"):
-                if clocks.use_of(state[name]).place != PAGED:
-                    clocks.in_host_memory(state[name], PAGED)
     assert fails[0] < 0
+    tensors, others = take_optimizer(optimizer, weights)
+    checkpoint = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert {clocks.use_of(tensor).place for tensor in checkpoint.values()} == {PAGEABLE}
+    put_optimizer_back(optimizer, weights, checkpoint, others)
 
 
 SITES: dict[Site, Callable[[StreamClocks], None]] = {
@@ -155,7 +161,9 @@ SITES: dict[Site, Callable[[StreamClocks], None]] = {
     ("RowsToDevice.send", COPY_WAITS): training,
     ("RowsToDevice.send", ARITHMETIC_WAITS): training,
     ("RowsToDevice.send", HOST_WAITS): training,
-    ("_copy", ALL_WAIT): optimizing,
+    ("HostCopy.take", ALL_WAIT): optimizing,
+    ("HostCopy.put_back", ALL_WAIT): optimizing,
+    ("put_optimizer_back", ALL_WAIT): optimizing,
     ("Copy.__del__", ARITHMETIC_WAITS): recovering,
     ("_at_rest", ALL_WAIT): answering,
 }

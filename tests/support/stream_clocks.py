@@ -119,9 +119,8 @@ class StreamClocks(TorchDispatchMode):
 
     def __enter__(self) -> "StreamClocks":
         self._page_locked = accelerator.page_locked
-        for name in ("current_stream", "new_stream", "on_stream", "synchronize", "page_locked", "to_host"):
+        for name in ("current_stream", "new_stream", "on_stream", "synchronize_cards", "page_locked", "to_host"):
             self._replaced.setattr(accelerator, name, getattr(self, name))
-        self._replaced.setattr(accelerator, "synchronize_cards", lambda: self.synchronize(torch.device("cpu")))
         self._replaced.setattr(accelerator, "lock_pages", lambda address, size: lambda: None)
         self._replaced.setattr(accelerator, "is_on_card", lambda tensor: self.use_of(tensor).place == DEVICE)
         self._replaced.setattr(accelerator, "reads_host_memory", lambda device: False)
@@ -148,7 +147,7 @@ class StreamClocks(TorchDispatchMode):
         finally:
             self._current.pop()
 
-    def synchronize(self, device: torch.device) -> None:
+    def synchronize_cards(self) -> None:
         if self.is_done(ALL_WAIT):
             for stream in self.streams:
                 self.host.learn(stream.clock)
@@ -157,6 +156,8 @@ class StreamClocks(TorchDispatchMode):
         return self.in_host_memory(self._page_locked(count, dtype), PAGE_LOCKED)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.use_of(tensor).place != DEVICE:
+            return tensor
         copied = self.in_host_memory(tensor.clone(), PAGEABLE)
         self.host.learn(self._current[-1].clock)
         return copied
@@ -229,7 +230,7 @@ class StreamClocks(TorchDispatchMode):
         if places - {DEVICE, PAGED} and name not in COPIES:
             self._race(f"{name} is given tensors of the card and of the host")
         self._on_a_stream(name, read, [*written, *born])
-        if name in READ_BY_THE_HOST or (name in COPIES and PAGEABLE in places):
+        if name in READ_BY_THE_HOST or any(self.use_of(tensor).place == PAGEABLE for tensor in written):
             self.host.learn(self._current[-1].clock)
         return result
 

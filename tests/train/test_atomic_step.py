@@ -33,7 +33,7 @@ def test_a_card_copies_in_one_call_and_the_processor_when_it_rests(monkeypatch) 
     optimizer.step()
     copies = Copies()
     monkeypatch.setattr(accelerator, "is_on_card", lambda tensor: tensor.ndim == 2)
-    monkeypatch.setattr(accelerator, "synchronize", lambda device: copies.order.append(None))
+    monkeypatch.setattr(accelerator, "synchronize_cards", lambda: copies.order.append(None))
     before = HostCopy(optimizer)
     with copies:
         before.take()
