@@ -85,7 +85,7 @@ class Launches(LiveBytes):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._overloadpacket.__name__
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
-        if made and name not in NO_KERNEL and self.phase != "load":
+        if (made or name.startswith("_foreach")) and name not in NO_KERNEL and self.phase != "load":
             way = self.forward if torch._C._current_graph_task_id() < 0 else self.backward
             way.launches += 1
             way.names[name] = way.names.get(name, 0) + 1

@@ -48,7 +48,15 @@ from qtune.data.prepare import prepare
 from qtune.data.rows import NOT_TRAINED
 from qtune.errors import MachineError, QtuneError, RunFolderError, how_to_install
 from qtune.hardware import find_device
-from qtune.memory import fused_cross_entropy, memory_tracker, mixture_of_experts, nf4, packed_attention, packed_experts
+from qtune.memory import (
+    fused_cross_entropy,
+    fused_layers,
+    memory_tracker,
+    mixture_of_experts,
+    nf4,
+    packed_attention,
+    packed_experts,
+)
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_parts import PASSING_PARTS, STANDING_PARTS
@@ -206,6 +214,7 @@ def random_weights(
     if not is_plain:
         mixture_of_experts.install(model)
         packed_attention.install(model)
+        fused_layers.install(model)
         fused_cross_entropy.install(model)
     return model
 

@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several processes wait for each other
 os.environ["QTUNE_CACHE"] = "off"  # no test leaves rows in the cache of whoever runs it
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, by an import: none asks the hub, or waits until it does not answer
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the processor
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.autograd.graph import get_gradient_edge
 
 from qtune.memory import memory_tracker, nf4
-from qtune.memory.fused_lora import Part, add_input_gradient, inner_of, lora_linear, why_not_fused
+from qtune.memory.fused_lora import Part, inner_of, lora_linear, lora_linears, why_not_fused
 from qtune.memory.gradient_checkpointing import autocast_here, backward_again
 
 INPUTS, OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
@@ -181,14 +182,12 @@ class _Grouped(torch.autograd.Function):
         for part in memory_tracker.tiles(ctx.groups, 1, hidden):
             group = Group(part.start, ctx.groups, shared)
             backward_again(functools.partial(ctx.run, group), hidden, gradient, ctx.autocast)
-        of_input = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        for name in reversed(INPUTS):  # the order of autograd, as it is the order of a sum
-            projection, of_output = getattr(ctx.attention, name), shared.gradients.pop(name)
-            adapter = functools.partial(lora_linear, projection, part=Part(is_skipped=True))
-            backward_again(adapter, hidden, of_output, ctx.autocast)
-            if of_input is not None:
-                add_input_gradient(projection, of_output, of_input, -(-hidden.shape[1] // ctx.groups))
-        return of_input, None, None, None, None
+        leaf = hidden.requires_grad_(ctx.needs_input_grad[0])
+        projections = tuple(getattr(ctx.attention, name) for name in INPUTS)
+        with torch.enable_grad(), ctx.autocast():
+            edges = [get_gradient_edge(output) for output in lora_linears(projections, leaf, is_skipped=True)]
+        torch.autograd.backward(edges, [shared.gradients.pop(name) for name in INPUTS])
+        return leaf.grad, None, None, None, None
 
 
 def _side_by_side(run: Run, hidden: torch.Tensor, groups: int, features: int) -> torch.Tensor:

@@ -32,7 +32,7 @@ class Engine:
         self.is_tied = _is_tied(model)
         self.runner = LayerRunner(self.layers, keeps_random_state=_draws_random_numbers(model))
         self.techniques = Techniques()
-        fuse(model)
+        self.siblings = fuse(model)
 
     def switch_to(self, wanted: Techniques) -> None:
         """Bring the model to `wanted`. What is on stays on, also where `wanted` does without it."""
@@ -45,6 +45,8 @@ class Engine:
     def forget_pass(self) -> None:
         """Drop what a pass that did not come to its end has left behind."""
         self.runner.is_recomputing = False
+        for siblings in self.siblings:
+            siblings.forget()
         if self.runner.host is not None:
             self.runner.host.forget()
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qtune.memory import memory_tracker, packed_experts, rng_state
+from qtune.memory import fused_layers, memory_tracker, packed_experts, rng_state
 from qtune.memory.gradient_checkpointing import Forward, LayerRunner, autocast_here, backward_again
 
 NORM_TILE_TOKENS = 1024  # a norm holds (T, H) in float32: larger tiles would be the peak beside a tiled MLP
@@ -57,7 +57,8 @@ def run_model_in_tiles(
         for mlp in mlps:
             run_in_tiles(mlp, runner, tokens, is_tail=True)
     for norm in norms:
-        run_in_tiles(norm, runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
+        if not fused_layers.is_lean(norm):
+            run_in_tiles(norm, runner, min(tokens, NORM_TILE_TOKENS), is_tail=False)
 
 
 def _norms_beside(model: torch.nn.Module, layers: list[GradientCheckpointingLayer]) -> list[torch.nn.Module]:

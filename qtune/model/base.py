@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune import logs
 from qtune.errors import ModelError
-from qtune.memory import fused_cross_entropy, nf4, packed_attention
+from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.techniques import Techniques
 from qtune.model import base_files, untrusted_folder
@@ -120,6 +120,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     loaded.requires_grad_(False)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
+    fused_layers.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
     return loaded

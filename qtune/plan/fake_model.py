@@ -21,7 +21,7 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qtune.errors import ModelError
-from qtune.memory import fused_cross_entropy, mixture_of_experts, nf4, packed_attention, packed_experts
+from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, nf4, packed_attention, packed_experts
 from qtune.model import adapter
 from qtune.recipe.schema import Recipe
 
@@ -42,6 +42,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     model.requires_grad_(False)
     model.config.use_cache = False
     packed_attention.install(model)
+    fused_layers.install(model)
     fused_cross_entropy.install(model)
     if recipe.model.quantization == "nf4":
         _pack_experts(model, recipe.model.double_quantization, mode)

@@ -19,18 +19,16 @@ ALL = Techniques(
 )
 
 
-class Faulty(torch.nn.Module):
-    """An activation that fails the `fail_at`-th time it is called, once."""
+class Faulty:
+    """A hook that fails the `fail_at`-th time it is called, once."""
 
-    def __init__(self, inner: torch.nn.Module):
-        super().__init__()
-        self.inner, self.calls, self.fail_at = inner, 0, -1
+    def __init__(self) -> None:
+        self.calls, self.fail_at = 0, -1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, module: torch.nn.Module, arguments: object) -> None:
         self.calls += 1
         if self.calls == self.fail_at:
             raise RuntimeError("injected")
-        return self.inner(x)
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}], ids=["plain", "dropout"])
@@ -38,9 +36,9 @@ def test_after_a_fault_anywhere_in_a_pass_the_next_one_is_exact(lora) -> None:
     model = adapted(base("llama", nf4="double"), **lora)
     techniques = replace(ALL, head_groups=1) if lora else ALL
     engine = switched(model, techniques)
-    faulty = Faulty(find_layers(model)[0].mlp.act_fn)
+    faulty = Faulty()
     for layer in find_layers(model):
-        layer.mlp.act_fn = faulty
+        layer.mlp.up_proj.register_forward_pre_hook(faulty)
 
     def seeded() -> Pass:
         torch.manual_seed(3)

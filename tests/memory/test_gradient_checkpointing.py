@@ -94,7 +94,7 @@ def test_without_gradients_and_in_eval_mode_nothing_runs_again() -> None:
     switched(model, ON_HOST)
     calls = []
     for layer in find_layers(model):
-        layer.mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+        layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         forward(model.train(), batch())
     held_out(model, batch())

@@ -522,8 +522,7 @@ def test_nothing_of_the_failed_attempt_is_alive_when_the_next_begins(tiny_base, 
 
     def disturb(run: Run) -> None:
         for module in run.model.modules():
-            if not list(module.children()):
-                module.register_forward_hook(remember)
+            module.register_forward_hook(remember)
         PLACES[place](fault)(run)
         listen = run.listen
 

@@ -104,7 +104,9 @@ def test_a_dense_model(tiny_base: Path) -> None:
     ("optimizer", "accumulates"), [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("paged_adamw_8bit", True)]
 )
 def test_every_optimizer(qwen3: Path, optimizer: str, accumulates: bool) -> None:
-    compare(qwen3, "bfloat16", [Techniques(5, True)], [300], accumulates, tolerance=0.01, optimizer=optimizer)
+    """Without accumulation the forecast has the gradients of the layer whose pass is the peak: not yet made there."""
+    tolerance = 0.01 if accumulates else 0.02
+    compare(qwen3, "bfloat16", [Techniques(5, True)], [300], accumulates, tolerance, optimizer=optimizer)
 
 
 def test_without_quantisation(tiny_base: Path) -> None:

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory import fused_cross_entropy, mixture_of_experts, packed_attention
+from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, packed_attention
 from qtune.memory.engine import Engine
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.nf4 import keep_weights_as_quantised
@@ -99,6 +99,7 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
     model.requires_grad_(False)
     model.config.use_cache = False
     packed_attention.install(model)
+    fused_layers.install(model)
     fused_cross_entropy.install(model)
     return model
 
