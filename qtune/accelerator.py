@@ -6,6 +6,7 @@ events wait for nothing. Whoever asks here needs not know which kind it has.
 """
 
 import contextlib
+import ctypes
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+CONCURRENT_MANAGED_ACCESS = 89  # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS of cuda.h
 Capability = tuple[int, int]  # of a CUDA card, major and minor: which kernels it can run
 
 
@@ -171,6 +173,24 @@ def hold_to(device: torch.device, most_bytes: int) -> Callable[[], None]:
 
 def _nothing() -> None:
     pass
+
+
+def may_share_paged_memory(card: torch.device) -> bool | None:
+    """Whether processor and card may touch paged (managed) memory at the same time; None where no driver tells.
+
+    Not so under Windows and WSL2: there the processor's touch ends the process while the card is at work (CUDA
+    programming guide, unified memory, concurrentManagedAccess).
+    """
+    value, handle = ctypes.c_int(), ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    if driver.cuDeviceGet(ctypes.byref(handle), card.index or 0) != 0:
+        return None
+    if driver.cuDeviceGetAttribute(ctypes.byref(value), CONCURRENT_MANAGED_ACCESS, handle) != 0:
+        return None
+    return value.value == 1
 
 
 def free_cached_memory() -> None:

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from qtune.rundir import RunDir
 
 
-def recipe_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one such as medical")
+def recipe_arguments(parser: ArgumentParser, is_optional: bool = False) -> None:
+    parser.add_argument(
+        "recipe",
+        nargs="?" if is_optional else None,
+        help="a recipe file, or the name of a shipped one such as medical",
+    )
     set_argument(parser)
     parser.add_argument("--demo", action="store_true", help="use what the recipe's [demo] says: small base, small data")
 
