@@ -16,7 +16,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PreTrainedConfig
 
-from qtune.memory.memory_tracker import LiveBytes
+from qtune.memory.memory_tracker import NO_KERNEL, LiveBytes, moved_bytes
 from qtune.memory.techniques import Techniques
 from qtune.plan.activation_memory import trace
 from qtune.plan.workload import BatchShape
@@ -37,12 +36,6 @@ CAPABILITY = (8, 9)  # of an RTX 4090
 DOCUMENTS = {"1": (TOKENS,), "4": (1024, 512, 384, 128)}
 TECHNIQUES = {"none": (False, 0), "recompute": (True, 0), "recompute, tiles": (True, TILE_TOKENS)}
 RECIPE = Recipe(name="launches", model=Model(base="demo"), lora=Lora(rank=16), data=Data(train="none"), train=Train())
-NO_KERNEL = {  # views, and memory that is not written
-    *("view", "_unsafe_view", "t", "transpose", "slice", "expand", "unsqueeze", "squeeze", "detach", "alias", "select"),
-    *("as_strided", "permute", "split", "split_with_sizes", "unbind", "_reshape_alias", "unfold", "lift_fresh"),
-    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense"),
-}
-WRITES_ONLY = {"copy_", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "ones_like", "full_like", "new_full"}
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -89,24 +82,8 @@ class Launches(LiveBytes):
             way = self.forward if torch._C._current_graph_task_id() < 0 else self.backward
             way.launches += 1
             way.names[name] = way.names.get(name, 0) + 1
-            way.bytes += _moved(name, args, made)
+            way.bytes += moved_bytes(name, args, result)
         return result
-
-
-def _moved(name: str, args: Any, made: list[FakeTensor]) -> int:
-    """Bytes read of `args` and written to what is `made`, or to an argument that is written in place."""
-    given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    read = given[1:] if name in WRITES_ONLY else given
-    if name.startswith("index_select"):
-        return 2 * sum(map(_bytes, made)) + _bytes(given[-1])
-    return sum(map(_bytes, read)) + sum(map(_bytes, made))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    """Of the elements that are there: an expanded one is read again from a cache."""
-    return tensor.element_size() * math.prod(
-        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride
-    )
 
 
 def of_a_pass(layers: int, is_recomputed: bool, tile_tokens: int, documents: tuple[int, ...]) -> tuple[Launches, int]:

@@ -8,6 +8,7 @@ forecast, so that the two can be compared part by part.
 """
 
 import contextlib
+import math
 import traceback
 import weakref
 from collections import Counter
@@ -25,6 +26,13 @@ from qtune.accelerator import Capability
 
 Side = Literal["device", "host"]
 BLOCK_BYTES = 512
+NO_KERNEL = {  # views, and memory that is not written
+    *("view", "_unsafe_view", "t", "transpose", "slice", "expand", "unsqueeze", "squeeze", "detach", "alias", "select"),
+    *("as_strided", "permute", "split", "split_with_sizes", "unbind", "_reshape_alias", "unfold", "lift_fresh"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_local_scalar_dense"),
+}
+WRITES_ONLY = {"copy_", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "ones_like", "full_like", "new_full"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm"}
 
 _active: "LiveBytes | None" = None
 
@@ -202,6 +210,38 @@ class LiveBytes(TorchDispatchMode):
             self._highest_ever = self._total["device"]
             largest = sorted(self._held.values(), key=lambda held: -held.bytes)[:20]
             self.largest = [(h.bytes, h.part, h.shape, h.dtype, h.born) for h in largest if h.side == "device"]
+
+
+class MovedBytes(LiveBytes):
+    """Counts as well, in `moved`, the bytes that layers read and write in both passes beside products and attention."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._overloadpacket.__name__
+        is_in_layers = self.phase == "forward" or torch._C._current_graph_task_id() >= 0  # the loss's are its own
+        if is_in_layers and name not in PRODUCTS and "scaled_dot_product" not in name:
+            self.moved += moved_bytes(name, args, result)
+        return result
+
+
+def moved_bytes(name: str, args: Any, result: Any) -> int:
+    """What the operation of that name reads of `args`, and writes to its result or to an argument in place: each tensor
+    once, as what a cache holds is not known here."""
+    made = [leaf for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor)]
+    if name in NO_KERNEL or not made:
+        return 0
+    given = [leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
+    if name.startswith("index_select"):
+        return 2 * sum(map(_touched_bytes, made)) + _touched_bytes(given[-1])
+    return sum(map(_touched_bytes, given[1:] if name in WRITES_ONLY else given)) + sum(map(_touched_bytes, made))
+
+
+def _touched_bytes(tensor: torch.Tensor) -> int:
+    """Of the elements that are there: an expanded one is read again from a cache."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(size for size, stride in sizes if stride)
 
 
 def block_bytes(size: int) -> int:

@@ -26,7 +26,7 @@ from qtune.errors import ModelError
 from qtune.memory import fused_cross_entropy, memory_tracker
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
-from qtune.memory.memory_tracker import LiveBytes, Peak
+from qtune.memory.memory_tracker import LiveBytes, MovedBytes, Peak
 from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.standing import Parts
 from qtune.model import adapter
@@ -45,11 +45,13 @@ TRL_LOSS_BYTES = 256 * MIB  # of logits, which trl's fused head makes a chunk at
 @dataclass(frozen=True)
 class Traced:
     """Peaks by phase (`plan.forecast.Passes`), of what stands not counted; what is kept of a layer that is recomputed,
-    its input; and what is held as each layer begins its forward pass, where layers can be told apart."""
+    its input; what is held as each layer begins its forward pass, where layers can be told apart; and bytes that the
+    layers move beside products and attention, 0 for a card."""
 
     peaks: dict[str, Peak]
     checkpoint: Peak
     held: tuple[Peak, ...]
+    moved_bytes: int = 0
 
     def left_by(self, layer: int) -> Peak:
         """What that layer's forward pass leaves behind; not to be asked of the last layer, nor of the first, whose
@@ -69,7 +71,8 @@ def trace(
 ) -> Traced:
     """One pass through a model as deep as `config` says, on a `card` of that capability or on the processor; under
     `counter` where more than live bytes is asked for."""
-    counter = LiveBytes(card=card) if counter is None else counter
+    if counter is None:
+        counter = MovedBytes() if card is None else LiveBytes(card=card)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model.build(config, recipe, compute_dtype, mode)
     with mode, _as_on_a_card(card is not None), fake_model.dora_on_empty_weights():
@@ -91,7 +94,8 @@ def trace(
                 loss = _loss(model, inputs, batch.document_lengths, labelled)
             loss.backward()
     checkpoint = _a_checkpoint(counter.begun[LOSS], techniques.recomputed_layers)
-    return Traced(_first_and_last(counter), checkpoint, tuple(held))
+    moved = counter.moved if isinstance(counter, MovedBytes) else 0
+    return Traced(_first_and_last(counter), checkpoint, tuple(held), moved)
 
 
 def _a_checkpoint(held: Peak, layers: int) -> Peak:
@@ -195,8 +199,7 @@ class TracedPasses:
         if self._is_shallow:
             return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch).peaks
         recomputed = min(techniques.recomputed_layers, self.layers)
-        first = self._few if recomputed else 0
-        depth = first + (0 if recomputed == self.layers else self._period + (1 if first else 2))
+        first, depth = self._first_and_depth(recomputed)
         traced = self._trace(depth, techniques.having(recomputed_layers=first), batch)
         others = Counter(self._kinds(recomputed, self.layers))
         others.subtract(self._kinds(first, depth))
@@ -205,6 +208,18 @@ class TracedPasses:
             phase: _with_others(phase, peak, traced.checkpoint, recomputed - first, kept)
             for phase, peak in traced.peaks.items()
         }
+
+    def moved_bytes(self, techniques: Techniques, batch: BatchShape) -> int:
+        if self._is_shallow:
+            return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch).moved_bytes
+        first, depth = self._first_and_depth(min(techniques.recomputed_layers, self.layers))
+        traced = self._trace(depth, techniques.having(recomputed_layers=first), batch)
+        return traced.moved_bytes * self.layers // depth
+
+    def _first_and_depth(self, recomputed: int) -> tuple[int, int]:
+        """How many recomputed layers a trace has that stands for so many, and how many layers."""
+        first = self._few if recomputed else 0
+        return first, first + (0 if recomputed == self.layers else self._period + (1 if first else 2))
 
     def checkpoint_bytes(self, batch: BatchShape) -> int:
         depth = self.layers if self._is_shallow else self._few

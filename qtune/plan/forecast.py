@@ -62,6 +62,11 @@ class Passes(Protocol):
         """The input of a layer, which is all that is kept of one that is recomputed, whatever else is on."""
         ...
 
+    def moved_bytes(self, techniques: Techniques, batch: BatchShape) -> int:
+        """What all layers read and write, forward and backward, beside products and attention. Only of the
+        processor."""
+        ...
+
 
 @dataclass(frozen=True)
 class Forecaster:

@@ -135,6 +135,10 @@ class Lines:
         at_first = self.exact.checkpoint_bytes(BatchShape.of_one_document(FIRST_TOKENS[0]))
         return at_first * batch.tokens // FIRST_TOKENS[0]
 
+    def moved_bytes(self, techniques: Techniques, batch: BatchShape) -> int:
+        at_first = self.exact.moved_bytes(techniques, BatchShape.of_one_document(FIRST_TOKENS[0]))
+        return at_first * batch.tokens // FIRST_TOKENS[0]
+
     def _around(self, techniques: Techniques, tokens: int) -> tuple[int, int]:
         known = sorted(self._lengths.get(techniques, FIRST_TOKENS))
         after = min(max(1, bisect_left(known, tokens)), len(known) - 1)

@@ -68,7 +68,7 @@ def decide(
         forecast=climb.forecast,
         rungs=told,
         reserve=ladder.reserve(climb),
-        speed=throughput.estimate(ladder, _overhead(told), device, pace.steps),
+        speed=throughput.estimate(ladder, _overhead(told), device, compute_dtype, pace.steps),
         remedies=() if climb.fits else remedies(ladder, climb, forecaster_of),
         disk_bytes=_disk_bytes(recipe, ladder.standing),
         choices=(

@@ -4,14 +4,34 @@ Frozen weights have no gradient, so a token costs 2P operations forward and 2P b
 recomputed (P the parameters it passes through); attention adds 4TE a head and layer forward, halved as it is causal,
 and 2.5 times that backward.
 
-Letters: P parameters, T tokens of a document, E head_dim.
+Of a card the rate is a maker's figure. The processor is tried: products of matrices, products with an adapter's few
+columns, attention and plain operations on memory each run at a rate of their own there, and of each the work is
+counted. Its optimizer's step and Python are not in the sum, a twentieth of a step of a small model.
+
+Letters: P parameters, R trained ones, T tokens of a document, E head_dim.
 """
 
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from qtune.hardware import Device
 from qtune.memory.techniques.standing import Standing
 from qtune.plan.ladder import Ladder
+
+LOGIT_BYTES = 44  # read and written of one logit, counted in fused_cross_entropy.of_weight: float32 in place
+TRIED_ROWS, TRIED_HEADS, TRIED_HEAD_DIM = (
+    2048,
+    4,
+    64,
+)  # a pack of the usual length; most models' head_dim, or half of it
+KEPT = 32  # results that are there at once, as the activations of a pass are: new memory is slower than a cache
+LONGEST_TRIED = 1024  # tokens of a document: longer ones take too long to try
+TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -24,20 +44,99 @@ class Speed:
     overhead_fraction: float
 
 
-def estimate(ladder: Ladder, overhead: float, device: Device, steps: int) -> Speed:
+@dataclass(frozen=True)
+class Rates:
+    """What the processor does in a second: operations in products with an adapter's matrices and in attention, and
+    bytes read and written."""
+
+    adapter_operations: float
+    attention_operations: float
+    moved_bytes: float
+
+
+def estimate(ladder: Ladder, overhead: float, device: Device, compute_dtype: str, steps: int) -> Speed:
     """`overhead`, of one, is what the techniques add to a step that had memory to spare."""
     train, work = ladder.recipe.train, ladder.work
     step_tokens = work.mean_tokens * train.micro_batch * train.gradient_accumulation
     if device.operations_per_second is None:
         return Speed(None, None, None, overhead)
-    plain = sum(_operations(ladder.standing, sequence.document_lengths) for sequence in work.sequences)
-    per_token = plain / sum(sequence.tokens for sequence in work.sequences) * (1 + overhead)
-    rate = device.operations_per_second / per_token
+    lengths = [length for sequence in work.sequences for length in sequence.document_lengths]
+    if device.is_card:
+        plain = _operations(ladder.standing, lengths) / device.operations_per_second
+    else:
+        plain = _processor_seconds(ladder, lengths, device.operations_per_second, compute_dtype)
+    rate = sum(lengths) / (plain * (1 + overhead))
     return Speed(rate, step_tokens / rate, steps * step_tokens / rate, overhead)
 
 
-def _operations(standing: Standing, lengths: tuple[int, ...]) -> float:
+def _operations(standing: Standing, lengths: Sequence[int]) -> float:
     """Of one forward and one backward pass over documents of these lengths."""
-    linear = 4 * (standing.active_parameters + standing.head_parameters) + 6 * standing.trained_parameters
-    attention = 3.5 * 2 * standing.attention_width * max(1, len(standing.layers))
-    return sum(linear * length + attention * length * length for length in lengths)
+    of_weights = _frozen_operations(standing) + _trained_operations(standing)
+    return of_weights * sum(lengths) + _attention_operations(standing, lengths)
+
+
+def _frozen_operations(standing: Standing) -> float:
+    """Of a token."""
+    return 4 * (standing.active_parameters + standing.head_parameters)
+
+
+def _trained_operations(standing: Standing) -> float:
+    """Of a token."""
+    return 6 * standing.trained_parameters
+
+
+def _attention_operations(standing: Standing, lengths: Sequence[int]) -> float:
+    of_pair = 3.5 * 2 * standing.attention_width * max(1, len(standing.layers))
+    return of_pair * sum(length * length for length in lengths)
+
+
+def _processor_seconds(ladder: Ladder, lengths: Sequence[int], products: float, compute_dtype: str) -> float:
+    """Of all documents once, `products` being the operations a second of large products."""
+    standing, tokens, batch = ladder.standing, sum(lengths), ladder.work.heaviest(1)
+    typical = sum(length * length for length in lengths) // tokens  # attention's work is that of such documents
+    rates = _rates(
+        compute_dtype, standing.attention_width, ladder.recipe.lora.rank, min(LONGEST_TRIED, max(16, typical))
+    )
+    vocabulary = standing.head_parameters / standing.attention_width  # which is about as wide as the model
+    of_layers = ladder.forecaster.passes.moved_bytes(ladder.foot, batch) / batch.tokens
+    of_logits = LOGIT_BYTES * vocabulary * batch.labelled / batch.tokens
+    return (
+        _frozen_operations(standing) * tokens / products
+        + _trained_operations(standing) * tokens / rates.adapter_operations
+        + _attention_operations(standing, lengths) / rates.attention_operations
+        + (of_layers + of_logits) * tokens / rates.moved_bytes
+    )
+
+
+@lru_cache(maxsize=8)
+def _rates(compute_dtype: str, width: int, rank: int, length: int) -> Rates:
+    """Tried now, of documents of so many tokens, in a tenth of a second."""
+    dtype = getattr(torch, compute_dtype)
+    hidden, adapter = torch.ones(TRIED_ROWS, width, dtype=dtype), torch.ones(width, rank, dtype=dtype)
+    heads = torch.ones(3, 1, TRIED_HEADS, length, TRIED_HEAD_DIM, dtype=dtype)
+    query, key, value = (each.requires_grad_() for each in heads.unbind())
+
+    def adapt() -> None:
+        inner = hidden @ adapter
+        inner.float().t() @ hidden.float()  # as an adapter's gradient is summed
+
+    def move() -> None:
+        [hidden * hidden for _ in range(KEPT)]
+
+    def attend() -> None:
+        scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+
+    return Rates(
+        2 * 2 * hidden.numel() * rank / _seconds(adapt),
+        3.5 * 2 * TRIED_HEADS * TRIED_HEAD_DIM * length * length / _seconds(attend),
+        KEPT * 3 * hidden.nbytes / _seconds(move),
+    )
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    """The mean of a few tries, the first not counted."""
+    act()
+    start = time.perf_counter()
+    for _ in range(TRIES):
+        act()
+    return (time.perf_counter() - start) / TRIES

@@ -60,6 +60,9 @@ class FormulaPasses:
     def checkpoint_bytes(self, batch: BatchShape) -> int:
         return CHECKPOINT * batch.tokens
 
+    def moved_bytes(self, techniques: Techniques, batch: BatchShape) -> int:
+        return LAYERS * 10 * (MLP + ATTENTION) * batch.tokens
+
 
 def _held(checkpoints: int, workspace: int) -> Peak:
     return Peak({"checkpoints": checkpoints, "layer workspace": workspace})
