@@ -110,6 +110,7 @@ class Apart:
         self._folder = tempfile.TemporaryDirectory()
         self._target, self._said = (Path(self._folder.name) / file for file in ("rows.json", "said.txt"))
         command = [sys.executable, __file__, "--item", name, str(self._target)]
+        environment = {} if is_rehearsed else ITEMS[name].environment  # which a torch without a card does not bear
         with self._said.open("w", encoding="utf-8") as stream:
             self._process = subprocess.Popen(
                 [*command, *(["--rehearse"] if is_rehearsed else [])],
@@ -117,7 +118,7 @@ class Apart:
                 stdout=stream,
                 stderr=stream,
                 text=True,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", **ITEMS[name].environment},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
             )
 
     def run(self, seconds: float) -> Figures:

@@ -64,11 +64,11 @@ def test_rates_are_tried_and_kept() -> None:
 
 def test_bytes_that_layers_move_grow_with_their_number() -> None:
     """A trace of some layers stands for all of them."""
-    batch, config, recipe = BatchShape((24, 40), 60), tiny_config(num_hidden_layers=9), recipe_for("demo")
+    batch, config, recipe = BatchShape((24, 40), 60), tiny_config(num_hidden_layers=5), recipe_for("demo")
     passes = activation_memory.forecaster(config, recipe, "float32", None, 0).passes
     counter = MovedBytes()
     activation_memory.trace(
-        fake_model.shallow(config, 9), recipe, "float32", Techniques(), batch, card=None, counter=counter
+        fake_model.shallow(config, 5), recipe, "float32", Techniques(), batch, card=None, counter=counter
     )
     assert passes.moved_bytes(Techniques(), batch) == pytest.approx(counter.moved, rel=0.05)
     assert counter.moved > 0
