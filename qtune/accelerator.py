@@ -87,11 +87,11 @@ class Copy:
     """A copy under way, beside the arithmetic of `device`.
 
     It holds on to the memory that it reads and writes until the arithmetic waits for it. One that is dropped before has
-    the arithmetic wait then, as memory that nobody names is given out again.
+    the arithmetic's stream wait then, as memory that nobody names is given out again there.
     """
 
-    def __init__(self, device: torch.device, is_done: Any, memory: tuple[torch.Tensor, ...]):
-        self._device, self._is_done, self._memory = device, is_done, memory
+    def __init__(self, device: torch.device, arithmetic: Any, is_done: Any, memory: tuple[torch.Tensor, ...]):
+        self._device, self._arithmetic, self._is_done, self._memory = device, arithmetic, is_done, memory
 
     def wait(self) -> None:
         """Have the arithmetic given to the device from now on wait until the copy is done."""
@@ -105,7 +105,7 @@ class Copy:
 
     def __del__(self) -> None:
         if self._memory and not sys.is_finalizing():
-            self.wait()
+            self._arithmetic.wait_event(self._is_done)
 
 
 class CopyStream:
@@ -119,10 +119,11 @@ class CopyStream:
 
         It may still make `source`, and read what stood where `target` was given its memory.
         """
-        self._stream.wait_stream(current_stream(self._device))
+        arithmetic = current_stream(self._device)
+        self._stream.wait_stream(arithmetic)
         with on_stream(self._stream, self._device):
             target.copy_(source, non_blocking=True)
-            return Copy(self._device, self._stream.record_event(), (target, source))
+        return Copy(self._device, arithmetic, self._stream.record_event(), (target, source))
 
 
 def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,8 +78,9 @@ def test_a_refusal_is_told_once_a_run(driver: Driver, tmp_path: Path, monkeypatc
     monkeypatch.setattr(runs, "_told", lambda *_: [accelerator.page_locked(10, torch.uint8) for _ in range(3)])
     heard: list[Event] = []
     folder = RunDir.create(tmp_path / "run", 'name = "t"\n', {})
+    ready = SimpleNamespace(plan=SimpleNamespace(device=None))
     for _ in range(2):
-        runs.run(None, folder, heard.append)
+        runs.run(ready, folder, heard.append)
         accelerator.page_locked(10, torch.uint8)  # outside of any run nobody listens
     assert heard == [Notice(runs.UNLOCKED)] * 2
     assert list(folder.events()) == [Notice(runs.UNLOCKED)]

@@ -30,12 +30,8 @@ DEVICE, PAGE_LOCKED, PAGED, PAGEABLE = "device", "page-locked", "paged", "pageab
 READ_BY_THE_HOST = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # what they give depends on the values
 SHAPES_ONLY = {"empty_like", "new_empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 COPIES = {"copy_", "_to_copy", "_foreach_copy_", "clone"}
-COPY_WAITS, ARITHMETIC_WAITS, HOST_WAITS, ALL_WAIT = (
-    "copy waits",
-    "arithmetic waits",
-    "host waits",
-    "host waits for all",
-)
+COPY_WAITS, ARITHMETIC_WAITS = "copy waits", "arithmetic waits"
+HOST_WAITS, ALL_WAIT = "host waits", "host waits for all"
 AT_THE_END = {"Copy.__del__", "_at_rest"}  # of accelerator; whose frame is behind them is chance
 
 
@@ -62,7 +58,7 @@ class Use:
     reads: Clock = field(default_factory=Clock)
     watch: Any = None
 
-    def all(self) -> list[tuple[int, int]]:
+    def last_uses(self) -> list[tuple[int, int]]:
         return [*self.reads.items(), *([self.write] if self.write else [])]
 
 
@@ -198,7 +194,7 @@ class StreamClocks(TorchDispatchMode):
         known = Clock(self.host)
         if use.place == DEVICE:  # whoever is given the memory next is told so by the host, and comes after its stream
             known.learn(self.streams[use.born_on].clock)
-        if use.place in (DEVICE, PAGE_LOCKED) and not all(known.knows(last) for last in use.all()):
+        if use.place in (DEVICE, PAGE_LOCKED) and not all(known.knows(last) for last in use.last_uses()):
             self._race(f"{use.place} memory of {use.shape} ended while a stream may still use it")
 
     def _race(self, sentence: str) -> None:
@@ -213,26 +209,33 @@ class StreamClocks(TorchDispatchMode):
         if self.operations == self.fails_at:
             raise torch.OutOfMemoryError("CUDA out of memory")
         result = func(*args, **kwargs)
-        schema, name = func._schema, func._overloadpacket.__name__
-        if any(given.alias_info is not None and not given.alias_info.is_write for given in schema.returns):
-            return result  # a view
-        read, written = self._touched(schema, args, kwargs) if name not in SHAPES_ONLY else ([], [])
-        before = {id(tensor.untyped_storage()) for tensor in written}
-        born = [t for t in tree_iter(result) if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in before]
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        if not is_view:
+            name = func._overloadpacket.__name__
+            read, written = ([], []) if name in SHAPES_ONLY else self._touched(func._schema, args, kwargs)
+            self._note(name, read, written, [leaf for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor)])
+        return result
+
+    def _note(
+        self, name: str, read: list[torch.Tensor], written: list[torch.Tensor], results: list[torch.Tensor]
+    ) -> None:
+        """One operation: by the host if that has all that it touches, else on the current stream."""
+        stream = self._current[-1]
         places = {self.use_of(tensor).place for tensor in (*read, *written)}
+        there = {id(tensor.untyped_storage()) for tensor in written}
+        born = [tensor for tensor in results if id(tensor.untyped_storage()) not in there]
         if places and DEVICE not in places:
             self._by_the_host(name, read, written)
             for tensor in born:
                 self.in_host_memory(tensor, PAGEABLE)
-            return result
+            return
         for tensor in born:
-            self.use_of(tensor, born_on=self._current[-1].number)
+            self.use_of(tensor, born_on=stream.number)
         if places - {DEVICE, PAGED} and name not in COPIES:
             self._race(f"{name} is given tensors of the card and of the host")
         self._on_a_stream(name, read, [*written, *born])
         if name in READ_BY_THE_HOST or any(self.use_of(tensor).place == PAGEABLE for tensor in written):
-            self.host.learn(self._current[-1].clock)
-        return result
+            self.host.learn(stream.clock)
 
     def _touched(self, schema: Any, args: Any, kwargs: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The tensors that an operation reads and those that it writes."""
