@@ -12,8 +12,17 @@ import torch
 from profile_memory import step
 from transformers import AutoModelForCausalLM
 
+from qtune import accelerator
 from qtune.data.packing import PackedRow
 from qtune.evaluate import generate
+from qtune.memory.attention_kernels import (
+    Call,
+    causal_band,
+    kernel_of,
+    needs_repeated_heads,
+    suits_varlen,
+    varlen_fault,
+)
 from qtune.memory.memory_parts import standing_parts
 from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 from qtune.memory.techniques import Techniques
@@ -28,6 +37,7 @@ from .lab import Figures, Lab, Trained, joined, let_memory_go, limited_to, recip
 
 SHAPE, LAYERS, STEPS = "llama_1b", 4, 3
 LENGTHS = (700, 500, 300, 548)
+HEAD_WIDTHS = (64, 128, 208, 256, 288)  # 208 and 288 are refused by flash attention on some cards, and on all
 LONG = 8192  # tokens, eight times the window
 ALLOWED_FRACTION, ALLOWED_BYTES = 0.10, 64 * MIB  # beyond a forecast; chosen: less than any of these faults adds
 
@@ -101,6 +111,35 @@ def loading(lab: Lab) -> str:
     return near(reserved, expected, "reserved")
 
 
+def attention(lab: Lab) -> str:
+    """torch takes the attention kernels that the plan counts with, and its varlen_attn is right."""
+    device, dtype = torch.device(lab.device.name), getattr(torch, lab.device.compute_dtype)
+    card, told = accelerator.capability(device), []
+    for width in HEAD_WIDTHS:
+        for has_band in (False, True):
+            call = Call(dtype, 8, 2, width, width, has_band)
+            call = call.repeated if needs_repeated_heads(call, card) else call
+            if card is not None and (taken := kernel_taken(call, device)) != kernel_of(call, card):
+                raise Broken(f"{call} takes {taken} on {card}, not {kernel_of(call, card)}")
+            if suits_varlen(call, (70, 150), None, card) and (why := varlen_fault(call, has_band, device)):
+                raise Broken(f"varlen_attn of {call}: {why}")
+            told.append(f"{width}{' in a window' * has_band}: {'torch' if card is None else kernel_of(call, card)}")
+    return "; ".join(told)
+
+
+def kernel_taken(call: Call, device: torch.device) -> str:
+    """What torch says itself that it takes for `call`, in training."""
+    query, key, value = (
+        torch.empty(1, heads, 256, call.width, dtype=call.dtype, device=device, requires_grad=True)
+        for heads in (call.heads, call.key_heads, call.key_heads)
+    )
+    band = causal_band(256, 100, device) if call.has_band else None
+    asked = torch.backends.cuda.SDPAParams(query, key, value, band, 0.0, band is None, call.is_grouped)
+    if torch.backends.cuda.can_use_flash_attention(asked):
+        return "flash"
+    return "memory-efficient" if torch.backends.cuda.can_use_efficient_attention(asked) else "math"
+
+
 def windows(lab: Lab) -> str:
     """Sliding windows with grouped heads take the memory that was forecast, far less than the math kernel's."""
     forecaster = lab.forecaster("gemma3_4b", layers=6)  # one of six layers is without a window
@@ -154,6 +193,7 @@ CHECKS: tuple[Callable[[Lab], str], ...] = (
     host_head,
     paged_optimizer,
     loading,
+    attention,
     windows,
     out_of_memory,
 )
