@@ -18,6 +18,7 @@ from qtune.memory import memory_tracker
 from qtune.units import MIB
 
 TILE_BYTES = 16 * MIB
+TILE_ROWS = 128  # of a product that cuBLAS gives to one block: what goes beyond a multiple takes as long as a whole one
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,17 @@ class SlicedHead:
     visits: Callable[[int], Iterable[tuple[slice, torch.Tensor]]]
 
 
+def tile_rows(most_bytes: int, columns: int) -> int:
+    """Rows of a tile of logits that has so many `columns` in float32: a multiple of `TILE_ROWS`, and at least that."""
+    return max(1, most_bytes // (4 * columns * TILE_ROWS)) * TILE_ROWS
+
+
 def of_sliced_head(
     hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss of `hidden` (N, H) against `labels` (N,), and its gradient (N, H)."""
     first = head.parts[0]
-    tiles = memory_tracker.tiles(len(hidden), max(16, TILE_BYTES // (4 * (first.stop - first.start))), hidden)
+    tiles = memory_tracker.tiles(len(hidden), tile_rows(TILE_BYTES, first.stop - first.start), hidden)
     highest = torch.full((len(hidden),), -torch.inf, device=hidden.device)
     total, own = torch.zeros_like(highest), torch.zeros_like(highest)
     visits = iter(head.visits(2 if with_gradient else 1))

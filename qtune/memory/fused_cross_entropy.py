@@ -24,11 +24,13 @@ from transformers.utils import ModelOutput
 
 from qtune.data.rows import NOT_TRAINED
 from qtune.memory import memory_tracker, output_head
-from qtune.memory.chunked_cross_entropy import of_sliced_head
+from qtune.memory.chunked_cross_entropy import TILE_ROWS, of_sliced_head, tile_rows
 from qtune.memory.nf4 import is_quantized
 from qtune.units import MIB
 
 TILE_BYTES = 64 * MIB
+MOST_ROWS = 512  # of a larger tile: a card's arithmetic takes longer than reading the head by then
+SHARE_OF_ROWS = 8  # a tile of an eighth of all rows is no more than a layer holds in its backward pass (Llama-3.1-8B)
 SCALES = (  # names that transformers' configurations give to what a head does beside its product
     "final_logit_softcapping",
     "output_logit_soft_cap",
@@ -130,13 +132,22 @@ def _of_head(
     return of_sliced_head(hidden, slices, labels, with_gradient)
 
 
+def rows_of_a_tile(rows: int, vocabulary: int) -> int:
+    """How many of `rows` go at once. The whole head is read for each tile, so the fewer tiles the better.
+
+    It grows with the rows, as what a layer holds does: a tile is not the peak of a step that recomputes its layers.
+    """
+    larger = min(MOST_ROWS, rows // SHARE_OF_ROWS) // TILE_ROWS * TILE_ROWS
+    return max(tile_rows(TILE_BYTES, vocabulary), larger)
+
+
 def of_weight(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary of `weight` (V, H)."""
     nats = torch.zeros((), device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
-    for tile in memory_tracker.tiles(len(hidden), max(16, TILE_BYTES // (4 * weight.shape[0])), hidden):
+    for tile in memory_tracker.tiles(len(hidden), rows_of_a_tile(len(hidden), weight.shape[0]), hidden):
         logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
         own = labels[tile, None]
         logits -= logits.amax(dim=1, keepdim=True)  # in place from here on: one tile of float32, not three

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from qtune.memory import fused_cross_entropy
+from qtune.memory import chunked_cross_entropy, fused_cross_entropy
 from qtune.memory.fused_cross_entropy import positions_before_labels, summed_loss
 
 SHAPE = {
@@ -41,10 +41,24 @@ def by_hand(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
     return torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
 
 
-@pytest.mark.parametrize("tile_bytes", [1, 30 * 4 * 300, 64 * 1024**2])
-@pytest.mark.parametrize("tokens", [2, 17, 95])
-def test_value_and_gradient(monkeypatch, tokens, tile_bytes) -> None:
-    monkeypatch.setattr(fused_cross_entropy, "TILE_BYTES", tile_bytes)
+def test_a_tile_has_a_multiple_of_128_rows_and_more_where_there_are_many() -> None:
+    """One of 130 was computed as 256, and read the head of Llama 3 twice as often as there was need."""
+    rows = {
+        (vocabulary, tokens): fused_cross_entropy.rows_of_a_tile(tokens, vocabulary)
+        for vocabulary in (262, 49_152, 128_256, 262_144)
+        for tokens in (0, 9, 1024, 2048, 8192)
+    }
+    assert all(number % 128 == 0 and number >= 128 for number in rows.values())
+    assert [rows[128_256, tokens] for tokens in (9, 1024, 2048, 8192)] == [128, 128, 256, 512]
+    assert rows[49_152, 9] == 256
+
+
+@pytest.mark.parametrize("tile_rows", [1, 30, 128])
+@pytest.mark.parametrize("tokens", [2, 17, 95, 400])
+def test_value_and_gradient(monkeypatch, tokens, tile_rows) -> None:
+    monkeypatch.setattr(fused_cross_entropy, "TILE_BYTES", 1)
+    for module in (fused_cross_entropy, chunked_cross_entropy):
+        monkeypatch.setattr(module, "TILE_ROWS", tile_rows)
     hidden, weight, labels = rows(tokens)
     ours, reference = (hidden.float().requires_grad_(), hidden.clone().requires_grad_())
     loss = summed_loss(ours, head_of(weight), labels)
