@@ -279,6 +279,8 @@ def _at_rest(unlock: Callable[[], None]) -> None:
 
 
 def clear_error() -> None:
-    """The runtime remembers a call that it refused, and torch would raise that for the next kernel, whichever it is."""
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
+    """Take up what a card's runtime remembers of a call that it refused. torch would raise that for the next kernel,
+    whichever it is, and bitsandbytes ends the process (its `BNB_CHECK_RETURN`)."""
+    for card in cards():
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=card)

@@ -33,6 +33,7 @@ class Engine:
         self.runner = LayerRunner(self.layers, keeps_random_state=_draws_random_numbers(model))
         self.techniques = Techniques()
         self.siblings = fuse(model)
+        send_inputs_to_layers(self.causal)
 
     def switch_to(self, wanted: Techniques) -> None:
         """Bring the model to `wanted`. What is on stays on, also where `wanted` does without it."""
@@ -49,6 +50,15 @@ class Engine:
             siblings.forget()
         if self.runner.host is not None:
             self.runner.host.forget()
+
+
+def send_inputs_to_layers(causal: torch.nn.Module) -> None:
+    """Have `causal.device` be where its layers compute: there `generate` of transformers sends what a pass begins with.
+    By itself it is where the first parameter is, which may be host memory."""
+    kind = type(causal)
+    if "device" not in vars(kind):  # of a model that had an engine before
+        members = {"device": property(_device_of), "__module__": kind.__module__}
+        causal.__class__ = type(kind.__name__, (kind,), members)
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

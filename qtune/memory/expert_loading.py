@@ -59,6 +59,11 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         is_linear = super().param_needs_quantization(model, param_name, **kwargs)
         return is_linear or is_expert_parameter(model, param_name) or self.lives_on_host(param_name)
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """By this transformers reserves memory on the device before it loads."""
+        on_device = super().param_element_size(model, param_name, param)
+        return 0.0 if self.lives_on_host(param_name) else on_device
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 

@@ -36,6 +36,8 @@ SPELLINGS = re.compile(
     r"\bout of memory\b"  # CUDA, HIP, XPU, MPS, the driver, bitsandbytes
     r"|ErrorMemoryAllocation|ErrorOutOfMemory|CUDA_ERROR_OUT_OF_MEMORY"
     r"|\b(cu|hip|mi)[a-z]+(_status)?(_[a-z]+)*_alloc(ation)?_failed\b"  # the libraries: BLAS, DNN, SOLVER, SPARSE, RAND
+    r"|\b(cu|hip)blas_status_not_initialized when calling .?(cu|hip)blasCreate"  # a handle that found no memory
+    r"|\bcudnn_status_not_initialized\b"  # the same
     r"|CPUAllocator: (can't allocate|not enough) memory|\bcannot allocate memory\b"
     r"|NVML_SUCCESS == \w+ INTERNAL ASSERT",  # torch's allocator, asking the driver why it got nothing
     re.IGNORECASE,
@@ -151,6 +153,7 @@ class Recovery:
         self._tell(where, phase, freed if is_first else self.climb() or _refuse(_optimizer_too_large(where)))
 
     def _free(self) -> None:
+        accelerator.clear_error()
         self.forget_pass()
         self._lowest.drain()
         free_memory()

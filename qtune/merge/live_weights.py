@@ -19,6 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, linear
 
+from qtune.memory.engine import send_inputs_to_layers
 from qtune.units import MIB
 
 WIDENED_BYTES = 256 * MIB  # of an output head in float32 at a time: that of a vocabulary of 128k is 2 GB
@@ -130,16 +131,8 @@ def compute_in_float32(model: ModelT, device: str) -> ModelT:
             continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
-    _begin_on(model.get_base_model() if isinstance(model, PeftModel) else model, device)
+    send_inputs_to_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
     return model
-
-
-def _begin_on(causal: torch.nn.Module, device: str) -> None:
-    """Have `causal.device`, where `generate` sends what a pass begins with, be `device`: by itself it is the first
-    parameter's, and the embedding's waits in host memory."""
-    kind = type(causal)
-    members = {"device": property(lambda self: torch.device(device)), "__module__": kind.__module__}
-    causal.__class__ = type(kind.__name__, (kind,), members)
 
 
 @contextmanager

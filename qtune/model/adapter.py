@@ -98,7 +98,8 @@ def save(model: PeftModel, folder: Path, base_name: str) -> int:
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
-    model.save_pretrained(folder, save_embedding_layers=False)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)  # without it, from all of the base's
     (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the run's own card comes at its end
     return sum(path.stat().st_size for path in folder.iterdir())
 

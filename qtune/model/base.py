@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qtune import logs
-from qtune.errors import ModelError
+from qtune.errors import MachineError, ModelError
 from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention
 from qtune.memory.expert_loading import quantized_experts
+from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.techniques import Techniques
 from qtune.model import base_files, untrusted_folder
 from qtune.recipe import base_kind
@@ -88,7 +90,8 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
     What `techniques` keep in host memory is left there, for `memory.engine.Engine` to take up. Attention keeps
-    packed documents apart without a mask (`memory.packed_attention`).
+    packed documents apart without a mask (`memory.packed_attention`). Raises ModelError for weights that cannot be
+    read, MachineError where memory runs out.
     """
     config = read_config(model)
     packed_attention.register()
@@ -103,7 +106,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
 
     with quantized_experts(lives_on_host) if quantization else contextlib.nullcontext():
         folder = base_folder(model)
-        try:
+        with _refusing(folder, device, "4 bits" if quantization else compute_dtype):
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -113,10 +116,6 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
             )
-        except (SafetensorError, OSError) as fault:
-            raise ModelError(
-                f"model.base: {folder} cannot be loaded ({str(fault).splitlines()[0]}). Download the base again."
-            ) from None
     loaded.requires_grad_(False)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
@@ -124,6 +123,26 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
     return loaded
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path, device: str, held_in: str) -> Iterator[None]:
+    """What goes wrong as weights are loaded, as a sentence."""
+    try:
+        yield
+    except (SafetensorError, OSError) as fault:
+        raise ModelError(
+            f"model.base: {folder} cannot be loaded ({str(fault).splitlines()[0]}). Download the base again."
+        ) from None
+    except Exception as fault:
+        if not is_out_of_memory(fault):
+            raise
+        let_go(fault)
+        or_else = "" if device == "cpu" else ", or take the processor, with CUDA_VISIBLE_DEVICES= in the environment"
+        raise MachineError(
+            f"{folder}: in {held_in} it does not fit into what is free of the memory of {device}. Close what else uses"
+            f" it{or_else}."
+        ) from None
 
 
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
-from qtune.errors import MachineError
 from qtune.hardware import find_device, host_memory, prepare
 from qtune.lock import Lock
 from qtune.memory.engine import Engine
@@ -66,13 +65,7 @@ def open_merged(folder: Path, lock: Lock | None = None) -> Loaded:
     device = prepare(find_device())
     dtype = lock.compute_dtype if lock else device.compute_dtype
     tokenizer = load_tokenizer(spec)
-    try:
-        return Loaded(base.load_base(spec, device.name, dtype).eval(), tokenizer, device.name, dtype)
-    except torch.OutOfMemoryError:
-        raise MachineError(
-            f"{folder}: in {dtype} does not fit on this card, which held the base in 4 bits. Take the processor,"
-            " with CUDA_VISIBLE_DEVICES= in the environment."
-        ) from None
+    return Loaded(base.load_base(spec, device.name, dtype).eval(), tokenizer, device.name, dtype)
 
 
 def _unpack(model: PeftModel, dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
     """Settings for rows that are tokenised, cut and packed already; trl prepares, saves and prints nothing itself."""
     train = recipe.train
-    return SFTConfig(
+    settings = SFTConfig(
         output_dir=str(folder.absolute()),  # wandb takes a name that is the folder as well for a slip
         max_steps=plan.steps,
         per_device_train_batch_size=plan.micro_batch,
@@ -68,6 +68,9 @@ def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    vars(settings)["_setup_devices"] = torch.device(plan.device.name)  # by itself cuda:0, where cuda:1 may be meant
+    settings._n_gpu = int(plan.device.is_card)  # by itself all that are visible, over which batches would be spread
+    return settings
 
 
 @dataclass
@@ -123,6 +126,7 @@ class MeteredTrainer(SFTTrainer):
             processing_class=learner.loaded.tokenizer,
             optimizer_cls_and_kwargs=optimizer.made_with(settings.learning_rate),
         )
+        self.accelerator.device_placement = False  # as in `_move_model_to_device`; batches go with `_prepare_inputs`
         self.remove_callback(PrinterCallback)
         self.train_dataset = rows.packs
         self.learner, self.places, self.going_on_from = learner, rows.places, going_on_from
@@ -130,6 +134,9 @@ class MeteredTrainer(SFTTrainer):
         self.has_begun, self.may_drop = False, True
         self.standing: tuple[Meter, Tensors, dict[str, Any]] | None = None
         self.start_clock(0.0)
+
+    def _move_model_to_device(self, *args: Any, **kwargs: Any) -> None:
+        """It is where it belongs; what of it is in host memory would be moved to the card with the rest."""
 
     def start_clock(self, seconds_before: float) -> None:
         """The time of training begins, `seconds_before` of which a run that goes on has behind it."""

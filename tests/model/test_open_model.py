@@ -64,9 +64,9 @@ def test_a_folder_that_is_too_large_or_no_model_is_said(run: RunDir, tmp_path: P
     with pytest.raises(ModelError):
         open_merged(tmp_path)
 
-    def run_out(*_: object) -> None:
+    def run_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(base, "load_base", run_out)
-    with pytest.raises(MachineError, match="does not fit on this card"):
+    monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", run_out)
+    with pytest.raises(MachineError, match=r"does not fit into what is free of the memory of cpu\. Close"):
         open_merged(tiny_base)

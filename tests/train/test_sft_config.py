@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qtune.hardware import Device
 from qtune.model import base
@@ -61,3 +62,14 @@ def test_a_plan_computes_in_the_dtype_it_settled(dtype: str, planned: tuple[Reci
     recipe, plan = planned
     made = sft_config(recipe, replace(plan, compute_dtype=dtype), tmp_path)
     assert (made.bf16, made.fp16) == (dtype == "bfloat16", dtype == "float16")
+
+
+def test_one_card_is_trained_on_however_many_are_visible(
+    planned: tuple[Recipe, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes the first, counts all of them, and trl refuses more than one."""
+    recipe, plan = planned
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second = Device("cuda:1", "a card", 8 * GIB, 8 * GIB, "float16")
+    made = sft_config(recipe, replace(plan, device=second), tmp_path)
+    assert (made.n_gpu, made.device) == (1, torch.device("cuda:1"))

@@ -1,0 +1,40 @@
+"""What loading and saving take of a card's memory."""
+
+from pathlib import Path
+
+import pytest
+from card import CARD, memory
+
+from qtune.errors import MachineError
+from qtune.memory.techniques import Techniques
+from qtune.model import adapter, base
+from qtune.recipe.schema import Lora, Model
+
+LEAN = Techniques(host_embedding=True, recomputed_layers=2, streamed_layers=2)
+
+
+def test_no_memory_is_reserved_for_what_lives_on_the_host(tiny_base: Path) -> None:
+    """transformers asks for all that it will load in one piece, before it loads."""
+    memory.largest = 0
+    base.load_base(Model(base=str(tiny_base)), CARD, "bfloat16", LEAN)
+    assert memory.largest == 4 * 64 * 172  # one weight of an MLP as it is in the file
+
+
+@pytest.mark.parametrize(("quantization", "held_in"), [("nf4", "4 bits"), ("none", "bfloat16")])
+def test_a_base_that_is_too_large_is_a_refusal(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, held_in: str
+) -> None:
+    monkeypatch.setattr(memory, "total", memory.allocated + 32 * 1024)
+    with pytest.raises(
+        MachineError, match=rf"in {held_in} it does not fit .* memory of {CARD}\..* CUDA_VISIBLE_DEVICES="
+    ):
+        base.load_base(Model(base=str(tiny_base), quantization=quantization), CARD, "bfloat16")
+
+
+def test_an_adapter_is_saved_when_nothing_is_free(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """peft went through all of the base for it, and bitsandbytes copied a table for each weight of that."""
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), CARD, "bfloat16"), Lora(rank=4), 0)
+    monkeypatch.setattr(memory, "total", memory.allocated)
+    assert adapter.save(model, tmp_path / "adapter", "base")

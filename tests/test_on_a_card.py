@@ -1,0 +1,14 @@
+"""The real code on a card that is none (`support/card.py`), in a process a file: see `on_a_card/__main__.py`."""
+
+from pathlib import Path
+
+import forked
+import pytest
+
+FOLDER = Path(__file__).resolve().parent / "on_a_card"
+
+
+@pytest.mark.parametrize("file", [path.name for path in sorted(FOLDER.glob("[!_]*.py"))])
+def test_on_a_card(file: str) -> None:
+    ended = forked.run([FOLDER / "__main__.py", FOLDER / file])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
