@@ -109,11 +109,16 @@ def import_libraries() -> None:
 
     with quick_imports():
         import numba  # noqa: F401
+        import torch
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         import qtune.run  # noqa: F401
     for name in [name for name in sys.modules if name.partition(".")[0] == "qtune" or sys.modules[name] is None]:
-        del sys.modules[name]
+        for value in vars(sys.modules.pop(name) or types).values():
+            if isinstance(
+                value, torch.library.Library
+            ):  # torch holds on to it, and whoever imports qtune makes another
+                value._destroy()
 
 
 def serve(asking: socket.socket) -> dict[str, Any]:
