@@ -76,6 +76,14 @@ def _dotted(capability: Capability) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
+def told(label: str, said: str) -> str:
+    """That the card named `label` fell out, where CUDA `said` so."""
+    return (
+        f"{label} fell out in the middle ({said}). Heat, power and a driver that was updated under it are the usual"
+        " causes; where `nvidia-smi` does not show the card, start the machine anew."
+    )
+
+
 def why_gone(fault: BaseException) -> str | None:
     """The first line of what CUDA said when a card fell out in the middle; None for a fault of another kind."""
     seen: set[int] = set()

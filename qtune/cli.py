@@ -67,11 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as fault:
-        return _our_fault(fault)
+        return _machines_fault(fault) or _our_fault(fault)
 
 
 def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
+
+
+def _machines_fault(fault: Exception) -> int | None:
+    """Say that a card fell out in the middle, where it did."""
+    if "torch" not in sys.modules:
+        return None
+    from qtune import card_faults
+
+    said = card_faults.why_gone(fault)
+    if said is None:
+        return None
+    print(card_faults.told("The card", said), file=sys.stderr)
+    return UserError.exit_code
 
 
 def _our_fault(fault: Exception) -> int:

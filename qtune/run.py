@@ -146,11 +146,8 @@ def _naming_what_is_kept(device: Device, folder: RunDir) -> Iterator[None]:
             raise
         newest, _ = checkpoint_files.newest_whole(folder.checkpoints)
         kept = f"The newest checkpoint is kept: {newest}" if newest else "There is no checkpoint yet"
-        raise MachineError(
-            f"{device.label} fell out in the middle ({said}). {kept}. Heat, power and a driver that was updated"
-            " under it are the usual causes; where `nvidia-smi` does not show the card, start the machine anew. Then go"
-            f" on: {tables.NextCommands.of(folder).resume}"
-        ) from fault
+        then = f"{kept}. Then go on: {tables.NextCommands.of(folder).resume}"
+        raise MachineError(f"{card_faults.told(device.label, said)} {then}") from fault
 
 
 @contextlib.contextmanager

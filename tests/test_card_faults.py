@@ -1,6 +1,8 @@
 """Cards that cannot be used, or can be no longer: what CUDA raises, and what is said."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from real_steps import recipe_for
 from stopped_runs import before_step, checkpoints, qtune, write_recipe
 
 from qtune import card_faults, hardware
+from qtune.commands import doctor
 from qtune.errors import MachineError
 from qtune.model import base
 from qtune.plan.planner import decide
 from qtune.plan.workload import Work
+from qtune.train import loop
 from qtune.train.checkpointer import Saver
 from qtune.units import GIB, MIB
 
@@ -184,3 +188,37 @@ def test_of_two_cards_one_that_is_small_and_free_is_named_in_the_plan(
     told = next(choice for choice in plan.choices if choice.name == "device")
     assert told.value == RTX_3060[0]
     assert told.reason == "most free memory of 2 cards; the others: NVIDIA GeForce RTX 4090 3.0 GiB"
+
+
+@pytest.mark.parametrize(("said", "code"), [(LAUNCH, 2), ("CUDA error: an illegal memory access was encountered", 1)])
+def test_a_card_that_falls_out_of_another_verb_is_not_our_fault(
+    said: str, code: int, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall_out(*arguments: object) -> None:
+        raise torch.AcceleratorError(said)
+
+    monkeypatch.setattr(doctor, "examine", fall_out)
+    assert qtune("doctor") == code
+    assert ("The card fell out in the middle" in capsys.readouterr().err) == (code == 2)
+
+
+def test_training_goes_to_the_chosen_card_after_transformers_went_to_the_first(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(tiny_base)
+    plan = decide(recipe, hardware.find_device(), base.read_config(recipe.model), Work.of_full_sequences(64))
+    driver = MadeDriver([MadeCard(*RTX_4090, free=3 * GIB), MadeCard(*RTX_3060, free=11 * GIB)])
+    driver.install(monkeypatch)
+    device = hardware.find_device()
+    with hardware.as_it_was():
+        hardware.prepare(device)
+
+        def to_the_first(*arguments: object) -> str:
+            torch.cuda.set_device(0)
+            return "settings"
+
+        monkeypatch.setattr(loop, "sft_config", to_the_first)
+        session: Any = loop.TrainingSession(recipe, replace(plan, device=device), *[None] * 3)
+        assert session._settings() == "settings"
+        assert driver.current == 1
+    assert driver.current == 0
