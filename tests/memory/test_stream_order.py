@@ -38,6 +38,7 @@ SETS = {
     "streamed": Techniques(recomputed_layers=LAYERS, streamed_layers=LAYERS),
     "one streamed": Techniques(recomputed_layers=LAYERS, streamed_layers=1),
     "two streamed, offloaded": Techniques(recomputed_layers=LAYERS, host_checkpoints=True, streamed_layers=2),
+    "in tiles and groups": EVERYTHING.having(tile_tokens=8, head_groups=2),
     "embedding and head": Techniques(head="host", host_embedding=True),
 }
 
@@ -56,8 +57,8 @@ class Live:
     engine: Engine
 
     @classmethod
-    def of(cls, clocks: StreamClocks, techniques: Techniques) -> "Live":
-        engine = Engine(adapted(base("llama")))
+    def of(cls, clocks: StreamClocks, techniques: Techniques, nf4: str | None = None) -> "Live":
+        engine = Engine(adapted(base("llama", nf4=nf4)))
         engine.switch_to(techniques)
         if techniques.host_embedding:
             clocks.in_host_memory(engine.causal.get_input_embeddings().weight, PAGEABLE)
@@ -92,9 +93,9 @@ class Live:
         self.engine.model.zero_grad()
 
 
-def training(clocks: StreamClocks, techniques: Techniques = EVERYTHING) -> None:
+def training(clocks: StreamClocks, techniques: Techniques = EVERYTHING, nf4: str | None = None) -> None:
     """Steps that grow and shrink, an evaluation between them."""
-    live = Live.of(clocks, techniques)
+    live = Live.of(clocks, techniques, nf4)
     live.step(9, 4)
     live.held_out()
     live.step(12, 9)
@@ -172,6 +173,11 @@ SITES: dict[Site, Callable[[StreamClocks], None]] = {
 @pytest.mark.parametrize("techniques", SETS)
 def test_no_race_in_training(techniques: str) -> None:
     assert run_with_clocks(lambda clocks: training(clocks, SETS[techniques])).races == []
+
+
+def test_no_race_in_training_on_four_bits() -> None:
+    """Scales, and scales of scales, are streamed too."""
+    assert run_with_clocks(lambda clocks: training(clocks, EVERYTHING, "double")).races == []
 
 
 def test_no_race_and_every_wait_is_listed() -> None:
