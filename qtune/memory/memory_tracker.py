@@ -230,7 +230,7 @@ def moved_bytes(name: str, args: Any, result: Any) -> int:
     """What the operation of that name reads of `args`, and writes to its result or to an argument in place: each tensor
     once, as what a cache holds is not known here."""
     made = [leaf for leaf in tree_iter(result) if isinstance(leaf, torch.Tensor)]
-    if name in NO_KERNEL or not made:
+    if name in NO_KERNEL or not (made or name.startswith("_foreach")):  # which return nothing
         return 0
     given = [leaf for leaf in tree_iter(args) if isinstance(leaf, torch.Tensor)]
     if name.startswith("index_select"):

@@ -2,6 +2,7 @@
 
 Held less of: what an MLP (4 to 6 times (T, I)) and a norm (5 times (T, H) in float32) save and use for all tokens at
 once; they are made for one tile at a time, and again in the backward pass.
+Norms that run as one operation (`memory.fused_layers`) hold nothing in float32, and are not cut.
 Costs: the weights of an MLP are dequantised once a tile; without recomputation of layers one more forward pass of the
 module. Inside a recomputed layer there is none: an MLP's output is only added to the residual, and no gradient needs
 that value, so it is not made.
