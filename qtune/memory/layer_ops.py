@@ -26,6 +26,7 @@ from qtune.memory import memory_tracker
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
 PIECE_ELEMENTS = 2**18  # of a norm on the processor: 1 MiB in float32, which its caches hold
+CARD_PIECE_ELEMENTS = 2**24  # of one on a card without Triton: 64 MiB in float32, of which a few are held; chosen
 
 _library = torch.library.Library("qtune", "DEF")
 
@@ -172,9 +173,9 @@ def _one_more(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _pieces(rows: torch.Tensor) -> list[slice]:
-    """Slices of `rows` (T, H): on the processor those that its caches hold, on a card all."""
-    step = len(rows) if accelerator.is_card(rows.device) else PIECE_ELEMENTS // rows.shape[1]
-    return memory_tracker.tiles(len(rows), max(1, step), rows)
+    """Slices of `rows` (T, H), each with what it takes in float32."""
+    most = CARD_PIECE_ELEMENTS if accelerator.is_card(rows.device) else PIECE_ELEMENTS
+    return memory_tracker.tiles(len(rows), max(1, most // rows.shape[1]), rows)
 
 
 def _rotary_by_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_backward: bool) -> torch.Tensor:
@@ -219,11 +220,15 @@ def _gated_backward_by_torch(
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
-    """Triton's kernels, where they run on `device` and agree with torch's; None where not."""
+    """Triton's kernels, where `device` is a card that runs them, and they agree with torch's; None where not."""
+    if not accelerator.is_card(device):
+        return None
     try:
         from qtune.memory import triton_kernels
 
         _compare(triton_kernels, device)
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception:  # a card too old, no compiler, no package: as many kinds as there are machines
         return None
     return triton_kernels

@@ -25,12 +25,11 @@ NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 def on(request, monkeypatch):
     """How the operations run: by torch's; as on a card, without Triton; by Triton's kernels."""
     monkeypatch.setattr(layer_ops, "PIECE_ELEMENTS", 64)  # several pieces of a norm
-    if request.param == "triton":
-        pytest.importorskip("triton")
     if request.param != "torch":
         monkeypatch.setattr(layer_ops, "_is_on_card", lambda x: True)
-    if request.param == "card":
-        monkeypatch.setattr(layer_ops, "_kernels", lambda device: None)
+    if request.param == "triton":
+        kernels = pytest.importorskip("qtune.memory.triton_kernels")
+        monkeypatch.setattr(layer_ops, "_kernels", lambda device: kernels)
     return request.param
 
 
@@ -161,16 +160,29 @@ def test_what_is_kept(card) -> None:
             assert sum(counter.held().values()) == begun
 
 
+def full(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_kernels_that_are_wrong_or_missing_are_not_taken(monkeypatch) -> None:
     kernels = pytest.importorskip("qtune.memory.triton_kernels")
     here = torch.device("cpu")
     layer_ops._kernels.cache_clear()
+    assert layer_ops._kernels(here) is None
+    monkeypatch.setattr(layer_ops.accelerator, "is_card", lambda device: True)
     try:
+        layer_ops._kernels.cache_clear()
         assert layer_ops._kernels(here) is kernels
         for fault in (lambda gate, up, activation: gate + up, lambda *_: 1 / 0):
             layer_ops._kernels.cache_clear()
             with monkeypatch.context() as patch:
                 patch.setattr(kernels, "gated", fault)
                 assert layer_ops._kernels(here) is None
+        layer_ops._kernels.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "gated", full)
+            with pytest.raises(torch.OutOfMemoryError):
+                layer_ops._kernels(here)
+        assert layer_ops._kernels(here) is kernels
     finally:
         layer_ops._kernels.cache_clear()
