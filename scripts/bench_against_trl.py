@@ -6,7 +6,7 @@
 
     trl                    its defaults: bfloat16, 8 padded rows a batch, rows cut at 1,024 tokens, layers recomputed
     trl, packing           the same with `packing=True`: sequences of 2,048 tokens, one a batch
-    trl in float32, ...    both again in the machine's own arithmetic, where its processor only emulates bfloat16
+    trl in float32, ...    both again in float32, which many processors are faster in
     qtune                  packs of 2,048 tokens, one a batch; all else as the plan chooses
 
 All train the same LoRA on the same NF4 base and the same question/answer rows, for `--steps` steps or to the end of
@@ -49,6 +49,13 @@ class Way:
 
 
 QTUNE = Way("qtune")
+WAYS = (
+    Way("trl", "bfloat16", is_packed=False),
+    Way("trl, packing", "bfloat16"),
+    Way("trl in float32", "float32", is_packed=False),
+    Way("trl in float32, packing", "float32"),
+    QTUNE,
+)
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,6 @@ class Trial:
     def speed(self) -> float | None:
         """Tokens a second; None where no step was done."""
         return self.tokens / self.seconds if self.tokens else None
-
-
-def ways(has_bfloat16: bool) -> list[Way]:
-    """All that take turns on a machine that has bfloat16 arithmetic of its own or not."""
-    plain = [Way("trl", "bfloat16", is_packed=False), Way("trl, packing", "bfloat16")]
-    suited = [Way("trl in float32", "float32", is_packed=False), Way("trl in float32, packing", "float32")]
-    return [*plain, *([] if has_bfloat16 else suited), QTUNE]
 
 
 # ---- inside a trial's own process
@@ -335,18 +335,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{path}: is not there.", file=sys.stderr)
             return 2
     sys.path.insert(0, str(ROOT))
-    from qtune.hardware import cpu_has_bfloat16
-
-    every = ways(cpu_has_bfloat16())
-    asked = [name.strip() for name in options.only.split(";") if name.strip()] or [way.name for way in every]
-    unknown = [name for name in asked if name not in {way.name for way in every}]
+    names = [way.name for way in WAYS]
+    asked = [name.strip() for name in options.only.split(";") if name.strip()] or names
+    unknown = [name for name in asked if name not in names]
     if unknown:
-        print(f"--only: there is no {unknown[0]!r}. There are {'; '.join(way.name for way in every)}.", file=sys.stderr)
+        print(f"--only: there is no {unknown[0]!r}. There are {'; '.join(names)}.", file=sys.stderr)
         return 2
     rounds: list[Round] = []
     for number in range(options.rounds):
         rounds.append({})
-        for way in every:
+        for way in WAYS:
             if way.name in asked or way == QTUNE:
                 taken = rounds[-1][way.name] = trial(way, options)
                 said = f"{speed(taken.speed)} tokens/s over {taken.steps} steps, {taken.seconds:.0f} s"

@@ -19,11 +19,9 @@ OPTIONS = argparse.Namespace(
 )
 
 
-def test_where_bfloat16_is_emulated_trl_is_tried_in_float32_too() -> None:
-    assert [way.name for way in bench_against_trl.ways(True)] == ["trl", "trl, packing", "qtune"]
-    slow = bench_against_trl.ways(False)
-    assert [(way.dtype, way.is_packed) for way in slow[2:4]] == [("float32", False), ("float32", True)]
-    assert len(slow) == 5
+def test_trl_is_tried_in_both_dtypes_padded_and_packed() -> None:
+    tried = {(way.dtype, way.is_packed) for way in bench_against_trl.WAYS if way != bench_against_trl.QTUNE}
+    assert tried == {(dtype, is_packed) for dtype in ("bfloat16", "float32") for is_packed in (False, True)}
 
 
 def test_ratios_are_of_a_round_and_a_trial_without_a_step_has_no_speed() -> None:
