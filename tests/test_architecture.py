@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -157,6 +158,29 @@ def test_no_function_takes_more_than_seven_parameters(path: Path) -> None:
             taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             names = [argument.arg for argument in taken if argument.arg not in ("self", "cls")]
             assert len(names) <= MOST_PARAMETERS, f"{node.name}({', '.join(names)})"
+
+
+SAYS_CUDA = {
+    "qtune.accelerator": "asks torch for what only CUDA has: capabilities, memory locked in its place",
+    "qtune.hardware": "finds the card",
+    "qtune.commands.doctor": "looks at it more closely",
+    "qtune.plan.activation_memory": "peft asks whether CUDA autocasts, and a forecast is of a card that is not here",
+}
+
+
+def test_one_place_knows_what_a_card_is() -> None:
+    """All others ask `accelerator` or `hardware.Device`, so that a card of another kind is a matter of that place."""
+    saying = {dotted_name(path) for path in modules() if says_cuda(path)}
+    assert saying == SAYS_CUDA.keys()
+
+
+def says_cuda(path: Path) -> bool:
+    """Whether code asks `.is_cuda` or `torch.cuda`, or has a device's name written out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    asks = any(each == "torch.cuda" or each.endswith(".is_cuda") for each in attributes)
+    return asks or any(re.fullmatch(r"cuda(:\d*)?", text) for text in texts)
 
 
 @pytest.mark.parametrize(

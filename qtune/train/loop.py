@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from trl import SFTConfig
 
-from qtune import accelerator
 from qtune.data.packing import collate, seq_lengths
 from qtune.events import Finished, Listener, Started
 from qtune.memory.oom_recovery import refusing
@@ -103,9 +101,7 @@ class TrainingSession:
 
     def _settings(self) -> SFTConfig:
         folder = self.kept_in.path if self.kept_in else Path(tempfile.gettempdir(), "qtune")  # nothing is written there
-        settings = sft_config(self.recipe, self.plan, folder)
-        accelerator.compute_on(torch.device(self.plan.device.name))  # transformers has just chosen the first card
-        return settings
+        return sft_config(self.recipe, self.plan, folder)
 
     def _rehearse(self, trainer: MeteredTrainer) -> None:
         """Run the largest batch, and the largest held-out sequence, once; tell what they held."""

@@ -11,9 +11,11 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
+from qtune import accelerator
 from qtune.data.packing import collate
 from qtune.data.rows import NOT_TRAINED
 from qtune.errors import TrainingDiverged
+from qtune.hardware import Device
 from qtune.memory import fused_cross_entropy
 from qtune.memory.oom_recovery import Batch, OpenStep
 from qtune.recipe.schema import Recipe
@@ -68,8 +70,15 @@ def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
-    vars(settings)["_setup_devices"] = torch.device(plan.device.name)  # by itself cuda:0, where cuda:1 may be meant
-    settings._n_gpu = int(plan.device.is_card)  # by itself all that are visible, over which batches would be spread
+    return _on_one_device(settings, plan.device)
+
+
+def _on_one_device(settings: SFTConfig, device: Device) -> SFTConfig:
+    """By themselves they take the first card, have torch compute there, and spread batches over all that are seen."""
+    place = torch.device(device.name)
+    vars(settings)["_setup_devices"], settings._n_gpu = place, int(device.is_card)
+    if device.is_card:
+        accelerator.compute_on(place)
     return settings
 
 

@@ -69,7 +69,10 @@ def test_one_card_is_trained_on_however_many_are_visible(
 ) -> None:
     """transformers takes the first, counts all of them, and trl refuses more than one."""
     recipe, plan = planned
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     second = Device("cuda:1", "a card", 8 * GIB, 8 * GIB, "float16")
     made = sft_config(recipe, replace(plan, device=second), tmp_path)
-    assert (made.n_gpu, made.device) == (1, torch.device("cuda:1"))
+    assert (made.n_gpu, made.device, current[-1]) == (1, torch.device("cuda:1"), torch.device("cuda:1"))

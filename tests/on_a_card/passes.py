@@ -1,0 +1,81 @@
+"""Passes on a card: with every memory technique and every two of them, and through several architectures."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from card import CARD
+from conftest import BOS, END, byte_tokenizer
+from made_models import KINDS, Pass, assert_equal, batch, held_out, one_pass, trained
+
+from qtune.evaluate.generate import answer
+from qtune.evaluate.held_out_loss import to_device
+from qtune.memory.engine import Engine
+from qtune.memory.techniques import Techniques
+from qtune.model import adapter, base
+from qtune.model.loaded import Loaded
+from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe.schema import Lora, Model
+
+DOCUMENTS = (9, 5)
+PROMPTS = [[BOS, *range(40, 48)], [BOS, 50]]  # the longer one is longer than a window
+ALONE: dict[str, dict[str, Any]] = {
+    "recomputed": {"recomputed_layers": 1},
+    "host checkpoints": {"recomputed_layers": 2, "host_checkpoints": True},
+    "tiles": {"tile_tokens": 8},
+    "head groups": {"head_groups": 2},
+    "host embedding": {"host_embedding": True},
+    "host head": {"head": "host"},
+    "head in NF4": {"head": "nf4"},
+    "one streamed": {"recomputed_layers": 2, "streamed_layers": 1},
+    "all streamed": {"recomputed_layers": 2, "streamed_layers": 2},
+}
+CONTAINED = ({"recomputed", "host checkpoints"}, {"recomputed", "all streamed"}, {"host head", "head in NF4"})
+PAIRS = [
+    pair
+    for pair in itertools.combinations(ALONE, 2)
+    if set(pair) not in CONTAINED and "one streamed" not in pair  # as all streamed, and one that is not
+]
+
+
+def techniques(*names: str) -> Techniques:
+    return Techniques(**{name: value for each in names for name, value in ALONE[each].items()})
+
+
+def outcome(folder: Path, device: str, on: Techniques, lora: Lora) -> tuple[Pass, float, list[str]]:
+    """From the files to the gradients, the held-out loss and answers."""
+    model = adapter.attach(base.load_base(Model(base=str(folder)), device, "float32", on), lora, 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trained(model):
+        parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.1).to(device)
+    Engine(model).switch_to(on)
+    given = {name: to_device(value, device) for name, value in batch(DOCUMENTS).items()}
+    torch.manual_seed(0)
+    found = one_pass(model, given)
+    gradients = {name: gradient.cpu() for name, gradient in found.gradients.items()}
+    loaded = Loaded(model, load_tokenizer(Model(base=str(folder))), device, "float32")
+    return Pass(found.nats, gradients), held_out(model, given), answer(loaded, PROMPTS, [END], 3)
+
+
+def assert_as_on_the_processor(folder: Path, on: Techniques, lora: Lora) -> None:
+    ours, *others = outcome(folder, CARD, on, lora)
+    theirs, *other_others = outcome(folder, "cpu", on, lora)
+    assert_equal(ours, theirs)
+    assert others == other_others
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in ALONE), *PAIRS], ids=" and ".join)
+def test_a_technique_and_any_two_give_what_they_give_on_the_processor(tiny_base: Path, names: tuple[str, ...]) -> None:
+    assert_as_on_the_processor(tiny_base, techniques(*names), Lora(rank=4))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "qwen3", "qwen3 moe"])
+def test_so_does_an_architecture_most_of_which_is_on_the_host(tmp_path: Path, kind: str) -> None:
+    """Windows, scaled and tied tables, experts; dropout draws again what it drew, from a card's own numbers."""
+    torch.manual_seed(0)
+    KINDS[kind]().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    lora = Lora(rank=4, targets=["q_proj", "experts"]) if "moe" in kind else Lora(rank=4, dropout=0.1)
+    assert_as_on_the_processor(tmp_path, techniques("all streamed", "host embedding", "host head", "tiles"), lora)
