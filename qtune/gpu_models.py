@@ -1,6 +1,7 @@
 """How much memory a card has, by its name: for plans for one that is not in this machine. Loads nothing heavy."""
 
 import re
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from qtune.units import GIB, parse_bytes
@@ -78,6 +79,16 @@ MEMORY_GB: dict[str, tuple[int, ...]] = {  # as NVIDIA's specifications have it;
     "V100": (16, 32),
     "P100": (16,),
 }
+CAPABILITIES = (  # by how a card's name begins
+    (r"RTX 40\d0|RTX \d000 Ada|RTX 4500 Ada|L4", (8, 9)),  # before RTX 50, as there is an RTX 5000 Ada
+    (r"RTX 50\d0|RTX PRO", (12, 0)),
+    (r"H[12]00", (9, 0)),
+    (r"RTX 30\d0|RTX A|A40|A10G?$", (8, 6)),
+    (r"A100|A30", (8, 0)),
+    (r"RTX 20\d0|TITAN RTX|T4", (7, 5)),
+    (r"V100", (7, 0)),
+    (r"P100", (6, 0)),
+)
 WITH_ECC = ("A40", "A10", "A10G", "L40S", "L40", "L4", "T4")  # GDDR6 whose error correction is on: 1/16 of it
 ECC_FRACTION = 1 / 16
 KEPT_FRACTION, KEPT_BYTES = (
@@ -87,11 +98,25 @@ KEPT_FRACTION, KEPT_BYTES = (
 FILLERS = re.compile(r"nvidia|geforce|tesla|quadro|gpu|generation|sxm\d?|pcie|hbm\de?|mobile(?=.)|[^a-z0-9]")
 
 
+@dataclass(frozen=True)
+class GpuModel:
+    """A card to plan for: its name, what torch finds of memory on it, and CUDA's capability, where they are known."""
+
+    bytes: int
+    name: str = "a card"
+    capability: tuple[int, int] | None = None
+
+
 def memory_of(text: str) -> int:
     """Bytes of a size such as `8GiB`, or what torch finds on a card of that name, as `RTX 4090` or `A100 80GB`.
 
     Raises ValueError with what would do instead, as a clause.
     """
+    return model_of(text).bytes
+
+
+def model_of(text: str) -> GpuModel:
+    """The card of that name, or one of which nothing but its memory is known. Raises ValueError as `memory_of` does."""
     if re.fullmatch(r"\s*\d{1,3}(\.\d+)?\s*", text):
         raise ValueError(f"must be a size with its unit, and is {text}. Did you mean {text.strip()}GiB?")
     named = re.fullmatch(r"(.*?)[\s_-]*(\d{1,3})\s*gi?b?", text.strip(), re.IGNORECASE)
@@ -99,12 +124,17 @@ def memory_of(text: str) -> int:
     if name is None and named and (name := _card(named[1])):
         given = int(named[2])
     if name is None and (size := parse_bytes(text)) is not None:
-        return size
+        return GpuModel(size)
     if name is None:
         near = get_close_matches(_plain(text), {_plain(card): card for card in MEMORY_GB}, n=1)
         hint = f". Did you mean {_card(near[0])}?" if near else ""
         raise ValueError(f"must be a size such as 8GiB or a card such as RTX 4090, and is {text}{hint}")
-    return _found_on(name, _one_size(name, given))
+    return GpuModel(_found_on(name, _one_size(name, given)), name, capability_of(name))
+
+
+def capability_of(name: str) -> tuple[int, int]:
+    """CUDA's compute capability of a card in the table (developer.nvidia.com/cuda-gpus)."""
+    return next(capability for pattern, capability in CAPABILITIES if re.match(pattern, name))
 
 
 def _one_size(name: str, given: int | None) -> int:

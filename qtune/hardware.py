@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from qtune import accelerator, card_faults, gpu_choice
 from qtune.accelerator import Capability
 from qtune.units import MIB
+
+if TYPE_CHECKING:
+    from qtune.gpu_models import GpuModel
 
 # Dense bfloat16 tensor operations a second with float32 sums, as the makers publish them, times what a fine-tune gets
 # out of them. Longer names first: the first that is part of the card's name counts.
@@ -138,18 +142,20 @@ def _refuse(fault: RuntimeError, label: str, is_exclusive: bool) -> None:
         raise refusal from fault
 
 
-def imagined_card(device_bytes: int, host_bytes: int | None, here: Device) -> Device:
-    """A card with `device_bytes` of memory that is not in this machine, or not free, in a host with `host_bytes`."""
+def imagined_card(model: "GpuModel", host_bytes: int | None, here: Device) -> Device:
+    """A card that is not in this machine, or not free, in a host with `host_bytes`."""
+    has_bfloat16 = model.capability is None or model.capability >= OLDEST_WITH["bfloat16"]
     return Device(
         "cuda:0",
-        "a card",
-        device_bytes,
-        device_bytes,
-        "bfloat16",
+        model.name,
+        model.bytes,
+        model.bytes,
+        "bfloat16" if has_bfloat16 else "float16",
         "--device-memory",
         host_bytes or here.host_free_bytes,
         ASSUMED_CONTEXT_BYTES,
-        here.operations_per_second if here.is_card else None,
+        published_operations(model.name) or (here.operations_per_second if here.is_card else None),
+        model.capability,
     )
 
 

@@ -88,10 +88,11 @@ def make_plan(
 
     Raises a UserError for anything that could not be trained on.
     """
-    from qtune.gpu_models import memory_of
+    from qtune.gpu_models import GpuModel, memory_of, model_of
 
     try:
-        asked, host = (memory_of(size) if isinstance(size, str) else size for size in (device_memory, host_memory))
+        asked = model_of(device_memory) if isinstance(device_memory, str) else device_memory
+        host = memory_of(host_memory) if isinstance(host_memory, str) else host_memory
     except ValueError as fault:
         raise UserError(f"{fault}.") from None
     with quick_imports():
@@ -101,7 +102,8 @@ def make_plan(
 
     with at_work(*sources(recipe)):
         here = hardware.find_device()
-        target = hardware.imagined_card(asked, host, here) if asked else hardware.with_host(here, host)
+        card = GpuModel(asked) if isinstance(asked, int) else asked
+        target = hardware.imagined_card(card, host, here) if card else hardware.with_host(here, host)
         return plan_without_downloads(recipe, target, doing or Doing())
 
 

@@ -11,6 +11,7 @@ from real_steps import recipe_for
 from stopped_runs import before_step, checkpoints, qtune, write_recipe
 
 from qtune import card_faults, hardware
+from qtune import run as story
 from qtune.commands import doctor
 from qtune.errors import MachineError
 from qtune.model import base
@@ -145,14 +146,17 @@ def test_a_card_that_falls_out_names_the_checkpoint_that_is_kept(tiny_base: Path
     def fall_out(*arguments: object) -> None:
         raise torch.AcceleratorError(LAUNCH)
 
-    recipe, run = write_recipe(tmp_path, tiny_base), tmp_path / "run"
+    recipe, run = write_recipe(tmp_path, tiny_base, memory={"budget": "2GiB"}), tmp_path / "run"
 
     def at_once() -> None:
         patch.setattr(Saver, "save_adapter", fall_out)
         fall_out()
 
+    prepared = []
     with pytest.MonkeyPatch.context() as patch, before_step(6, at_once):
+        patch.setattr(story, "prepare", lambda device, most: prepared.append((device.name, most)))
         assert qtune("run", recipe, "--output", run) == 2
+    assert prepared == [("cpu", 2 * GIB)]  # and the device was made ready before, with the budget
     said = capsys.readouterr().err
     assert "fell out in the middle (CUDA error: unspecified launch failure)" in said
     assert f"The newest checkpoint is kept: {run}/checkpoints/step-00000004" in said
@@ -175,7 +179,7 @@ def test_a_card_that_falls_out_names_the_checkpoint_that_is_kept(tiny_base: Path
 def test_what_is_a_card_that_is_gone(fault: Exception, is_gone: bool) -> None:
     assert (card_faults.why_gone(fault) is not None) == is_gone
     later = OSError("the adapter cannot be saved")
-    later.__cause__ = fault
+    later.__context__ = fault
     assert (card_faults.why_gone(later) is not None) == is_gone
 
 

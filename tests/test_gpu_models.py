@@ -2,6 +2,7 @@
 
 import pytest
 
+from qtune import gpu_models
 from qtune.gpu_models import MEMORY_GB, memory_of
 from qtune.units import GIB
 
@@ -89,3 +90,24 @@ def test_what_is_unclear_is_asked_about(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=r"^(must be|is) ") as found:
         memory_of(text)
     assert str(found.value) == says
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        ("RTX 5090 Laptop", (12, 0)),
+        ("RTX PRO 6000", (12, 0)),
+        ("RTX 5000 Ada", (8, 9)),
+        ("RTX 4060 Ti", (8, 9)),
+        ("L40S", (8, 9)),
+        ("RTX A6000", (8, 6)),
+        ("A10G", (8, 6)),
+        ("A100", (8, 0)),
+        ("H200", (9, 0)),
+        ("RTX 2060", (7, 5)),
+        ("V100", (7, 0)),
+    ],
+)
+def test_every_card_has_a_capability(name: str, capability: tuple[int, int]) -> None:
+    assert gpu_models.capability_of(name) == capability
+    assert all(gpu_models.capability_of(each) for each in gpu_models.MEMORY_GB)

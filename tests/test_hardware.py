@@ -8,6 +8,7 @@ import torch
 from made_driver import RTX_3060, RTX_4090, MadeCard, MadeDriver
 
 from qtune import guest, hardware
+from qtune.gpu_models import GpuModel, model_of
 from qtune.units import GIB
 
 MEMINFO, LIMIT, USED = "/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
@@ -51,16 +52,27 @@ def test_a_containers_limit_is_what_there_is_where_it_is_lower(machine, files, t
 
 def test_a_card_is_imagined_in_this_host_or_in_one_of_its_own() -> None:
     here = hardware.Device("cpu", "CPU", 24 * GIB, 20 * GIB, "float32", "a test", 20 * GIB)
-    assert hardware.imagined_card(8 * GIB, None, here).host_free_bytes == 20 * GIB
-    card = hardware.imagined_card(8 * GIB, 3 * GIB, here)
+    assert hardware.imagined_card(GpuModel(8 * GIB), None, here).host_free_bytes == 20 * GIB
+    card = hardware.imagined_card(GpuModel(8 * GIB), 3 * GIB, here)
     assert (card.free_bytes, card.host_free_bytes, card.is_card) == (8 * GIB, 3 * GIB, True)
     assert card.operations_per_second is None  # nobody knows how fast it is
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype", "operations"),
+    [("RTX 4090", (8, 9), "bfloat16", 82.5e12), ("T4", (7, 5), "float16", None), ("8GiB", (8, 0), "bfloat16", None)],
+)
+def test_a_card_that_is_named_is_planned_for_as_it_is(name, capability, dtype: str, operations: float | None) -> None:
+    here = hardware.Device("cpu", "CPU", 24 * GIB, 20 * GIB, "float32", "a test", 20 * GIB)
+    card = hardware.imagined_card(model_of(name), None, here)
+    assert (card.capability, card.compute_dtype, card.operations_per_second) == (capability, dtype, operations)
+    assert card.label == ("a card" if name == "8GiB" else name)
 
 
 def test_a_cards_capability_is_its_own_or_the_oldest_with_its_arithmetic() -> None:
     here = hardware.Device("cpu", "CPU", 24 * GIB, 20 * GIB, "float32", "a test", 20 * GIB)
     assert here.capability is None
-    assert hardware.imagined_card(8 * GIB, None, here).capability == (8, 0)
+    assert hardware.imagined_card(GpuModel(8 * GIB), None, here).capability == (8, 0)
     assert hardware.Device("cuda:0", "T4", 8 * GIB, 8 * GIB, "float16").capability == (7, 0)
     assert hardware.Device("cuda:0", "RTX 4060", 8 * GIB, 8 * GIB, "bfloat16", capability=(8, 9)).capability == (8, 9)
 

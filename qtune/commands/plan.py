@@ -18,12 +18,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--longest", action="store_true", help="the longest context that fits, by card size")
 
 
-def _card(text: str) -> int:
-    """Bytes of a size, or of a card by its name."""
+def _card(text: str) -> str:
+    """A size, or a card by its name."""
     from qtune import gpu_models
 
     try:
-        return gpu_models.memory_of(text)
+        gpu_models.model_of(text)
+        return text
     except ValueError as fault:
         raise ArgumentTypeError(str(fault)) from None
 
@@ -53,13 +54,14 @@ def _longest(options: Namespace) -> None:
         recipe, _ = arguments.load_recipe(options, needs_weights=False)
         with terminal.importing(doing):
             from qtune import hardware
+            from qtune.gpu_models import GpuModel, model_of
             from qtune.plan.planner import budget_of
             from qtune.planning import longest_contexts
             from qtune.report import plan_table
 
         here, asked, host = hardware.find_device(), options.device_memory, options.host_memory
-        sizes = [asked] if asked else [gib * GIB for gib in CARDS_GIB]
-        cards = [hardware.imagined_card(size, host, here) for size in sizes]
+        models = [model_of(asked)] if asked else [GpuModel(gib * GIB) for gib in CARDS_GIB]
+        cards = [hardware.imagined_card(model, host, here) for model in models]
         rows = [
             {
                 "device_bytes": card.total_bytes,
