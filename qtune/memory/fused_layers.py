@@ -8,7 +8,7 @@ of another dtype than what it is given, runs its own forward.
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from qtune.memory import layer_ops
 from qtune.memory.layer_ops import ACTIVATIONS, Activation, GatedProduct
 
 WIDTH, ROWS = 10, 3  # of what a class is tried on; chosen
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+APART, JOINED, DOWN = ("gate_proj", "up_proj"), ("gate_up_proj",), "down_proj"  # Llama's linears, and Phi-3's
 ROTATION = "apply_rotary_pos_emb"  # what transformers' attention calls it
 
 
@@ -143,38 +143,50 @@ def _rotates(theirs: Forward) -> bool:
 
 
 def _as_gated(mlp: torch.nn.Module) -> Forward | None:
-    """The forward of an MLP that is down_proj(activation(gate_proj(x)) * up_proj(x))."""
+    """The forward of an MLP that is down_proj(activation(gate) * up), of two linears or of the halves of one."""
     names = {name for name, child in mlp.named_children() if isinstance(child, torch.nn.Linear)}
-    if names != set(PROJECTIONS) or any(True for _ in mlp.parameters(recurse=False)):
+    inputs = next((each for each in (APART, JOINED) if names == {*each, DOWN}), None)
+    if inputs is None or any(True for _ in mlp.parameters(recurse=False)):
         return None
-    activation = next((each for each in ACTIVATIONS if _is_gated(mlp, each)), None)
+    activation = next((each for each in ACTIVATIONS if _is_gated(mlp, inputs, each)), None)
     if activation is None:
         return None
-
     whole = mlp.forward
 
     def forward(self: Any, x: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         if others or named:
             return _tensor(whole(x, *others, **named))
-        product = GatedProduct(self.gate_proj(x), self.up_proj(x), activation)
+        gate, up = _gate_and_up(self, inputs, x)
+        product = GatedProduct(gate, up, activation)
         takes_product = hasattr(self.down_proj.forward, "takes_product")  # an adapted linear of `memory.fused_lora`
         return _tensor(self.down_proj(product if takes_product else product.value()))
 
     return forward
 
 
-def _is_gated(mlp: torch.nn.Module, activation: Activation) -> bool:
+def _gate_and_up(mlp: Any, inputs: Sequence[str], x: torch.Tensor) -> Sequence[torch.Tensor]:
+    made = [getattr(mlp, name)(x) for name in inputs]
+    return made if len(made) == 2 else made[0].chunk(2, dim=-1)
+
+
+def _is_gated(mlp: torch.nn.Module, inputs: Sequence[str], activation: Activation) -> bool:
     with unset_fake_temporarily():
         alike: Any = copy.copy(mlp)
-        alike._modules = dict(mlp._modules) | {
-            name: torch.nn.Linear(WIDTH, WIDTH, device="meta") for name in PROJECTIONS
-        }
-        values = _random(len(PROJECTIONS), WIDTH + 1, WIDTH)
-        for name, value in zip(PROJECTIONS, values, strict=True):
-            linear = alike._modules[name]
-            linear.weight, linear.bias = (torch.nn.Parameter(part) for part in (value[1:], value[0]))
+        width = WIDTH * 2 // len(inputs)
+        linears = {name: _linear(number, width) for number, name in enumerate(inputs)}
+        alike._modules = mlp._modules | linears | {DOWN: _linear(len(inputs), WIDTH)}
         x = _random(1, ROWS, WIDTH)
-        return _is_same(
-            lambda: type(mlp).forward(alike, x),
-            lambda: alike.down_proj(layer_ops.gated(alike.gate_proj(x), alike.up_proj(x), activation)),
-        )
+
+        def ours() -> Any:
+            gate, up = _gate_and_up(alike, inputs, x)
+            return alike.down_proj(layer_ops.gated(gate, up, activation))
+
+        return _is_same(lambda: type(mlp).forward(alike, x), ours)
+
+
+def _linear(number: int, width: int) -> torch.nn.Linear:
+    """One of `WIDTH` inputs, different for each number."""
+    linear = torch.nn.Linear(WIDTH, width, device="meta")  # which draws no random numbers
+    values = _random(number + 1, width, WIDTH + 1)[number]
+    linear.weight, linear.bias = torch.nn.Parameter(values[:, 1:]), torch.nn.Parameter(values[:, 0])
+    return linear

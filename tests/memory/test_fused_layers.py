@@ -29,7 +29,7 @@ A_LAYER = {  # norms, attentions and MLPs that are known in one
     "qwen2": (2, 1, 1),
     "qwen3": (4, 1, 1),
     "mistral": (2, 1, 1),
-    "phi3": (2, 1, 0),  # gate and up are one linear
+    "phi3": (2, 1, 1),
     "gemma3": (6, 1, 1),
     "granite": (2, 1, 1),
     "qwen3 moe": (4, 1, 0),
