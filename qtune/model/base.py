@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qtune import logs
+from qtune import accelerator, logs
 from qtune.errors import MachineError, ModelError
 from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention
 from qtune.memory.expert_loading import quantized_experts
@@ -117,12 +117,22 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 use_safetensors=True,
             )
     loaded.requires_grad_(False)
+    if quantization:
+        _leave_the_files(loaded)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
     fused_layers.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
     return loaded
+
+
+def _leave_the_files(model: PreTrainedModel) -> None:
+    """Copy what still lies in the mapped files, which count as this process's memory while one tensor needs them: all
+    that was quantised from them, too."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not accelerator.is_card(tensor.device) and not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()
 
 
 @contextlib.contextmanager

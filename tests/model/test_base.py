@@ -10,6 +10,7 @@ from threading import Thread
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors import safe_open
 
 from qtune.errors import MachineError, ModelError
 from qtune.model import base
@@ -31,6 +32,16 @@ def test_linears_are_nf4_and_everything_is_frozen(tiny_base) -> None:
     state = loaded.model.layers[0].mlp.up_proj.weight.quant_state
     assert state.quant_type == "nf4"
     assert state.nested
+
+
+def test_files_that_were_quantised_are_let_go(tiny_base, tmp_path) -> None:
+    """Embedding, head and norms stay as they were; for their sake the whole file was held."""
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    loaded = base.load_base(model_at(folder), "cpu", "float32")
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        name = "model.embed_tokens.weight"
+        assert torch.equal(loaded.get_input_embeddings().weight, stored.get_tensor(name))
 
 
 def test_without_quantization_nothing_is_packed(tiny_base) -> None:
