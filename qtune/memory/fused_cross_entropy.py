@@ -159,4 +159,5 @@ def of_weight(
             p /= total  # the logits' gradient is p - 1 at the label and p elsewhere
             p.scatter_add_(1, own, torch.full_like(total, -1.0))
             gradient[tile] = p.to(weight.dtype) @ weight
+        del logits, p  # or the next tile's are made beside them
     return nats, gradient

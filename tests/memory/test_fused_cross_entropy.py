@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qtune.memory import chunked_cross_entropy, fused_cross_entropy
 from qtune.memory.fused_cross_entropy import positions_before_labels, summed_loss
+from qtune.memory.memory_tracker import LiveBytes
 
 SHAPE = {
     "vocab_size": 262,
@@ -51,6 +52,15 @@ def test_a_tile_has_a_multiple_of_128_rows_and_more_where_there_are_many() -> No
     assert all(number % 128 == 0 and number >= 128 for number in rows.values())
     assert [rows[128_256, tokens] for tokens in (9, 1024, 2048, 8192)] == [128, 128, 256, 512]
     assert rows[49_152, 9] == 256
+
+
+def test_a_tile_is_gone_before_the_next_is_made() -> None:
+    vocabulary = 50_000
+    tile = fused_cross_entropy.rows_of_a_tile(1, vocabulary)
+    hidden, weight = torch.randn(2 * tile, 8), torch.randn(vocabulary, 8)
+    with LiveBytes() as counter:
+        fused_cross_entropy.of_weight(hidden, weight, torch.zeros(2 * tile, dtype=torch.long), with_gradient=True)
+    assert counter.peaks["load"].device_bytes < 1.2 * 4 * tile * vocabulary
 
 
 @pytest.mark.parametrize("tile_rows", [1, 30, 128])
