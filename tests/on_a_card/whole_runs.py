@@ -17,7 +17,7 @@ from stopped_runs import assert_same, copy, qtune, told, write_recipe
 from transformers import LlamaForCausalLM
 
 from qtune import ready
-from qtune.events import Notice, StepDone
+from qtune.events import Notice, Rehearsed, StepDone
 from qtune.hardware import Device
 from qtune.plan.plan import Plan
 from qtune.plan.planner import decide
@@ -37,10 +37,9 @@ UNSCORED = {"metric": "none", "general": "none"}
 
 
 def run_qtune(*arguments: str | Path) -> None:
-    """What a run leaves of memory is given back, or a later one would be told to hold it."""
-    code = qtune(*arguments)
+    """What was held before is given back, or this would be told to hold it."""
     gc.collect()
-    assert code == 0
+    assert qtune(*arguments) == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,6 +107,13 @@ def test_what_is_on_the_host_stays_there(runs: Path, before_passes: list[set[str
     for on_host in before_passes:
         assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= on_host
         assert sum("self_attn.q_proj" in name for name in on_host) in (LAYERS - 2, LAYERS - 1)  # slots hold two
+
+
+def test_the_largest_step_takes_what_was_forecast(runs: Path) -> None:
+    """But for what cuBLAS holds: this card's products need no workspace."""
+    found = told(runs / "card", Rehearsed)[0]
+    parts = json.loads((runs / "card" / "plan.json").read_text())["forecast"]["device"]
+    assert found.measured_bytes == pytest.approx(found.forecast_bytes - parts["matmul workspaces"], rel=0.01)
 
 
 def test_it_goes_on_where_it_was_stopped(runs: Path, tmp_path: Path) -> None:
