@@ -37,7 +37,7 @@ class Memory:
     """What the card holds, by the address of its storages; and the figures that an allocator gives."""
 
     def __init__(self) -> None:
-        self.total = 64 * GIB
+        self.total = 64 * GIB  # more than any test takes
         self.allocated = self.peak = self.largest = 0
         self.has_error = False  # of a call that the runtime refused: it tells the next kernel
         self.held: dict[int, torch.Tensor] = {}
@@ -78,11 +78,12 @@ def is_on_card(value: Any) -> bool:
 
 def host(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, sizes and strides as a tensor of the processor."""
+    address = tensor.untyped_storage().data_ptr()
+    if not address:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    source = memory.held[address].untyped_storage()
     view = torch.empty(0, dtype=tensor.dtype)
-    if not tensor.untyped_storage().data_ptr():
-        return view.expand(0).as_strided(tensor.shape, tensor.stride()) if tensor.numel() == 0 else view
-    base = memory.held[tensor.untyped_storage().data_ptr()]
-    return view.set_(base.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return view.set_(source, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def in_storage(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
@@ -184,11 +185,6 @@ def drawing(op: Any) -> Iterator[None]:
 # What the boxed fallback cannot do: kernels that make, copy or look at memory.
 
 
-def empty(size: Sequence[int], dtype: torch.dtype | None, memory_format: torch.memory_format | None) -> torch.Tensor:
-    plain = torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format)
-    return in_storage(memory.take(plain), plain)
-
-
 def empty_memory_format(
     size: Sequence[int],
     dtype: Any = None,
@@ -197,7 +193,8 @@ def empty_memory_format(
     pin_memory: Any = None,
     memory_format: Any = None,
 ) -> torch.Tensor:
-    return empty(size, dtype, memory_format)
+    plain = torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format)
+    return in_storage(memory.take(plain), plain)
 
 
 def empty_strided(
@@ -233,10 +230,6 @@ def resize_(tensor: torch.Tensor, size: Sequence[int], memory_format: Any = None
 def mm_dtype(one: torch.Tensor, other: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Products of 16 bits, their sums in `out_dtype`: a card's own, which the processor's kernels lack."""
     return torch.mm(one.to(out_dtype), other.to(out_dtype))
-
-
-def record_stream(tensor: torch.Tensor, stream: Any) -> None:
-    pass
 
 
 def as_view(op: Any) -> Any:
@@ -364,7 +357,6 @@ def _register_kernels() -> None:
         "_local_scalar_dense": local_scalar_dense,
         "resize_": resize_,
         "mm.dtype": mm_dtype,
-        "record_stream": record_stream,
         "scaled_dot_product_attention": attention,
         **{name: as_view(getattr(aten, name).default) for name in VIEWS},
     }
