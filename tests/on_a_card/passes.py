@@ -71,6 +71,11 @@ def test_a_technique_and_any_two_give_what_they_give_on_the_processor(tiny_base:
     assert_as_on_the_processor(tiny_base, techniques(*names), Lora(rank=4))
 
 
+def test_so_does_dora(tiny_base: Path) -> None:
+    """peft copies each layer to find the lengths that it begins with."""
+    assert_as_on_the_processor(tiny_base, techniques("all streamed", "host embedding"), Lora(rank=4, dora=True))
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gemma3", "qwen3", "qwen3 moe"])
 def test_so_does_an_architecture_most_of_which_is_on_the_host(tmp_path: Path, kind: str) -> None:
     """Windows, scaled and tied tables, experts; dropout draws again what it drew, from a card's own numbers."""

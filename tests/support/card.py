@@ -358,6 +358,7 @@ def _register_kernels() -> None:
         "resize_": resize_,
         "mm.dtype": mm_dtype,
         "scaled_dot_product_attention": attention,
+        "set_.source_Storage_storage_offset": as_view(aten.set_.source_Storage_storage_offset),
         **{name: as_view(getattr(aten, name).default) for name in VIEWS},
     }
     for name, kernel in kernels.items():
@@ -401,6 +402,19 @@ def _assign_data() -> None:
     torch._has_compatible_shallow_copy_type = lambda *_: True
 
 
+def _clone_storages() -> None:
+    """As `copy.deepcopy` does; torch would ask the backend for an allocator in C++."""
+    own = torch.UntypedStorage.clone
+
+    def clone(self: torch.UntypedStorage) -> torch.UntypedStorage:
+        if self.device.type != NAME or not self.data_ptr():
+            return own(self)
+        source = memory.held[self.data_ptr()].untyped_storage().clone()
+        return memory.take(torch.empty(0, dtype=torch.uint8).set_(source))
+
+    torch.UntypedStorage.clone = clone
+
+
 def install() -> None:
     """Before qtune is imported, whose `hardware.find_device` finds the card from then on."""
     import bitsandbytes  # noqa: F401  (its kernels are to be there)
@@ -413,6 +427,7 @@ def install() -> None:
     for namespace in ("aten", "bitsandbytes"):
         _take_apart_nothing(namespace)
     _assign_data()
+    _clone_storages()
     os.environ[FOR_TRAINERS] = CARD
     training_args.is_torch_bf16_gpu_available = lambda: True  # it goes through the cards it knows
     hardware.find_device = _finding(hardware.find_device)
