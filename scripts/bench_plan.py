@@ -56,7 +56,7 @@ SHORT = {
 
 
 def configs(folder: Path, target: Path) -> Iterator[tuple[str, Path]]:
-    """Each model's name, and a folder in `target` with nothing but its config.json."""
+    """Each model's name, and a folder in `target` with its config.json and no weights."""
     for path in sorted(folder.rglob("*.json")):
         described = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" not in described:
@@ -65,6 +65,7 @@ def configs(folder: Path, target: Path) -> Iterator[tuple[str, Path]]:
         home = target / name.removesuffix(".config")
         home.mkdir(exist_ok=True)
         shutil.copy(path, home / "config.json")
+        (home / "model.safetensors").touch()  # a base without weights is refused before it is planned
         yield home.name, home
 
 
@@ -102,9 +103,9 @@ def every_model(options: argparse.Namespace, folder: Path) -> None:
     for name, home in configs(options.configs, folder):
         path = folder / f"{name}.toml"
         path.write_text(RECIPE.format(base=home, rank=options.rank, tokens=options.tokens))
-        recipe, start = load(path), time.perf_counter()
-        work = Work.of_full_sequences(options.tokens)
+        start, work = time.perf_counter(), Work.of_full_sequences(options.tokens)
         try:
+            recipe = load(path)
             config = base.read_config_alone(recipe.model)
             forecasts = forecaster(config, recipe, "bfloat16", OLDEST_WITH["bfloat16"], ASSUMED_CONTEXT_BYTES)
             climbs = [Ladder(forecasts, work, Budget(gib * GIB, host_bytes)).climb() for gib in CARDS_GIB]

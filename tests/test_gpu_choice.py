@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_driver import RTX_3060, RTX_4090, MadeCard, MadeDriver, uuid_of
+from made_driver import RTX_3060, RTX_4090, MadeCard, MadeDriver, leave_as_it_was, uuid_of
 
 from qtune import gpu_choice
 from qtune.units import GIB, MIB
@@ -23,8 +23,7 @@ GPU-cc, NVIDIA GB10, [N/A], [N/A], 580.95.05, Default, Disabled
 def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An `nvidia-smi` on the PATH that prints this and ends so."""
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv(gpu_choice.VISIBLE, "x")  # to be as it was, after the test
-    monkeypatch.delenv(gpu_choice.VISIBLE)
+    leave_as_it_was(gpu_choice.VISIBLE, monkeypatch)
     monkeypatch.setattr(gpu_choice, "_why_narrowed", [])
 
     def answers(text: str, status: int = 0) -> None:

@@ -1,6 +1,7 @@
 """The scripts that measure memory, on tiny models: what they count, what they leave, what they refuse."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -355,3 +356,17 @@ def test_the_shapes_are_the_published_ones() -> None:
         for shape, wanted in billions.items():
             model = profile_memory.AutoModelForCausalLM.from_config(real.config(shape))
             assert model.num_parameters() / 1e9 == pytest.approx(wanted, rel=0.01), shape
+
+
+@pytest.mark.long
+def test_plans_of_a_folder_of_configs_are_a_table(tmp_path: Path) -> None:
+    """A base without weights came to be refused, and with it every row."""
+    tiny_config(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "tiny")
+    script = ROOT / "scripts" / "bench_plan.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "--tokens", "64"], capture_output=True, text=True, check=True
+    )
+    name, *cells, seconds = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert name == "tiny"
+    assert all(cell.endswith(": nothing needed") for cell in cells), cells
+    assert seconds.endswith(" s")

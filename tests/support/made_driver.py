@@ -118,8 +118,15 @@ class MadeDriver:
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(hardware, "first_product", product)
         monkeypatch.setattr(gpu_choice, "ask_driver", lambda: gpu_choice.cards_in(self.csv()))
-        monkeypatch.delenv(gpu_choice.VISIBLE, raising=False)
+        leave_as_it_was(gpu_choice.VISIBLE, monkeypatch)
         hardware.context_bytes.cache_clear()
+
+
+def leave_as_it_was(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a variable out of the environment, and after the test whatever the code sets it to: of one that was never
+    set, `delenv` would remember nothing."""
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
 
 
 def uuid_of(index: int) -> str:
