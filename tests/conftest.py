@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+TESTS = Path(__file__).resolve().parent
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL = ["<s>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 BOS, END, PAD = range(len(BYTES), len(BYTES) + 3)  # none is 0, which `if token_id:` takes for no token
@@ -31,7 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes long, unless all tests are asked for, or some by name (FILE::TEST)."""
+    """Leave out what takes long, unless all tests are asked for, or some by name (FILE::TEST).
+
+    Whole runs, which are in no room's folder, come first: whoever has nothing left to do takes tests from the end.
+    """
+    items.sort(key=lambda item: item.path.parent != TESTS)
     if not config.getoption("--all") and not any("::" in argument for argument in config.args):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
@@ -117,7 +122,7 @@ def file_size_limit() -> Iterator[Callable[[int], None]]:
 @pytest.fixture(scope="session")
 def material() -> Path:
     """Real models and data kept beside the checkout; tests that want them are skipped where they are not."""
-    beside = Path(__file__).resolve().parent.parent.parent / "shared" / "material"
+    beside = TESTS.parent.parent / "shared" / "material"
     folder = Path(os.environ.get("QTUNE_MATERIAL", beside))
     if not folder.is_dir():
         pytest.skip(f"no real material in {folder}; set QTUNE_MATERIAL")

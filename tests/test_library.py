@@ -62,6 +62,7 @@ def test_importing_it_loads_nothing_and_changes_nothing(tmp_path: Path) -> None:
     assert not loaded & {"torch", "transformers", "pydantic", "rich", "numpy"}
 
 
+@pytest.mark.long
 def test_a_process_is_as_it_was_after_a_check_and_a_plan(tmp_path: Path) -> None:
     """The libraries themselves change it when they are imported, so they are first."""
     code = f"""{UNCHANGED}

@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.long  # a kernel that imports, trains twice, merges and draws
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "notebook.ipynb"
 INTERRUPTED = """\

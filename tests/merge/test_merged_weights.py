@@ -252,6 +252,7 @@ def test_shards_keep_their_names_and_the_index_counts_their_bytes(tiny_base, tmp
         assert torch.equal(parameter, merged[name])
 
 
+@pytest.mark.long
 def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
     """Twelve linears of 16 MiB; bitsandbytes needs five float32 copies of one to quantise it on a CPU.
 

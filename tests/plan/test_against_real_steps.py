@@ -120,6 +120,7 @@ def test_other_adapters(tiny_base: Path, lora: dict) -> None:
     compare(tiny_base, "float32", [Techniques(2, True, 64)], DOCUMENTS, lora=lora)
 
 
+@pytest.mark.long
 def test_a_tied_head_and_norms_of_heads(qwen3: Path) -> None:
     ladder = [Techniques(), Techniques(3, True), every_rung(5, 2)]
     compare(qwen3, "bfloat16", ladder, DOCUMENTS)

@@ -93,6 +93,7 @@ def test_tensorboard_carries_our_losses_and_changes_nothing(plain: RunDir, track
     assert "library_name: peft" in (run.adapter / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_tracker_that_cannot_begin_ends_no_run(
     tmp_path: Path, tracked: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
