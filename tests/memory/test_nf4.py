@@ -31,7 +31,7 @@ def whole(linear: Linear4bit) -> torch.Tensor:
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("columns", [64, 128, 172, 200, 7])
+@pytest.mark.parametrize("columns", [64, 128, 172, 200, pytest.param(7, marks=pytest.mark.long)])
 def test_rows_are_rows_of_the_whole(columns, dtype, double) -> None:
     rows = 330  # the scales of 7 to 1024 blocks, so that a part can start inside a block of scales
     linear = packed(rows, columns, double, dtype)

@@ -191,7 +191,8 @@ def test_a_hundred_million_parameters(tmp_path: Path) -> None:
     compare(tmp_path, "bfloat16", [every_rung(8, 4)], [180, 60, 16])
 
 
-@pytest.mark.parametrize(("card", "on_host"), [((8, 6), False), pytest.param(None, True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("card", "on_host"), [((8, 6), False), (None, True)])
 def test_few_layers_stand_for_many(card: Capability | None, on_host: bool) -> None:
     """Every phase, against a trace of all layers: each kept layer once took a checkpoint off the backward pass."""
     recipe, config = recipe_for("demo"), tiny_config(num_hidden_layers=6)

@@ -81,7 +81,7 @@ def test_going_on_is_exact_from_anywhere(alone: Path, tmp_path: Path, step: int)
 @pytest.mark.parametrize(
     ("model", "optimizer", "packing", "dropout"),
     [
-        ({"quantization": "none"}, "adamw", True, 0.2),
+        pytest.param({"quantization": "none"}, "adamw", True, 0.2, marks=pytest.mark.long),
         ({"quantization": "nf4"}, "adamw_8bit", True, 0.0),
     ],
 )

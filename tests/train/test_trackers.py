@@ -108,6 +108,7 @@ def test_a_tracker_that_cannot_begin_ends_no_run(
     assert run.scores.is_file()
 
 
+@pytest.mark.long
 def test_a_tracker_that_fails_later_is_told_no_more(
     tracked: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:
