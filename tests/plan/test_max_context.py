@@ -63,7 +63,9 @@ def any_plan_fits(exact: Forecaster, lines: Forecaster, budget: Budget, tokens: 
     [
         pytest.param(650, 100, "host", marks=pytest.mark.long),
         pytest.param(650, 4000, "card", marks=pytest.mark.long),
-        pytest.param(700, 80, "both", marks=pytest.mark.long),
+        pytest.param(  # loss tiles grow with the tokens, so what a pass holds is no straight line in them any more
+            700, 80, "both", marks=[pytest.mark.long, pytest.mark.xfail(strict=True, reason="a longer plan is missed")]
+        ),
         pytest.param(1200, 100, "card", marks=pytest.mark.long),
     ],
 )
