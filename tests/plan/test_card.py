@@ -68,12 +68,20 @@ def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
 
 
 @pytest.mark.long
-def test_bytes_of_a_token_of_context() -> None:
-    tiled = Techniques(32, True, 1024)
-    grouped = Techniques(32, True, 1024, True, "host", 32, 8)
-    for techniques, most in ((tiled, 115_600), (grouped, 61_300)):
-        lower, higher = (allocated("Llama-3.1-8B", techniques, tokens) for tokens in (16_384, 32_768))
-        assert (higher - lower) / 16_384 <= most
+@pytest.mark.parametrize(
+    ("techniques", "most"),
+    [
+        (Techniques(32, True, 1024), 115_600),
+        pytest.param(
+            Techniques(32, True, 1024, True, "host", 32, 8),
+            60_000,
+            marks=pytest.mark.xfail(strict=True, reason="61,215 since operations of a layer are fused"),
+        ),
+    ],
+)
+def test_bytes_of_a_token_of_context(techniques: Techniques, most: int) -> None:
+    lower, higher = (allocated("Llama-3.1-8B", techniques, tokens) for tokens in (16_384, 32_768))
+    assert (higher - lower) / 16_384 <= most
 
 
 @pytest.mark.parametrize(
