@@ -53,6 +53,8 @@ def of_sliced_head(
             below = logits.sub_(higher[:, None]).exp_().sum(dim=1)
             total[tile] = total[tile] * (highest[tile] - higher).exp() + below
             highest[tile] = higher
+            del logits  # or the next tile's are made beside them
+        del weight  # and the next slice beside this one
     normaliser = highest + total.log()
     nats = (normaliser - own).sum()
     return nats, _gradient(hidden, visits, labels, normaliser, tiles) if with_gradient else None
@@ -73,6 +75,8 @@ def _gradient(
             here, index = _labels_in(labels[tile], rows)
             p.scatter_add_(1, index[:, None], -here[:, None].float())
             gradient[tile] += p.to(weight.dtype) @ weight
+            del p
+        del weight
     return gradient.to(hidden.dtype)
 
 

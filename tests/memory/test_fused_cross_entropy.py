@@ -63,6 +63,21 @@ def test_a_tile_is_gone_before_the_next_is_made() -> None:
     assert counter.peaks["load"].device_bytes < 1.2 * 4 * tile * vocabulary
 
 
+def test_of_a_sliced_head_one_tile_and_one_slice_are_there_at_a_time() -> None:
+    """The last tile of the first round once waited beside those of the second, and each slice beside the next."""
+    tile, vocabulary, wide = 128, 2048, 2048
+    hidden, labels = torch.randn(3 * tile, wide), torch.zeros(3 * tile, dtype=torch.long)
+    slices = [slice(0, 1024), slice(1024, vocabulary)]
+    head = chunked_cross_entropy.SlicedHead(
+        slices, lambda times: ((rows, torch.randn(1024, wide)) for rows in slices * times)
+    )
+    with pytest.MonkeyPatch.context() as patch, LiveBytes() as counter:
+        patch.setattr(chunked_cross_entropy, "TILE_BYTES", 4 * tile * 1024)
+        chunked_cross_entropy.of_sliced_head(hidden, head, labels, with_gradient=True)
+    product, a_slice, logits = 4 * tile * wide, 4 * 1024 * wide, 4 * tile * 1024
+    assert counter.peaks["load"].device_bytes < 2 * hidden.nbytes + product + a_slice + 1.2 * logits
+
+
 @pytest.mark.parametrize("tile_rows", [1, 30, 128])
 @pytest.mark.parametrize("tokens", [2, 17, 95, 400])
 def test_value_and_gradient(monkeypatch, tokens, tile_rows) -> None:
