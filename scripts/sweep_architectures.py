@@ -98,6 +98,10 @@ def small_config(kind: str) -> Any:
     whole = CONFIG_MAPPING[kind]()
     has = whole.to_dict()
     changes = {key: value for key, value in SMALL.items() if key in has}
+    if "head_dim" in has and has["head_dim"] == has.get(
+        "qk_rope_head_dim"
+    ):  # of latent attention it is what the rotation turns
+        changes["head_dim"] = changes["qk_rope_head_dim"]
     for key in ("layer_types", "mlp_layer_types", "layers_block_type"):
         kinds = list(dict.fromkeys(has.get(key) or ()))
         if kinds:

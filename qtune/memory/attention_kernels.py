@@ -5,6 +5,11 @@ heads out, (H, S, S) in float32 and several of them at once; so what would end t
 keys and values repeated, which memory-efficient attention accepts. Several documents, or a window, go to `varlen_attn`
 where there is one: flash attention over documents as they lie, which needs neither padding nor a mask.
 
+A sink is a score of each head that takes weight from the keys and has no value. Both kernels of flash attention that
+give the logarithm of a row's sum away, `varlen_attn` and the processor's, take it without knowing: with sum' = sum +
+exp(sink) the output is theirs times sum / sum', and their backward pass, given that output and sum', makes the weights
+and the gradients of queries, keys and values as they are beside a sink (`_Sunk`).
+
 The rules are those of torch 2.11 to 2.13, ATen/native/transformers/cuda/sdp_utils.cpp (`can_use_flash_attention`,
 `can_use_mem_efficient_attention`) and flash_attn/flash_api.cpp (`mha_varlen_fwd`). Not measured on a card.
 
@@ -23,8 +28,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
+from qtune import accelerator
 from qtune.accelerator import Capability
 from qtune.memory import memory_tracker
+from qtune.memory.tiled_attention import Scores, attend_in_tiles
 
 Kernel = Literal["flash", "memory-efficient", "math"]
 IN_16_BITS = (torch.float16, torch.bfloat16)
@@ -45,6 +52,7 @@ class Call:
     value_width: int
     has_band: bool = False
     dropout: float = 0.0
+    has_sinks: bool = False
 
     @classmethod
     def of(
@@ -243,9 +251,11 @@ def _takes_windows_and_groups(attention: Callable[..., Any]) -> bool:
 
 def suits_varlen(call: Call, lengths: Sequence[int], window: int | None, card: Capability | None) -> bool:
     """Whether documents of these lengths go to `varlen_attn`: not one alone that sees itself whole, which plain flash
-    attention takes as well, nor many short ones."""
+    attention takes as well, nor many short ones. With sinks all do that can."""
     if card is None or not has_varlen() or why_refused(VARLEN_REFUSES, call, card):
         return False
+    if call.has_sinks:
+        return True
     is_plain = len(lengths) == 1 and (window is None or window >= lengths[0])
     are_many_and_short = len(lengths) > FEW_DOCUMENTS and sum(lengths) < LEAST_MEAN_TOKENS * len(lengths)
     return not is_plain and not are_many_and_short
@@ -274,18 +284,137 @@ def spans_of(lengths: tuple[int, ...], window: int | None, device: torch.device)
 
 
 def attend_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    scaling: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(1, H, T, E), causal within each document, of (1, H, T, E) queries over (1, K, T, E) keys and values, all of them
-    in 16 bits."""
+    in 16 bits; `sinks` are (H,)."""
     if memory_tracker.stands_for_card():
-        return _Flash.apply(query, key, value, query.shape[2] + BLOCK_ROWS * (len(spans.bounds) - 1))
+        flash = _Flash.apply(query, key, value, query.shape[2] + BLOCK_ROWS * (len(spans.bounds) - 1))
+        if sinks is not None:
+            memory_tracker.note_workspace("layer workspace", flash.nbytes)  # the output as the kernel makes it
+        return flash
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # (T, H or K, E)
-    ends, longest = spans.bounds, spans.longest
-    asked: Any = {"scale": scaling, "window_size": spans.window, "enable_gqa": query.shape[1] != key.shape[1]}
-    output: Any = varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **asked)
+    if sinks is not None:
+        output: Any = _Sunk.apply(q, k, v, sinks, _SpannedFlash(spans, scaling))
+    else:
+        ends, longest = spans.bounds, spans.longest
+        asked: Any = {"scale": scaling, "window_size": spans.window, "enable_gqa": query.shape[1] != key.shape[1]}
+        output = varlen.varlen_attn(q, k, v, ends, ends, longest, longest, **asked)
     attended: torch.Tensor = output.transpose(0, 1).unsqueeze(0)
     return attended
+
+
+def attend_with_sinks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    window: int | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention of (D, H, S, E) queries beside (H,) `sinks`: the processor's flash attention, which has one
+    width, or tiles."""
+    length, device, call = query.shape[2], query.device, Call.of(query, key, value, 0.0)
+    if accelerator.is_card(device) or memory_tracker.stands_for_card() or call.width != call.value_width:
+        how = Scores(call.width**-0.5 if scaling is None else scaling, window=window)
+        return attend_in_tiles(query, key, value, sinks, how)
+    key, value, bias = repeat_heads(key, call.heads), repeat_heads(value, call.heads), None
+    if window is not None and window < length:
+        band = causal_band(length, window, device)
+        bias = torch.zeros(band.shape, dtype=call.dtype, device=device).masked_fill_(~band, -torch.inf)
+    q, k, v = (tensor.to(call.dtype) for tensor in (query, key, value))
+    attended: torch.Tensor = _Sunk.apply(q, k, v, sinks[:, None], _HostFlash(bias, scaling))
+    return attended
+
+
+@dataclass(frozen=True)
+class _HostFlash:
+    """The processor's flash attention, of (D, H, S, E); sums are (D, H, S)."""
+
+    bias: torch.Tensor | None
+    scaling: float | None
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        result: tuple[torch.Tensor, torch.Tensor] = run(
+            q, k, v, 0.0, self.bias is None, attn_mask=self.bias, scale=self.scaling
+        )
+        return result
+
+    def backward(self, gradient: torch.Tensor, *kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        result: tuple[torch.Tensor, ...] = run(
+            gradient, *kept, 0.0, self.bias is None, attn_mask=self.bias, scale=self.scaling
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class _SpannedFlash:
+    """`varlen_attn`, of (T, H, E), by the operators it is made of (torch.nn.attention.varlen); sums are (T, H)."""
+
+    spans: Spans
+    scaling: float | None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return {
+            "scale": self.scaling,
+            "window_size": list(self.spans.window),
+            "is_causal": self.spans.window == (-1, 0),
+        }
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ends, longest = self.spans.bounds, self.spans.longest
+        run = torch.ops.torch_attn._varlen_attn
+        is_grouped = q.shape[1] != k.shape[1]
+        output, sums, _ = run(q, k, v, ends, ends, longest, longest, enable_gqa=is_grouped, **self.asked)
+        return output, sums.t()
+
+    def backward(self, gradient: torch.Tensor, *kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *others, sums = kept
+        ends, longest = self.spans.bounds, self.spans.longest
+        unused = torch.zeros(2, dtype=torch.uint64, device=gradient.device)  # the state of a dropout that is off
+        run = torch.ops.torch_attn._varlen_attn_backward
+        result: tuple[torch.Tensor, ...] = run(
+            gradient, *others, sums.t().contiguous(), ends, ends, longest, longest, rng_state=unused, **self.asked
+        )
+        return result
+
+
+class _Sunk(torch.autograd.Function):
+    """Attention of `kernel` beside sinks, which broadcast to its sums; the output lasts, not what the kernel made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor,
+        kernel: _HostFlash | _SpannedFlash,
+    ) -> torch.Tensor:
+        output, sums = kernel.forward(query, key, value)
+        whole = torch.logaddexp(sums, sinks.to(sums.dtype))
+        output = output * (sums - whole).exp_().to(output.dtype)[..., None]
+        ctx.save_for_backward(query, key, value, output, whole, sinks)
+        ctx.kernel = kernel
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *kept, whole, sinks = ctx.saved_tensors
+        of_sinks = None
+        if ctx.needs_input_grad[3]:
+            weight = (sinks.to(whole.dtype) - whole).exp_()
+            through = (gradient.to(whole.dtype) * kept[3]).sum(-1)
+            of_sinks = -(weight * through).sum_to_size(sinks.shape).to(sinks.dtype)
+        return *ctx.kernel.backward(gradient.contiguous(), *kept, whole), of_sinks, None
 
 
 _tried_already: dict[tuple[Call, bool, torch.device], str | None] = {}
@@ -316,9 +445,10 @@ def _tried(call: Call, window: int | None, device: torch.device) -> str | None:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         *inputs, weights = _drawn(call, device)
         query, key, value = inputs
+        sinks = torch.linspace(-1, 1, call.heads, device=device) if call.has_sinks else None
         documents: Any = zip(*(tensor.split(TRIED_LENGTHS, 2) for tensor in inputs), strict=True)
-        output = attend_varlen(query, key, value, spans_of(TRIED_LENGTHS, window, device), None)
-        exact = torch.cat([_by_definition(q, k, v, window) for q, k, v in documents], 2)
+        output = attend_varlen(query, key, value, spans_of(TRIED_LENGTHS, window, device), None, sinks)
+        exact = torch.cat([_by_definition(q, k, v, window, sinks) for q, k, v in documents], 2)
         found, wanted = ((x.detach(), *torch.autograd.grad((x * weights).sum(), inputs)) for x in (output, exact))
     for mine, right in zip(found, wanted, strict=True):
         error = float((mine.float() - right.float()).abs().max() / right.float().abs().max())
@@ -335,13 +465,18 @@ def _drawn(call: Call, device: torch.device) -> list[torch.Tensor]:
     return [values.to(device, call.dtype).requires_grad_() for values in drawn]
 
 
-def _by_definition(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+def _by_definition(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """Attention of one document as it is defined, in float32."""
     length, heads = query.shape[2], query.shape[1]
     query, key, value = query.float(), repeat_heads(key, heads).float(), repeat_heads(value, heads).float()
     scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
-    output: torch.Tensor = scores.masked_fill(~causal_band(length, window or length, query.device), -torch.inf)
-    return output.softmax(-1) @ value
+    scores = scores.masked_fill(~causal_band(length, window or length, query.device), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(1, heads, length, 1)], -1)
+    output: torch.Tensor = scores.softmax(-1)[..., :length] @ value
+    return output
 
 
 def causal_band(length: int, window: int, device: torch.device) -> torch.Tensor:

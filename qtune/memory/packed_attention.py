@@ -3,12 +3,15 @@
 Held less of: the T x T mask that SDPA would need to keep documents apart, and every padded position outside attention.
 Costs: inside attention a document is padded to the next power of two, at most twice its tokens; and one SDPA call per
 distinct power of two among the documents of a pack. Neither on a card that has `varlen_attn`.
-Refuses: soft-capped attention and learned sinks, which SDPA cannot express.
+Refuses: biases by position, and dropout of weights beside a cap or sinks.
 
 How: the documents of a pack lie one after another in a row of T tokens. On a card torch's `varlen_attn` takes them as
 they lie (`attention_kernels`). Elsewhere documents of like length are gathered into a (documents, heads, longest,
 head_dim) batch and run causally. Padding stands on the right, where causality hides it, so no mask is built and the
-flash kernels apply. No FlashAttention package is needed, and no token sees another document.
+flash kernels apply. No FlashAttention package is needed, and no token sees another document. A layer that attends in
+chunks is given documents of that length, as none of their tokens sees beyond its chunk. Sinks go where a kernel of
+flash attention gives its normaliser away (`attention_kernels`); capped scores, and sinks elsewhere, to
+`tiled_attention`.
 Rows that come without `document_lengths` (generation, verification, padded batches) get the mask that transformers
 makes for its own SDPA, windows included.
 
@@ -20,7 +23,7 @@ import types
 from collections import defaultdict
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -35,6 +38,7 @@ from qtune.memory.attention_kernels import (
     Call,
     attend,
     attend_varlen,
+    attend_with_sinks,
     causal_band,
     needs_repeated_heads,
     repeat_heads,
@@ -42,6 +46,7 @@ from qtune.memory.attention_kernels import (
     suits_varlen,
     varlen_fault,
 )
+from qtune.memory.tiled_attention import Scores, attend_in_tiles
 
 NAME = "qtune_documents"
 _row_is_packed: ContextVar[bool] = ContextVar("_row_is_packed", default=False)
@@ -63,6 +68,10 @@ def install(model: PreTrainedModel) -> None:
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if (kept := kwargs.get("logits_to_keep")) is not None and not (isinstance(kept, int) and kept < 2):
+            kwargs["logits_to_keep"] = (
+                0  # or Gemma 4 asks fewer queries than keys, and a row without a mask starts anew
+            )
         outer = _row_is_packed.set(kwargs.get("document_lengths") is not None)
         try:
             return original(*args, **kwargs)
@@ -88,30 +97,76 @@ def document_attention(
     weights. Without `document_lengths` (generation, padded batches) it is transformers' own SDPA. `settings` are what a
     model of transformers says of its attention: dropout, scaling, sliding_window and others.
     """
-    if settings.get("softcap") is not None or settings.get("s_aux") is not None:
-        raise NotImplementedError("soft-capped attention and attention sinks need another attention implementation")
-    if document_lengths is not None and settings.get("position_bias") is not None:
-        raise NotImplementedError("its attention adds a bias by position, which packed attention does not")
-    window, dropout, scaling = (
-        settings.pop("sliding_window", None),
-        settings.get("dropout", 0.0),
-        settings.get("scaling"),
-    )
+    how = Asked.of(settings)
     if document_lengths is None:
-        return _attend_whole_rows(module, query, key, value, attention_mask, settings)
-    lengths, device = tuple(document_lengths), query.device
+        return _attend_whole_rows(module, query, key, value, attention_mask, settings, how)
+    if settings.get("position_bias") is not None:
+        raise NotImplementedError("its attention adds a bias by position, which packed attention does not")
+    if key.shape[2] != query.shape[2]:
+        raise NotImplementedError("its attention sees keys that stand for several tokens, of whichever documents")
+    lengths, device = _chunked(module, tuple(document_lengths)), query.device
     assert sum(lengths) == query.shape[2], "document lengths must cover the row"
-    call = Call.of(query, key, value, dropout)
-    if suits_varlen(call, lengths, window, memory_tracker.capability_for(query)) and _varlen_works(
-        call, window, device
+    call = replace(Call.of(query, key, value, how.dropout), has_sinks=how.sinks is not None)
+    if how.cap is None and (
+        suits_varlen(call, lengths, how.window, memory_tracker.capability_for(query))
+        and _varlen_works(call, how.window, device)
     ):
         query, key, value = (tensor.to(call.dtype) for tensor in (query, key, value))
-        attended = attend_varlen(query, key, value, spans_of(lengths, window, device), scaling)
+        spans = spans_of(lengths, how.window, device)
+        attended = attend_varlen(query, key, value, spans, how.scaling, how.sinks)
     elif len(lengths) == 1:
-        attended = attend(query, key, value, _sliding_band(lengths[0], window, device), dropout, scaling)
+        attended = how.attend(query, key, value)
     else:
-        attended = _attend_buckets((query, key, value), bucket_documents(lengths, device), window, dropout, scaling)
+        attended = _attend_buckets((query, key, value), bucket_documents(lengths, device), how)
     return attended.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model asks of its attention beside queries, keys and values: `cap` is tanh's on the scores, `sinks` (H,) a
+    score of each head without a value, `window` how many tokens one sees, itself among them."""
+
+    dropout: float
+    scaling: float | None
+    window: int | None
+    cap: float | None
+    sinks: torch.Tensor | None
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Asked":
+        """Taken out of a call's `settings`, which keep dropout and scaling."""
+        window, cap, sinks = (settings.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
+        return cls(settings.get("dropout", 0.0), settings.get("scaling"), window, cap, sinks)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Causal attention, within the window, of (D, H, S, E) queries."""
+        if self.cap is not None:
+            return self.in_tiles(query, key, value, None)
+        if self.sinks is not None:
+            self._refuse_dropout()
+            return attend_with_sinks(query, key, value, self.sinks, self.window, self.scaling)
+        band = _sliding_band(query.shape[2], self.window, query.device)
+        return attend(query, key, value, band, self.dropout, self.scaling)
+
+    def in_tiles(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._refuse_dropout()
+        scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        return attend_in_tiles(query, key, value, self.sinks, Scores(scaling, self.cap, self.window, mask))
+
+    def _refuse_dropout(self) -> None:
+        if self.dropout > 0:
+            raise NotImplementedError("its attention drops out weights beside a cap or sinks")
+
+
+def _chunked(module: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Documents as a layer of `module` sees them, which may attend in chunks only (Llama 4)."""
+    config = getattr(module, "config", None)
+    size = getattr(config, "attention_chunk_size", None)
+    if config is None or not size or config.layer_types[module.layer_idx] != "chunked_attention":
+        return lengths
+    return tuple(min(size, length - start) for length in lengths for start in range(0, length, size))
 
 
 def _attend_whole_rows(
@@ -121,9 +176,15 @@ def _attend_whole_rows(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     settings: dict[str, Any],
+    how: Asked,
 ) -> tuple[torch.Tensor, None]:
     """transformers' own SDPA; on a card not math attention, where it would leave the heads of a row grouped."""
-    call = Call.of(query, key, value, settings.get("dropout", 0.0), has_band=mask is not None)
+    if how.cap is not None or how.sinks is not None:
+        if settings.get("position_bias") is not None:
+            raise NotImplementedError("its attention adds a bias by position beside a cap or sinks")
+        masked = replace(how, window=None)  # a mask has the window in it, and without one the row is no longer
+        return masked.in_tiles(query, key, value, mask).transpose(1, 2).contiguous(), None
+    call = Call.of(query, key, value, how.dropout, has_band=mask is not None)
     if mask is None and query.shape[2] > 1 and needs_repeated_heads(call, memory_tracker.capability_for(query)):
         key, value = repeat_heads(key, call.heads), repeat_heads(value, call.heads)
         module = types.SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # of a model that groups no heads
@@ -137,17 +198,14 @@ def _varlen_works(call: Call, window: int | None, device: torch.device) -> bool:
 def _attend_buckets(
     row: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     buckets: "Buckets",
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
+    how: Asked,
 ) -> torch.Tensor:
     """Queries, keys and values of a `row` of documents, attended bucket by bucket: (1, H, T, E)."""
     documents = zip(*(_IntoBuckets.apply(tensor.squeeze(0).transpose(0, 1), buckets) for tensor in row), strict=True)
     outputs = []
     for three in documents:
         query, key, value = (tensor.transpose(1, 2) for tensor in three)  # (D, H or K, S, E)
-        band = _sliding_band(query.shape[2], window, query.device)
-        outputs.append(attend(query, key, value, band, dropout, scaling).transpose(1, 2))
+        outputs.append(how.attend(query, key, value).transpose(1, 2))
     attended: torch.Tensor = _OutOfBuckets.apply(buckets, *outputs)
     return attended.transpose(0, 1).unsqueeze(0)
 

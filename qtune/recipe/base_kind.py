@@ -173,11 +173,6 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
         return f"is quantised already ({found.get('quant_method', 'unknown')}). {UNQUANTISED}"
     if isinstance(found := described.get("quantization"), dict) and "bits" in found:
         return f"is quantised already (for MLX). {UNQUANTISED}"
-    if described.get("attn_logit_softcapping") or described.get("model_type") == "gpt_oss":
-        return (
-            "caps its attention or gives it sinks, which packed attention cannot do. Bases such as Llama, Qwen and"
-            " Mistral work."
-        )
     absent = [name for name in SIZES if name not in described]
     if absent and described.get("model_type") in SAYS_ALL_SIZES:
         return (

@@ -242,6 +242,113 @@ def test_documents_as_they_lie_are_the_same_attention(
     assert attention_kernels.varlen_faults() == []
 
 
+def of_documents(
+    query: torch.Tensor, key: torch.Tensor, ends: torch.Tensor, scale: float | None, window: list[int]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Where each document lies, and its scores (H, S, S)."""
+    for first, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        q, k = (x[first:end].transpose(0, 1).float() for x in (query, key))
+        distance = torch.arange(end - first)[:, None] - torch.arange(end - first)
+        seen = (distance >= 0) & ((distance <= window[0]) | (window[0] < 0))
+        scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * (scale or q.shape[-1] ** -0.5)
+        yield slice(first, end), scores.masked_fill(~seen, -torch.inf)
+
+
+def lying_flash(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None, window_size=None, enable_gqa=False
+):
+    """torch_attn::_varlen_attn of torch 2.13: (T, H, E), and the sums' logarithms as (H, T)."""
+    assert is_causal == (window_size == [-1, 0])
+    output, sums = torch.empty_like(query), torch.empty(query.shape[1], len(query))
+    for here, scores in of_documents(query, key, cu_seq_q, scale, window_size):
+        sums[:, here] = scores.logsumexp(-1)
+        values = value[here].transpose(0, 1).float().repeat_interleave(len(scores) // value.shape[1], 0)
+        output[here] = (scores.softmax(-1) @ values).transpose(0, 1).to(query.dtype)
+    return output, sums, None
+
+
+def lying_flash_backward(
+    grad_out, query, key, value, out, lse, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, rng_state, scale=None,
+    window_size=None,
+):  # fmt: skip
+    """torch_attn::_varlen_attn_backward: weights from the sums, and what they are held against from the output."""
+    assert lse.is_contiguous()
+    assert lse.shape == (query.shape[1], len(query))
+    results = [torch.zeros(x.shape) for x in (query, key, value)]
+    scale = scale or query.shape[-1] ** -0.5
+    for here, scores in of_documents(query, key, cu_seq_q, scale, window_size):
+        group = len(scores) // key.shape[1]
+        q, k, v, o, g = (x[here].transpose(0, 1).float() for x in (query, key, value, out, grad_out))
+        k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+        weights = (scores - lse[:, here, None]).exp()
+        slopes = weights * (g @ v.transpose(1, 2) - (g * o).sum(-1, keepdim=True)) * scale
+        parts = (slopes @ k, slopes.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
+        for result, part in zip(results, parts, strict=True):
+            result[here] = part.unflatten(0, (result.shape[1], -1)).sum(1).transpose(0, 1)
+    return tuple(result.to(x.dtype) for result, x in zip(results, (query, key, value), strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(30,), (15, 9, 6)])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_sinks_beside_documents_as_they_lie(
+    card: Any, monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], window: int | None, is_wrong: bool
+) -> None:
+    """In float32 the same is made by tiles, and so it is where the kernel turns out wrong."""
+    sinks = torch.linspace(-1, 2, 4).requires_grad_()
+    rows = drawn(BF16, 30)
+    settings = {"document_lengths": lengths, "sliding_window": window, "scaling": 0.3, "s_aux": sinks}
+
+    def made(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        output, _ = packed_attention.document_attention(torch.nn.Module(), *rows, None, **settings)
+        return [output, *torch.autograd.grad(output.float().square().sum(), [*rows, sinks])]
+
+    exact, calls = made([row.detach().float().requires_grad_() for row in rows]), []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["window_size"])
+        output, sums, _ = lying_flash(*args, **kwargs)
+        return output, sums + 0.5 * is_wrong, None
+
+    monkeypatch.setattr(attention_kernels, "has_varlen", lambda: True)
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn", forward)
+    monkeypatch.setattr(torch.ops.torch_attn, "_varlen_attn_backward", lying_flash_backward)
+    card(ADA)
+    lying = made(rows)
+    assert len(calls) == (1 if is_wrong else 2)  # tried, and then run
+    assert bool(attention_kernels.varlen_faults()) == is_wrong
+    for one, other in zip(exact, lying, strict=True):
+        torch.testing.assert_close(one, other.float(), atol=0.02 * float(one.detach().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_forecast_of_sinks_is_that_of_flash_attention(window: int | None) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(card=ADA) as counter:
+        rows = [torch.empty(1, heads, 1000, 64, dtype=BF16, requires_grad=True) for heads in (8, 2, 2)]
+        before = sum(counter.held().values())
+        output, _ = packed_attention.document_attention(
+            torch.nn.Module(), *rows, None, document_lengths=(1000,), sliding_window=window, s_aux=torch.empty(8)
+        )
+        kept = sum(counter.held().values()) - before
+    assert kept == pytest.approx(2 * QUERIES + 4 * SUMS, rel=0.01)
+    assert output.shape == (1, 1000, 8, 64)
+
+
+def test_a_forecast_of_tiles_holds_no_more_for_a_longer_row() -> None:
+    """Beside what is kept: a token of a capped row costs the same, however long the row is."""
+
+    def peak(tokens: int) -> float:
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(card=ADA) as counter:
+            rows = [torch.empty(1, heads, tokens, 64, dtype=BF16, requires_grad=True) for heads in (8, 2, 2)]
+            output, _ = packed_attention.document_attention(
+                torch.nn.Module(), *rows, None, document_lengths=(tokens,), softcap=50.0
+            )
+            output.backward(output.detach())
+        return max(peak.device_bytes for peak in counter.peaks.values()) / tokens
+
+    assert peak(32768) < peak(8192)
+
+
 def refusing(*args: Any, **kwargs: Any) -> torch.Tensor:
     raise RuntimeError("no kernel image is available\nfor execution on the device")
 

@@ -93,7 +93,6 @@ def test_a_folder_without_a_model_is_named(tmp_path) -> None:
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM"),
         ({"model_type": "no_such_architecture"}, "cannot be used"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
-        ({"attn_logit_softcapping": 50.0}, "caps its attention"),
     ],
 )
 def test_a_base_that_cannot_be_tuned_is_refused(tiny_base, tmp_path, change, words) -> None:

@@ -105,10 +105,6 @@ KINDS = {
         folder_with(config__json={**CAUSAL, "quantization_config": {"quant_method": "awq"}}),
         "is quantised already (awq). Name the original model",
     ),
-    "caps": (
-        folder_with(config__json={**CAUSAL, "attn_logit_softcapping": 50.0}),
-        "caps its attention or gives it sinks",
-    ),
     "without a size": (
         folder_with(config__json={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1}),
         "lacks hidden_size and num_hidden_layers and intermediate_size, and a default would describe another model.",

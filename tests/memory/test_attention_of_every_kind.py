@@ -1,0 +1,159 @@
+"""Sinks, caps, chunks, windows, values of another width: what transformers' own attention makes, and its gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import BOS, END, PAD
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qtune.memory import packed_attention, tiled_attention
+from qtune.memory.packed_attention import document_attention
+
+LENGTHS = (5, 9, 21, 1, 3, 17)
+SHAPE = {
+    "vocab_size": 262,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": BOS,
+    "eos_token_id": END,
+    "pad_token_id": PAD,
+}
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+}
+ROUTED = {**MIXTURE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {**WINDOWS, **MIXTURE, "num_local_experts": 4},
+    "granite_swa": {**WINDOWS},
+    "mimo_v2_flash": {**WINDOWS, **ROUTED, "v_head_dim": 6, "moe_layer_freq": [0, 1]},
+    "flint": {**WINDOWS},
+    "gemma2": {**WINDOWS, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "vaultgemma": {**WINDOWS, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "llama4_text": {
+        "attention_chunk_size": 4,
+        "no_rope_layers": [1, 0],
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 48,
+        **MIXTURE,
+    },
+    "deepseek_v3": {**LATENT, **ROUTED},
+    "youtu": LATENT,
+    "gemma4_text": {**WINDOWS, "global_head_dim": 16, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
+}
+
+
+def made(kind: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same model twice, with transformers' own attention and with ours; what is trained is all of it."""
+    packed_attention.register()
+    shape = {key: value for key, value in SHAPE.items() if key != "head_dim" or "qk_rope_head_dim" not in KINDS[kind]}
+    plain, ours = (
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **{**shape, **KINDS[kind]}), attn_implementation=name, dtype=torch.float32
+        ).eval()
+        for name in ("eager", packed_attention.NAME)
+    )
+    torch.manual_seed(0)
+    for name, parameter in plain.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, 0.0, 1.0 if "sinks" in name else 0.15)
+    ours.load_state_dict(plain.state_dict())
+    packed_attention.install(ours)
+    return plain, ours
+
+
+def packed(ids: torch.Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": ids, "position_ids": positions, "document_lengths": lengths, "use_cache": False}
+
+
+def gradients(model: PreTrainedModel, logits: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    (logits * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_of_a_pack_are_what_they_are_alone_in_plain_transformers(kind: str) -> None:
+    plain, ours = made(kind)
+    ids, weights = torch.randint(6, 262, (1, sum(LENGTHS))), torch.randn(sum(LENGTHS), 262)
+    together = ours(**packed(ids, LENGTHS)).logits[0]
+    apart = torch.cat([plain(input_ids=part, use_cache=False).logits[0] for part in ids.split(LENGTHS, 1)])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    mine, right = gradients(ours, together, weights), gradients(plain, apart, weights)
+    assert mine.keys() == right.keys()
+    assert "sinks" not in str(KINDS[kind]) or any("sinks" in name for name in mine)
+    for name, gradient in right.items():
+        torch.testing.assert_close(mine[name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_and_padded_rows_and_answers_are_those_of_plain_transformers(kind: str) -> None:
+    plain, ours = made(kind)
+    ids = torch.randint(6, 262, (2, 19))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    for given in ({}, {"attention_mask": torch.ones_like(ids)}):
+        found, expected = (model(input_ids=ids, **given).logits for model in (ours, plain))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    wanted = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True}
+    wanted["return_dict_in_generate"] = True
+    found, expected = (model.generate(ids, attention_mask=mask, **wanted) for model in (ours, plain))
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-4)
+
+
+def defined(rows: list[torch.Tensor], asked: dict[str, Any]) -> torch.Tensor:
+    """(1, S, H, V), as attention is defined, of one document."""
+    query, key, value = rows
+    group, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(2, 3) * asked["scaling"]
+    if cap := asked.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    seen = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - (asked.get("sliding_window") or length))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if (sinks := asked.get("s_aux")) is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(1, -1, length, 1)], -1)
+    return (scores.softmax(-1)[..., :length] @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", [(40,), LENGTHS])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("value_width", [16, 12])
+def test_outputs_and_gradients_are_by_definition_in_float64(
+    lengths: tuple[int, ...],
+    window: int | None,
+    has_sinks: bool,
+    cap: float | None,
+    value_width: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiled_attention, "TILE_BYTES", 8 * 4 * 40 * 7)  # several tiles, the last of them smaller
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(lengths), width) for heads, width in ((4, 16), (2, 16), (2, value_width))]
+    rows = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    sinks = torch.randn(4, generator=draw, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    asked = {"scaling": 0.3, "softcap": cap, "s_aux": sinks, "sliding_window": window}
+    weights = torch.randn(1, sum(lengths), 4, value_width, generator=draw, dtype=torch.float64)
+    leaves = [*rows, *([] if sinks is None else [sinks])]
+
+    found, _ = document_attention(torch.nn.Module(), *rows, None, document_lengths=lengths, **asked)
+    documents = zip(*(row.split(lengths, 2) for row in rows), strict=True)
+    right = torch.cat([defined(list(document), asked) for document in documents], 1)
+    torch.testing.assert_close(found, right, atol=1e-12, rtol=1e-12)
+    for mine, wanted in zip(*(torch.autograd.grad(x, leaves, weights) for x in (found, right)), strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-11, rtol=1e-11)
