@@ -56,6 +56,7 @@ from qtune.memory import (
     nf4,
     packed_attention,
     packed_experts,
+    packed_mixers,
 )
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
@@ -194,9 +195,8 @@ def random_weights(
     double = settings.double_quantization
     if settings.quantization == "nf4":
         quantization = nf4.config(settings.double_quantization, dtype)
-        model = replace_with_bnb_linear(
-            model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization
-        )
+        apart = [*get_keys_to_not_convert(model), *nf4.multiplied_by_hand(type(model))]
+        model = replace_with_bnb_linear(model, modules_to_not_convert=apart, quantization_config=quantization)
         model.is_loaded_in_4bit = True  # peft and trl ask for it
     torch.manual_seed(0)
     layers = find_layers(model)
@@ -214,6 +214,7 @@ def random_weights(
     if not is_plain:
         mixture_of_experts.install(model)
         packed_attention.install(model)
+        packed_mixers.install(model)
         fused_layers.install(model)
         fused_cross_entropy.install(model)
     return model

@@ -73,6 +73,7 @@ SMALL = {
     "num_expert_group": 1, "first_k_dense_replace": 1, "moe_layer_start_index": 1, "n_shared_experts": 1,
     "num_shared_experts": 1, "zero_expert_num": 1,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_heads": 4, "linear_head_dim": 16,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 1,
     "mamba_head_dim": 16, "mamba_num_heads": 8, "ssm_state_size": 16, "n_groups": 1, "state_size": 16,
     "time_step_rank": 4, "mamba_dt_rank": 4, "lru_width": 64, "attention_hidden_size": 64, "chunk_size": 16,
@@ -204,7 +205,7 @@ def examine(kind: str, folder: Path) -> Iterator[tuple[str, Any]]:
         plain = AutoModelForCausalLM.from_pretrained(
             folder / "base",
             dtype=torch.float32,
-            quantization_config=nf4.config(settled.model.double_quantization, torch.float32),
+            quantization_config=nf4.config(settled.model.double_quantization, torch.float32, type(tuned.without_peft)),
             device_map={"": "cpu"},
         )
         nf4.keep_weights_as_quantised(plain)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qtune.memory import memory_tracker, rng_state
+from qtune.memory.documents import documents_are, documents_here
 
 if TYPE_CHECKING:  # what a runner is given when these are switched on
     from qtune.memory.activation_offload import HostBuffers
@@ -88,8 +89,11 @@ class LayerRunner:
 
     def _checkpoint_of(self, index: int) -> Callable[..., Any]:
         def checkpoint(forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
+            documents = documents_here()
+
             def run(x: torch.Tensor) -> Any:
-                return forward(x, *others)
+                with documents_are(documents):  # which a backward pass is not told otherwise
+                    return forward(x, *others)
 
             if not torch.is_grad_enabled():
                 return run(hidden)

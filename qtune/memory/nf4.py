@@ -1,6 +1,8 @@
 """The base in NF4: how it is asked for, and parts of a weight dequantised alone, rows that start and end on a block."""
 
+import inspect
 import math
+import re
 from typing import Any
 
 import torch
@@ -8,17 +10,35 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig
 
+HEAD = "lm_head"  # which transformers leaves as it is by itself, unless it is told what else to leave
 BLOCK, OUTER_BLOCK = 64, 256  # bitsandbytes' own: weights to one scale, and scales to one of double quantisation
 
 
-def config(is_double: bool, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What transformers is told to load linear layers in NF4, with double quantisation if `is_double`."""
+def config(is_double: bool, compute_dtype: torch.dtype, kind: type | None = None) -> BitsAndBytesConfig:
+    """What transformers is told to load linear layers in NF4, with double quantisation if `is_double`.
+
+    Of the model class `kind` those stay as they are whose weights it multiplies by itself.
+    """
+    by_hand = sorted(multiplied_by_hand(kind)) if kind is not None else []
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=[*by_hand, HEAD] if by_hand else None,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=is_double,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def multiplied_by_hand(kind: Any) -> frozenset[str]:
+    """Names of the linear layers whose weights the code of a model class multiplies by, where others call the layer.
+
+    Such a weight cannot be packed, and an adapter on its layer would not be asked. Mamba's `dt_proj` is one.
+    """
+    try:
+        code = inspect.getsource(inspect.getmodule(kind) or kind)
+    except (OSError, TypeError):  # no source to read
+        return frozenset()
+    return frozenset(re.findall(r"\bself\.(\w+)\.weight @ ", code))
 
 
 def keep_weights_as_quantised(model: torch.nn.Module) -> None:

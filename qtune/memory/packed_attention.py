@@ -19,16 +19,13 @@ Letters: T tokens of the row, D documents of a bucket, S longest of them, H quer
 """
 
 import functools
+import inspect
 import types
-from collections import defaultdict
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -46,10 +43,17 @@ from qtune.memory.attention_kernels import (
     suits_varlen,
     varlen_fault,
 )
+from qtune.memory.documents import (
+    Buckets,
+    bucket_documents,
+    documents_are,
+    documents_here,
+    into_buckets,
+    out_of_buckets,
+)
 from qtune.memory.tiled_attention import Scores, attend_in_tiles
 
 NAME = "qtune_documents"
-_row_is_packed: ContextVar[bool] = ContextVar("_row_is_packed", default=False)
 
 
 def register() -> None:
@@ -59,26 +63,35 @@ def register() -> None:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let the decoder of `model` make no mask for a row that comes with `document_lengths`, and its own for any other.
+    """Let `model` know, wherever it is within a pass, how long the documents of the row are (`documents_here`).
 
-    The mask is made before a layer is reached, and what makes it is not told how the row is packed.
+    A row that comes with `document_lengths` then gets no mask, any other its own; and a model whose code does not hand
+    keywords on keeps documents apart like any other.
     """
-    decoder: Any = model.base_model
-    original = decoder.forward
+    _know_documents(model)
+    if model.base_model is not model:
+        _know_documents(model.base_model)
+
+
+def _know_documents(module: Any) -> None:
+    original = module.forward
+    parameters = inspect.signature(original).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if (kept := kwargs.get("logits_to_keep")) is not None and not (isinstance(kept, int) and kept < 2):
+        lengths = kwargs.get("document_lengths")
+        if not takes_any:
+            kwargs.pop("document_lengths", None)
+        kept = kwargs.get("logits_to_keep")
+        if "logits_to_keep" not in parameters and kept is not None and not (isinstance(kept, int) and kept < 2):
             kwargs["logits_to_keep"] = (
                 0  # or Gemma 4 asks fewer queries than keys, and a row without a mask starts anew
             )
-        outer = _row_is_packed.set(kwargs.get("document_lengths") is not None)
-        try:
+        with documents_are(documents_here() if lengths is None else tuple(lengths)):
             return original(*args, **kwargs)
-        finally:
-            _row_is_packed.reset(outer)
 
-    decoder.forward = types.MethodType(forward, decoder)
+    module.forward = types.MethodType(forward, module)
 
 
 def document_attention(
@@ -94,9 +107,11 @@ def document_attention(
     """Causal attention inside each document of a packed row.
 
     `query` is (1, H, T, E), `key` and `value` (1, K, T, E); `document_lengths` sum to T. Returns (1, T, H, E) and no
-    weights. Without `document_lengths` (generation, padded batches) it is transformers' own SDPA. `settings` are what a
-    model of transformers says of its attention: dropout, scaling, sliding_window and others.
+    weights. `document_lengths` are those of `documents_here` unless given; without (generation, padded batches) it is
+    transformers' own SDPA. `settings` are what a model of transformers says of its attention: dropout, scaling,
+    sliding_window and others.
     """
+    document_lengths = document_lengths or documents_here()
     how = Asked.of(settings)
     if document_lengths is None:
         return _attend_whole_rows(module, query, key, value, attention_mask, settings, how)
@@ -197,104 +212,17 @@ def _varlen_works(call: Call, window: int | None, device: torch.device) -> bool:
 
 def _attend_buckets(
     row: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    buckets: "Buckets",
+    buckets: Buckets,
     how: Asked,
 ) -> torch.Tensor:
     """Queries, keys and values of a `row` of documents, attended bucket by bucket: (1, H, T, E)."""
-    documents = zip(*(_IntoBuckets.apply(tensor.squeeze(0).transpose(0, 1), buckets) for tensor in row), strict=True)
+    documents = zip(*(into_buckets(tensor.squeeze(0).transpose(0, 1), buckets) for tensor in row), strict=True)
     outputs = []
     for three in documents:
         query, key, value = (tensor.transpose(1, 2) for tensor in three)  # (D, H or K, S, E)
         outputs.append(how.attend(query, key, value).transpose(1, 2))
-    attended: torch.Tensor = _OutOfBuckets.apply(buckets, *outputs)
+    attended = out_of_buckets(buckets, outputs)
     return attended.transpose(0, 1).unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """Documents of like length together, in P places: the `shapes` (D, S) of the buckets, one after another; the
-    `positions` (P,) of the row that stand there; which place is the `real` one of each position, (T,); and which places
-    only pad a document, (P, 1, 1), None where none does."""
-
-    shapes: tuple[tuple[int, int], ...]
-    positions: torch.Tensor
-    real: torch.Tensor
-    padding: torch.Tensor | None
-
-    def split(self, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(P, ...) as a (D, S, ...) for each bucket."""
-        pieces = places.split([documents * longest for documents, longest in self.shapes])
-        return tuple(piece.unflatten(0, shape) for piece, shape in zip(pieces, self.shapes, strict=True))
-
-    def joined(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The same, back."""
-        flat = [piece.flatten(0, 1) for piece in pieces]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-class _IntoBuckets(torch.autograd.Function):
-    """(T, ...) by position, as a (D, S, ...) for each bucket.
-
-    A gather both ways. Nothing has to be summed up: every position has one real place, and the gradient of padding is
-    0, as no real token sees it and nobody reads what it becomes (`_OutOfBuckets`).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, row: torch.Tensor, buckets: Buckets) -> tuple[torch.Tensor, ...]:
-        ctx.buckets = buckets
-        return buckets.split(row.index_select(0, buckets.positions))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.buckets.joined(gradients).index_select(0, ctx.buckets.real), None
-
-
-class _OutOfBuckets(torch.autograd.Function):
-    """The way back; padding is dropped, so its gradient is 0."""
-
-    @staticmethod
-    def forward(ctx: Any, buckets: Buckets, *pieces: torch.Tensor) -> torch.Tensor:
-        ctx.buckets = buckets
-        return buckets.joined(pieces).index_select(0, buckets.real)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        buckets: Buckets = ctx.buckets
-        places = gradient.index_select(0, buckets.positions)
-        if buckets.padding is not None:
-            places.masked_fill_(buckets.padding, 0)
-        return None, *buckets.split(places)
-
-
-@functools.lru_cache(maxsize=8)
-def bucket_documents(lengths: tuple[int, ...], device: torch.device) -> Buckets:
-    """One bucket per power of two.
-
-    Kept between calls, as every layer asks for the same pack. Padding repeats a document's last position. The indices
-    are real ones also where everything else is fake: their values are what they are for.
-    """
-    with unset_fake_temporarily():
-        return _bucket_documents(lengths, device)
-
-
-def _bucket_documents(lengths: tuple[int, ...], device: torch.device) -> Buckets:
-    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, length in enumerate(lengths):
-        members[(length - 1).bit_length()].append(index)
-    shapes, positions, padding = [], [], []
-    for indices in members.values():
-        first = torch.tensor([starts[i] for i in indices])[:, None]
-        size = torch.tensor([lengths[i] for i in indices])[:, None]
-        offsets = torch.arange(int(size.max()))[None]
-        shapes.append((len(indices), offsets.shape[1]))
-        positions.append((first + torch.minimum(offsets, size - 1)).flatten())
-        padding.append((offsets >= size).flatten())
-    every, is_padding = torch.cat(positions), torch.cat(padding)
-    real = (~is_padding).nonzero().flatten()
-    real = real[every[real].argsort()]
-    pads = is_padding[:, None, None].to(device) if is_padding.any() else None
-    return Buckets(tuple(shapes), every.to(device), real.to(device), pads)
 
 
 def _sliding_band(longest: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -304,6 +232,6 @@ def _sliding_band(longest: int, window: int | None, device: torch.device) -> tor
 
 def _mask_unless_packed(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """No mask for a packed row; for any other what SDPA gets, which is none where plain causality will do."""
-    if _row_is_packed.get() and attention_mask is None:
+    if documents_here() is not None and attention_mask is None:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qtune.errors import ModelError
-from qtune.memory import mixture_of_experts
+from qtune.memory import mixture_of_experts, nf4
 from qtune.model import lora_variants
 from qtune.recipe.base_kind import ADAPTER_CONFIG
 from qtune.recipe.schema import Lora
@@ -50,12 +51,19 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
     """The last parts of the names of the linears that get an adapter, sorted; every target asked for must match.
 
-    `experts` stands for all experts that are held in NF4; "all-linear" leaves them out, as there are so many.
+    `experts` stands for all experts that are held in NF4; "all-linear" leaves them out, as there are so many, and with
+    them what can have no adapter (`left_out`).
     """
     linears = linear_names(model)
     there = linears | ({EXPERTS} if mixture_of_experts.expert_targets(model) else set())
     if lora.targets == "all-linear":
         return tuple(sorted(linears))
+    without = left_out(model)
+    for target in (each for each in lora.targets if each in without):
+        raise ModelError(
+            f"lora.targets: {target!r} can have no adapter in a base of type {model.config.model_type}:"
+            f" {without[target]}. Those that can are {', '.join(sorted(there))}."
+        )
     missing = [target for target in lora.targets if target not in there]
     if missing:
         raise ModelError("\n".join(_no_such_target(target, there) for target in missing))
@@ -69,13 +77,46 @@ def _no_such_target(target: str, there: set[str]) -> str:
 
 
 def linear_names(model: PreTrainedModel) -> set[str]:
-    """The last part of the name of every linear layer except the output head, which the fused loss reads directly."""
+    """The last part of the name of every linear layer that can have an adapter; the output head, which the fused loss
+    reads directly, has none. Of layers that are only numbered it is the list's name and the number."""
+    return _all_linear_names(model) - left_out(model).keys()
+
+
+def left_out(model: PreTrainedModel) -> dict[str, str]:
+    """By the same names, the linear layers that can have no adapter, and why."""
+    past = dict.fromkeys(nf4.multiplied_by_hand(type(model)), "its model multiplies by its weight, past an adapter")
+    return {
+        name: why
+        for name in sorted(_all_linear_names(model))
+        if (why := past.get(name) or _refused_by_peft(model, name))
+    }
+
+
+def _all_linear_names(model: PreTrainedModel) -> set[str]:
     head = model.get_output_embeddings()
     return {
-        name.rsplit(".", 1)[-1]
+        _last_name(name)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
+
+
+def _last_name(path: str) -> str:
+    """`q_proj` of `layers.0.self_attn.q_proj`, `ffn.2` of `h.0.ffn.2`: "2" would be a layer's name, too."""
+    names = path.split(".")
+    first = max((at for at, name in enumerate(names) if not name.isdigit()), default=0)
+    return ".".join(names[first:])
+
+
+def _refused_by_peft(model: PreTrainedModel, name: str) -> str | None:
+    """peft knows of some architectures whose kernels read a weight past its adapter."""
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)  # spelt like that in peft since 0.18
+    try:
+        if check is not None:
+            check(None, LoraConfig(), model, name)
+    except ValueError:
+        return "peft refuses one there, as the kernels of such models read its weight past an adapter"
+    return None
 
 
 def use_master_dtype(model: torch.nn.Module, dtype: str) -> None:

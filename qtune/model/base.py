@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune import accelerator, logs
 from qtune.errors import MachineError, ModelError
-from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention
+from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention, packed_mixers
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.techniques import Techniques
@@ -86,6 +86,11 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
         raise ModelError(f"model.base: {folder} {fault}")
 
 
+def model_class(config: PreTrainedConfig) -> type | None:
+    """The causal model of transformers that `config` describes; None for code that comes with a base."""
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
 def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
@@ -98,7 +103,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     dtype = getattr(torch, compute_dtype)
     quantization = None
     if model.quantization == "nf4":
-        quantization = nf4.config(model.double_quantization, dtype)
+        quantization = nf4.config(model.double_quantization, dtype, model_class(config))
     text, planned = config.get_text_config(), techniques or Techniques()
 
     def lives_on_host(weight: str) -> bool:
@@ -121,6 +126,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
         _leave_the_files(loaded)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
+    packed_mixers.install(loaded)
     fused_layers.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False

@@ -21,7 +21,15 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qtune.errors import ModelError
-from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, nf4, packed_attention, packed_experts
+from qtune.memory import (
+    fused_cross_entropy,
+    fused_layers,
+    mixture_of_experts,
+    nf4,
+    packed_attention,
+    packed_experts,
+    packed_mixers,
+)
 from qtune.model import adapter
 from qtune.recipe.schema import Recipe
 
@@ -35,13 +43,13 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     model = _without_weights(config, recipe, dtype)
     if recipe.model.quantization == "nf4":
         quantization = nf4.config(recipe.model.double_quantization, dtype)
-        model = replace_with_bnb_linear(
-            model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantization
-        )
+        apart = [*get_keys_to_not_convert(model), *nf4.multiplied_by_hand(type(model))]
+        model = replace_with_bnb_linear(model, modules_to_not_convert=apart, quantization_config=quantization)
         model.is_loaded_in_4bit = True  # peft chooses its layers by this
     model.requires_grad_(False)
     model.config.use_cache = False
     packed_attention.install(model)
+    packed_mixers.install(model)
     fused_layers.install(model)
     fused_cross_entropy.install(model)
     if recipe.model.quantization == "nf4":

@@ -58,6 +58,7 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, is_card:
         key_value_heads=getattr(text, "num_key_value_heads", None) or 1,
         refusals=refusals(model),
         paged_bytes=sum(optimizer.paged_bytes(p.numel()) for p in trained) if is_card else 0,
+        left_out=adapter.left_out(causal) if recipe.lora.targets == "all-linear" else {},
         movable={name: each.movable_bytes(model, find_layers(model)) for name, each in TECHNIQUES.items()},
     )
 

@@ -75,7 +75,7 @@ def decide(
             Choice("device", device.label, device.why),
             Choice("base", _held_as(recipe), "model.quantization"),
             Choice("compute", compute_dtype, why_compute),
-            Choice("adapter", _adapter(recipe, ladder.standing), "lora"),
+            Choice("adapter", _adapter(recipe, ladder.standing), _why_adapter(ladder.standing)),
             *_training_choices(recipe, pace, climb, accumulation),
         ),
     )
@@ -159,6 +159,11 @@ def _adapter(recipe: Recipe, standing: Standing) -> str:
     share = standing.trained_parameters / standing.parameters
     trained = f"{format_count(standing.trained_parameters)} weights ({format_percent(share)})"
     return f"{lora_variants.plan_title(lora)}, rank {lora.rank}, scale {scale:.3g}, {trained} in {lora.master_dtype}"
+
+
+def _why_adapter(standing: Standing) -> str:
+    without = "; ".join(f"{name} has none, as {why}" for name, why in standing.left_out.items())
+    return f"lora; {without}" if without else "lora"
 
 
 def _batch(recipe: Recipe, micro_batch: int, accumulation: int) -> str:

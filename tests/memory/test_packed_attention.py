@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from qtune.memory import packed_attention
-from qtune.memory.packed_attention import bucket_documents, document_attention
+from qtune.memory.documents import bucket_documents
+from qtune.memory.packed_attention import document_attention
 from qtune.merge.logit_distance import logits_of
 
 LENGTHS = (5, 9, 3, 17, 1, 30, 30)

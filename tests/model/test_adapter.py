@@ -3,6 +3,7 @@
 import json
 
 import forked
+import made_models
 import pytest
 import torch
 
@@ -86,3 +87,26 @@ def test_an_adapter_of_another_base_is_refused(tiny_base, tmp_path) -> None:
 def test_a_folder_without_an_adapter_is_named(tiny_base, tmp_path) -> None:
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         adapter.load(loaded(tiny_base), tmp_path)
+
+
+# peft refused the whole adapter for one name among all; and on `dt_proj`, whose weight Mamba multiplies by itself, an
+# adapter would have trained nothing, had the packed weight not stopped the forward pass before.
+def test_what_can_have_no_adapter_is_left_out_and_named_where_it_is_asked_for() -> None:
+    mamba = made_models.base("mamba")
+    assert adapter.left_out(mamba).keys() == {"dt_proj", "out_proj"}
+    assert adapter.resolve_targets(mamba, Lora()) == ("in_proj", "x_proj")
+    with pytest.raises(
+        ModelError, match=r"lora.targets: 'out_proj' can .* type mamba: peft refuses .* in_proj, x_proj"
+    ):
+        adapter.attach(mamba, Lora(targets=("in_proj", "out_proj")), seed=0)
+    assert not adapter.left_out(made_models.base("llama"))
+
+
+# "2" would have named the decoder layer of that number as well, which peft refuses.
+def test_layers_that_are_only_numbered_are_named_by_their_list() -> None:
+    model = made_models.base("llama")
+    for layer in model.model.layers:
+        layer.extra = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    assert {"extra.0", "extra.2"} < adapter.linear_names(model)
+    adapted = adapter.attach(model, Lora(rank=4), seed=0)
+    assert sum(".extra.2.lora_A" in name for name, _ in adapted.named_parameters()) == 4

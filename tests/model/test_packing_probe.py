@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qtune.evaluate.held_out_loss import document_loss
 from qtune.lock import PackingProbe
-from qtune.memory import attention_kernels, fused_cross_entropy, packed_attention
+from qtune.memory import attention_kernels, fused_cross_entropy, packed_attention, packed_mixers
 from qtune.model import packing_probe
 from qtune.model.base import load_base
 from qtune.recipe.schema import Model
@@ -55,15 +55,23 @@ def build(kind: str, **changes: Any) -> PreTrainedModel:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.15)  # transformers' 0.02 hides a leak behind the embedding
     packed_attention.install(model)
+    packed_mixers.install(model)
     fused_cross_entropy.install(model)
     return model
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama", {}), ("mistral", {"sliding_window": 8}), ("olmo3", {"sliding_window": 8})],
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("olmo3", {"sliding_window": 8}),
+        ("lfm2", CONVOLUTION),
+        ("nemotron", {}),
+        ("stablelm", {}),
+    ],
 )
-def test_a_base_whose_tokens_meet_in_attention_alone_does_not_leak(kind: str, changes: dict[str, Any]) -> None:
+def test_a_base_whose_tokens_meet_in_attention_and_mixers_does_not_leak(kind: str, changes: dict[str, Any]) -> None:
     found = probe(build(kind, **changes))
     assert not found.leaks
     assert not found.is_another_model
@@ -72,10 +80,10 @@ def test_a_base_whose_tokens_meet_in_attention_alone_does_not_leak(kind: str, ch
 
 
 # A convolution runs on from one document to the next; Nemotron's code hands no keyword on to its attention, so the
-# lengths of the documents never arrive. Both trained on leaking packs without a word.
-@pytest.mark.parametrize(("kind", "changes"), [("lfm2", CONVOLUTION), ("nemotron", {})])
-def test_a_leak_is_found_whatever_it_leaks_through(kind: str, changes: dict[str, Any]) -> None:
-    model = build(kind, **changes)
+# lengths of the documents never arrived. Both trained on leaking packs without a word.
+def test_a_leak_is_found_whatever_it_leaks_through() -> None:
+    model = build("llama")
+    model.model.norm.register_forward_hook(lambda norm, inputs, hidden: hidden + hidden.cumsum(1) / 8)  # as code may do
     found = probe(model)
     assert found.leaks
     assert found.moved_in_pack > 0.1
@@ -148,7 +156,8 @@ def test_code_that_comes_with_a_base_is_probed_like_any_other(tmp_path: Path, ti
 def test_a_leaking_base_is_trained_a_document_a_pass_and_the_run_says_so(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So does it of attention that this card's torch gets wrong."""
+    """As one is whose mixers nobody finds. So does it of attention that this card's torch gets wrong."""
+    monkeypatch.setattr(packed_mixers, "install", lambda model: None)
     monkeypatch.setattr(attention_kernels, "varlen_faults", lambda: ["off by 30% of the largest value"])
     base = saved(tmp_path / "base", "lfm2", **CONVOLUTION)
     losses = {}

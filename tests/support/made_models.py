@@ -11,6 +11,7 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from conftest import BOS, END, PAD, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma3ForCausalLM,
@@ -32,7 +33,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, packed_attention
+from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, packed_attention, packed_mixers
 from qtune.memory.engine import Engine
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.nf4 import keep_weights_as_quantised
@@ -70,6 +71,40 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
         Qwen3MoeConfig(**SHAPE, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2)
     ),
 }
+STATE_SPACE = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+HYBRIDS: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # what mixes tokens by something else than attention: model type, shape
+    "gated delta net": ("qwen3_5_text", {**DELTA_NET, "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "keywords lost": ("olmo_hybrid", {**DELTA_NET, "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "mamba": ("mamba", {"state_size": 16, "time_step_rank": 4, "use_associative_scan": False}),
+    "mamba 2": ("bamba", {**STATE_SPACE, "attn_layer_indices": [1, 3]}),
+    "mamba 2 beside attention": ("falcon_h1", {**STATE_SPACE, "mamba_d_ssm": 128}),
+    "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
+    "gated recurrence": ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 8, "logits_soft_cap": 1e4}),
+    "lightning attention": ("minimax", {**EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "delta attention": (
+        "kimi_linear",
+        {**EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2, "num_shared_experts": 1}
+        | {"linear_num_heads": 4, "linear_head_dim": 16}
+        | {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    ),
+    "xlstm": ("xlstm", {"num_blocks": LAYERS, "num_heads": 4, "output_logit_soft_cap": 1e4}),
+    "rwkv": ("rwkv", {"attention_hidden_size": 64}),
+}
 PACK = (23, 9, 1, 30)
 
 
@@ -85,7 +120,7 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
     """A frozen base with random weights, its attention ours; `nf4` quantises its linears, "double" or "single"."""
     torch.manual_seed(0)
     packed_attention.register()
-    model = KINDS[kind]()
+    model = made(kind)
     model.config._attn_implementation = packed_attention.NAME
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:  # biases and norms that do something
@@ -99,9 +134,18 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
     model.requires_grad_(False)
     model.config.use_cache = False
     packed_attention.install(model)
+    packed_mixers.install(model)
     fused_layers.install(model)
     fused_cross_entropy.install(model)
     return model
+
+
+def made(kind: str) -> PreTrainedModel:
+    if kind in KINDS:
+        return KINDS[kind]()
+    model_type, changes = HYBRIDS[kind]
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def quantize(model: PreTrainedModel, dtype: torch.dtype, double: bool) -> None:
@@ -182,7 +226,8 @@ def forward(model: PeftModel, inputs: dict[str, Any], autocast: torch.dtype | No
     with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
         if fused_cross_entropy.suits(model):
             return model(**inputs, fused_loss=True).nats
-        return model(**inputs).loss * (inputs["labels"][:, 1:] != -100).sum()
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0, :-1].float()
+        return torch.nn.functional.cross_entropy(logits, inputs["labels"][0, 1:], reduction="sum")
 
 
 def held_out(model: PeftModel, inputs: dict[str, Any]) -> float:

@@ -1,6 +1,6 @@
 """What a model holds through a whole step with no memory technique on, as counts that `plan.parameter_count` makes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Parts = dict[str, int]  # bytes by part
 PAGED_OPTIMIZER = "paged optimizer"  # on the card while there is room, and not of torch's allocator
@@ -22,6 +22,7 @@ class Standing:
     `head_parameters` are vocabulary x hidden; `attention_width` is heads x head_dim of a layer. `refusals` says which
     techniques the model does not allow, by their names, each with a sentence on why, and `movable` how many bytes those
     would move that are counted nowhere else. `paged_bytes` of the optimizer's the driver moves between card and host.
+    `left_out` says which linear layers can have no adapter, by name, each with why.
     """
 
     base_bytes: int
@@ -43,6 +44,7 @@ class Standing:
     refusals: dict[str, str]
     movable: dict[str, int]
     paged_bytes: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def parts(self) -> Parts:
         """What stands on the device, by part, with nothing switched on."""
