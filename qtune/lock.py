@@ -71,7 +71,8 @@ class Lock:
     """`model` and `recipe` are settings as JSON, by the names of the version that wrote them; a `Model` and a `Recipe`
     are made of them where they are used, so that what another version cannot read is still shown.
 
-    What older versions did not note is None.
+    `quantized_modules` are the linears in 4 bits, by name, and the parameters that hold experts in 4 bits. What older
+    versions did not note is None; they did not note experts.
     """
 
     name: str | None

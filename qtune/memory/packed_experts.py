@@ -34,6 +34,14 @@ def _is_stack(parameter: torch.nn.Parameter) -> bool:
     return parameter.ndim == 3 or is_packed(parameter)
 
 
+def plain_stacks(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a module that hold the matrices of several experts, not packed, by name."""
+    if "Expert" not in type(module).__name__:
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: each for name, each in own if each.ndim == 3 and not is_packed(each)}
+
+
 def is_packed(parameter: Any) -> bool:
     return getattr(parameter, "quant_state", None) is not None
 
@@ -135,12 +143,13 @@ def block_scales(parameter: Any) -> torch.Tensor | None:
 
 
 def matrices(parameter: Any, scales: torch.Tensor | None, experts: slice, dtype: torch.dtype) -> torch.Tensor:
-    """(G, N, K) of the G `experts`, one after another, in `dtype`."""
+    """(G, N, K) of the G `experts`, one after another, in `dtype`; packed ones are restored in the dtype they had."""
     if scales is None:
         plain: torch.Tensor = parameter.detach()[experts].to(dtype)
         return plain
-    _, rows, columns = parameter.quant_state.shape
-    size = rows * columns
-    weights = slice(experts.start * size, experts.stop * size)
+    count, rows, columns = parameter.quant_state.shape
+    first, last, _ = experts.indices(count)
+    weights = slice(first * rows * columns, last * rows * columns)
     own_scales = scales[weights.start // BLOCK : weights.stop // BLOCK]
-    return nf4.dequantised(parameter, weights, own_scales, dtype).view(-1, rows, columns)
+    restored = nf4.dequantised(parameter, weights, own_scales, parameter.quant_state.dtype)
+    return restored.view(-1, rows, columns).to(dtype)

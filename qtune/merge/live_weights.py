@@ -5,8 +5,9 @@ adapter, nor its scale, nor its way through 4 bits.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,11 +16,13 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, linear
 
 from qtune.memory.engine import send_inputs_to_layers
+from qtune.memory.packed_experts import block_scales, is_packed, matrices, plain_stacks
 from qtune.units import MIB
 
 WIDENED_BYTES = 256 * MIB  # of an output head in float32 at a time: that of a vocabulary of 128k is 2 GB
@@ -36,9 +39,65 @@ def layer_called(model: PeftModel, name: str) -> torch.nn.Module | None:
     return layer.modules_to_save[layer.active_adapters[0]] if isinstance(layer, ModulesToSaveWrapper) else layer
 
 
+@dataclass(frozen=True)
+class LiveExperts:
+    """The parameter `name` of a module with experts, in 4 bits or not, and what peft put around it, if it did."""
+
+    experts: Any
+    name: str
+    wrapper: ParamWrapper | None
+
+    @classmethod
+    def called(cls, model: PeftModel, tensor: str) -> "LiveExperts | None":
+        """The parameter that the base calls `tensor`; None for one that is simply there."""
+        module, _, name = tensor.rpartition(".")
+        inner: Any = layer_called(model, module)
+        wrappers: dict[str, ParamWrapper] = {}
+        while isinstance(inner, ParamWrapper):
+            wrappers[inner.parameter_name] = inner
+            inner = inner.base_layer
+        found = cls(inner, name, wrappers.get(name))
+        return found if found.wrapper is not None or is_packed(getattr(inner, name, None)) else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.wrapper.lora_A.parameters()).device if self.wrapper else self.experts.down_proj.device
+
+    def held(self, experts: slice) -> torch.Tensor:
+        """The matrices (G, N, K) of some experts without the adapter, in float32, as training saw them."""
+        parameter = getattr(self.experts, self.name)
+        dtype = parameter.quant_state.dtype if is_packed(parameter) else parameter.dtype
+        return matrices(parameter, block_scales(parameter), experts, dtype).to(self.device).float()
+
+    def tuned(self, start: torch.Tensor, experts: slice, rows: slice) -> torch.Tensor:
+        """`start` (G, N, K), float32, which are `rows` of some experts' matrices, with the adapter."""
+        if self.wrapper is None:
+            return start
+        b, a = self._factors(experts, start)
+        return torch.baddbmm(start, b[:, rows], a, alpha=self.wrapper.scaling[_adapter(self.wrapper)])
+
+    def noise(self, tuned: torch.Tensor, experts: slice, rows: slice) -> torch.Tensor | None:
+        """As `noise` of a linear has it, for what `tuned` gave."""
+        if self.wrapper is None:
+            return None
+        b, a = self._factors(experts, tuned)
+        sizes = vector_norm(b[:, rows], dim=2)[:, :, None] * vector_norm(a, dim=1)[:, None]
+        scale = 2 * (a.shape[1] + 2) * UNIT * abs(self.wrapper.scaling[_adapter(self.wrapper)])
+        return sizes.mul_(scale).add_(tuned.abs(), alpha=4 * UNIT)
+
+    def _factors(self, experts: slice, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(G, N, R) and (G, R, K) whose product is the update, as peft reads its two matrices."""
+        assert self.wrapper is not None
+        name, count = _adapter(self.wrapper), self.wrapper.num_experts
+        a, b = (part[name].weight.float().to(like.device) for part in (self.wrapper.lora_A, self.wrapper.lora_B))
+        a = a.reshape(count, -1, a.shape[1])[experts]
+        b = b.reshape(len(b), -1, count)[:, :, experts].permute(2, 0, 1)
+        return (a.mT, b.mT) if getattr(self.experts, "is_transposed", False) else (b, a)
+
+
 def is_folded(layer: torch.nn.Module | None) -> bool:
     """Whether a linear's weight is not simply there: it is in 4 bits, or has an adapter."""
-    return isinstance(layer, LoraLayer | Linear4bit)
+    return isinstance(layer, LoraLayer | Linear4bit) and not isinstance(layer, ParamWrapper)
 
 
 def held(layer: torch.nn.Module, device: torch.device | None = None) -> torch.Tensor:
@@ -106,7 +165,7 @@ def _dora_factor(layer: LoraLayer, start: torch.Tensor, delta: torch.Tensor) -> 
     return (dora.weight.float() / dora.get_weight_norm(start, delta, scaling=1)).to(start.device)[:, None]
 
 
-def _adapter(layer: LoraLayer) -> str:
+def _adapter(layer: LoraLayer | ParamWrapper) -> str:
     (name,) = layer.active_adapters
     return name
 
@@ -121,15 +180,20 @@ ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 def compute_in_float32(model: ModelT, device: str) -> ModelT:
     """Make `model` compute in float32 on `device` without holding all of it in float32.
 
-    Linears, quantised or not, and embeddings keep their weights as and where they are, and widen them when called; the
-    rest (norms, adapters) is moved and widened for good.
+    Linears, quantised or not, embeddings and experts keep their weights as and where they are, and widen them when
+    called, experts those of a layer together; the rest (norms, adapters) is moved and widened for good.
     """
     for name, module in model.named_modules():
         forward = _FORWARD.get(type(module))
         if forward is not None and ".lora_" not in name:
             module.forward = partial(forward, module)
             continue
+        stacks = plain_stacks(module)
+        if stacks:
+            module.forward = partial(_with_experts, module, module.forward, lambda name, stored: stored)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if any(tensor is each for each in stacks.values()):
+                continue
             tensor.data = tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
     send_inputs_to_layers(model.get_base_model() if isinstance(model, PeftModel) else model)
     return model
@@ -150,13 +214,55 @@ def with_weights_of(
             if isinstance(module, torch.nn.Linear) and twin is not None and is_folded(twin):
                 after.callback(module.__dict__.__setitem__, "forward", module.forward)
                 module.__dict__["forward"] = partial(_folded, module, twin, rounded)
-            elif twin is not None:
+                continue
+            named = ((own, f"{name}.{own}") for own in plain_stacks(module))
+            twins = {own: each for own, tensor in named if (each := LiveExperts.called(live, tensor)) is not None}
+            if twins:
+                after.callback(module.__dict__.__setitem__, "forward", module.forward)
+                module.__dict__["forward"] = partial(_with_experts, module, module.forward, _fold_into(twins, rounded))
+            twin = twin.get_base_layer() if isinstance(twin, ParamWrapper) else twin
+            if twin is not None:
                 for own, parameter in module.named_parameters(recurse=False):
                     other = getattr(twin, own, parameter)
                     if other.shape == parameter.shape:
                         after.callback(setattr, parameter, "data", parameter.data)
                         parameter.data = other.data
         yield
+
+
+Changed = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def _with_experts(
+    module: Any,
+    forward: Callable[..., Any],
+    changed: Callable[[str, torch.Tensor], torch.Tensor],
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """`forward` of a module whose experts are `changed` and widened for as long as that takes."""
+    stacks = plain_stacks(module)
+    before = {name: each.data for name, each in stacks.items()}
+    device = next(each.device for each in (*args, *kw.values()) if isinstance(each, torch.Tensor))
+    try:
+        for name, each in stacks.items():
+            each.data = changed(name, each.data).to(device).float()
+        return forward(*args, **kw)
+    finally:
+        for name, each in stacks.items():
+            each.data = before[name]
+
+
+def _fold_into(twins: Mapping[str, LiveExperts], rounded: Callable[[torch.Tensor], torch.Tensor]) -> Changed:
+    """What stands for a stack of experts by name: its twin's, folded and rounded; itself where it has none."""
+    everything = slice(None)
+
+    def changed(name: str, stored: torch.Tensor) -> torch.Tensor:
+        if name not in twins:
+            return stored
+        return rounded(twins[name].tuned(twins[name].held(everything), everything, everything))
+
+    return changed
 
 
 def _folded(

@@ -4,8 +4,9 @@ Letters: O output features, I input features, R rank.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qtune.errors import ModelError
+from qtune.merge.checkpoint_names import Stack
 from qtune.merge.nf4_round_trip import Index
 from qtune.model import lora_variants
 from qtune.model.lora_variants import LoraVariant
@@ -51,17 +53,77 @@ class LoraDelta:
     def fits(self, shape: tuple[int, ...]) -> bool:
         return shape == (self.b.shape[0], self.a.shape[1]) and self.a.shape[0] == self.b.shape[1]
 
+    def of_rows(self, rows: slice) -> "LoraDelta":
+        """What it does to some rows of the weight."""
+        parts = {name: part[rows] for name, part in self.parts.items()}
+        return LoraDelta(self.a, self.b[rows], self.scale, parts, self.variants)
+
+
+@dataclass(frozen=True)
+class StackedDelta:
+    """An adapted parameter with a matrix (O, I) for each of E experts: `a` (E, R, I), `b` (E, O, R)."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, stack: Stack, a: torch.Tensor, b: torch.Tensor, scale: float) -> "StackedDelta":
+        """From what peft keeps: (R E, in), expert after expert, and (out, R E), all experts of a rank beside each other
+        (`ParamWrapper.get_delta_weight`). Where matrices are (in, out), the update is transposed."""
+        experts = stack.shape[0]
+        a, b = a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
+        return cls(b.transpose(1, 2), a.transpose(1, 2), scale) if stack.is_transposed else cls(a, b, scale)
+
+    def apply(self, weight: torch.Tensor, rows: Index = slice(None)) -> torch.Tensor:
+        """The same as `LoraDelta.apply`; a row of `weight` is an expert's matrix, (rows, O * I)."""
+        a, b = (part[rows].to(weight.device, torch.float32) for part in (self.a, self.b))
+        changed = torch.baddbmm(weight.float().view(len(a), b.shape[1], a.shape[2]), b, a, alpha=self.scale)
+        return changed.view(weight.shape)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return shape == (len(self.a), self.b.shape[1], self.a.shape[2])
+
+    def of_expert(self, expert: int, rows: slice) -> LoraDelta:
+        return LoraDelta(self.a[expert], self.b[expert, rows], self.scale)
+
+
+@dataclass(frozen=True)
+class PiledDelta:
+    """What is done to weights that stand on top of each other in one matrix, each with its `heights` of rows."""
+
+    deltas: tuple[LoraDelta | None, ...]
+    heights: tuple[int, ...]
+
+    def apply(self, weight: torch.Tensor, rows: Index = slice(None)) -> torch.Tensor:
+        """The same as `LoraDelta.apply`, of rows that follow each other."""
+        assert isinstance(rows, slice)
+        merged = weight.float().clone()
+        first, last, _ = rows.indices(sum(self.heights))
+        for delta, (start, end) in zip(self.deltas, pairwise([0, *accumulate(self.heights)]), strict=True):
+            low, high = max(first, start), min(last, end)
+            if delta is not None and low < high:
+                own = slice(low - first, high - first)
+                merged[own] = delta.apply(merged[own], slice(low - start, high - start))
+        return merged
+
+
+Delta = LoraDelta | StackedDelta | PiledDelta
+
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter folder: `changes` by module name, and whole tensors (`modules_to_save`) by tensor name."""
+    """An adapter folder: `changes` by the name of a linear, `stacked` by that of a parameter with experts, and whole
+    tensors (`modules_to_save`) by tensor name."""
 
     changes: dict[str, LoraDelta]
     replaced: dict[str, torch.Tensor]
+    stacked: dict[str, StackedDelta] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> "AdapterWeights":
-        """Read a PEFT folder. Raises ModelError for a missing or damaged file, half a pair, or another method."""
+    def read(cls, folder: Path, stacks: Mapping[str, Sequence[Stack]] | None = None) -> "AdapterWeights":
+        """Read a PEFT folder; `stacks` are the base's experts, by module. Raises ModelError for a missing or damaged
+        file, half a pair, or another method."""
         config = read_config(folder)
         _refuse_unmergeable(folder, config)
         parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -75,17 +137,30 @@ class AdapterWeights:
         variants = tuple(lora_variants.saved_in(config))
         beside = {name for variant in variants for name in variant.parts}
         _refuse_partial(folder, parts, needed={"lora_A", "lora_B", *beside})
+
+        def scale(name: str, rank: int) -> float:
+            return lora_variants.scale_of(variants, _alpha(config, name), rank)
+
+        stacked = {}
+        for wrapped, (name, stack) in _wrapped(parts, stacks or {}, config).items():
+            part = parts.pop(wrapped)
+            a, b = part["lora_A"], part["lora_B"]
+            stacked[name] = StackedDelta.of(stack, a, b, scale(name, len(a) // stack.shape[0]))
         changes = {
             module: LoraDelta(
                 part["lora_A"],
                 part["lora_B"],
-                lora_variants.scale_of(variants, _alpha(config, module), part["lora_A"].shape[0]),
+                scale(module, part["lora_A"].shape[0]),
                 {name: part[name] for name in beside},
                 variants,
             )
             for module, part in parts.items()
         }
-        return cls(changes, replaced)
+        return cls(changes, replaced, stacked)
+
+    def of_tensor(self, tensor: str) -> LoraDelta | StackedDelta | None:
+        """What it does to the model's `tensor`."""
+        return self.stacked.get(tensor) or self.changes.get(tensor.removesuffix(".weight"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -140,6 +215,24 @@ def _refuse_partial(folder: Path, parts: dict[str, dict[str, torch.Tensor]], nee
     faults = [f"{name} has {', '.join(sorted(part))}" for name, part in parts.items() if set(part) != needed]
     if faults:
         raise ModelError(f"{folder}: every adapted module needs {', '.join(sorted(needed))}; {'; '.join(faults)}.")
+
+
+def _wrapped(
+    parts: Mapping[str, Any], stacks: Mapping[str, Sequence[Stack]], config: Mapping[str, Any]
+) -> dict[str, tuple[str, Stack]]:
+    """Which parameter of the experts each of `parts` is of, by name.
+
+    peft wraps one after another in the module's order, each around the one before, which is its `base_layer`.
+    """
+    targets = config.get("target_parameters") or ()
+    found = {}
+    for module, own in stacks.items():
+        asked = [each for each in own if f"{module}.{each.name}".endswith(tuple(f".{target}" for target in targets))]
+        for depth, stack in enumerate(reversed(asked)):
+            name = module + ".base_layer" * depth
+            if name in parts:
+                found[name] = f"{module}.{stack.name}", stack
+    return found
 
 
 def _alpha(config: dict[str, Any], module: str) -> float:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from qtune.errors import ModelError
-from qtune.merge.lora_delta import LoraDelta
+from qtune.merge.lora_delta import Delta
 from qtune.merge.nf4_round_trip import Index, Rows, rows_at_once
 from qtune.merge.weight_change import Movement
 
@@ -36,7 +36,7 @@ class Weight:
     original: torch.Tensor
     dtype: torch.dtype
     start: Rows | None = None
-    change: LoraDelta | None = None
+    change: Delta | None = None
     held: Rows | None = None
     is_measured: bool = False
 

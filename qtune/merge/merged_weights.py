@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -18,10 +18,19 @@ from qtune import __version__, atomic_files
 from qtune.errors import ModelError
 from qtune.hardware import find_device
 from qtune.lock import Lock
+from qtune.merge.checkpoint_names import CheckpointNames, Place, Places
 from qtune.merge.config_files import write_small_files
-from qtune.merge.lora_delta import CONFIG_NAME, AdapterWeights, weights_path
+from qtune.merge.lora_delta import (
+    CONFIG_NAME,
+    AdapterWeights,
+    Delta,
+    LoraDelta,
+    PiledDelta,
+    StackedDelta,
+    weights_path,
+)
 from qtune.merge.merged_tensor import Job, Part, Weight
-from qtune.merge.nf4_round_trip import Rows, restored_rows
+from qtune.merge.nf4_round_trip import Rows, piled, restored_experts, restored_rows
 from qtune.merge.parallel_writer import in_order
 from qtune.merge.safetensors_shards import BaseCheckpoint, Shard, TensorSpec, write_index, write_shard
 from qtune.merge.weight_change import LayerChange, Movement
@@ -34,6 +43,7 @@ Onto = Literal["original", "dequantised"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
 MAX_NAMED = 8  # tensors in one message
+RECENT_STACKS = 2  # what goes into a layer's activation, and what comes out: files have the experts' one by one
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,11 @@ class Fold:
     model: Model
     checkpoint: BaseCheckpoint
     adapter: AdapterWeights
+    names: CheckpointNames
     quantized: frozenset[str]
     dtype: torch.dtype | None
     device: str
+    recent: dict[str, Rows] = field(default_factory=dict)  # experts that were restored a moment ago
 
     @classmethod
     def open(cls, run: RunDir, dtype: DType, folder: Path | None = None) -> "Fold":
@@ -65,13 +77,15 @@ class Fold:
         lock, model = run.read_lock(), model_of(run)
         folder = folder or base.base_folder(model)
         fingerprint.refuse_other_base(run, folder)
-        checkpoint, adapter = BaseCheckpoint.open(folder), AdapterWeights.read(run.adapter)
+        checkpoint = BaseCheckpoint.open(folder)
+        names = checkpoint_names(model, checkpoint)
+        adapter = AdapterWeights.read(run.adapter, names.stacks)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
         quantized = frozenset(lock.quantized_modules)
-        _refuse_misfit(run, adapter, checkpoint, quantized)
-        _refuse_tied(run, adapter, checkpoint, config)
+        _refuse_misfit(run, adapter, checkpoint, names, quantized)
+        _refuse_tied(run, adapter, names, config)
         given = None if dtype == "auto" else getattr(torch, dtype)
-        return cls(lock, model, checkpoint, adapter, quantized, given, find_device().name)
+        return cls(lock, model, checkpoint, adapter, names, quantized, given, find_device().name)
 
     @contextmanager
     def proving_base(self, tell: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
@@ -179,33 +193,98 @@ class Fold:
 
     def _weight(self, name: str, original: torch.Tensor, onto: Onto, is_measured: bool) -> Weight:
         """A tensor that is floating point, and all that its rows are made of."""
-        dtype = self.dtype or original.dtype
-        if name in self.adapter.replaced:
-            replaced = _as_matrix(self.adapter.replaced[name])
-            return Weight(name, replaced, dtype)
-        module, weight = name.removesuffix(".weight"), _as_matrix(original)
-        change = self.adapter.changes.get(module)
-        is_measured, is_quantized = is_measured and change is not None, module in self.quantized
+        dtype, places = self.dtype or original.dtype, self.names.of_tensor(name)
+        if any(place.tensor in self.adapter.replaced for place in places):
+            replaced = torch.cat([place.of(self.adapter.replaced[place.tensor]) for place in places])
+            return Weight(name, _as_matrix(replaced), dtype)
+        weight = _as_matrix(original)
+        change = self._change(places)
+        is_measured, is_quantized = is_measured and change is not None, any(map(self._is_quantized, places))
         if change is not None or (onto == "dequantised" and is_quantized):
             weight = weight.to(self.device)
-        held = self._held(module, weight) if onto == "dequantised" or (is_measured and is_quantized) else None
+        held = self._held(places, weight) if onto == "dequantised" or (is_measured and is_quantized) else None
         start = held if onto == "dequantised" else None
         return Weight(name, weight, dtype, start, change, held if is_quantized else None, is_measured)
 
-    def _layer_change(self, name: str, moved: Movement) -> LayerChange:
-        module = name.removesuffix(".weight")
-        return moved.of(module, module in self.quantized)
+    def _change(self, places: Places) -> Delta | None:
+        """What the adapter does to a tensor of the checkpoint."""
+        changes = [self._change_of(place) for place in places]
+        if len(changes) == 1 or not any(changes):
+            return changes[0]
+        single = tuple(change if isinstance(change, LoraDelta) else None for change in changes)
+        return PiledDelta(single, tuple(self.names.shapes[place.tensor][0] for place in places))
 
-    def _held(self, module: str, weight: torch.Tensor) -> Rows:
+    def _change_of(self, place: Place) -> LoraDelta | StackedDelta | None:
+        change = self.adapter.of_tensor(place.tensor)
+        if change is None or place.is_whole:
+            return change
+        if isinstance(change, StackedDelta):
+            assert place.expert is not None
+            return change.of_expert(place.expert, place.rows)
+        return change.of_rows(place.rows)
+
+    def _is_quantized(self, place: Place) -> bool:
+        return place.tensor in self.quantized or place.tensor.removesuffix(".weight") in self.quantized
+
+    def _layer_change(self, name: str, moved: Movement) -> LayerChange:
+        return moved.of(name.removesuffix(".weight"), any(map(self._is_quantized, self.names.of_tensor(name))))
+
+    def _held(self, places: Places, weight: torch.Tensor) -> Rows:
         """Rows of a weight as the run held it: in the compute dtype, and a quantised one through 4 bits and back.
 
         This is what transformers does on loading, so the values are the live model's bit for bit.
         """
+        if len(places) == 1:
+            return self._held_part(places[0], weight)
+        heights = [self.names.shapes[place.tensor][0] for place in places]
+        each = zip(places, weight.split(heights), strict=True)
+        return piled([self._held_part(place, own) for place, own in each], heights)
+
+    def _held_part(self, place: Place, weight: torch.Tensor) -> Rows:
         dtype = getattr(torch, self.lock.compute_dtype)
-        if module in self.quantized:
+        if place.tensor in self.quantized:
+            experts = self._experts(place.tensor)
+            if place.expert is None:
+                return lambda rows: experts(rows).flatten(1)
+            return experts(slice(place.expert, place.expert + 1))[0][place.rows].__getitem__
+        if self._is_quantized(place):
             assert self.lock.quantization is not None, "there are quantised modules"
             return restored_rows(weight, dtype, self.lock.quantization)
         return lambda rows: weight[rows].to(dtype)
+
+    def _experts(self, tensor: str) -> Rows:
+        """Experts (G, O, I) of a parameter in 4 bits. The last few are kept, as its tensors follow each other in a
+        checkpoint."""
+        if tensor not in self.recent:
+            while len(self.recent) >= RECENT_STACKS:
+                del self.recent[next(iter(self.recent))]
+            assert self.lock.quantization is not None, "there are quantised experts"
+            shape = self.names.shapes[tensor]
+            self.recent[tensor] = restored_experts(self._matrices(tensor), shape, self.lock.quantization)
+        return self.recent[tensor]
+
+    def _matrices(self, tensor: str) -> Iterator[torch.Tensor]:
+        """The matrices of a parameter's experts, as they were before they were quantised."""
+        dtype = getattr(torch, self.lock.compute_dtype)
+        by_expert: dict[int | None, list[str]] = {}
+        for stored in self.names.stored_of(tensor):
+            by_expert.setdefault(self.names.of_tensor(stored)[0].expert, []).append(stored)
+        for expert, names in by_expert.items():
+            whole = torch.cat([self.checkpoint.called(name) for name in names])
+            for matrix in [whole] if expert is not None else whole:
+                yield matrix.to(self.device, dtype)
+
+
+def checkpoint_names(model: Model, checkpoint: BaseCheckpoint) -> CheckpointNames:
+    """Where the tensors of `checkpoint` are in the model; where they say, if it cannot be made without weights."""
+    shapes = {name: spec.shape for name, spec in checkpoint.specs().items()}
+    try:
+        empty = base.without_weights(model.model_copy(update={"base": str(checkpoint.folder)}))
+    except Exception:  # code of a stranger may want weights
+        if not model.trust_remote_code:
+            raise
+        return CheckpointNames({}, shapes, {})
+    return CheckpointNames.of(empty, shapes)
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
@@ -213,18 +292,31 @@ def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(1) if tensor.dim() > 1 else tensor.view(-1, 1)
 
 
-def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: BaseCheckpoint, quantized: frozenset[str]) -> None:
-    """Every tensor the merge is to change must be in the checkpoint under its module's name, in the right shape."""
+def _refuse_misfit(
+    run: RunDir,
+    adapter: AdapterWeights,
+    checkpoint: BaseCheckpoint,
+    names: CheckpointNames,
+    quantized: frozenset[str],
+) -> None:
+    """Every tensor the merge is to change must be in the checkpoint, by its own or another name, in the right shape."""
     specs = checkpoint.specs()
+    stored = {place.tensor: name for name in specs for place in names.of_tensor(name)}
+    known = {
+        **names.shapes,
+        **{tensor: specs[name].shape for tensor, name in stored.items() if names.of_tensor(name) == (Place(tensor),)},
+    }
     faults = [
-        f"{name} {'has another shape' if name in specs else 'is not in it'}"
+        f"{name} {'has another shape' if name in stored else 'is not in it'}"
         for name, fits in (
             *((f"{module}.weight", change.fits) for module, change in adapter.changes.items()),
+            *((name, change.fits) for name, change in adapter.stacked.items()),
             *((name, tuple(tensor.shape).__eq__) for name, tensor in adapter.replaced.items()),
         )
-        if name not in specs or not fits(specs[name].shape)
+        if name not in stored or not fits(known[name])
     ]
-    faults += [f"{module}.weight is not in it" for module in sorted(quantized) if f"{module}.weight" not in specs]
+    needed = [name if name in stored else f"{name}.weight" for name in sorted(quantized)]
+    faults += [f"{name} is not in it" for name in needed if name not in stored]
     if faults:
         unique = list(dict.fromkeys(faults))
         more = f"; and {len(unique) - MAX_NAMED} more" if len(unique) > MAX_NAMED else ""
@@ -234,16 +326,16 @@ def _refuse_misfit(run: RunDir, adapter: AdapterWeights, checkpoint: BaseCheckpo
         )
 
 
-def _refuse_tied(run: RunDir, adapter: AdapterWeights, checkpoint: BaseCheckpoint, config: Any) -> None:
+def _refuse_tied(run: RunDir, adapter: AdapterWeights, names: CheckpointNames, config: Any) -> None:
     """One tensor that is both embedding and head cannot hold a change to one of them.
 
     Peft leaves the other side unchanged, so folding the change in would move both.
     """
     if not getattr(config, "tie_word_embeddings", False):
         return
-    specs = checkpoint.specs()
     touched = [*(f"{module}.weight" for module in adapter.changes), *adapter.replaced]
-    shared = [name for name in touched if len(specs[name].shape) == 2 and specs[name].shape[0] == config.vocab_size]
+    shapes = {name: names.shapes.get(name, ()) for name in touched}
+    shared = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == config.vocab_size]
     if shared:
         raise ModelError(
             f"{run.adapter}: changes {', '.join(shared)}, which this base shares between its embedding and its head"

@@ -5,14 +5,16 @@ weight and a binary search for each of its values, so there the scales of all bl
 rounded as they are asked for, by compiled `kernels`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit, quantize_blockwise
 
 from qtune import accelerator
 from qtune.lock import Quantization
+from qtune.memory import packed_experts
 
 WEIGHTS_AT_ONCE = 1 << 19  # 2 MiB in float32, which stay in a processor's cache
 WEIGHTS_AT_ONCE_ON_CARD = 1 << 22  # chosen, not measured on a card: enough for its cores, and little of its memory
@@ -43,6 +45,34 @@ def restored_rows(weight: torch.Tensor, dtype: torch.dtype, quantization: Quanti
         if not ((nf4.scales != 0) & (nf4.scales.abs() < SAFE_SCALE)).any():
             return nf4.restored
     return restore_quantized(weight.to(dtype), quantization).__getitem__
+
+
+def restored_experts(
+    matrices: Iterator[torch.Tensor], shape: tuple[int, ...], quantization: Quantization
+) -> Callable[[Index], torch.Tensor]:
+    """Some experts (G, O, I) of a stack of `shape` as a run held it, which is packed as a whole: all scales of a stack
+    share one offset. `matrices` are the experts', in the dtype that the run had."""
+    packed = packed_experts.pack(matrices, torch.Size(shape), quantization.double)
+    scales = packed_experts.block_scales(packed)
+
+    def restored(experts: Index) -> torch.Tensor:
+        assert isinstance(experts, slice)
+        return packed_experts.matrices(packed, scales, experts, packed.quant_state.dtype)
+
+    return restored
+
+
+def piled(rows_of: Sequence[Rows], heights: Sequence[int]) -> Rows:
+    """Rows of weights that stand on top of each other, each with its `heights` of them."""
+    borders = [0, *accumulate(heights)]
+
+    def rows(index: Index) -> torch.Tensor:
+        assert isinstance(index, slice)
+        first, last, _ = index.indices(borders[-1])
+        cuts = [slice(max(first, low) - low, min(last, high) - low) for low, high in pairwise(borders)]
+        return torch.cat([own(cut) for own, cut in zip(rows_of, cuts, strict=True) if cut.start < cut.stop])
+
+    return rows
 
 
 def restore_quantized(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:

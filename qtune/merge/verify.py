@@ -25,6 +25,7 @@ from qtune.errors import MachineError, ModelError
 from qtune.hardware import find_device, prepare
 from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 from qtune.merge import greedy_answers
+from qtune.merge.checkpoint_names import CheckpointNames
 from qtune.merge.greedy_answers import Greedy
 from qtune.merge.live_weights import compute_in_float32, with_weights_of
 from qtune.merge.logit_distance import (
@@ -40,7 +41,7 @@ from qtune.merge.logit_distance import (
     usable_rows,
 )
 from qtune.merge.lora_delta import AdapterWeights
-from qtune.merge.merged_weights import Onto
+from qtune.merge.merged_weights import Onto, checkpoint_names
 from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.merge.weights_proof import Trained, WeightsProof
 from qtune.model import adapter, base
@@ -150,6 +151,7 @@ class Live:
 
     model: PeftModel
     checkpoint: BaseCheckpoint
+    names: CheckpointNames
     replaced: dict[str, torch.Tensor]
     device: str
     compute_dtype: str
@@ -163,9 +165,11 @@ class Live:
         lock, spec, device = run.read_lock(), model_of(run), prepare(find_device()).name
         loaded = base.load_base(spec, device, lock.compute_dtype, techniques_of(run))
         tuned = compute_in_float32(adapter.load(loaded, run.adapter).eval(), device)
+        checkpoint = BaseCheckpoint.open(base.base_folder(spec))
         return cls(
             tuned,
-            BaseCheckpoint.open(base.base_folder(spec)),
+            checkpoint,
+            checkpoint_names(spec, checkpoint),
             AdapterWeights.read(run.adapter).replaced,
             device,
             lock.compute_dtype,
@@ -175,7 +179,7 @@ class Live:
         )
 
     def trained(self, onto: Onto) -> Trained:
-        return Trained(self.model, self.checkpoint, self.replaced, onto, getattr(torch, self.compute_dtype))
+        return Trained(self.model, self.checkpoint, self.names, self.replaced, onto, getattr(torch, self.compute_dtype))
 
     def is_another_base(self, onto: Onto) -> bool:
         """Whether what is folded `onto` is another base than was trained on; unless quantised, it is its original."""

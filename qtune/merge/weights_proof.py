@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from qtune.merge.live_weights import device_of, held, is_folded, layer_called, noise, tuned
+from qtune.merge.checkpoint_names import CheckpointNames, Place
+from qtune.merge.live_weights import LiveExperts, device_of, held, is_folded, layer_called, noise, tuned
 from qtune.merge.merged_weights import Onto
 from qtune.merge.nf4_round_trip import rows_at_once
 from qtune.merge.safetensors_shards import BaseCheckpoint
@@ -92,12 +93,13 @@ def _strays(
 class Trained:
     """What a checkpoint's tensors must be once the adapter on `model` is folded `onto` one base.
 
-    `base` is the checkpoint that was trained on, which the model holds in `compute_dtype` where it is not quantised;
-    `replaced` are the tensors that the adapter's file has whole.
+    `base` is the checkpoint that was trained on, whose tensors are in the model where `names` says, and which it holds
+    in `compute_dtype` where it is not quantised; `replaced` are the tensors that the adapter's file has whole.
     """
 
     model: PeftModel
     base: BaseCheckpoint
+    names: CheckpointNames
     replaced: Mapping[str, torch.Tensor]
     onto: Onto
     compute_dtype: torch.dtype
@@ -119,20 +121,45 @@ class Trained:
 
     def wanted(self, name: str) -> Wanted:
         """What the checkpoint's tensor `name` must be."""
-        layer = layer_called(self.model, name.removesuffix(".weight"))
-        if name in self.replaced:
-            return Wanted(self.replaced[name])
-        if name.endswith(".weight") and layer is not None and is_folded(layer):
-            start = held(layer) if self.onto == "dequantised" else self.base.called(name).to(device_of(layer)).float()
-            return Wanted(tuned(layer, start), noise(layer, start))
-        base = self.base.called(name)
-        return Wanted(self._as_held(name, base) if self.onto == "dequantised" and base.is_floating_point() else base)
+        places, base = self.names.of_tensor(name), self.base.called(name)
+        if len(places) == 1:
+            return self._wanted(places[0], base)
+        heights = [self.names.shapes[place.tensor][0] for place in places]
+        each = [self._wanted(place, rows) for place, rows in zip(places, base.split(heights), strict=True)]
+        noise = [torch.zeros_like(one.weight) if one.noise is None else one.noise for one in each]
+        return Wanted(torch.cat([one.weight for one in each]), torch.cat(noise))
 
-    def _as_held(self, name: str, base: torch.Tensor) -> torch.Tensor:
+    def _wanted(self, place: Place, base: torch.Tensor) -> Wanted:
+        """What `place` of the live model makes of the checkpoint's own."""
+        layer = layer_called(self.model, place.tensor.removesuffix(".weight"))
+        if place.tensor in self.replaced:
+            return Wanted(place.of(self.replaced[place.tensor]))
+        if place.tensor.endswith(".weight") and place.is_whole and layer is not None and is_folded(layer):
+            start = held(layer) if self.onto == "dequantised" else base.to(device_of(layer)).float()
+            return Wanted(tuned(layer, start), noise(layer, start))
+        if (stack := LiveExperts.called(self.model, place.tensor)) is not None:
+            return self._of_experts(stack, place, base)
+        is_cast = self.onto == "dequantised" and base.is_floating_point()
+        return Wanted(self._as_held(place, base) if is_cast else base)
+
+    def _of_experts(self, stack: LiveExperts, place: Place, base: torch.Tensor) -> Wanted:
+        experts = slice(None) if place.expert is None else slice(place.expert, place.expert + 1)
+        if self.onto == "dequantised":
+            start = stack.held(experts)[:, place.rows]
+        else:
+            start = (base if place.expert is None else base[None]).to(stack.device).float()
+        weight = stack.tuned(start, experts, place.rows)
+        unsure = stack.noise(weight, experts, place.rows)
+        return Wanted(weight.view(base.shape), None if unsure is None else unsure.view(base.shape))
+
+    def _as_held(self, place: Place, base: torch.Tensor) -> torch.Tensor:
         """A tensor that was not quantised as the live model has it; cast where that calls it otherwise."""
-        module, _, leaf = name.rpartition(".")
+        module, _, leaf = place.tensor.rpartition(".")
         own = getattr(layer_called(self.model, module), leaf, None)
-        return own.data if own is not None and own.shape == base.shape else base.to(self.compute_dtype)
+        held = None if own is None else own.data
+        if held is not None and held.shape == self.names.shapes.get(place.tensor, base.shape):
+            held = place.of(held)
+        return held if held is not None and held.shape == base.shape else base.to(self.compute_dtype)
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,14 @@
-"""The LoRA adapter: attached, kept in its master dtype, saved as a standard PEFT folder, and loaded again."""
+"""The LoRA adapter: attached, kept in its master dtype, saved as a standard PEFT folder, and loaded again.
 
+In the mixtures that transformers 4 had with an expert for each linear, peft takes the targets gate_proj, up_proj and
+down_proj for the experts', which are stacked parameters now, and leaves out what still is a linear of that name: a
+dense layer's, a shared expert's (peft 0.21, `convert_peft_config_for_transformers`). Here a target is what it is
+called. The saved folder says the same in words that peft does not turn into others: such a linear's weight is among
+its `target_parameters`, which is the same sum of weight and B @ A.
+"""
+
+import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -8,7 +17,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -41,9 +51,11 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         task_type="CAUSAL_LM",
         **settings,
     )
+    _refuse_what_peft_cannot_say(model, config)
     mixture_of_experts.register(config, model)
     try:
-        return get_peft_model(model, config)
+        with _targets_as_named():
+            return get_peft_model(model, config)
     except ValueError as fault:
         raise ModelError(f"lora: peft cannot attach this adapter ({str(fault).splitlines()[0]}).") from None
 
@@ -140,7 +152,8 @@ def save(model: PeftModel, folder: Path, base_name: str) -> int:
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)  # without it, from all of the base's
+    with _targets_as_peft_reads_them(model):  # without embedding layers: else they come from all of the base's
+        model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the run's own card comes at its end
     return sum(path.stat().st_size for path in folder.iterdir())
 
@@ -168,8 +181,84 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = LoraConfig.from_pretrained(folder)
+            config = _with_linears_as_modules(LoraConfig.from_pretrained(folder), model)
             mixture_of_experts.register(config, model)
-            return PeftModel.from_pretrained(model, folder, config=config)
+            with _targets_as_named():
+                return PeftModel.from_pretrained(model, folder, config=config)
     except (RuntimeError, ValueError, SafetensorError) as fault:
         raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None
+
+
+@contextlib.contextmanager
+def _targets_as_named() -> Iterator[None]:
+    """Inside, peft leaves the targets of a configuration as they are."""
+    name = "convert_peft_config_for_transformers"
+    original = getattr(transformers_weight_conversion, name)
+    setattr(transformers_weight_conversion, name, lambda *given, **named: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, original)
+
+
+def _taken_for_experts(config: LoraConfig, model: torch.nn.Module) -> set[str]:
+    """Those of `target_modules` that peft would take for experts of `model` when it reads them."""
+    read = copy.deepcopy(config)
+    try:
+        transformers_weight_conversion.convert_peft_config_for_transformers(read, model, None)
+    except ValueError:  # some of those that are one parameter now: it would not read the others either
+        pairs = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING.values()
+        return {target for target in config.target_modules or () if any(target in each for each in pairs)}
+    return set(config.target_modules or ()) - set(read.target_modules or ())
+
+
+def _refuse_what_peft_cannot_say(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raises ModelError for linears that only `target_parameters` can name, which take neither dropout nor DoRA."""
+    odd = {"dropout": config.lora_dropout > 0, "dora": config.use_dora}
+    taken = _taken_for_experts(config, model) if any(odd.values()) else set()
+    if taken:
+        raise ModelError(
+            f"lora.{next(key for key, is_on in odd.items() if is_on)}: peft takes {', '.join(sorted(taken))} of a"
+            f" {model.config.model_type} for its experts, which have neither dropout nor DoRA. Name lora.targets"
+            " without them, or leave it out."
+        )
+
+
+@contextlib.contextmanager
+def _targets_as_peft_reads_them(model: PeftModel) -> Iterator[None]:
+    """Inside, the configurations name in `target_parameters` what peft would not find by `target_modules`."""
+    base, before = model.get_base_model(), dict(model.peft_config)
+    for adapter, config in before.items():
+        if taken := _taken_for_experts(config, base):
+            said = copy.deepcopy(config)
+            said.target_modules = set(config.target_modules) - taken
+            said.target_parameters = sorted({*(config.target_parameters or ()), *_weights_of(base, taken)})
+            model.peft_config[adapter] = said
+    try:
+        yield
+    finally:
+        model.peft_config.update(before)
+
+
+def _weights_of(base: torch.nn.Module, targets: set[str]) -> set[str]:
+    """`mlp.shared_expert.down_proj.weight`: the adapted linears called one of `targets`, from their layer on."""
+    names = [name.split(".") for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    numbers = [max((i for i, part in enumerate(parts) if part.isdigit()), default=-1) for parts in names]
+    return {
+        ".".join([*parts[number + 1 :], "weight"])
+        for parts, number in zip(names, numbers, strict=True)
+        if parts[-1] in targets
+    }
+
+
+def _with_linears_as_modules(config: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """A saved configuration as `attach` had it: linears by name, whose weights may be in 4 bits."""
+    targets = {name: own for own in linear_names(model) for name in config.target_parameters or () if _is_of(name, own)}
+    if targets:
+        config.target_modules = {*(config.target_modules or ()), *targets.values()}
+        config.target_parameters = sorted(set(config.target_parameters) - targets.keys()) or None
+    return config
+
+
+def _is_of(parameter: str, linear: str) -> bool:
+    return parameter.endswith(f".{linear}.weight")

@@ -23,6 +23,7 @@ from qtune.errors import MachineError, ModelError
 from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention, packed_mixers
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
+from qtune.memory.packed_experts import is_packed
 from qtune.memory.techniques import Techniques
 from qtune.model import base_files, untrusted_folder
 from qtune.recipe import base_kind
@@ -162,5 +163,19 @@ def _refusing(folder: Path, device: str, held_in: str) -> Iterator[None]:
 
 
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the linears that are held in NF4, in the model's order."""
-    return tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    """Names of the linears that are held in NF4, and of the parameters with experts that are, in the model's order."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            names.append(name)
+        elif "Expert" in type(module).__name__:
+            names += [f"{name}.{own}" for own, each in module.named_parameters(recurse=False) if is_packed(each)]
+    return tuple(names)
+
+
+def without_weights(model: Model) -> PreTrainedModel:
+    """The base's modules on torch's meta device: names and shapes, nothing else."""
+    config = read_config(model)
+    with torch.device("meta"):
+        empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return empty

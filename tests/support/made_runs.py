@@ -1,15 +1,17 @@
 """Runs as training leaves them, made by hand: a base, an adapter with a random B that matters, and the lock."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from qtune import __version__
 from qtune.lock import Lock, LockedBase, Quantization
-from qtune.model import base, fingerprint
+from qtune.model import adapter, base, fingerprint
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir, write_json
@@ -30,12 +32,29 @@ def make_run(
 
     It stops at the tokenizer's end of sequence unless told otherwise.
     """
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **(lora or {})}
     model = Model(base=str(folder), **model_settings)
+
+    def attach(loaded: PreTrainedModel) -> PeftModel:
+        return get_peft_model(loaded, LoraConfig(**settings))
+
+    return kept_run(path, model, attach, compute_dtype, strength, stop_token_ids)
+
+
+def kept_run(
+    path: Path,
+    model: Model,
+    attach: Callable[[PreTrainedModel], PeftModel],
+    compute_dtype: str = "bfloat16",
+    strength: float = 0.05,
+    stop_token_ids: tuple[int, ...] | None = None,
+) -> RunDir:
+    """The same, of the base that `model` names, with the adapter that is attached to it."""
+    folder = Path(model.base)
     loaded = base.load_base(model, "cpu", compute_dtype)
     quantized = list(base.quantized_modules(loaded))
     torch.manual_seed(1)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **(lora or {})}
-    tuned = get_peft_model(loaded, LoraConfig(**settings))
+    tuned = attach(loaded)
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -46,7 +65,7 @@ def make_run(
         if ".lora_magnitude_vector." in name:
             parameter.data *= 1 + 0.1 * torch.randn_like(parameter)
     run = RunDir.create(path, "", {})
-    tuned.save_pretrained(run.adapter, save_embedding_layers=False)
+    adapter.save(tuned, run.adapter, model.base)
     run.write_lock(
         Lock(
             name=None,
