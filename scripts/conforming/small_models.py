@@ -25,10 +25,11 @@ NOT_DECODERS = frozenset((
 ))  # fmt: skip
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
+# Inputs of linears are whole blocks of 64 weights: bitsandbytes' processor kernel misreads others.
 SMALL = {
     "vocab_size": len(TOKENIZER), "vocab_size_per_layer_input": len(TOKENIZER),
     "max_position_embeddings": 512, "n_positions": 512,
-    "hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "hidden_size_per_layer_input": 16,
+    "hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "hidden_size_per_layer_input": 64,
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "intermediate_size_mlp": 128, "ffn_hidden_size": 128,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "shared_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 64, "moe_latent_size": 64, "expert_ffn_hidden_size": 64,
@@ -46,7 +47,7 @@ SMALL = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 1,
     "mamba_head_dim": 16, "mamba_num_heads": 8, "ssm_state_size": 16, "n_groups": 1, "state_size": 16,
-    "time_step_rank": 4, "mamba_dt_rank": 4, "lru_width": 64, "attention_hidden_size": 64, "chunk_size": 16,
+    "time_step_rank": 64, "mamba_dt_rank": 64, "lru_width": 64, "attention_hidden_size": 64, "chunk_size": 16,
     "bos_token_id": TOKENIZER.bos_token_id, "eos_token_id": TOKENIZER.eos_token_id,
     "pad_token_id": TOKENIZER.pad_token_id,
 }  # fmt: skip
@@ -55,6 +56,7 @@ WINDOWED_AND_FULL = ["sliding_attention", "full_attention"]
 LINEAR_AND_FULL = ["linear_attention", "full_attention"]
 PART = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"head_dim": 64},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {
         "patcher_config": {**PART, "vocab_size": len(TOKENIZER), "sliding_window": WINDOW},
@@ -83,14 +85,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_qk_nope_head_dim": 8,
         "swa_v_head_dim": 16,
     },
-    "gemma3n_text": {"layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 16,
+    "gemma3n_text": {"layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 64,
                      "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
     "gemma4_text": {"layers": 4, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"layers": 4, "num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": LINEAR_AND_FULL},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
-    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
+    "kimi_linear": {"linear_head_dim": 64, "linear_num_heads": 2},
     "laguna": {"layer_types": WINDOWED_AND_FULL},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -105,7 +107,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp_text": {
         "layers": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
-        "indexer_compress_ratio": 4, "hc_lowrank": 16,
+        "indexer_compress_ratio": 4, "hc_lowrank": 64,
     },
     "recurrent_gemma": {"layers": 3},
     "zamba": {"layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4,
