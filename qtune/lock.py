@@ -12,13 +12,15 @@ T = TypeVar("T")
 class LockedBase:
     """The base: `name` as the recipe had it, the `folder` of its weights, their SHA-256, and one of a glance at them.
 
-    The glance came later, and is None in older locks.
+    `has_towers` where it is the text model of a checkpoint that holds more. These two came later, and are None in older
+    locks.
     """
 
     name: str
     folder: str
     sha256: str
     glance_sha256: str | None = None
+    has_towers: bool | None = None
 
 
 @dataclass(frozen=True)

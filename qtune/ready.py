@@ -29,6 +29,7 @@ from qtune.plan.planner import decide
 from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work
 from qtune.recipe.schema import Recipe
+from qtune.recipe.text_part import TextPart
 from qtune.report.progress_line import Doing
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, write_json
@@ -64,7 +65,13 @@ class Ready:
         folder = base.base_folder(model)
         return Lock(
             name=recipe.name,
-            base=LockedBase(model.base, str(folder), fingerprint.fingerprint(folder), fingerprint.glance(folder)),
+            base=LockedBase(
+                name=model.base,
+                folder=str(folder),
+                sha256=fingerprint.fingerprint(folder),
+                glance_sha256=fingerprint.glance(folder),
+                has_towers=TextPart.in_folder(folder).is_within,
+            ),
             model=model.model_dump(mode="json"),
             recipe=recipe.model_dump(mode="json"),
             quantized_modules=tuple(quantized),

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from qtune import __version__, cache_dir
-from qtune.merge.safetensors_shards import TensorSpec, write_shard
+from qtune.merge.safetensors_shards import write_shard
 from qtune.model import base_files, fingerprint
+from qtune.model.checkpoint import TensorSpec
 from qtune.rundir import RunDir, read_json, write_json
 
 HIDDEN, INNER, VOCABULARY, HEADS, GROUPS, RANK = 2048, 8192, 32000, 32, 8, 16

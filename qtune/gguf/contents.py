@@ -22,6 +22,7 @@ from qtune.merge.merged_tensor import Job
 from qtune.merge.merged_weights import Fold, Onto
 from qtune.merge.parallel_writer import in_order
 from qtune.model import base
+from qtune.model.checkpoint import TensorSpec
 from qtune.model.tokenizer import load_tokenizer
 from qtune.rundir import RunDir
 
@@ -64,7 +65,7 @@ class Draft:
 def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
     """The whole model; `fold` is in float32. Raises ModelError for what has no GGUF form."""
     layout = Layout.of(base.read_config(fold.model))
-    specs = fold.checkpoint.specs()
+    specs = fold.checkpoint.text_specs()
     names = layout.names(specs)
     tokenizer = load_tokenizer(fold.model)
     rows = specs[EMBEDDING if EMBEDDING in specs else HEAD].shape[0]
@@ -75,7 +76,7 @@ def model_draft(run: RunDir, fold: Fold, quant: Quant, onto: Onto) -> Draft:
     writer.add_quantization_version(GGML_QUANT_VERSION)
     layout.describe(writer, rows)
     vocabulary.write_to(writer)
-    entries = {name: _entry(name, place, specs[name].shape, quant, place == head) for name, place in names.items()}
+    entries = {own: _entry(specs[own], place, quant, place == head) for own, place in names.items()}
     factors = layout.rope_factors()
     first = {} if factors is None else {TensorEntry(ROPE_FACTORS, ROPE_FACTORS, tuple(factors.shape), F32): factors}
     jobs: Iterator[Callable[[], Stored]] = chain(
@@ -95,22 +96,23 @@ def adapter_draft(run: RunDir, fold: Fold) -> Draft:
     layout = Layout.of(base.read_config(fold.model))
     adapter = fold.adapter
     refuse_what_is_no_lora(adapter)
-    entries = _lora_entries(adapter, layout.names(fold.checkpoint.specs()))
+    entries = _lora_entries(adapter, layout.names(fold.checkpoint.text_specs()))
     writer = _introduced(run, fold, layout, GGUFType.ADAPTER)
     describe_lora(writer, adapter)
     onto: Onto = "dequantised" if fold.quantized else "original"
     return Draft(fold, writer, "f32", onto, tuple(entries), _lora_jobs(entries, adapter, layout))
 
 
-def _entry(name: str, place: str, shape: tuple[int, ...], quant: Quant, is_head: bool) -> TensorEntry:
-    return TensorEntry(name, place, shape, stored_type(quant, shape, is_head))
+def _entry(spec: TensorSpec, place: str, quant: Quant, is_head: bool) -> TensorEntry:
+    return TensorEntry(spec.name, place, spec.shape, stored_type(quant, spec.shape, is_head))
 
 
 def _jobs(fold: Fold, layout: Layout, onto: Onto, entries: dict[str, TensorEntry]) -> Iterator[Callable[[], Stored]]:
     for shard in fold.checkpoint.shards:
         for spec in shard.tensors:
-            if entry := entries.get(spec.name):
-                order = layout.order(spec.name, spec.shape[0])
+            own = fold.checkpoint.text.name(spec.name)
+            if own is not None and (entry := entries.get(own)):
+                order = layout.order(own, spec.shape[0])
                 yield from (partial(_stored, entry, job) for job in fold.jobs(shard, spec.name, onto, order))
 
 

@@ -8,7 +8,7 @@ needs no place, and a way of converting that is not known is only refused where 
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -86,6 +86,10 @@ class CheckpointNames:
         for name, sources in joined.items():
             places |= _converted(name, sources, by_pattern[next(iter(sources))], shapes, checkpoint)
         return cls(places, shapes, {name: _stacks(experts) for name, experts in _experts(model)})
+
+    def called(self, stored_as: Mapping[str, str]) -> "CheckpointNames":
+        """The same for a checkpoint that calls by another name what was given here by the text model's."""
+        return replace(self, places={stored: self.of_tensor(own) for own, stored in stored_as.items()})
 
     def of_tensor(self, stored: str) -> Places:
         return self.places.get(stored, (Place(stored),))

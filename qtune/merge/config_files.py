@@ -6,7 +6,7 @@ tokenizers and configurations that were serialised again.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qtune.merge.safetensors_shards import write_synced
 from qtune.model.untrusted_folder import refuse_link_outside
 from qtune.recipe.base_kind import INDEX_NAME
 from qtune.recipe.schema import Model
+from qtune.recipe.text_part import text_config_of
 
 CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
     "config.json",
@@ -70,14 +71,26 @@ def _edit(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def _plain(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration of weights that are not quantised and stored in `dtype`, under the key the base uses for it."""
+    """The configuration of weights that are not quantised and stored in `dtype`, under the key the base uses for it.
+
+    Where it describes more than a text model, it is told of another dtype only where it has one.
+    """
     key = "dtype" if "dtype" in config else "torch_dtype"
-    return {**{name: value for name, value in config.items() if name != "quantization_config"}, key: dtype}
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    if (text := text_config_of(config)) is None:
+        return {**plain, key: dtype}
+    plain["text_config"] = _with_dtype(text, dtype)
+    return _with_dtype(plain, dtype)
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {name: dtype if name in ("dtype", "torch_dtype") and value else value for name, value in config.items()}
 
 
 def _stopping(generation: dict[str, Any], config: dict[str, Any], stop_token_ids: Sequence[int]) -> dict[str, Any]:
     """Every token the run trained as an end joins the end tokens that are known; the known ones come first."""
-    known = generation.get("eos_token_id", config.get("eos_token_id"))
+    text = text_config_of(config) or config
+    known = generation.get("eos_token_id", config.get("eos_token_id", text.get("eos_token_id")))
     ends = known if isinstance(known, list) else [] if known is None else [known]
     missing = [token for token in stop_token_ids if token not in ends]
     if not missing:

@@ -12,7 +12,6 @@ from threading import Event
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
 
 from qtune import __version__, atomic_files
 from qtune.errors import ModelError
@@ -32,9 +31,10 @@ from qtune.merge.lora_delta import (
 from qtune.merge.merged_tensor import Job, Part, Weight
 from qtune.merge.nf4_round_trip import Rows, piled, restored_experts, restored_rows
 from qtune.merge.parallel_writer import in_order
-from qtune.merge.safetensors_shards import BaseCheckpoint, Shard, TensorSpec, write_index, write_shard
+from qtune.merge.safetensors_shards import write_index, write_shard
 from qtune.merge.weight_change import LayerChange, Movement
 from qtune.model import base, fingerprint
+from qtune.model.checkpoint import BaseCheckpoint, Shard, TensorSpec
 from qtune.model.open_model import model_of
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
@@ -75,12 +75,12 @@ class Fold:
         Raises ModelError for an adapter that does not fit it, and where it is another base at a glance.
         """
         lock, model = run.read_lock(), model_of(run)
-        folder = folder or base.base_folder(model)
+        folder = folder or base.base_folder(model, is_text_alone=False)
         fingerprint.refuse_other_base(run, folder)
         checkpoint = BaseCheckpoint.open(folder)
         names = checkpoint_names(model, checkpoint)
         adapter = AdapterWeights.read(run.adapter, names.stacks)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = base.config_in(folder, model)
         quantized = frozenset(lock.quantized_modules)
         _refuse_misfit(run, adapter, checkpoint, names, quantized)
         _refuse_tied(run, adapter, names, config)
@@ -143,24 +143,26 @@ class Fold:
     def dtype_name(self) -> str:
         """The dtype most of the written bytes are in, as config.json spells it."""
         size: Counter[torch.dtype] = Counter()
-        for spec in map(self.written, self.checkpoint.specs().values()):
+        for spec in map(self.written, self.checkpoint.text_specs().values()):
             size[spec.dtype] += spec.bytes
         return str(size.most_common(1)[0][0]).removeprefix("torch.")
 
     def written(self, spec: TensorSpec) -> TensorSpec:
-        """The tensor as it will be in the output."""
-        return dataclasses.replace(spec, dtype=self.dtype) if self.dtype and spec.dtype.is_floating_point else spec
+        """The tensor as it will be in the output; what is not the text model's stays as it is."""
+        is_cast = spec.dtype.is_floating_point and self.checkpoint.text.name(spec.name) is not None
+        return dataclasses.replace(spec, dtype=self.dtype) if self.dtype and is_cast else spec
 
     def jobs(
         self, shard: Shard, name: str, onto: Onto, order: torch.Tensor | None = None, is_measured: bool = False
     ) -> Iterator[Job]:
         """What makes one tensor of the checkpoint, folded `onto` one base, a few rows each and in their order.
 
-        `order` says which row goes where, if not as they are. What is not floating point goes untouched.
+        `order` says which row goes where, if not as they are. What is not floating point, or not the text model's, goes
+        untouched.
         `is_measured` is for how far an adapted weight moves.
         """
         original = self.checkpoint.tensor(shard, name)
-        if original.dtype.is_floating_point:
+        if self.checkpoint.text.name(name) is not None and original.dtype.is_floating_point:
             return self._weight(name, original, onto, is_measured).jobs(order)
         return iter([lambda: Part(name, original)])
 
@@ -277,14 +279,14 @@ class Fold:
 
 def checkpoint_names(model: Model, checkpoint: BaseCheckpoint) -> CheckpointNames:
     """Where the tensors of `checkpoint` are in the model; where they say, if it cannot be made without weights."""
-    shapes = {name: spec.shape for name, spec in checkpoint.specs().items()}
+    shapes = {own: spec.shape for own, spec in checkpoint.text_specs().items()}
     try:
         empty = base.without_weights(model.model_copy(update={"base": str(checkpoint.folder)}))
     except Exception:  # code of a stranger may want weights
         if not model.trust_remote_code:
             raise
         return CheckpointNames({}, shapes, {})
-    return CheckpointNames.of(empty, shapes)
+    return CheckpointNames.of(empty, shapes).called(checkpoint.stored_as)
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

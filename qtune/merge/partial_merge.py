@@ -21,8 +21,8 @@ from qtune import atomic_files
 from qtune.errors import ModelError
 from qtune.merge.merged_weights import Onto, WrittenShard
 from qtune.merge.output_folder import make_folder
-from qtune.merge.safetensors_shards import Shard
 from qtune.merge.weight_change import LayerChange
+from qtune.model.checkpoint import Shard
 from qtune.rundir import HELD, alone_in, write_json
 
 MADE_FROM = "made_from.json"

@@ -1,4 +1,4 @@
-"""A checkpoint of safetensors files, read and written one tensor at a time.
+"""A checkpoint of safetensors files, written one tensor at a time.
 
 The shapes of a merge are known beforehand, so a file's header is written first and its tensors follow, a few rows at a
 time: memory holds less than one tensor, whatever the size of the model. The format, from the safetensors documentation:
@@ -9,119 +9,16 @@ bytes of the tensors in the header's order without gaps.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from qtune.errors import ModelError
 from qtune.merge.parallel_writer import as_bytes, written_beside
-from qtune.recipe.base_kind import INDEX_NAME, SINGLE_NAME, read_index
+from qtune.model.checkpoint import DTYPE_BY_CODE, TensorSpec
+from qtune.recipe.base_kind import INDEX_NAME
 
-DTYPE_BY_CODE = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a header says of one tensor."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numbers(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.numbers * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a checkpoint: its tensors in the order their bytes stand in."""
-
-    file_name: str
-    metadata: dict[str, str]
-    tensors: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class BaseCheckpoint:
-    """The weights in a Hugging Face folder; `index` is the shard index as JSON, None for a single file."""
-
-    folder: Path
-    shards: tuple[Shard, ...]
-    index: dict[str, Any] | None
-
-    @classmethod
-    def open(cls, folder: Path) -> "BaseCheckpoint":
-        """Read every header. Raises ModelError for a folder without weights, and for a damaged or missing shard."""
-        single, index_path = folder / SINGLE_NAME, folder / INDEX_NAME
-        if single.is_file():
-            return cls(folder, (_read_header(single),), None)
-        if not index_path.is_file():
-            raise ModelError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}, so there are no weights to merge.")
-        index = read_index(index_path)
-        names = sorted(set(index["weight_map"].values()))
-        return cls(folder, tuple(_read_header(folder / name) for name in names), index)
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor by name."""
-        return {spec.name: spec for shard in self.shards for spec in shard.tensors}
-
-    def called(self, name: str) -> torch.Tensor:
-        """The tensor `name`, whichever file it is in."""
-        return self.tensor(self.shard_by_name[name], name)
-
-    @cached_property
-    def shard_by_name(self) -> dict[str, Shard]:
-        return {spec.name: shard for shard in self.shards for spec in shard.tensors}
-
-    def tensor(self, shard: Shard, name: str) -> torch.Tensor:
-        """One tensor, mapped from the file; its pages are given back with it."""
-        with safe_open(self.folder / shard.file_name, framework="pt") as file:
-            return file.get_tensor(name)
-
-
-def _read_header(path: Path) -> Shard:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            tensors = tuple(
-                TensorSpec(name, _dtype_of(path, name, part.get_dtype()), tuple(part.get_shape()))
-                for name, part in slices.items()
-            )
-            return Shard(path.name, dict(file.metadata() or {}), tensors)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: is named in {INDEX_NAME} and is missing. Download the base again.") from None
-    except (SafetensorError, OSError) as fault:
-        raise ModelError(f"{path}: cannot be read ({fault}). Download the base again.") from None
-
-
-def _dtype_of(path: Path, name: str, code: str) -> torch.dtype:
-    if code not in DTYPE_BY_CODE:
-        raise ModelError(f"{path}: {name} is of type {code}, which cannot be merged.")
-    return DTYPE_BY_CODE[code]
 
 
 def write_shard(

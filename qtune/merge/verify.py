@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtune.errors import MachineError, ModelError
 from qtune.hardware import find_device, prepare
@@ -42,10 +42,11 @@ from qtune.merge.logit_distance import (
 )
 from qtune.merge.lora_delta import AdapterWeights
 from qtune.merge.merged_weights import Onto, checkpoint_names
-from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.merge.weights_proof import Trained, WeightsProof
 from qtune.model import adapter, base
+from qtune.model.checkpoint import BaseCheckpoint
 from qtune.model.open_model import model_of, techniques_of
+from qtune.recipe.schema import Model
 from qtune.rundir import MERGE_REPORT, RunDir, read_json, write_json
 
 FOLD_KL = 1e-5  # in float32 both sides are the same but for the order of sums: 3e-11 in 30 trained layers
@@ -275,9 +276,8 @@ def _kl_with_weights_of(
 def _load_merged(output: Path, live: Live) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The folder through plain transformers, its linears left in host memory until they are used."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            output, dtype="auto", use_safetensors=True, trust_remote_code=live.trust_remote_code
-        )
+        spec = Model(base=str(output), quantization="none", trust_remote_code=live.trust_remote_code)
+        model = base.from_folder(output, base.config_in(output, spec), live.trust_remote_code, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=live.trust_remote_code)
     except Exception as fault:  # whatever stops the reader's own `from_pretrained` is the finding
         raise ModelError(f"{output}: does not load in transformers ({str(fault).splitlines()[0]}).") from None

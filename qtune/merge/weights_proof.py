@@ -1,8 +1,8 @@
 """Every number of what was written, held against what the live model computes with.
 
 Of an adapted or quantised weight it must be the rounding of the live model's own in float32; of any other it must be
-the base's. So a wrong scale, a layer in another's place or a tensor that was left out is found whatever it does to the
-answers, and how deep a model is makes no difference.
+the base's, to the byte where the live model has no part in it. So a wrong scale, a layer in another's place or a tensor
+that was left out is found whatever it does to the answers, and how deep a model is makes no difference.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,8 @@ from qtune.merge.checkpoint_names import CheckpointNames, Place
 from qtune.merge.live_weights import LiveExperts, device_of, held, is_folded, layer_called, noise, tuned
 from qtune.merge.merged_weights import Onto
 from qtune.merge.nf4_round_trip import rows_at_once
-from qtune.merge.safetensors_shards import BaseCheckpoint
+from qtune.merge.parallel_writer import as_bytes
+from qtune.model.checkpoint import BaseCheckpoint
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Trained:
         return WeightsProof.of(counted)
 
     def _strays(self, name: str, found: torch.Tensor) -> int:
+        if self.base.text.name(name) is None:
+            return 0 if _are_the_same(found, self.base.called(name)) else found.numel()
         wanted = self.wanted(name)
         if not (found.is_floating_point() and wanted.weight.is_floating_point()):
             return 0 if torch.equal(found, wanted.weight) else found.numel()
@@ -160,6 +163,11 @@ class Trained:
         if held is not None and held.shape == self.names.shapes.get(place.tensor, base.shape):
             held = place.of(held)
         return held if held is not None and held.shape == base.shape else base.to(self.compute_dtype)
+
+
+def _are_the_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To the byte, NaN among them."""
+    return one.dtype == other.dtype and one.shape == other.shape and bool((as_bytes(one) == as_bytes(other)).all())
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -26,8 +27,10 @@ from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.packed_experts import is_packed
 from qtune.memory.techniques import Techniques
 from qtune.model import base_files, untrusted_folder
+from qtune.model.checkpoint import BaseCheckpoint
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
+from qtune.recipe.text_part import TextPart, text_config_of
 
 
 def quiet_libraries() -> None:
@@ -36,14 +39,15 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def base_folder(model: Model) -> Path:
+def base_folder(model: Model, is_text_alone: bool = True) -> Path:
     """The local folder with the base's files; a hub model is downloaded once and then found in the cache.
 
-    Raises ModelError for a folder that holds no model, MachineError where the hub cannot be reached.
+    With `is_text_alone` files of weights that hold nothing of the text model may be missing. Raises ModelError for a
+    folder that holds no model, MachineError where the hub cannot be reached.
     """
     if model.base == "demo":
         return base_files.DEMO_BASE
-    return _checked(base_files.local_folder(model) or base_files.whole(model), model)
+    return _checked(base_files.local_folder(model) or base_files.whole(model, is_text_alone), model)
 
 
 def _checked(folder: Path, model: Model, needs_weights: bool = True) -> Path:
@@ -56,17 +60,18 @@ def _checked(folder: Path, model: Model, needs_weights: bool = True) -> Path:
 
 
 def read_config(model: Model) -> PreTrainedConfig:
-    """The base's configuration; ModelError unless it is a causal language model."""
-    return _config_in(base_folder(model), model)
+    """The configuration of the base's text model; ModelError unless that is a causal language model."""
+    return config_in(base_folder(model), model)
 
 
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
     folder = base_files.local_folder(model) or base_files.config_alone(model)
-    return _config_in(_checked(folder, model, needs_weights=False), model)
+    return config_in(_checked(folder, model, needs_weights=False), model)
 
 
-def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
+def config_in(folder: Path, model: Model) -> PreTrainedConfig:
+    """The same for a folder that is there, which `model` says how to trust."""
     if model.trust_remote_code:
         untrusted_folder.refuse_code_elsewhere(folder)
     try:
@@ -77,7 +82,17 @@ def _config_in(folder: Path, model: Model) -> PreTrainedConfig:
         told = reason[0] if reason else type(fault).__name__
         raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({told})") from None
     _refuse_unfit(folder, described, model.trust_remote_code)
-    return config
+    return config if text_config_of(described) is None else _text_config(config, described)
+
+
+def _text_config(config: PreTrainedConfig, described: Mapping[str, Any]) -> PreTrainedConfig:
+    """The text model's own configuration, with what the whole model's config.json says for it."""
+    text: PreTrainedConfig = config.text_config
+    if "tie_word_embeddings" in described:
+        text.tie_word_embeddings = bool(described["tie_word_embeddings"])
+    text.dtype = text.dtype or config.dtype
+    text.name_or_path = config.name_or_path
+    return text
 
 
 def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bool) -> None:
@@ -87,7 +102,7 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
         raise ModelError(f"model.base: {folder} {fault}")
 
 
-def model_class(config: PreTrainedConfig) -> type | None:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The causal model of transformers that `config` describes; None for code that comes with a base."""
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
@@ -113,14 +128,14 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     with quantized_experts(lives_on_host) if quantization else contextlib.nullcontext():
         folder = base_folder(model)
         with _refusing(folder, device, "4 bits" if quantization else compute_dtype):
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = from_folder(
                 folder,
+                config,
+                model.trust_remote_code,
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=quantization,
                 attn_implementation=packed_attention.NAME,
-                trust_remote_code=model.trust_remote_code,
-                use_safetensors=True,
             )
     loaded.requires_grad_(False)
     if quantization:
@@ -131,6 +146,34 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     fused_layers.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
+    return loaded
+
+
+def from_folder(folder: Path, config: PreTrainedConfig, trust_remote_code: bool, **settings: Any) -> PreTrainedModel:
+    """The causal language model that `config` describes, as transformers loads it with `settings`.
+
+    Of a checkpoint that holds more only its tensors are read. Raises ModelError where some of them are missing.
+    """
+    if not TextPart.in_folder(folder).is_within:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, use_safetensors=True, **settings
+        )
+    kind, checkpoint = model_class(config), BaseCheckpoint.open(folder, is_text_alone=True)
+    assert kind is not None, "the text model's class was looked for"
+    if settings.get("dtype") == "auto":
+        settings["dtype"] = config.dtype or next(spec.dtype for spec in checkpoint.text_specs().values())
+    with contextlib.suppress(OSError):  # without the file transformers takes what the model's own configuration says
+        settings["generation_config"] = GenerationConfig.from_pretrained(folder)
+    with checkpoint.text_tensors() as tensors:
+        loaded, told = kind.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True, **settings
+        )
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(
+            f"model.base: the weights in {folder} lack {missing[0]} of the text model that its {base_kind.CONFIG}"
+            " describes. Download the base again."
+        )
+    loaded.name_or_path = loaded.config.name_or_path = str(folder)
     return loaded
 
 

@@ -1,6 +1,6 @@
 """Where a base's files are: in a folder of this machine, or on the hub, which gives the small ones alone too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 
 from qtune.errors import MachineError, ModelError
 from qtune.recipe.schema import Model
+from qtune.recipe.text_part import files_without_text
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
 WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -26,9 +27,13 @@ def local_folder(model: Model) -> Path | None:
     return path if path.is_absolute() else None
 
 
-def whole(model: Model) -> Path:
-    """A hub model's folder with its weights. All here raise ModelError and MachineError where there is none."""
-    return _snapshot(model, [*WEIGHT_FILES, *SMALL_FILES])
+def whole(model: Model, is_text_alone: bool = True) -> Path:
+    """A hub model's folder with its weights, or those files of them that hold some of its text model.
+
+    All here raise ModelError and MachineError where there is none.
+    """
+    apart = files_without_text(without_weights(model)) if is_text_alone else frozenset()
+    return _snapshot(model, [*WEIGHT_FILES, *SMALL_FILES], sorted(apart))
 
 
 def without_weights(model: Model) -> Path:
@@ -41,9 +46,16 @@ def config_alone(model: Model) -> Path:
     return Path(_fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))).parent
 
 
-def _snapshot(model: Model, patterns: list[str]) -> Path:
+def _snapshot(model: Model, patterns: list[str], but: Sequence[str] = ()) -> Path:
     wanted = [*patterns, *(["*.py"] if model.trust_remote_code else [])]
-    return Path(_fetched(model, lambda: snapshot_download(model.base, revision=model.revision, allow_patterns=wanted)))
+    return Path(
+        _fetched(
+            model,
+            lambda: snapshot_download(
+                model.base, revision=model.revision, allow_patterns=wanted, ignore_patterns=list(but) or None
+            ),
+        )
+    )
 
 
 def _fetched(model: Model, fetch: Callable[[], str]) -> str:

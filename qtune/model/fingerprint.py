@@ -17,6 +17,7 @@ from typing import Any
 from qtune import atomic_files, cache_dir
 from qtune.errors import DiskFull, ModelError, RunFolderError
 from qtune.recipe import base_kind
+from qtune.recipe.text_part import files_without_text
 from qtune.rundir import RunDir, write_json
 
 BYTES_AT_ONCE = 1 << 20
@@ -82,7 +83,9 @@ def refuse_other_base(run: RunDir, folder: Path) -> None:
 
 
 def _weights_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    """Those with some of the text model in them: others may come later, when it is merged."""
+    apart = files_without_text(folder)
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file() and path.name not in apart)
 
 
 def _state(folder: Path) -> list[list[Any]]:

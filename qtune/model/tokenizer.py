@@ -32,6 +32,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         )
     except Exception as fault:  # tokenizer files fail in as many ways as there are formats
         raise ModelError(f"model.base: the tokenizer in {folder} cannot be loaded ({fault}).") from None
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _of_processor(folder)
     if model.chat_template is not None:
         try:
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
@@ -40,6 +42,14 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer
+
+
+def _of_processor(folder: Path) -> str | None:
+    """The chat template where models that also see keep it, if transformers does not look there for a tokenizer's."""
+    for name in ("chat_template.json", "processor_config.json"):
+        if isinstance(template := _json_in(folder, name).get("chat_template"), str):
+            return template
+    return None
 
 
 def _plain_config(folder: Path) -> PreTrainedConfig | None:

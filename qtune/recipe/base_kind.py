@@ -8,20 +8,19 @@ import re
 import shlex
 import struct
 from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from qtune.errors import ModelError
+from qtune.recipe.text_part import CONFIG, INDEX_NAME, causal_classes, files_without_text, json_in, text_config_of
 
 GGUF_SUFFIX = ".gguf"
 GGUF_HEAD_BYTES = 1 << 16  # the general.* keys come first; behind them is the vocabulary, which is megabytes
 GGUF_MAGIC, GGUF_STRING, GGUF_ARRAY = b"GGUF", 8, 9
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
-INDEX_NAME, SINGLE_NAME, ADAPTER_CONFIG = "model.safetensors.index.json", "model.safetensors", "adapter_config.json"
-CONFIG, LOCK, INVOCATION = "config.json", "lock.json", "invocation.json"
+SINGLE_NAME, ADAPTER_CONFIG = "model.safetensors", "adapter_config.json"
+LOCK, INVOCATION = "lock.json", "invocation.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 OTHER_FORMS = {  # weights that neither transformers nor qtune reads, by the files they are in
@@ -75,7 +74,7 @@ def _file(path: Path) -> str:
 def _run(folder: Path) -> str | None:
     if not ((folder / LOCK).is_file() or (folder / INVOCATION).is_file()):
         return None
-    base = _json(folder / LOCK).get("base")
+    base = json_in(folder / LOCK).get("base")
     on = f" on {base['name']}" if isinstance(base, dict) and "name" in base else ""
     return (
         f"{folder} is a run of qtune{on}, and no model. `qtune resume {shlex.quote(str(folder))}` goes on with it."
@@ -93,7 +92,7 @@ def _merged(run: Path) -> str:
 def _adapter(folder: Path) -> str | None:
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
-    base = _json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = json_in(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     what = f"{folder} is an adapter{f' for {base}' if isinstance(base, str) and base else ''}, and no model"
     if (folder.parent / LOCK).is_file():
         return f"{what}. {_merged(folder.parent)}"
@@ -155,7 +154,7 @@ def _config(folder: Path, trust_remote_code: bool) -> str | None:
         return f"{path} cannot be used ({wrong})."
     if not isinstance(described, dict):
         return f"{path} cannot be used (it holds no JSON object)."
-    fault = fault_of_config(described, None if trust_remote_code else causal_classes())
+    fault = fault_of_config(described, None if trust_remote_code else causal_classes().values())
     return f"{folder} {fault}" if fault else None
 
 
@@ -165,7 +164,8 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
     if not described.get("architectures") and not described.get("model_type"):
         return f"has a {CONFIG} with neither architectures nor model_type, and is no model that transformers knows."
     kinds = described.get("architectures") or [f"{described['model_type']} model"]
-    if causal and isinstance(kinds, list) and not set(map(str, kinds)) & set(causal):
+    text = text_config_of(described)
+    if causal and text is None and isinstance(kinds, list) and not set(map(str, kinds)) & set(causal):
         senses = [name for name in SENSES if name in described]
         reads = f", which reads more than text ({senses[0]})" if senses else ""
         return f"is a {kinds[0]}{reads}, and qtune tunes {TUNABLE}."
@@ -174,29 +174,12 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
     if isinstance(found := described.get("quantization"), dict) and "bits" in found:
         return f"is quantised already (for MLX). {UNQUANTISED}"
     absent = [name for name in SIZES if name not in described]
-    if absent and described.get("model_type") in SAYS_ALL_SIZES:
+    if absent and text is None and described.get("model_type") in SAYS_ALL_SIZES:
         return (
             f"has a {CONFIG} that lacks {' and '.join(absent)}, and a default would describe another model. Take the"
             " one that came with the weights."
         )
     return None
-
-
-@lru_cache(maxsize=1)
-def causal_classes() -> tuple[str, ...]:
-    """The classes that AutoModelForCausalLM makes, read from the source of transformers, whose import takes seconds.
-
-    Empty where that is not as it was; `model.base` asks transformers itself, later.
-    """
-    package = find_spec("transformers")
-    if package is None or package.origin is None:
-        return ()
-    try:
-        source = (Path(package.origin).parent / "models/auto/modeling_auto.py").read_text(encoding="utf-8")
-    except OSError:
-        return ()
-    table = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", source, re.DOTALL | re.MULTILINE)
-    return tuple(re.findall(r'\(\s*"[^"]+",\s*"(\w+)"', table[0])) if table else ()
 
 
 def _weights(folder: Path, needs_weights: bool) -> str | None:
@@ -208,7 +191,8 @@ def _weights(folder: Path, needs_weights: bool) -> str | None:
         instead = _pickled(pickles[0].name) if pickles else " Download the base again."
         return f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.{instead}"
     try:
-        files = weight_files(folder)
+        apart = files_without_text(folder)
+        files = [path for path in weight_files(folder) if path.name not in apart]
     except ModelError as fault:
         return str(fault)
     if absent := [path.name for path in files if not path.is_file()]:
@@ -262,15 +246,6 @@ def _pickled(name: str) -> str:
 
 def _named(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`; an empty one where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def gguf_texts(path: Path) -> dict[str, str]:

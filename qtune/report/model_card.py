@@ -128,10 +128,11 @@ def _results(found: Record) -> list[str]:
 
 
 def _use(found: Record, what: What, address: str) -> list[str]:
-    base = found.base_on_hub or "FOLDER_OF_THE_BASE"
+    base, has_towers = found.base_on_hub or "FOLDER_OF_THE_BASE", serving_snippets.has_towers(found)
     if what == "merged":
-        return ["## Use", "", *markdown.fenced(serving_snippets.transformers_snippet(address), "python"), ""]
-    lines = ["## Use", "", *markdown.fenced(serving_snippets.peft_snippet(base, address), "python"), ""]
+        snippet = serving_snippets.transformers_snippet(address, has_towers)
+        return ["## Use", "", *markdown.fenced(snippet, "python"), ""]
+    lines = ["## Use", "", *markdown.fenced(serving_snippets.peft_snippet(base, address, has_towers), "python"), ""]
     command = serving_snippets.vllm_command(found, base, address)
     return [*lines, *markdown.fenced(command, "sh"), ""] if command else lines
 

@@ -35,8 +35,13 @@ def uses(found: Record) -> list[Use]:
         Use("Talk to it, base and tuned side by side", f"{then.chat} --compare"),
         Use("Fold it into its base: a plain model folder", then.merge),
         *([Use("Serve it with vLLM, beside its base", command)] if command else []),
-        Use("Load it in Python, with peft alone", peft_snippet(base, adapter), "python"),
+        Use("Load it in Python, with peft alone", peft_snippet(base, adapter, has_towers(found)), "python"),
     ]
+
+
+def has_towers(found: Record) -> bool:
+    """Whether the base is the text model of a checkpoint that holds more."""
+    return found.lock is not None and bool(found.lock.base.has_towers)
 
 
 def base_title(found: Record) -> str:
@@ -57,7 +62,7 @@ def vllm_command(found: Record, base: str, adapter: str) -> str | None:
     assert found.lock is not None, NO_BASE
     lora = found.lock.recipe.get("lora", {})
     rank = lora.get("rank", 0)
-    if vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
+    if has_towers(found) or vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
         return None
     return vllm_with_adapter(base, found.name, adapter, rank)
 
@@ -93,26 +98,38 @@ def vllm_with_adapter(base: str, name: str, adapter: str, rank: int) -> str:
     return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {most} --lora-modules {module}"
 
 
-def peft_snippet(base: str, adapter: str) -> str:
+# The text model of a checkpoint that holds more, by its own class: its configuration, and what the checkpoint's names
+# become. The parts of a name that are taken away are those of `recipe.text_part`.
+TEXT_ALONE = (
+    "config = AutoConfig.from_pretrained(base).text_config  # the text model alone\n"
+    'names = {r"^(model\\.)?language_model\\.lm_head": "lm_head",\n'
+    '         r"^(model\\.)?(language_model|text_model)\\.(model\\.)?": "model."}\n'
+)
+
+
+def peft_snippet(base: str, adapter: str, has_towers: bool = False) -> str:
     """Python that loads the adapter on its base; `base` and `adapter` are folders or hub names."""
     return (
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "\n"
-        f"base = {base!r}\n"
-        'model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map="auto")\n'
+        f"{_loading(base, has_towers)}\n"
         f"model = PeftModel.from_pretrained(model, {adapter!r})\n"
         "tokenizer = AutoTokenizer.from_pretrained(base)"
     )
 
 
-def transformers_snippet(folder: str) -> str:
-    """Python that loads a merged model; `folder` is one, or a hub name."""
+def transformers_snippet(folder: str, has_towers: bool = False) -> str:
+    """Python that loads a merged model, or its text model; `folder` is one, or a hub name."""
+    return f"{_loading(folder, has_towers)}\ntokenizer = AutoTokenizer.from_pretrained(base)"
+
+
+def _loading(place: str, has_towers: bool) -> str:
+    config, given = ("AutoConfig, ", "config=config, key_mapping=names, ") if has_towers else ("", "")
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"from transformers import {config}AutoModelForCausalLM, AutoTokenizer\n"
         "\n"
-        f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto", device_map="auto")\n'
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+        f"base = {place!r}\n"
+        f"{TEXT_ALONE if has_towers else ''}"
+        f'model = AutoModelForCausalLM.from_pretrained(base, {given}dtype="auto", device_map="auto")'
     )
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from fault_lab import stage
 from qtune.errors import QtuneError
 from qtune.merge.config_files import write_small_files
-from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.model import adapter, base
+from qtune.model.checkpoint import BaseCheckpoint
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import ADAPTER_CONFIG, INDEX_NAME, SINGLE_NAME
 from qtune.recipe.load import load

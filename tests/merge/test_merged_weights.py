@@ -22,8 +22,8 @@ from qtune.merge import nf4_round_trip
 from qtune.merge.merge import merge
 from qtune.merge.merged_weights import Fold
 from qtune.merge.nf4_round_trip import restore_quantized
-from qtune.merge.safetensors_shards import INDEX_NAME
 from qtune.model import base, fingerprint
+from qtune.recipe.base_kind import INDEX_NAME
 from qtune.recipe.schema import Model
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from qtune.errors import ModelError
-from qtune.merge.safetensors_shards import INDEX_NAME, BaseCheckpoint, TensorSpec, write_index, write_shard
+from qtune.merge.safetensors_shards import write_index, write_shard
+from qtune.model.checkpoint import INDEX_NAME, BaseCheckpoint, TensorSpec
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -15,10 +15,10 @@ from qtune.gguf import weights_proof
 from qtune.gguf.contents import adapter_draft, model_draft
 from qtune.merge.merge import merge
 from qtune.merge.merged_weights import Fold
-from qtune.merge.safetensors_shards import BaseCheckpoint
 from qtune.merge.verify import Live
 from qtune.merge.weights_proof import WeightsProof
 from qtune.model.base_files import DEMO_BASE
+from qtune.model.checkpoint import BaseCheckpoint
 from qtune.rundir import RunDir
 
 STRENGTHS = {

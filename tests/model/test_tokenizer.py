@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import byte_tokenizer
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
@@ -59,15 +61,45 @@ def test_of_a_hub_model_no_weights_are_fetched(monkeypatch, tmp_path) -> None:
     """`data check` of a base on the hub downloaded its weights, 15 GB for a tokenizer of 10 MB."""
     asked: list[list[str]] = []
 
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, allow_patterns: list[str], **others: Any) -> str:
         asked.append(allow_patterns)
+        if "*.safetensors" not in allow_patterns and len(asked) > 1:
+            return str(tmp_path)
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(base_files, "snapshot_download", snapshot)
     for read in (load_tokenizer, base.base_folder):
         with pytest.raises(MachineError, match="cannot be reached"):
             read(Model(base="some/model"))
-    assert [("*.safetensors" in patterns, "*.json" in patterns) for patterns in asked] == [(False, True), (True, True)]
+    assert ["*.safetensors" in patterns for patterns in asked] == [False, False, True]
+    assert all("*.json" in patterns for patterns in asked)
+
+
+@pytest.mark.parametrize(("is_text_alone", "left"), [(True, ["tower.safetensors"]), (False, None)])
+def test_files_that_hold_nothing_of_the_text_are_not_fetched(monkeypatch, tmp_path, is_text_alone, left) -> None:
+    text = {"model_type": "qwen3", "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["SomeVLM"], "text_config": text}))
+    shards = {"model.visual.w": "tower.safetensors", "mtp.w": "tower.safetensors", "lm_head.weight": "b.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    asked: list[Any] = []
+
+    def snapshot(name: str, allow_patterns: list[str], ignore_patterns: Any, **others: Any) -> str:
+        asked.append(ignore_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(base_files, "snapshot_download", snapshot)
+    base_files.whole(Model(base="some/model"), is_text_alone)
+    assert asked[-1] == left
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+def test_the_template_of_a_processor_is_taken(name: str, tmp_path: Path) -> None:
+    """Models that also see keep it there, as transformers 4 wrote it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert load_tokenizer(Model(base=str(tmp_path))).chat_template == "{{ messages }}"
 
 
 def test_a_missing_chat_template_is_named(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_merged_model_is_another_kind_of_thing(tmp_path: Path) -> None:
     run = secret_run(tmp_path)
     text = text_of(run, "merged", "me/merged")
     assert header(text)["library_name"] == "transformers"
-    assert "AutoModelForCausalLM.from_pretrained('me/merged'" in text
+    assert "base = 'me/merged'\nmodel = AutoModelForCausalLM.from_pretrained(base" in text
     assert "PeftModel" not in text
     assert "Held against the live adapter on held-out rows: mean KL 1.0e-06 nats" in text
 
