@@ -313,11 +313,12 @@ def _attention(device: "Device", recipe: "Recipe | None") -> Examined:
     heads, key_heads, width, window, whose = EIGHT_B
     if recipe is not None:
         from qtune.model import base
+        from qtune.plan import fake_model
 
         config = base.read_config_alone(recipe.model).get_text_config()
         heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        key_heads = min(fake_model.sizes_in_layers(config, "num_key_value_heads")) or heads
+        width = max(fake_model.sizes_in_layers(config, "head_dim")) or config.hidden_size // heads
         window, whose = getattr(config, "sliding_window", None), recipe.model.base
     card = device.capability
     if card is None:

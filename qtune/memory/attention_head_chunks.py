@@ -68,6 +68,8 @@ def why_not_grouped(layer: torch.nn.Module) -> str | None:
         return "its attention has parameters of its own"
     if any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(attention).items()):
         return "its attention drops out weights"
+    if getattr(attention, "store_full_length_kv", False):
+        return "later layers read all of its keys and values"
     norms = [child for name, child in attention.named_children() if name in ("q_norm", "k_norm")]
     if any(parameter.numel() != attention.head_dim for norm in norms for parameter in norm.parameters()):
         return "its attention norms all heads together"

@@ -1,7 +1,8 @@
 """The decoder layers, run one at a time: recomputed in the backward pass, their inputs kept here or in host memory.
 
 Held less of: everything a layer saves for its gradient. Only its input of (B, T, H) is kept, on the device or in
-pinned host memory, and the layer runs again when its gradient is due.
+pinned host memory, and the layer runs again when its gradient is due. What else it is given that has a gradient (an
+input of its own of each layer, keys and values that an earlier layer shares with it) is there already, and stays.
 Costs: one more forward pass of the layer, a third of the time; inputs in host memory 2BTH bytes a layer there, copied
 on a stream of their own while the device computes.
 Refuses: models whose decoder layers cannot be found, or hand each other more than their output.
@@ -13,13 +14,16 @@ input, its streamed weights) is there for that time and no longer.
 Letters: B rows, T tokens, H hidden, L layers.
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch.autograd.graph import get_gradient_edge
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -30,14 +34,15 @@ if TYPE_CHECKING:  # what a runner is given when these are switched on
     from qtune.memory.activation_offload import HostBuffers
     from qtune.memory.weight_streaming import LayerStream
 
-Forward = Callable[[torch.Tensor], Any]
+Forward = Callable[..., Any]  # of hidden states and what else has a gradient
+Shared = MutableMapping[str, tuple[torch.Tensor, ...]]
+SHARED = "shared_kv_states"  # as the layers of Gemma 3n and 4 call the keys and values that some leave for others
 
 
 def find_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointingLayer]:
     """The decoder layers in the order they run; empty where a model does not keep them in one list.
 
-    `model` is a causal model or an adapter on one. A model that also sees has layers that are not the decoder's. Layers
-    that read an earlier one's keys and values are none that can be run by themselves: their gradient goes there, too.
+    `model` is a causal model or an adapter on one. A model that also sees has layers that are not the decoder's.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     lists = [
@@ -47,8 +52,7 @@ def find_layers(model: PreTrainedModel | PeftModel) -> list[GradientCheckpointin
         and len(module) > 0
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
     ]
-    shares_keys = any(getattr(module, "is_kv_shared_layer", False) for module in causal.modules())
-    return lists[0] if len(lists) == 1 and not shares_keys else []
+    return lists[0] if len(lists) == 1 else []
 
 
 @dataclass
@@ -88,28 +92,24 @@ class LayerRunner:
         return before_layer
 
     def _checkpoint_of(self, index: int) -> Callable[..., Any]:
-        def checkpoint(forward: Callable[..., Any], hidden: torch.Tensor, *others: Any) -> Any:
-            documents = documents_here()
-
-            def run(x: torch.Tensor) -> Any:
-                with documents_are(documents):  # which a backward pass is not told otherwise
-                    return forward(x, *others)
-
+        def checkpoint(forward: functools.partial[Any], hidden: torch.Tensor, *others: Any) -> Any:
             if not torch.is_grad_enabled():
-                return run(hidden)
+                return forward(hidden, *others)
+            shared = forward.keywords.get(SHARED)
+            call = _LayerCall.of(forward, others, shared)
             # the first layer's input needs no gradient, its adapter does
             anchor = hidden.new_empty(0, requires_grad=True)
-            return _Recomputed.apply(hidden, anchor, run, self, index)
+            return call.share(_Recomputed.apply(hidden, anchor, call.run, self, index, *call.tensors), shared)
 
         return checkpoint
 
-    def run_again(self, index: int, forward: Forward, hidden: torch.Tensor) -> list[Any]:
+    def run_again(self, index: int, forward: Forward, *inputs: torch.Tensor) -> list[Any]:
         """The layer's outputs with their graph, as the edges that a backward pass starts from; None for one without."""
         if self.stream is not None:
             self.stream.bring_in(index, is_forward=False)
         self.is_recomputing, self._index = True, index
         try:
-            output = forward(hidden)
+            output = forward(*inputs)
         finally:
             self.is_recomputing = False
         if index not in self.ends_in_sum:
@@ -131,12 +131,79 @@ def _ends_in_sum(output: torch.Tensor) -> bool:
     return any(getattr(before, "is_tail", False) for before, _ in node.next_functions)
 
 
+@dataclass
+class _LayerCall:
+    """One call of a layer's `forward(hidden, *arguments)`, of which the `tensors` that have a gradient are taken out,
+    to be given anew as leaves. So are those that earlier layers share, to which the layer may add others, the `made`
+    ones. It does not hold the mapping that these go to, which leads back to it."""
+
+    forward: Callable[..., Any]
+    leaves: list[Any]
+    layout: pytree.TreeSpec
+    documents: tuple[int, ...] | None  # which a backward pass is not told otherwise
+    shares: Callable[[Shared], Shared] | None
+    made: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, forward: functools.partial[Any], arguments: tuple[Any, ...], shared: Shared | None) -> "_LayerCall":
+        """`forward` has its keywords bound to it, as transformers hands it over."""
+        keywords = {name: value for name, value in forward.keywords.items() if name != SHARED}
+        before = {} if shared is None else dict(shared)  # as it is now, whatever is added later
+        leaves, layout = pytree.tree_flatten((arguments, keywords, before))
+        bare = functools.partial(forward.func, *forward.args)
+        return cls(bare, leaves, layout, documents_here(), None if shared is None else type(shared))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if _has_gradient(leaf)]
+
+    def run(self, hidden: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        """What the layer returns, and behind that the tensors that it shares."""
+        with documents_are(self.documents):
+            return self._run(hidden, *tensors)
+
+    def _run(self, hidden: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        leaves = [next(given) if _has_gradient(leaf) else leaf for leaf in self.leaves]
+        arguments, keywords, before = pytree.tree_unflatten(leaves, self.layout)
+        if self.shares is None:
+            return self.forward(hidden, *arguments, **keywords)
+        now = self.shares(before)
+        output = self.forward(hidden, *arguments, **keywords, **{SHARED: now})
+        made = {key: value for key, value in now.items() if value is not before.get(key)}
+        self.made = {key: len(value) for key, value in made.items()}
+        if not made:
+            return output
+        return *(output if isinstance(output, tuple) else (output,)), *(x for value in made.values() for x in value)
+
+    def share(self, results: Any, shared: Shared | None) -> Any:
+        """What the layer returned, once the tensors behind it are `shared`, with the graph that leads to them."""
+        if shared is None or not self.made:
+            return results
+        count = len(results) - sum(self.made.values())
+        behind = iter(results[count:])
+        for key, parts in self.made.items():
+            shared[key] = tuple(itertools.islice(behind, parts))
+        return results[0] if count == 1 else results[:count]
+
+
+def _has_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
 class _Recomputed(torch.autograd.Function):
-    """`forward(hidden)`, a tensor or a tuple with some, of which only `hidden` is kept."""
+    """`forward(hidden, *others)`, a tensor or a tuple with some, of which only `hidden` is kept, and the `others`, of
+    which each has a gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, anchor: torch.Tensor, forward: Forward, runner: LayerRunner, index: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        anchor: torch.Tensor,
+        forward: Forward,
+        runner: LayerRunner,
+        index: int,
+        *others: torch.Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
         memory_tracker.enter_phase("forward")
@@ -145,23 +212,26 @@ class _Recomputed(torch.autograd.Function):
         ctx.random = rng_state.note(hidden.device) if runner.keeps_random_state else None
         ctx.device, ctx.host = hidden.device, runner.host
         if ctx.host is not None:
+            ctx.save_for_backward(*others)
             with ctx.host.putting(index, hidden):
-                return forward(hidden)
+                return forward(hidden, *others)
         memory_tracker.mark([hidden], "checkpoints")
-        ctx.save_for_backward(hidden)
-        return forward(hidden)
+        ctx.save_for_backward(hidden, *others)
+        return forward(hidden, *others)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         runner, index = ctx.runner, ctx.index
         memory_tracker.enter_layer_backward(index)
-        hidden = ctx.saved_tensors[0] if ctx.host is None else ctx.host.get(index, ctx.device)
-        hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
+        inputs = ctx.saved_tensors if ctx.host is None else (ctx.host.get(index, ctx.device), *ctx.saved_tensors)
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        inputs = tuple(x.detach().requires_grad_(is_due) for x, is_due in zip(inputs, needed, strict=True))
         with torch.enable_grad(), ctx.autocast(), rng_state.rewound(ctx.random, ctx.device):
-            edges = runner.run_again(index, ctx.forward, hidden)
+            edges = runner.run_again(index, ctx.forward, *inputs)
         pairs = [pair for pair in zip(edges, gradients, strict=True) if None not in pair]
         torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
-        return hidden.grad, None, None, None, None
+        hidden, *others = inputs
+        return hidden.grad, None, None, None, None, *(x.grad for x in others)
 
 
 def backward_again(

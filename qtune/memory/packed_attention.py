@@ -68,12 +68,11 @@ def install(model: PreTrainedModel) -> None:
     A row that comes with `document_lengths` then gets no mask, any other its own; and a model whose code does not hand
     keywords on keeps documents apart like any other.
     """
-    _know_documents(model)
-    if model.base_model is not model:
-        _know_documents(model.base_model)
+    for module in dict.fromkeys((model, model.base_model)):
+        _know_documents(module, is_decoder=module is not model)
 
 
-def _know_documents(module: Any) -> None:
+def _know_documents(module: Any, is_decoder: bool) -> None:
     original = module.forward
     parameters = inspect.signature(original).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -83,8 +82,7 @@ def _know_documents(module: Any) -> None:
         lengths = kwargs.get("document_lengths")
         if not takes_any:
             kwargs.pop("document_lengths", None)
-        kept = kwargs.get("logits_to_keep")
-        if "logits_to_keep" not in parameters and kept is not None and not (isinstance(kept, int) and kept < 2):
+        if is_decoder and isinstance(kept := kwargs.get("logits_to_keep"), int) and kept > 1:
             kwargs["logits_to_keep"] = (
                 0  # or Gemma 4 asks fewer queries than keys, and a row without a mask starts anew
             )

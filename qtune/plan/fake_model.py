@@ -130,15 +130,24 @@ def _refuse_contradictions(config: PreTrainedConfig) -> None:
     """Raises ModelError for sizes that no model has, which transformers would meet as a division by zero."""
     text, says = config.get_text_config(), "model.base: its config.json says"
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        size = getattr(text, name, None)
-        if size is not None and not (isinstance(size, int) and size >= 1):
-            raise ModelError(f"{says} {name} = {size}, which must be a whole number of at least 1.")
-    heads, groups = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
-    if heads and groups and heads % groups:
-        raise ModelError(
-            f"{says} num_attention_heads = {heads} and num_key_value_heads = {groups}, and the first must be a multiple"
-            " of the second."
-        )
+        for size in sizes_in_layers(text, name):
+            if size is not None and not (isinstance(size, int) and size >= 1):
+                raise ModelError(f"{says} {name} = {size}, which must be a whole number of at least 1.")
+    heads = getattr(text, "num_attention_heads", None)
+    for groups in sizes_in_layers(text, "num_key_value_heads"):
+        if heads and groups and heads % groups:
+            raise ModelError(
+                f"{says} num_attention_heads = {heads} and num_key_value_heads = {groups}, and the first must be a"
+                " multiple of the second."
+            )
+
+
+def sizes_in_layers(text: PreTrainedConfig, name: str) -> tuple[Any, ...]:
+    """What `text` says of each layer by that name, or once of all of them; Gemma 4's global layers have other heads."""
+    try:
+        return (getattr(text, name, None),)
+    except RuntimeError:  # which transformers raises, since 5.10, of a size that is not the same in every layer
+        return tuple(getattr(text.per_layer_config[layer], name) for layer in range(text.num_hidden_layers))
 
 
 def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -157,8 +166,12 @@ def shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def period(config: PreTrainedConfig) -> int:
-    """After how many layers their kinds repeat: 1 for most models, 6 where five windows go with one full attention."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"]
+    """After how many layers their kinds repeat: 1 for most models, 6 where five windows go with one full attention, and
+    as many as there are where the last ones read what earlier ones share."""
+    text = config.get_text_config()
+    if getattr(text, "num_kv_shared_layers", None):
+        return int(text.num_hidden_layers)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
     return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
 
 

@@ -1,5 +1,6 @@
 """What stands through a whole step, by part: weights, adapter, gradients, optimizer state. Counted, not traced."""
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, is_card:
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 1)
+    widths = [width or text.hidden_size // heads for width in fake_model.sizes_in_layers(text, "head_dim")]
+    key_heads = [count or 1 for count in fake_model.sizes_in_layers(text, "num_key_value_heads")]
     optimizer = OPTIMIZERS[recipe.train.optimizer]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model.build(config, recipe, compute_dtype, mode)
@@ -54,8 +57,8 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, is_card:
         active_parameters=round(sum(_elements(p) * _active_share(p, config) for p in others)),
         trained_parameters=sum(p.numel() for p in trained),
         head_parameters=text.vocab_size * text.hidden_size,
-        attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
-        key_value_heads=getattr(text, "num_key_value_heads", None) or 1,
+        attention_width=heads * sum(widths) // len(widths),
+        key_value_heads=math.gcd(*key_heads),
         refusals=refusals(model),
         paged_bytes=sum(optimizer.paged_bytes(p.numel()) for p in trained) if is_card else 0,
         left_out=adapter.left_out(causal) if recipe.lora.targets == "all-linear" else {},

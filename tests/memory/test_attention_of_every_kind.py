@@ -54,13 +54,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(kind: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+def made(kind: str, **others: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same model twice, with transformers' own attention and with ours; what is trained is all of it."""
     packed_attention.register()
     shape = {key: value for key, value in SHAPE.items() if key != "head_dim" or "qk_rope_head_dim" not in KINDS[kind]}
     plain, ours = (
         AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **{**shape, **KINDS[kind]}), attn_implementation=name, dtype=torch.float32
+            AutoConfig.for_model(kind, **{**shape, **KINDS[kind], **others}),
+            attn_implementation=name,
+            dtype=torch.float32,
         ).eval()
         for name in ("eager", packed_attention.NAME)
     )
@@ -112,6 +114,15 @@ def test_whole_and_padded_rows_and_answers_are_those_of_plain_transformers(kind:
     found, expected = (model.generate(ids, attention_mask=mask, **wanted) for model in (ours, plain))
     assert found.sequences.tolist() == expected.sequences.tolist()
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_logits_of_a_row_are_those_of_the_whole_one() -> None:
+    """Gemma 4 asks but those of the layers that share keys, and without a mask they would be taken for the first."""
+    shared = {"num_hidden_layers": 4, "layer_types": WINDOWS["layer_types"] * 2, "num_kv_shared_layers": 2}
+    _, ours = made("gemma4_text", **shared, hidden_size_per_layer_input=8, vocab_size_per_layer_input=262)
+    ids = torch.randint(6, 262, (1, 4))
+    whole = ours(input_ids=ids, use_cache=False).logits[:, -3:]
+    torch.testing.assert_close(ours(input_ids=ids, use_cache=False, logits_to_keep=3).logits, whole)
 
 
 def defined(rows: list[torch.Tensor], asked: dict[str, Any]) -> torch.Tensor:

@@ -9,6 +9,8 @@ from real_steps import compare, on_this_machine, recipe_for
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -91,6 +93,27 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(tmp_path_factory.mktemp("gemma3"), Gemma3ForCausalLM, config)
 
 
+@pytest.fixture(scope="session")
+def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, of which the last two read keys and values of earlier ones; an input of its own for each, wide heads
+    in every third, a capped head."""
+    config = Gemma4TextConfig(
+        **SHARED,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=64,
+        sliding_window=32,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=262,
+        hidden_size_per_layer_input=16,
+        layer_types=[("full_attention" if i % 3 == 2 else "sliding_attention") for i in range(6)],
+    )
+    return saved(tmp_path_factory.mktemp("gemma4"), Gemma4ForCausalLM, config)
+
+
 def test_a_dense_model(tiny_base: Path) -> None:
     compare(
         tiny_base,
@@ -137,6 +160,11 @@ def test_packed_experts(qwen3_moe: Path) -> None:
 def test_windowed_layers(gemma3: Path) -> None:
     """What a further layer keeps is taken from a windowed one, which keeps its band: too much for others."""
     compare(gemma3, "bfloat16", [Techniques(), Techniques(7, True, 64)], DOCUMENTS, tolerance=0.02)
+
+
+@pytest.mark.long
+def test_layers_that_share_keys(gemma4: Path) -> None:
+    compare(gemma4, "float32", [Techniques(), Techniques(3), Techniques(6, True, 64, True, "host", 6)], DOCUMENTS)
 
 
 @pytest.mark.parametrize("slice_bytes", [32 * MIB, 100 * 64 * 2])

@@ -15,7 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
@@ -57,6 +61,13 @@ SHAPE = {
     "pad_token_id": PAD,
 }
 MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+SHARED_KEYS = {  # the last two layers read what the first two leave for them
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 262,
+}
+OF_GEMMA3N = {"hidden_size_per_layer_input": 8, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS}
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(tiny_config(num_hidden_layers=LAYERS)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
@@ -65,6 +76,10 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SHAPE, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    ),
+    "gemma3n": lambda: Gemma3nForCausalLM(Gemma3nTextConfig(**SHAPE, **SHARED_KEYS, **OF_GEMMA3N)),
+    "gemma4": lambda: Gemma4ForCausalLM(
+        Gemma4TextConfig(**SHAPE, **SHARED_KEYS, hidden_size_per_layer_input=8, global_head_dim=32)
     ),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, **MULTIPLIERS, logits_scaling=1.0)),
     "qwen3 moe": lambda: Qwen3MoeForCausalLM(
