@@ -7,9 +7,10 @@ from qtune.data.prepare import prepare
 from qtune.hardware import Device
 from qtune.model import base
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
-from qtune.plan.max_context import Longest
+from qtune.plan.max_context import STEP_TOKENS, Longest
 from qtune.plan.plan import Plan
 from qtune.plan.planner import decide, longest_on
+from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work
 from qtune.ready import finding_base, work_of
 from qtune.recipe.schema import Recipe
@@ -43,3 +44,10 @@ def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) ->
         config = base.read_config_alone(recipe.model)
     doing(f"planning for {counted(len(devices), 'card')}")
     return list(zip(devices, longest_on(recipe, devices, config), strict=True))
+
+
+def refuse_where_none_fits(recipe: Recipe, device: Device) -> None:
+    """Raises DoesNotFit, with the changes that would, where `device` has no room for the shortest sequence."""
+    shortest = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_tokens": STEP_TOKENS})})
+    config = base.read_config_alone(recipe.model)
+    refuse_unless_it_fits(shortest, decide(shortest, device, config, Work.of_full_sequences(STEP_TOKENS)))

@@ -56,7 +56,7 @@ def _longest(options: Namespace) -> None:
             from qtune import hardware
             from qtune.gpu_models import GpuModel, model_of
             from qtune.plan.planner import budget_of
-            from qtune.planning import longest_contexts
+            from qtune.planning import longest_contexts, refuse_where_none_fits
             from qtune.report import plan_table
 
         here, asked, host = hardware.find_device(), options.device_memory, options.host_memory
@@ -75,6 +75,8 @@ def _longest(options: Namespace) -> None:
         terminal.print_json(rows)
     else:
         doing.console.print(plan_table.longest_table(recipe.model.base, rows))
+    if not any(row["tokens"] for row in rows):
+        refuse_where_none_fits(recipe, cards[-1])
 
 
 VERB = Verb(

@@ -139,19 +139,23 @@ class Ladder:
 
     def tops(self, batch: BatchShape) -> list[Techniques]:
         """The leanest sets of techniques: every open rung that costs the host nothing, and each way of spending the
-        host's budget on the others, as many layers streamed as there is room for beside them. No plan of the ladder
-        takes less of a device than the one of these that takes least. Those that round the head come last.
+        host's budget on the others, as many layers streamed as there is room for beside them. Where the inputs of all
+        layers have no room there, fewer are recomputed. No plan of the ladder takes less of a device than the one of
+        these that takes least. Those that round the head come last.
         """
         steps = self.open_steps()
         by_amount = [step for step in steps if TECHNIQUES[step.technique].fills_host]
         others = [step for step in steps if step not in by_amount]
         for_host = [step for step in others if step.is_for_host]
+        ground = next((step for step in steps if step.technique == GROUND), None)
         leanest = []
         for count in range(len(for_host) + 1):
             for left_out in itertools.combinations(for_host, count):
                 techniques = self.foot
                 for step in others:
                     techniques = techniques if step in left_out else step.up(techniques, self.standing)
+                if ground and self._host_bytes(techniques, batch) > self.budget.host_bytes:
+                    techniques = self._as_the_host_allows(ground, techniques, batch)
                 if self._host_bytes(techniques, batch) <= self.budget.host_bytes:
                     for step in by_amount:
                         techniques = self._as_the_host_allows(step, techniques, batch)

@@ -2,8 +2,9 @@
 
 Which plan that is changes with the length: what a long document keeps of its layers may have no room in host memory,
 and then stands on the device while the host holds weights instead. So every top of the ladder is asked. What a pass
-holds is nearly a straight line in the tokens, so it is traced at two lengths, and then where the lines say that the
-budget ends, until that stays where it is.
+holds is nearly a straight line in the tokens, but for short ones, where tiles and workspaces grow with them. So it is
+traced at a few lengths, of which only those next to an answer are looked at, and then where the lines between them say
+that the budget ends, until that stays where it is.
 """
 
 import math
@@ -21,7 +22,7 @@ from qtune.recipe.schema import MAX_TOKENS
 
 Bound = Literal["card", "host", "both"]
 STEP_TOKENS = 64
-FIRST_TOKENS = (4096, 32_768)  # so long that tiles and kernels' workspaces no longer bend the line
+FIRST_TOKENS = (STEP_TOKENS, 1024, 5120, 32_768)  # most tiles are whole from 1024 on, and the loss's as large as any
 EXACT_FRACTION = 0.005  # of the tokens: less than lengths of one data set differ by from another
 TRACES = 10  # three or four are enough where the line is straight
 FURTHER_FRACTION = 0.1  # longer by so much, more than one layer's weights are lacking
@@ -132,12 +133,12 @@ class Lines:
         return {phase: _between(peak, second[phase], share) for phase, peak in first.items()}
 
     def checkpoint_bytes(self, batch: BatchShape) -> int:
-        at_first = self.exact.checkpoint_bytes(BatchShape.of_one_document(FIRST_TOKENS[0]))
-        return at_first * batch.tokens // FIRST_TOKENS[0]
+        at_last = self.exact.checkpoint_bytes(BatchShape.of_one_document(FIRST_TOKENS[-1]))
+        return at_last * batch.tokens // FIRST_TOKENS[-1]
 
     def moved_bytes(self, techniques: Techniques, batch: BatchShape) -> int:
-        at_first = self.exact.moved_bytes(techniques, BatchShape.of_one_document(FIRST_TOKENS[0]))
-        return at_first * batch.tokens // FIRST_TOKENS[0]
+        at_last = self.exact.moved_bytes(techniques, BatchShape.of_one_document(FIRST_TOKENS[-1]))
+        return at_last * batch.tokens // FIRST_TOKENS[-1]
 
     def _around(self, techniques: Techniques, tokens: int) -> tuple[int, int]:
         known = sorted(self._lengths.get(techniques, FIRST_TOKENS))

@@ -88,13 +88,24 @@ def test_what_does_not_fit_is_exit_3_with_the_changes(workplace: Path, capsys: p
 @pytest.mark.long
 def test_the_longest_context(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     write_config(num_hidden_layers=1)
-    status, out, _ = plan(capsys, "--longest", "--device-memory", "520MiB", "--json")
+    status, out, _ = plan(capsys, "--longest", "--device-memory", "560MiB", "--json")  # 500 of context, 16 of cuBLAS
     (row,) = json.loads(out)
     assert status == 0
-    assert row["device_bytes"] == 520 * 1024**2
+    assert row["device_bytes"] == 560 * 1024**2
     assert row["tokens"] > 500
     assert row["tokens"] % 64 == 0
     assert row["bound"] in ("card", "host", "both")
+
+
+def test_where_not_even_the_shortest_fits_it_is_exit_3_with_the_changes(workplace: Path, capsys) -> None:
+    """The answer was a row with 0 tokens, and exit 0."""
+    write_config(num_hidden_layers=1)
+    status, out, err = plan(capsys, "--longest", "--device-memory", "520MiB")
+    first, *changes = err.strip().splitlines()
+    assert status == 3
+    assert "does not fit" in out
+    assert "at data.max_tokens = 64 takes" in first
+    assert changes == ["  a device with 534 MiB free (memory.budget)"]
 
 
 @pytest.mark.parametrize(
