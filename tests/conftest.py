@@ -3,8 +3,10 @@
 import gc
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,9 +15,10 @@ os.environ["QTUNE_CACHE"] = "off"  # no test leaves rows in the cache of whoever
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, by an import: none asks the hub, or waits until it does not answer
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run on the processor
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # the process that hands out tests needs no torch, nor do many tests
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 TESTS = Path(__file__).resolve().parent
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -42,14 +45,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
+def pytest_collection() -> None:
+    """Imports make much and leave all of it there."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now is walked by no collection any more: where memory runs out, there are many."""
+    if "qtune.plan.activation_memory" in sys.modules:
+        import made_once
+
+        made_once.install()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per byte, six special ones, a BOS added on encode."""
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: i for i, token in enumerate([*BYTES, *SPECIAL])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.add_special_tokens(SPECIAL)
@@ -67,7 +82,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(**changes: object) -> LlamaConfig:
+def tiny_config(**changes: object) -> "LlamaConfig":
+    from transformers import LlamaConfig
+
     settings = {
         "vocab_size": 262,
         "hidden_size": 64,
@@ -92,6 +109,9 @@ def nothing_said_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama in float32."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("tiny_base")
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)

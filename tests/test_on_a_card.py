@@ -9,6 +9,7 @@ FOLDER = Path(__file__).resolve().parent / "on_a_card"
 
 
 @pytest.mark.parametrize("file", [path.name for path in sorted(FOLDER.glob("[!_]*.py"))])
-def test_on_a_card(file: str) -> None:
-    ended = forked.run([FOLDER / "__main__.py", FOLDER / file])
+def test_on_a_card(request: pytest.FixtureRequest, file: str) -> None:
+    asked = ["--all"] if request.config.getoption("--all") else []
+    ended = forked.run([FOLDER / "__main__.py", FOLDER / file, *asked])
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import pytest
 
 from qtune import cli
@@ -333,14 +334,18 @@ def test_a_whole_life(workplace: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_ctrl_c_saves_the_adapter_and_exits_130(workplace: Path) -> None:
     (workplace / "t.toml").write_text(recipe_text("rows.jsonl").replace("max_steps = 2", "max_steps = 100000"))
-    command = [sys.executable, "-m", "qtune", "run", "t.toml", "--output", "out", "--set", "train.epochs=1000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        for line in child.stdout:
+    command = ["-m", "qtune", "run", "t.toml", "--output", "out", "--set", "train.epochs=1000"]
+    reading, printing = os.pipe()
+    with open(os.devnull) as nothing, open("said.txt", "w+") as told, open(reading) as printed:
+        child = forked.Forked(command, (nothing.fileno(), printing, told.fileno()))
+        os.close(printing)
+        for line in printed:
             if line.startswith("step 3"):
                 os.kill(child.pid, signal.SIGINT)
                 break
-        said, error = child.communicate(timeout=120)
-    assert child.returncode == 130, error
+        said = printed.read()
+        code, error = child.wait(timeout=120), Path("said.txt").read_text()
+    assert code == 130, error
     assert "  finishing this step, then saving; Ctrl-C again drops it\n" in said
     assert re.search(r"^stopped at step \d+ of 1,?000", said, re.MULTILINE)
     commands = [line.strip() for line in said.splitlines() if line.startswith("  qtune ")]

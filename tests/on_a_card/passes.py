@@ -38,6 +38,17 @@ PAIRS = [
     for pair in itertools.combinations(ALONE, 2)
     if set(pair) not in CONTAINED and "one streamed" not in pair  # as all streamed, and one that is not
 ]
+THREES = [  # in which any two are found together
+    ("head groups", "host embedding", "host head"),
+    ("host embedding", "head in NF4", "all streamed"),
+    ("recomputed", "tiles", "host embedding"),
+    ("host checkpoints", "host head", "all streamed"),
+    ("recomputed", "head groups", "head in NF4"),
+    ("tiles", "head groups", "all streamed"),
+    ("host checkpoints", "tiles", "head in NF4"),
+    ("host checkpoints", "head groups", "host embedding"),
+    ("recomputed", "tiles", "host head"),
+]
 
 
 def techniques(*names: str) -> Techniques:
@@ -66,8 +77,19 @@ def assert_as_on_the_processor(folder: Path, on: Techniques, lora: Lora) -> None
     assert others == other_others
 
 
-@pytest.mark.parametrize("names", [*((name,) for name in ALONE), *PAIRS], ids=" and ".join)
-def test_a_technique_and_any_two_give_what_they_give_on_the_processor(tiny_base: Path, names: tuple[str, ...]) -> None:
+def test_any_two_are_together_in_the_threes() -> None:
+    together = {frozenset(pair) for three in THREES for pair in itertools.combinations(three, 2)}
+    assert together == set(map(frozenset, PAIRS))
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in ALONE), *THREES], ids=" and ".join)
+def test_a_technique_and_three_give_what_they_give_on_the_processor(tiny_base: Path, names: tuple[str, ...]) -> None:
+    assert_as_on_the_processor(tiny_base, techniques(*names), Lora(rank=4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("names", PAIRS, ids=" and ".join)
+def test_so_do_any_two_by_themselves(tiny_base: Path, names: tuple[str, ...]) -> None:
     assert_as_on_the_processor(tiny_base, techniques(*names), Lora(rank=4))
 
 

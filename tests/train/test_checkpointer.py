@@ -37,14 +37,17 @@ def quick_plans():
 
 @pytest.fixture(scope="module")
 def alone(tiny_base, tmp_path_factory) -> Path:
-    """A run that was left alone, with a checkpoint after each of its steps and two steps to a log line."""
+    """A run that was left alone, with a checkpoint after each of its steps and two steps to a log line.
+
+    An epoch is three steps of three rows, and one of two.
+    """
     folder = tmp_path_factory.mktemp("alone")
-    recipe = write_recipe(folder, tiny_base, save={"every": 1, "keep": 100}, train={**TRAIN, "log_every": 2})
+    recipe = write_recipe(folder, tiny_base, data={"max_rows": 14}, save={"every": 1, "keep": 100}, train=TRAIN)
     assert qtune("run", recipe, "--output", folder / "run") == 0
     return folder / "run"
 
 
-TRAIN = {"optimizer": "paged_adamw_8bit"}
+TRAIN = {"optimizer": "paged_adamw_8bit", "gradient_accumulation": 3, "log_every": 2}
 
 
 def test_a_checkpoint_is_what_its_docstring_lists(alone: Path) -> None:
