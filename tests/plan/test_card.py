@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 
+import made_once
 import pytest
 import torch
 from real_steps import recipe_for
@@ -146,9 +147,10 @@ def test_thirty_billion_of_experts() -> None:
     assert standing.active_parameters < 4e9
 
 
-def test_a_plan_is_quick() -> None:
+def test_a_plan_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten seconds on two idle cores are promised; a core that shares its caches with other work takes longer."""
     card = Device("cuda:0", "a card", 8 * GIB, 8 * GIB, "bfloat16", "a test", 32 * GIB, CONTEXT)
+    monkeypatch.setattr(made_once, "made", {})
     start = time.process_time()
     plan = decide(recipe_for("demo"), card, SHAPES["Llama-3.1-8B"], Work.of_full_sequences(2048))
     assert time.process_time() - start < 25

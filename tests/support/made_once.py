@@ -1,13 +1,11 @@
 """Traces of fake steps, made once in a process for the same question: a plan takes longer than a run of eight steps.
 
 A trace depends on the shape of a model, the adapter on it, the techniques and the batch, and on nothing else that a
-recipe says. It is made anew where a test has put something else into the code that it runs through. `tests/plan`, which
-is about traces, has all of them made.
+recipe says. It is made anew where a test has put something else into the code that it runs through.
 """
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,8 +28,7 @@ def install() -> None:
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def made_before(config: Any, recipe: Recipe, *others: Any, **named: Any) -> Any:
-        is_about_traces = "tests/plan/" in os.environ.get("PYTEST_CURRENT_TEST", "")
-        if is_about_traces or named.get("counter") is not None:
+        if named.get("counter") is not None:
             return function(config, recipe, *others, **named)
         shape = json.dumps({**config.to_dict(), "_name_or_path": ""}, sort_keys=True, default=str)
         key = (function.__name__, type(config), shape, _asked(recipe), others, tuple(named.items()), tuple(_put_in()))
@@ -43,9 +40,9 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _asked(recipe: Recipe) -> str:
-    """What `fake_model.build` looks at, and the optimizer, whose state stands."""
     model = recipe.model.model_dump(exclude={"base", "revision"}, mode="json")
-    return json.dumps([model, recipe.lora.model_dump(mode="json"), recipe.train.optimizer])
+    others = [part.model_dump(mode="json") for part in (recipe.lora, recipe.memory)]
+    return json.dumps([model, *others, recipe.train.optimizer])
 
 
 def _put_in() -> Iterator[tuple[str, str, int]]:

@@ -275,7 +275,7 @@ def test_an_event_set_from_outside_lets_the_step_finish_and_ends_training(tiny_b
         if isinstance(event, StepDone) and event.step == steps:
             stop.set()
 
-    session, events = session_of(recipe_for(tiny_base), listen=listen)
+    session, events = session_of(recipe_for(tiny_base, eval_every=1), listen=listen)
     fitted = session.run(stop)
     assert (fitted.steps, fitted.was_stopped, fitted.stopped_by) == (steps, True, None)
     assert [event.step for event in events if isinstance(event, StepDone)] == list(range(1, steps + 1))
