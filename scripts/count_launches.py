@@ -89,7 +89,8 @@ class Launches(LiveBytes):
 def of_a_pass(layers: int, is_recomputed: bool, tile_tokens: int, documents: tuple[int, ...]) -> tuple[Launches, int]:
     """What a pass through `layers` layers launches, and bytes that the second layer keeps for its backward pass."""
     counter = Launches()
-    techniques = Techniques(recomputed_layers=layers if is_recomputed else 0, tile_tokens=tile_tokens)
+    again = layers if is_recomputed else 0
+    techniques = Techniques(recomputed_layers=again, tile_tokens=tile_tokens, recomputed_attention=again)
     batch = BatchShape(documents, sum(documents))
     traced = trace(llama_8b(layers), RECIPE, "bfloat16", techniques, batch, CAPABILITY, counter)
     return counter, sum(traced.left_by(1).device.values()) if layers > 2 else 0

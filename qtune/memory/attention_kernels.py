@@ -30,7 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qtune import accelerator
 from qtune.accelerator import Capability
-from qtune.memory import memory_tracker
+from qtune.memory import kept_attention, memory_tracker
 from qtune.memory.tiled_attention import Scores, attend_in_tiles
 
 Kernel = Literal["flash", "memory-efficient", "math"]
@@ -173,8 +173,12 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: int) -> torch.Tensor:
         documents, heads, length, width = query.shape
-        output = query.new_empty(documents, length, heads, width).transpose(1, 2)
-        sums = query.new_empty(documents, heads, length, dtype=torch.float32)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            output = query.new_empty(documents, length, heads, width).transpose(1, 2)
+            return output, query.new_empty(documents, heads, length, dtype=torch.float32)
+
+        output, sums = kept_attention.once("flash", run)
         ctx.save_for_backward(query, key, value, output, sums)
         ctx.blocks = blocks
         return output
@@ -207,10 +211,15 @@ class _MemoryEfficient(torch.autograd.Function):
         bias = None if band is None else band.to(query.dtype)
         if bias is not None and length % 8:
             bias = bias.new_empty(length, _in_whole(length, 8))
-        output = query.new_empty(documents, length, heads, value.shape[-1]).transpose(1, 2)
-        sums = query.new_empty(documents, heads, _in_whole(length, 32), dtype=torch.float32)
-        if value.shape[-1] > 128:
-            memory_tracker.note_workspace("layer workspace", 4 * output.numel())
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            output = query.new_empty(documents, length, heads, value.shape[-1]).transpose(1, 2)
+            sums = query.new_empty(documents, heads, _in_whole(length, 32), dtype=torch.float32)
+            if value.shape[-1] > 128:
+                memory_tracker.note_workspace("layer workspace", 4 * output.numel())
+            return output, sums
+
+        output, sums = kept_attention.once("memory-efficient", run)
         ctx.save_for_backward(query, key, value, output, sums, bias)
         return output
 
@@ -399,9 +408,12 @@ class _Sunk(torch.autograd.Function):
         sinks: torch.Tensor,
         kernel: _HostFlash | _SpannedFlash,
     ) -> torch.Tensor:
-        output, sums = kernel.forward(query, key, value)
-        whole = torch.logaddexp(sums, sinks.to(sums.dtype))
-        output = output * (sums - whole).exp_().to(output.dtype)[..., None]
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            output, sums = kernel.forward(query, key, value)
+            whole = torch.logaddexp(sums, sinks.to(sums.dtype))
+            return output * (sums - whole).exp_().to(output.dtype)[..., None], whole
+
+        output, whole = kept_attention.once("sunk", run)
         ctx.save_for_backward(query, key, value, output, whole, sinks)
         ctx.kernel = kernel
         return output

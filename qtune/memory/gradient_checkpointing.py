@@ -1,8 +1,9 @@
 """The decoder layers, run one at a time: recomputed in the backward pass, their inputs kept here or in host memory.
 
 Held less of: everything a layer saves for its gradient. Only its input of (B, T, H) is kept, on the device or in
-pinned host memory, and the layer runs again when its gradient is due. What else it is given that has a gradient (an
-input of its own of each layer, keys and values that an earlier layer shares with it) is there already, and stays.
+pinned host memory, and where there is room what its attention returned (`kept_attention`); the layer runs again when
+its gradient is due. What else it is given that has a gradient (an input of its own of each layer, keys and values that
+an earlier layer shares with it) is there already, and stays.
 Costs: one more forward pass of the layer, a third of the time; inputs in host memory 2BTH bytes a layer there, copied
 on a stream of their own while the device computes.
 Refuses: models whose decoder layers cannot be found, or hand each other more than their output.
@@ -14,6 +15,7 @@ input, its streamed weights) is there for that time and no longer.
 Letters: B rows, T tokens, H hidden, L layers.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, MutableMapping
@@ -27,8 +29,9 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qtune.memory import memory_tracker, rng_state
+from qtune.memory import kept_attention, memory_tracker, rng_state
 from qtune.memory.documents import documents_are, documents_here
+from qtune.memory.kept_attention import Kept
 
 if TYPE_CHECKING:  # what a runner is given when these are switched on
     from qtune.memory.activation_offload import HostBuffers
@@ -64,6 +67,7 @@ class LayerRunner:
     stream: "LayerStream | None" = None
     is_recomputing: bool = False
     keeps_random_state: bool = False
+    attention_again: int = 0  # of so many layers attention is run again, too; the others keep what it returned
     ends_in_sum: dict[int, bool] = field(default_factory=dict)
 
     @property
@@ -211,13 +215,20 @@ class _Recomputed(torch.autograd.Function):
         ctx.autocast = autocast_here(hidden)
         ctx.random = rng_state.note(hidden.device) if runner.keeps_random_state else None
         ctx.device, ctx.host = hidden.device, runner.host
-        if ctx.host is not None:
+        ctx.kept = Kept() if index >= runner.attention_again else None
+        is_leaving: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if ctx.host is None:
+            memory_tracker.mark([hidden], "checkpoints")
+            ctx.save_for_backward(hidden, *others)
+        else:
+            is_leaving = ctx.host.putting(index, hidden)
             ctx.save_for_backward(*others)
-            with ctx.host.putting(index, hidden):
-                return forward(hidden, *others)
-        memory_tracker.mark([hidden], "checkpoints")
-        ctx.save_for_backward(hidden, *others)
-        return forward(hidden, *others)
+        with is_leaving, kept_attention.of_layer(ctx.kept):
+            output = forward(hidden, *others)
+        if ctx.kept is not None:
+            memory_tracker.mark(ctx.kept.tensors(), kept_attention.PART)
+            ctx.kept.is_again = True
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -226,10 +237,11 @@ class _Recomputed(torch.autograd.Function):
         inputs = ctx.saved_tensors if ctx.host is None else (ctx.host.get(index, ctx.device), *ctx.saved_tensors)
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         inputs = tuple(x.detach().requires_grad_(is_due) for x, is_due in zip(inputs, needed, strict=True))
-        with torch.enable_grad(), ctx.autocast(), rng_state.rewound(ctx.random, ctx.device):
-            edges = runner.run_again(index, ctx.forward, *inputs)
-        pairs = [pair for pair in zip(edges, gradients, strict=True) if None not in pair]
-        torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
+        with kept_attention.of_layer(ctx.kept):
+            with torch.enable_grad(), ctx.autocast(), rng_state.rewound(ctx.random, ctx.device):
+                edges = runner.run_again(index, ctx.forward, *inputs)
+            pairs = [pair for pair in zip(edges, gradients, strict=True) if None not in pair]
+            torch.autograd.backward([edge for edge, _ in pairs], [gradient for _, gradient in pairs])
         hidden, *others = inputs
         return hidden.grad, None, None, None, None, *(x.grad for x in others)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qtune.memory.engine import Engine
 
 STANDING_PARTS = ("base", "streamed layers", "embedding", "head", "adapter", "gradients", "optimizer", PAGED_OPTIMIZER)
-PASSING_PARTS = ("batch", "checkpoints", "layer workspace", "dequantised weights", "loss")
+PASSING_PARTS = ("batch", "checkpoints", "kept attention", "layer workspace", "dequantised weights", "loss")
 
 
 def standing_parts(

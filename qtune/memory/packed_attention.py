@@ -30,7 +30,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qtune.memory import memory_tracker
+from qtune.memory import kept_attention, memory_tracker
 from qtune.memory.attention_kernels import (
     Call,
     attend,
@@ -126,7 +126,8 @@ def document_attention(
     ):
         query, key, value = (tensor.to(call.dtype) for tensor in (query, key, value))
         spans = spans_of(lengths, how.window, device)
-        attended = attend_varlen(query, key, value, spans, how.scaling, how.sinks)
+        with kept_attention.one_call():
+            attended = attend_varlen(query, key, value, spans, how.scaling, how.sinks)
     elif len(lengths) == 1:
         attended = how.attend(query, key, value)
     else:
@@ -151,6 +152,7 @@ class Asked:
         window, cap, sinks = (settings.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
         return cls(settings.get("dropout", 0.0), settings.get("scaling"), window, cap, sinks)
 
+    @kept_attention.one_call()
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Causal attention, within the window, of (D, H, S, E) queries."""
         if self.cap is not None:

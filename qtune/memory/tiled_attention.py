@@ -14,12 +14,13 @@ Letters: D documents, S queries of each, N keys, H query heads, K key/value head
 head_dim, V width of values.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qtune.memory import memory_tracker
+from qtune.memory import kept_attention, memory_tracker
 from qtune.units import MIB
 
 TILE_BYTES = 32 * MIB  # of scores; a backward pass holds four such tiles
@@ -79,6 +80,31 @@ def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _in_tiles(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, how: Scores
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output (D, H, S, V), and (D, H, S) logarithms of the sums of each query's exponentials."""
+    documents, heads, length, _ = query.shape
+    keys, output = key.shape[2], query.new_empty(documents, heads, length, value.shape[-1])
+    normaliser = query.new_empty(documents, heads, length, dtype=_sum_dtype(query))
+    is_causal = how.mask is None and length > 1
+    for rows in memory_tracker.tiles(length, how.tile_rows(query, keys), query):
+        columns = how.seen(rows, keys, is_causal)
+        scores = _products(query[:, :, rows], key[:, :, columns]).mul_(how.scaling)
+        if how.cap is not None:
+            scores.div_(how.cap).tanh_().mul_(how.cap)
+        how.hide(scores, rows, columns, is_causal)
+        total = scores.logsumexp(-1)
+        total.masked_fill_(total == -torch.inf, 0.0)  # a query that sees nothing is padding, and comes to nothing
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.to(total.dtype)[:, None])
+        weights = scores.sub_(total[..., None]).exp_()
+        output[:, :, rows] = _of_groups(weights.to(value.dtype), value[:, :, columns])
+        normaliser[:, :, rows] = total
+        del scores, weights  # or the next tile's are made beside them
+    return output, normaliser
+
+
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -89,24 +115,9 @@ class _Tiled(torch.autograd.Function):
         sinks: torch.Tensor | None,
         how: Scores,
     ) -> torch.Tensor:
-        documents, heads, length, _ = query.shape
-        keys, output = key.shape[2], query.new_empty(documents, heads, length, value.shape[-1])
-        normaliser = query.new_empty(documents, heads, length, dtype=_sum_dtype(query))
-        is_causal = how.mask is None and length > 1
-        for rows in memory_tracker.tiles(length, how.tile_rows(query, keys), query):
-            columns = how.seen(rows, keys, is_causal)
-            scores = _products(query[:, :, rows], key[:, :, columns]).mul_(how.scaling)
-            if how.cap is not None:
-                scores.div_(how.cap).tanh_().mul_(how.cap)
-            how.hide(scores, rows, columns, is_causal)
-            total = scores.logsumexp(-1)
-            total.masked_fill_(total == -torch.inf, 0.0)  # a query that sees nothing is padding, and comes to nothing
-            if sinks is not None:
-                total = torch.logaddexp(total, sinks.to(total.dtype)[:, None])
-            weights = scores.sub_(total[..., None]).exp_()
-            output[:, :, rows] = _of_groups(weights.to(value.dtype), value[:, :, columns])
-            normaliser[:, :, rows] = total
-            del scores, weights  # or the next tile's are made beside them
+        is_causal = how.mask is None and query.shape[2] > 1
+        run = functools.partial(_in_tiles, query, key, value, sinks, how)
+        output, normaliser = kept_attention.once("tiles", run)
         ctx.save_for_backward(query, key, value, sinks, output, normaliser)
         ctx.how, ctx.is_causal = how, is_causal
         return output

@@ -45,11 +45,12 @@ TRL_LOSS_BYTES = 256 * MIB  # of logits, which trl's fused head makes a chunk at
 @dataclass(frozen=True)
 class Traced:
     """Peaks by phase (`plan.forecast.Passes`), of what stands not counted; what is kept of a layer that is recomputed,
-    its input; what is held as each layer begins its forward pass, where layers can be told apart; and bytes that the
-    layers move beside products and attention, 0 for a card."""
+    its input, and what its attention returned where that is kept; what is held as each layer begins its forward pass,
+    where layers can be told apart; and bytes that the layers move beside products and attention, 0 for a card."""
 
     peaks: dict[str, Peak]
     checkpoint: Peak
+    attention: Peak
     held: tuple[Peak, ...]
     moved_bytes: int = 0
 
@@ -93,14 +94,21 @@ def trace(
             with autocast("cpu", compute_dtype):
                 loss = _loss(model, inputs, batch.document_lengths, labelled)
             loss.backward()
-    checkpoint = _a_checkpoint(counter.begun[LOSS], techniques.recomputed_layers)
+    begun, again = counter.begun[LOSS], _again(techniques)
+    checkpoint = _of_a_layer("checkpoints", begun, techniques.recomputed_layers)
+    attention = _of_a_layer("kept attention", begun, techniques.recomputed_layers - again)
     moved = counter.moved if isinstance(counter, MovedBytes) else 0
-    return Traced(_first_and_last(counter), checkpoint, tuple(held), moved)
+    return Traced(_first_and_last(counter), checkpoint, attention, tuple(held), moved)
 
 
-def _a_checkpoint(held: Peak, layers: int) -> Peak:
-    """Of what is `held` with every one of `layers` checkpoints there, one."""
-    return Peak(*({"checkpoints": side.get("checkpoints", 0) // max(1, layers)} for side in (held.device, held.host)))
+def _again(techniques: Techniques) -> int:
+    """How many of the recomputed layers run attention again."""
+    return int(min(techniques.recomputed_attention, techniques.recomputed_layers))
+
+
+def _of_a_layer(part: str, held: Peak, layers: int) -> Peak:
+    """Of a part of what is `held` when every one of `layers` has left its own, one layer's."""
+    return Peak(*({part: side.get(part, 0) // max(1, layers)} for side in (held.device, held.host)))
 
 
 def _held_before_layers(model: PeftModel, counter: LiveBytes) -> list[Peak]:
@@ -199,21 +207,22 @@ class TracedPasses:
         if self._is_shallow:
             return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch).peaks
         recomputed = min(techniques.recomputed_layers, self.layers)
+        again = min(techniques.recomputed_attention, recomputed)
         first, depth = self._first_and_depth(recomputed)
-        traced = self._trace(depth, techniques.having(recomputed_layers=first), batch)
+        few = techniques.having(recomputed_layers=first, recomputed_attention=first if again == recomputed else 0)
+        traced = self._trace(depth, few, batch)
+        further = _of_layers(traced, recomputed - first, recomputed - again - (first - _again(few)))
         others = Counter(self._kinds(recomputed, self.layers))
         others.subtract(self._kinds(first, depth))
         kept = [(traced.left_by(i), others[i % self._period]) for i in range(max(1, first), depth - 1)]
-        return {
-            phase: _with_others(phase, peak, traced.checkpoint, recomputed - first, kept)
-            for phase, peak in traced.peaks.items()
-        }
+        return {phase: _with_others(phase, peak, further, kept) for phase, peak in traced.peaks.items()}
 
     def moved_bytes(self, techniques: Techniques, batch: BatchShape) -> int:
         if self._is_shallow:
             return self._trace(self.config.get_text_config().num_hidden_layers, techniques, batch).moved_bytes
         first, depth = self._first_and_depth(min(techniques.recomputed_layers, self.layers))
-        traced = self._trace(depth, techniques.having(recomputed_layers=first), batch)
+        few = techniques.having(recomputed_layers=first, recomputed_attention=0)
+        traced = self._trace(depth, few, batch)
         return traced.moved_bytes * self.layers // depth
 
     def _first_and_depth(self, recomputed: int) -> tuple[int, int]:
@@ -257,15 +266,22 @@ class TracedPasses:
         return self.traces[key]
 
 
-def _with_others(phase: str, peak: Peak, checkpoint: Peak, recomputed: int, kept: Sequence[tuple[Peak, int]]) -> Peak:
-    """`peak` with what `recomputed` further layers hold in `phase`, and of each of the `kept` so many more.
+def _of_layers(traced: Traced, recomputed: int, keeping_attention: int) -> Peak:
+    """What so many further layers leave that are recomputed, and so many that keep attention, fewer if negative."""
+    device = _add({}, traced.checkpoint.device, recomputed)
+    host = _add({}, traced.checkpoint.host, recomputed)
+    return Peak(_add(device, traced.attention.device, keeping_attention), host)
+
+
+def _with_others(phase: str, peak: Peak, further: Peak, kept: Sequence[tuple[Peak, int]]) -> Peak:
+    """`peak` with what `further` recomputed layers hold in `phase`, and of each of the `kept` so many more.
 
     A layer's activations wait until the loss has gone back through it; its checkpoint until that reaches the layer,
     but in host memory, where buffers are kept for the next pass, to the end.
     """
-    device, host = peak.device, _add(peak.host, checkpoint.host, recomputed)
+    device, host = peak.device, _add(peak.host, further.host, 1)
     if phase != FIRST_BACKWARD:
-        device = _add(device, checkpoint.device, recomputed)
+        device = _add(device, further.device, 1)
     for left, layers in kept if phase in (FORWARD, LOSS) else ():
         device, host = _add(device, left.device, layers), _add(host, left.host, layers)
     return Peak(device, host)

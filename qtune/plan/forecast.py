@@ -139,13 +139,15 @@ class Forecaster:
 
     def _near_the_end(self, parts: Parts, standing: Parts, techniques: Techniques) -> Parts:
         """`parts` of a pass through the last layers, as they are in the second: its gradients almost all made, and of
-        the inputs that wait on the device two."""
+        the inputs that wait on the device two, of kept attention its own and the first layer's if that keeps it."""
         layers = max(1, self.layers)
         gradients = round((layers - 1.5) / layers * standing["gradients"])
         waiting = parts.get("checkpoints", 0)
         if not techniques.host_checkpoints:
             waiting = waiting * 2 // max(2, techniques.recomputed_layers)
-        return {**parts, "gradients": gradients, "checkpoints": waiting}
+        again = min(techniques.recomputed_attention, techniques.recomputed_layers)
+        attention = parts.get("kept attention", 0) * (1 if again else 2) // max(2, techniques.recomputed_layers - again)
+        return {**parts, "gradients": gradients, "checkpoints": waiting, "kept attention": attention}
 
 
 def matmul_workspaces(card: Capability | None) -> int:

@@ -12,17 +12,20 @@ may not fit where another top of the ladder does: those are tried then.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from qtune.memory.techniques import STEPS, TECHNIQUES, Step, Techniques
 from qtune.memory.techniques.standing import Standing
-from qtune.plan.forecast import Forecast, Forecaster
+from qtune.plan.forecast import LOSS, Forecast, Forecaster
 from qtune.plan.overrides import forced, refusals
 from qtune.plan.workload import BatchShape, Work
 from qtune.recipe.schema import Recipe
 
 MARGIN_FRACTION = 0.03  # of the device; chosen: six times what the tests let a forecast be off, and room for a desktop
 GROUND = "recomputed_layers"  # what other techniques stand on, and a large batch gains most by: never taken back whole
+ATTENTION = "recomputed_attention"
+FILLERS = (GROUND, ATTENTION)  # climbed before a batch is split, and turned down by what room is left at last
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Ladder:
     def recipe(self) -> Recipe:
         return self.forecaster.recipe
 
-    @property
+    @cached_property
     def standing(self) -> Standing:
-        return self.forecaster.standing
+        return replace(self.forecaster.standing, document_tokens=self.work.document_tokens)
 
     @property
     def foot(self) -> Techniques:
@@ -108,22 +111,18 @@ class Ladder:
         """The cheapest techniques with which the heaviest batch fits, else all of them. The effective batch is kept."""
         techniques, micro_batch = self.foot, self.recipe.train.micro_batch
         steps, climbed = self.open_steps(), list[Step]()
+        first = [step for step in steps if step.technique in FILLERS]
         is_enough = self.fits(techniques, micro_batch)
-        ground = next((step for step in steps if step.technique == GROUND), None)
-        if not is_enough and (ground is None or ground.up(techniques, self.standing) == techniques):
-            micro_batch = self._split(techniques, micro_batch)
-            is_enough = self.fits(techniques, micro_batch)
-        for step in steps:
+        for step in [*first, None, *(step for step in steps if step not in first)]:
             if is_enough:
                 break
-            higher = self._up(step, techniques, self.work.heaviest(micro_batch))
-            if higher is None:
-                continue
-            techniques, climbed = higher, [*climbed, step]
-            is_enough = self.fits(techniques, micro_batch)
-            if not is_enough and step is ground:
+            if step is None:
                 micro_batch = self._split(techniques, micro_batch)
-                is_enough = self.fits(techniques, micro_batch)
+            elif higher := self._up(step, techniques, self.work.heaviest(micro_batch)):
+                techniques, climbed = higher, [*climbed, step]
+            else:
+                continue
+            is_enough = self.fits(techniques, micro_batch)
         if not is_enough:
             others = self.tops(self.work.heaviest(micro_batch))
             top = next((top for top in others if self.fits(top, micro_batch)), None)
@@ -223,15 +222,39 @@ class Ladder:
         """`techniques` with amounts turned down as far as they go, less the rungs that are then not needed."""
         names = list(dict.fromkeys(step.technique for step in climbed))
         for name in names:
-            if name != GROUND:
+            if name not in FILLERS:
                 techniques = self._turned_down(name, techniques, micro_batch)
         for step in reversed(climbed[:-1]):
             without = techniques.having(**{step.technique: getattr(self.foot, step.technique)})
-            if step.technique != GROUND and self.fits(without, micro_batch):
+            if step.technique not in FILLERS and self.fits(without, micro_batch):
                 techniques = without
-        if GROUND in names and not techniques.streamed_layers:
-            techniques = self._turned_down(GROUND, techniques, micro_batch)
-        return techniques
+        return self._filled(techniques, GROUND in names, micro_batch)
+
+    def _filled(self, techniques: Techniques, may_keep_layers: bool, micro_batch: int) -> Techniques:
+        """`techniques` with the room that is left spent on layers that keep what they save, and on layers that keep
+        attention's output: on that first which leaves less to be done again."""
+        turned = [GROUND] if may_keep_layers and not techniques.streamed_layers else []
+        is_open = any(step.technique == ATTENTION for step in self.open_steps())
+        if is_open and techniques.recomputed_layers:
+            if self._keeps_attention(techniques, micro_batch):
+                turned.append(ATTENTION)
+            techniques = techniques.having(recomputed_attention=techniques.recomputed_layers)
+        filled = []
+        for names in itertools.permutations(turned):
+            less = techniques
+            for name in names:
+                less = self._turned_down(name, less, micro_batch)
+            again = min(less.recomputed_attention, less.recomputed_layers)
+            filled.append(less.having(recomputed_attention=again) if is_open else less)
+        return min(filled, key=self._cost)
+
+    def _keeps_attention(self, techniques: Techniques, micro_batch: int) -> bool:
+        """Whether anything is kept of attention where it may be: math attention returns nothing that would do."""
+        passes, batch = self.forecaster.passes, self.work.heaviest(micro_batch)
+        return bool(passes.peaks(techniques.having(recomputed_attention=0), batch)[LOSS].device.get("kept attention"))
+
+    def _cost(self, techniques: Techniques) -> float:
+        return sum(step.cost(techniques, self.standing) for step in STEPS if step.is_on(techniques))
 
     def _turned_down(self, name: str, techniques: Techniques, micro_batch: int) -> Techniques:
         """`techniques`, which fit, with the least amount of one of them that does."""

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qtune.hardware import Device
-from qtune.memory.techniques.standing import Standing
+from qtune.memory.techniques.standing import ATTENTION_PASSES, Standing
 from qtune.plan.ladder import Ladder
 
 LOGIT_BYTES = 44  # read and written of one logit, counted in fused_cross_entropy.of_weight: float32 in place
@@ -71,23 +71,12 @@ def estimate(ladder: Ladder, overhead: float, device: Device, compute_dtype: str
 
 def _operations(standing: Standing, lengths: Sequence[int]) -> float:
     """Of one forward and one backward pass over documents of these lengths."""
-    of_weights = _frozen_operations(standing) + _trained_operations(standing)
+    of_weights = standing.frozen_operations + standing.trained_operations
     return of_weights * sum(lengths) + _attention_operations(standing, lengths)
 
 
-def _frozen_operations(standing: Standing) -> float:
-    """Of a token."""
-    return 4 * (standing.active_parameters + standing.head_parameters)
-
-
-def _trained_operations(standing: Standing) -> float:
-    """Of a token."""
-    return 6 * standing.trained_parameters
-
-
 def _attention_operations(standing: Standing, lengths: Sequence[int]) -> float:
-    of_pair = 3.5 * 2 * standing.attention_width * max(1, len(standing.layers))
-    return of_pair * sum(length * length for length in lengths)
+    return standing.attention_operations * sum(length * length for length in lengths)
 
 
 def _processor_seconds(ladder: Ladder, lengths: Sequence[int], products: float, compute_dtype: str) -> float:
@@ -101,8 +90,8 @@ def _processor_seconds(ladder: Ladder, lengths: Sequence[int], products: float, 
     of_layers = ladder.forecaster.passes.moved_bytes(ladder.foot, batch) / batch.tokens
     of_logits = LOGIT_BYTES * vocabulary * batch.labelled / batch.tokens
     return (
-        _frozen_operations(standing) * tokens / products
-        + _trained_operations(standing) * tokens / rates.adapter_operations
+        standing.frozen_operations * tokens / products
+        + standing.trained_operations * tokens / rates.adapter_operations
         + _attention_operations(standing, lengths) / rates.attention_operations
         + (of_layers + of_logits) * tokens / rates.moved_bytes
     )
@@ -128,7 +117,7 @@ def _rates(compute_dtype: str, width: int, rank: int, length: int) -> Rates:
 
     return Rates(
         2 * 2 * hidden.numel() * rank / _seconds(adapt),
-        3.5 * 2 * TRIED_HEADS * TRIED_HEAD_DIM * length * length / _seconds(attend),
+        ATTENTION_PASSES * 2 * TRIED_HEADS * TRIED_HEAD_DIM * length * length / _seconds(attend),
         KEPT * 3 * hidden.nbytes / _seconds(move),
     )
 

@@ -52,6 +52,12 @@ class Work:
         return sum(sequence.tokens for sequence in self.sequences) / len(self.sequences)
 
     @cached_property
+    def document_tokens(self) -> float:
+        """The length of a token's document, the mean over tokens."""
+        lengths = [length for sequence in self.sequences for length in sequence.document_lengths]
+        return sum(length * length for length in lengths) / max(1, sum(lengths))
+
+    @cached_property
     def _heaviest_first(self) -> list[BatchShape]:
         return [self.sequences[i] for i in heaviest_first([each.document_lengths for each in self.sequences])]
 

@@ -25,6 +25,7 @@ ORDER = (
     "paged optimizer",
     "matmul workspaces",
     "checkpoints",
+    "kept attention",
     "layer workspace",
     "dequantised weights",
     "loss",

@@ -49,7 +49,7 @@ class Checkpoint:
         values = read_json(path / STATE)
         try:
             if values["format"] in (WARMED_FROM_NOUGHT, FORMAT):
-                return cls(path, values, Techniques(**values["techniques"]))
+                return cls(path, values, Techniques.planned(values["techniques"]))
         except (LookupError, TypeError):
             pass
         raise RunFolderError(f"{path}: was written by another version of qtune, which can go on from it.")

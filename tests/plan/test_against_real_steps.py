@@ -34,8 +34,11 @@ DOCUMENTS = (290, 121, 57, 32)
 SHARED = {"vocab_size": 262, "hidden_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
+AGAIN = Techniques(2, recomputed_attention=2)
+
+
 def every_rung(layers: int, groups: int, head: str = "host") -> Techniques:
-    return Techniques(layers, True, 64, True, head, layers, groups)
+    return Techniques(layers, True, 64, True, head, layers, groups, layers)
 
 
 def saved(folder: Path, kind: type[PreTrainedModel], config: PreTrainedConfig) -> Path:
@@ -121,6 +124,12 @@ def test_a_dense_model(tiny_base: Path) -> None:
         [Techniques(), Techniques(1), Techniques(2, True), every_rung(2, 2), every_rung(2, 2, "nf4")],
         DOCUMENTS,
     )
+
+
+def test_attention_kept_and_run_again(tiny_base: Path) -> None:
+    """With all its heads at once and in groups, which keep the same in pieces."""
+    in_groups = every_rung(2, 2).having(recomputed_attention=0)
+    compare(tiny_base, "float32", [Techniques(2, recomputed_attention=1), AGAIN, in_groups], DOCUMENTS)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from arithmetic import CHECKPOINT, LAYERS, ROOMY, STANDING, TABLE, ladder_of
+from arithmetic import CHECKPOINT, KEPT, LAYERS, ROOMY, STANDING, TABLE, ladder_of
 from conftest import tiny_config
 from real_steps import recipe_for
 
@@ -19,7 +19,7 @@ from qtune.plan.workload import BatchShape, Work
 TOKENS, REAL_LAYERS = 1500, 3
 CLIMBED = STEPS[:-1]
 WORK = Work((BatchShape((TOKENS,), labelled=TOKENS // 4),))  # with labels on all, the loss would be the peak
-EVERYTHING = Techniques(LAYERS, True, 256, True, "host", LAYERS, 2)
+EVERYTHING = Techniques(LAYERS, True, 256, True, "host", LAYERS, 2, LAYERS)
 UNDO = STANDING.adapter_bytes + STANDING.optimizer_bytes
 
 
@@ -122,8 +122,12 @@ def test_more_memory_never_climbs_higher() -> None:
     least, most = HEIGHTS[-1], HEIGHTS[0]
     climbs = [climbed(least + (most - least) * i / 40) for i in range(-1, 42)]
     assert [climb.fits for climb in climbs] == [False] + [True] * 42
-    numbers = [highest(climb) for climb in climbs]
+    of_attention = 1 + [step.technique for step in STEPS].index("recomputed_attention")
+    numbers = [1 if highest(climb) == of_attention else highest(climb) for climb in climbs]  # layers against attention
     assert numbers == sorted(numbers, reverse=True)
+    low = [climb for climb, number in zip(climbs, numbers, strict=True) if number == 1]
+    costs = [sum(rung.cost_fraction for rung in told(climb, weighs_all=False) if rung.is_on) for climb in low]
+    assert costs == sorted(costs, reverse=True)
     recomputed = [climb.techniques.recomputed_layers for climb in climbs]
     assert recomputed == sorted(recomputed, reverse=True)
 
@@ -140,6 +144,32 @@ def test_amounts_are_turned_down_as_far_as_they_go() -> None:
         assert climb.fits
         for less in fewer:
             assert ladder_of(WORK).forecast(less).needed_bytes > budget + 3
+
+
+def room_for(layers: int, tokens: int) -> Climb:
+    """A plan for one document of so many tokens where every layer is recomputed, and so many can keep attention."""
+    ladder = ladder_of(Work.of_full_sequences(tokens))
+    enough = Techniques(LAYERS, recomputed_attention=LAYERS - layers)
+    return replace(ladder, budget=within(ladder.forecast(enough).needed_bytes)).climb()
+
+
+@pytest.mark.parametrize(("documents", "keeps"), [((8,) * 200, "a layer"), ((1600,), "attention")])
+def test_room_for_a_layer_is_spent_on_attention_where_documents_are_long(documents: tuple, keeps: str) -> None:
+    """What attention does grows with the document, what keeping it takes does not."""
+    ladder = ladder_of(Work((BatchShape(documents, labelled=100),)))
+    one_kept = Techniques(LAYERS - 1, recomputed_attention=LAYERS - 1)
+    climb = replace(ladder, budget=within(ladder.forecast(one_kept).needed_bytes)).climb()
+    assert climb.techniques == (one_kept if keeps == "a layer" else Techniques(LAYERS))
+
+
+@pytest.mark.parametrize("kept", range(LAYERS + 1))
+def test_attention_is_kept_in_as_many_layers_as_there_is_room_for(kept: int) -> None:
+    climb = room_for(kept, 1500)
+    assert (climb.techniques.recomputed_layers, climb.techniques.recomputed_attention) == (LAYERS, LAYERS - kept)
+    attention = next(rung for rung in told(climb) if rung.setting == "keep_attention")
+    assert attention.is_on == (kept < LAYERS)
+    if attention.is_on:
+        assert attention.saved_bytes == (LAYERS - kept) * KEPT * 1500
 
 
 def told(climb: Climb, weighs_all: bool = True, ladder: Ladder | None = None, **memory: object) -> list[Rung]:
@@ -190,6 +220,8 @@ def test_the_host_is_never_asked_for_more_than_it_has() -> None:
     "memory",
     [
         {"keep_layers": 2},
+        {"keep_layers": 1, "keep_attention": 3},
+        {"keep_attention": 0, "stream_layers": 0},
         {"keep_layers": LAYERS, "tile_tokens": 0},
         {"tile_tokens": 256, "head_groups": 2, "stream_layers": 2},
         {"checkpoints": "host", "head": "nf4", "embedding": "host", "head_groups": 1},
@@ -202,6 +234,7 @@ def test_what_the_recipe_settles_stays_settled(memory: dict) -> None:
     on = climbed(HEIGHTS[-1] / 2, **memory).techniques
     settled = {
         "keep_layers": LAYERS - on.recomputed_layers,
+        "keep_attention": LAYERS - on.recomputed_attention,
         "checkpoints": "host" if on.host_checkpoints else "device",
         "tile_tokens": on.tile_tokens,
         "embedding": "host" if on.host_embedding else "device",
@@ -266,4 +299,4 @@ def test_rungs_above_the_plan_are_held_in_reserve() -> None:
     reserve = ladder.reserve(ladder.stay(Techniques(1, True), 1))
     assert [rung.name for rung in reserve] == [step.name for step in CLIMBED if step.technique != "host_checkpoints"]
     assert reserve[0].techniques == Techniques(LAYERS, True)
-    assert reserve[-1].techniques == Techniques(LAYERS, True, SMALL_TILE_TOKENS, True, "host", LAYERS, 2)
+    assert reserve[-1].techniques == Techniques(LAYERS, True, SMALL_TILE_TOKENS, True, "host", LAYERS, 2, LAYERS)

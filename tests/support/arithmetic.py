@@ -15,6 +15,7 @@ KIB, ROOMY = 1024, 1 << 40
 UNBOUNDED = Budget(ROOMY, ROOMY)
 LAYERS, GROUPS = 4, 2
 CHECKPOINT, MLP, ATTENTION = 8, 120, 60  # bytes a token of a layer: its input, and what it saves
+KEPT = 6  # of that, attention's output
 TABLE = 64 * KIB
 STANDING = Standing(
     base_bytes=LAYERS * 100 * KIB,
@@ -40,7 +41,8 @@ STANDING = Standing(
 
 @dataclass
 class FormulaPasses:
-    """A layer that is recomputed leaves its input; one that is not, all it saves. `asked` counts the questions."""
+    """A layer that is recomputed leaves its input, and attention's output where that is not run again; one that is not,
+    all it saves. `asked` counts the questions."""
 
     asked: int = 0
 
@@ -51,9 +53,13 @@ class FormulaPasses:
         kept = (LAYERS - recomputed) * (MLP + ATTENTION) * tokens
         tile = min(tokens, techniques.tile_tokens or tokens)
         again = MLP * tile + ATTENTION * tokens // techniques.head_groups  # a layer while it runs
-        peaks = {FORWARD: _held(waiting + kept, again // 2), LOSS: _held(waiting + kept, 4 * tokens)}
+        attention = max(0, recomputed - techniques.recomputed_attention) * KEPT * tokens
+        peaks = {
+            FORWARD: _held(waiting + kept, again // 2, attention),
+            LOSS: _held(waiting + kept, 4 * tokens, attention),
+        }
         if recomputed:
-            peaks[LAST_BACKWARD] = _held(waiting + kept, again)
+            peaks[LAST_BACKWARD] = _held(waiting + kept, again, attention)
             peaks[FIRST_BACKWARD] = _held(0, again)
         return peaks
 
@@ -64,8 +70,8 @@ class FormulaPasses:
         return LAYERS * 10 * (MLP + ATTENTION) * batch.tokens
 
 
-def _held(checkpoints: int, workspace: int) -> Peak:
-    return Peak({"checkpoints": checkpoints, "layer workspace": workspace})
+def _held(checkpoints: int, workspace: int, attention: int = 0) -> Peak:
+    return Peak({"checkpoints": checkpoints, "kept attention": attention, "layer workspace": workspace})
 
 
 def ladder_of(

@@ -119,6 +119,10 @@ class Technique:
         name."""
         return 0
 
+    def unsaid(self, planned: Mapping[str, Any]) -> Any:
+        """Its value in a set of techniques, by name, that was written before there was this one."""
+        return self.off
+
     def ruled_out(self, memory: Any) -> str | None:
         """Why what else stands in the recipe's [memory] does not allow it; None where it does."""
         return None
@@ -173,6 +177,11 @@ class Techniques:
     def having(self, **changed: Any) -> "Techniques":
         """These with some fields changed."""
         return replace(self, **changed)
+
+    @classmethod
+    def planned(cls, values: Mapping[str, Any]) -> "Techniques":
+        """Those of a plan or a checkpoint, of whichever version. Raises TypeError for a name that is no technique."""
+        return cls(**{name: each.unsaid(values) for name, each in TECHNIQUES.items()} | dict(values))
 
     @classmethod
     def for_answers(cls, plan: Mapping[str, Any]) -> "Techniques":

@@ -11,7 +11,8 @@ PASS_AGAIN = (
 
 
 def _cost(techniques: Techniques, standing: Standing) -> float:
-    return float(PASS_AGAIN * techniques.recomputed_layers / max(1, len(standing.layers)))
+    weights_share = 1 - standing.attention_share  # attention is another rung's
+    return float(PASS_AGAIN * weights_share * techniques.recomputed_layers / max(1, len(standing.layers)))
 
 
 class RecomputedLayers(Technique):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 Parts = dict[str, int]  # bytes by part
+ATTENTION_PASSES = 3.5  # forward and backward beside forward alone, which has 2 products to the 5 of backward
 PAGED_OPTIMIZER = "paged optimizer"  # on the card while there is room, and not of torch's allocator
 
 
@@ -23,6 +24,7 @@ class Standing:
     techniques the model does not allow, by their names, each with a sentence on why, and `movable` how many bytes those
     would move that are counted nowhere else. `paged_bytes` of the optimizer's the driver moves between card and host.
     `left_out` says which linear layers can have no adapter, by name, each with why.
+    `document_tokens` is the length of a token's document, the mean over what is trained on.
     """
 
     base_bytes: int
@@ -45,6 +47,33 @@ class Standing:
     movable: dict[str, int]
     paged_bytes: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
+    document_tokens: float = 0.0
+
+    @property
+    def frozen_operations(self) -> float:
+        """Of a token, forward and backward, in frozen weights, which have no gradient."""
+        return 4 * (self.active_parameters + self.head_parameters)
+
+    @property
+    def trained_operations(self) -> float:
+        """Of a token, forward and backward, in the adapter."""
+        return 6 * self.trained_parameters
+
+    @property
+    def attention_operations(self) -> float:
+        """Of a token, forward and backward, for each token of its document."""
+        return ATTENTION_PASSES * 2 * self.attention_width * max(1, len(self.layers))
+
+    @property
+    def attention_share(self) -> float:
+        """Of all arithmetic of a pass forward and backward that keeps what it saves, attention's."""
+        attention = self.attention_operations * self.document_tokens
+        return attention / max(1, attention + self.frozen_operations + self.trained_operations)
+
+    @property
+    def attention_again(self) -> float:
+        """Attention's forward pass alone, as a share of the same."""
+        return self.attention_share / ATTENTION_PASSES
 
     def parts(self) -> Parts:
         """What stands on the device, by part, with nothing switched on."""
