@@ -1,6 +1,7 @@
 """Attention's output, kept for the recomputation: to the bit what it is when attention runs again, and run once."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qtune.memory.engine import Engine, refusals
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.kept_attention import PART, Kept
 from qtune.memory.memory_tracker import LiveBytes, block_bytes
+from qtune.memory.packed_attention import document_attention
 from qtune.memory.techniques import Techniques
 from qtune.plan.activation_memory import forecaster, trace
 from qtune.plan.forecast import LOSS
@@ -198,6 +200,34 @@ def test_what_is_not_what_it_was_is_made_again() -> None:
     assert not keeps(flash, flash, lambda result: result[0].add_(1))
     kept = Kept(is_again=True)
     assert called(kept, flash)[0].shape == QUERIES.shape
+
+
+@pytest.mark.parametrize("lengths", [(30,), (9, 17, 4)])
+@pytest.mark.parametrize(
+    ("asked", "operation"),
+    [({"softcap": 2.0}, "aten::logsumexp"), ({"s_aux": torch.tensor([0.5, 1.0])}, FLASH)],
+    ids=["capped", "with sinks"],
+)
+def test_what_no_kernel_of_torch_makes_is_kept_too(
+    asked: dict[str, Any], operation: str, lengths: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 30, 8, requires_grad=True) for heads in (2, 1, 1)]
+
+    def attend() -> torch.Tensor:
+        return document_attention(SimpleNamespace(), *inputs, None, document_lengths=lengths, scaling=0.3, **asked)[0]
+
+    kept = Kept()
+    with torch.no_grad(), kept_attention.of_layer(kept):
+        attend()
+    kept.is_again = True
+    with Ran() as ran, kept_attention.of_layer(kept):
+        output = attend()
+    assert ran.times[operation] == 0
+    expected = attend()
+    assert torch.equal(output, expected)
+    for mine, its in zip(*(torch.autograd.grad(each.sin().sum(), inputs) for each in (output, expected)), strict=True):
+        assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize(
