@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from torch.autograd.graph import get_gradient_edge
 
 from qtune.memory import memory_tracker, nf4
+from qtune.memory.documents import documents_are, documents_here
 from qtune.memory.fused_lora import Part, inner_of, lora_linear, lora_linears, why_not_fused
 from qtune.memory.gradient_checkpointing import autocast_here, backward_again
 
@@ -99,13 +100,15 @@ def group_heads(layer: Any, groups: int) -> None:
     def forward(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         is_plain = any(getattr(attention, name).disable_adapters for name in (*INPUTS, OUTPUT))
         has_cache = kwargs.get("past_key_values") is not None  # which wants all heads at once
-        if is_plain or has_cache or kwargs.get("document_lengths") is None:
+        documents = kwargs.get("document_lengths") or documents_here()
+        if is_plain or has_cache or documents is None:
             return whole(hidden_states, *args, **kwargs)
 
         def run(group: Group, hidden: torch.Tensor) -> torch.Tensor:
             active.append(group)
             try:
-                return whole(hidden, *args, **kwargs)[0]
+                with documents_are(documents):
+                    return whole(hidden, *args, **kwargs)[0]
             finally:
                 active.pop()
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -51,6 +51,7 @@ from qtune.memory.documents import (
     into_buckets,
     out_of_buckets,
 )
+from qtune.memory.packed_mixers import runs_as_a_whole
 from qtune.memory.tiled_attention import Scores, attend_in_tiles
 
 NAME = "qtune_documents"
@@ -60,6 +61,17 @@ def register() -> None:
     """Make `attn_implementation="qtune_documents"` known to transformers."""
     AttentionInterface.register(NAME, document_attention)
     AttentionMaskInterface.register(NAME, _mask_unless_packed)
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal model of transformers that `config` describes; None for code that comes with a base."""
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
+def implementation_for(config: PreTrainedConfig) -> str | None:
+    """What the model is to be told as `attn_implementation`: ours, or nothing where it is left with its own."""
+    kind = model_class(config)
+    return None if kind is not None and runs_as_a_whole(kind) else NAME
 
 
 def install(model: PreTrainedModel) -> None:

@@ -3,14 +3,16 @@
 Held less of: nothing; documents are kept apart, which these modules cannot do by themselves.
 Costs: inside a mixer a document is padded to the longest of its bucket, at most twice its tokens; one call of the mixer
 for each distinct power of two among the documents of a pack.
-Refuses: nothing. A mixer that cannot be run in buckets is left as it is, and `model.packing_probe` finds the leak.
+Refuses: nothing, but where the whole decoder is run in buckets no inputs of layers go to host memory. A mixer that
+cannot be run in buckets is left as it is, and `model.packing_probe` finds the leak.
 
 How: as in `memory.packed_attention`. Documents of like length are gathered into a (documents, longest, hidden) batch,
 which the module's own forward takes like any other; padding stands on the right, where causality hides it. So it is
 one mechanism for gated delta nets, Mamba 1 and 2, short convolutions, RG-LRU, lightning attention, xLSTM and RWKV.
 
 Which modules they are is found by what every mixer needs in order to generate: its forward takes a cache or a state.
-Attention that goes through transformers' interface takes one too, and asks for our attention instead. Kernels that
+Attention that goes through transformers' interface takes one too, and asks for our attention instead. Of a model whose
+attention is code of its own (ALiBi of Bloom and MPT, Falcon, GPT-J) the whole decoder is such a mixer. Kernels that
 take `cu_seq_lens` or `seq_idx` (flash-linear-attention, mamba-ssm) are not handed any: a bucket is a batch to them.
 Where mamba-ssm is installed, a mixer of transformers trains by a kernel that takes the weights of its projections, past
 their adapters and as if they were not in 4 bits; here it takes the way that calls them. None of this was measured on a
@@ -25,20 +27,44 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from qtune.memory.documents import Buckets, bucket_documents, documents_here, into_buckets, out_of_buckets
+from qtune.memory.documents import (
+    Buckets,
+    bucket_documents,
+    documents_are,
+    documents_here,
+    into_buckets,
+    out_of_buckets,
+)
 
 # what the classes of transformers call what they carry from one token to the next
 CACHES = {"cache_params", "past_key_values", "past_key_value", "layer_past", "state", "use_cache"}
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which they look attention up
+# how code asks its attention for a bias by position (Inkling), or makes a mask by what the values are (Doge)
+UNKNOWN = ("position_bias=position_bias", "def prepare_dynamic_mask(")
 SHORTCUT = "if self.training and cache_params is None:"
 Forward = Callable[..., Any]
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let the token mixers in the decoder of `model` run over each document of a packed row by itself."""
-    for mixer in list(token_mixers(model)):
+    """Let the token mixers of `model` run over each document of a packed row by itself; its whole decoder where the
+    attention, too, is code of its own."""
+    for mixer in [model.base_model] if runs_as_a_whole(type(model)) else list(token_mixers(model)):
         mixer.forward = types.MethodType(_by_document(mixer), mixer)
+
+
+def runs_as_a_whole(kind: Any) -> bool:
+    """Whether the attention of a model class does not ask transformers' interface, or asks for what ours has not."""
+    code = _source_of(inspect.getmodule(kind) or kind)
+    return not kind._can_set_attn_implementation() or any(each in code for each in UNKNOWN)
+
+
+def _source_of(code: Any) -> str:
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):  # there is none to read
+        return ""
 
 
 def token_mixers(model: PreTrainedModel) -> Iterator[Any]:
@@ -66,14 +92,15 @@ def _by_document(mixer: torch.nn.Module) -> Forward:
 
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        lengths = documents_here()
-        kwargs.pop("document_lengths", None)  # which kernels would be handed, and do not know
+        given = kwargs.pop("document_lengths", None)  # which kernels would be handed, and do not know
+        lengths = documents_here() if given is None else tuple(given)
         if lengths is None or len(lengths) == 1 or not _can_be_cut((args, kwargs), sum(lengths)):
             return original(*args, **kwargs)
         device = next(each.device for each in _tensors((args, kwargs)))
         buckets = bucket_documents(lengths, device)
         calls = _cut((args, kwargs), sum(lengths), buckets)
-        outputs = [original(*arguments, **named) for arguments, named in calls]
+        with documents_are(None):
+            outputs = [original(*arguments, **named) for arguments, named in calls]
         return _joined(outputs, buckets)
 
     return forward
@@ -82,11 +109,7 @@ def _by_document(mixer: torch.nn.Module) -> Forward:
 def _calling_projections(mixer: torch.nn.Module) -> Forward:
     """The forward of `mixer`, by its short cut for training in no case; what drops out are modules of their own."""
     original: Forward = mixer.forward
-    try:
-        has_shortcut = SHORTCUT in inspect.getsource(inspect.unwrap(type(mixer).forward))
-    except (OSError, TypeError):  # no source to read
-        has_shortcut = False
-    if not has_shortcut:
+    if SHORTCUT not in _source_of(inspect.unwrap(type(mixer).forward)):
         return original
 
     @functools.wraps(original)
@@ -125,7 +148,7 @@ def _cut(value: Any, tokens: int, buckets: Buckets) -> list[Any]:
     """`value` once for each bucket, every tensor of (1, T, ...) in it as a (D, S, ...)."""
     if isinstance(value, torch.Tensor) and _is_by_token(value, tokens):
         return list(into_buckets(value.squeeze(0), buckets))
-    if isinstance(value, dict):
+    if type(value) is dict:
         columns = [_cut(each, tokens, buckets) for each in value.values()]
         return [dict(zip(value, row, strict=True)) for row in _rows(columns, buckets)]
     if type(value) in (tuple, list):
@@ -146,4 +169,6 @@ def _joined(outputs: list[Any], buckets: Buckets) -> Any:
         return None
     if type(first) in (tuple, list):
         return type(first)(_joined(list(column), buckets) for column in zip(*outputs, strict=True))
+    if isinstance(first, ModelOutput):
+        return type(first)(**{name: _joined([each[name] for each in outputs], buckets) for name in first})
     return None

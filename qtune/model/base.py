@@ -102,11 +102,6 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
         raise ModelError(f"model.base: {folder} {fault}")
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The causal model of transformers that `config` describes; None for code that comes with a base."""
-    return AutoModelForCausalLM._model_mapping.get(type(config), None)
-
-
 def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
@@ -119,7 +114,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     dtype = getattr(torch, compute_dtype)
     quantization = None
     if model.quantization == "nf4":
-        quantization = nf4.config(model.double_quantization, dtype, model_class(config))
+        quantization = nf4.config(model.double_quantization, dtype, packed_attention.model_class(config))
     text, planned = config.get_text_config(), techniques or Techniques()
 
     def lives_on_host(weight: str) -> bool:
@@ -135,7 +130,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 dtype=dtype,
                 device_map={"": device},
                 quantization_config=quantization,
-                attn_implementation=packed_attention.NAME,
+                attn_implementation=packed_attention.implementation_for(config),
             )
     loaded.requires_grad_(False)
     if quantization:
@@ -158,7 +153,7 @@ def from_folder(folder: Path, config: PreTrainedConfig, trust_remote_code: bool,
         return AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=trust_remote_code, use_safetensors=True, **settings
         )
-    kind, checkpoint = model_class(config), BaseCheckpoint.open(folder, is_text_alone=True)
+    kind, checkpoint = packed_attention.model_class(config), BaseCheckpoint.open(folder, is_text_alone=True)
     assert kind is not None, "the text model's class was looked for"
     if settings.get("dtype") == "auto":
         settings["dtype"] = config.dtype or next(spec.dtype for spec in checkpoint.text_specs().values())

@@ -83,16 +83,12 @@ def _without_weights(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtyp
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=packed_attention.NAME,
+                attn_implementation=packed_attention.implementation_for(config),
                 trust_remote_code=recipe.model.trust_remote_code,
             )
     except Exception as fault:  # a config can be wrong in as many ways as there are architectures
-        if fault.args == (packed_attention.NAME,):  # a class that looks its attention up among its own
-            raise _own_attention(config) from None
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise ModelError(f"model.base: no model can be built from its config.json ({reason}).") from None
-    if not model._can_set_attn_implementation():
-        raise _own_attention(config)
     return model
 
 
@@ -116,14 +112,6 @@ def dora_on_empty_weights() -> Iterator[None]:
         yield
     finally:
         dora.dequantize_module_weight = original
-
-
-def _own_attention(config: PreTrainedConfig) -> ModelError:
-    """The refusal of a model whose code never asks transformers' AttentionInterface, and so never ours."""
-    return ModelError(
-        f"model.base: models of type {config.model_type} run an attention of their own, which cannot be told where one"
-        " document ends and the next begins. Bases such as Llama, Qwen, Mistral and Gemma work."
-    )
 
 
 def _refuse_contradictions(config: PreTrainedConfig) -> None:

@@ -5,11 +5,25 @@ from typing import Any
 import made_models
 import pytest
 import torch
-from made_models import HYBRIDS, PACK, Pass, adapted, assert_close, base, batch, one_pass, switched, trained
+from made_models import (
+    HYBRIDS,
+    OWN_ATTENTION,
+    PACK,
+    Pass,
+    adapted,
+    assert_close,
+    base,
+    batch,
+    one_pass,
+    switched,
+    trained,
+)
 from peft import PeftModel
 from transformers.models.bamba import modeling_bamba
 
 from qtune.memory import packed_mixers
+from qtune.memory.engine import refusals
+from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.split_batch import split_batch
 from qtune.memory.techniques import Techniques
 
@@ -35,6 +49,18 @@ def test_loss_and_gradients_of_a_pack_are_those_of_its_documents(kind: str) -> N
     assert_close(one_pass(model, batch()), alone, ROUNDING)
     switched(model, Techniques(recomputed_layers=2))
     assert_close(one_pass(model, batch()), alone, ROUNDING)
+
+
+# Nobody tells such attention where one document ends and the next begins, and ALiBi counted on from the row's start.
+@pytest.mark.parametrize("kind", OWN_ATTENTION)
+def test_a_base_whose_attention_is_its_own_runs_in_buckets_as_a_whole(kind: str) -> None:
+    alone = one_by_one(adapted(base(kind)), batch())
+    model = adapted(base(kind))
+    assert_close(one_pass(model, batch()), alone, ROUNDING)
+    assert "host_checkpoints" in refusals(model)
+    if find_layers(model):
+        switched(model, Techniques(recomputed_layers=4, streamed_layers=2))
+        assert_close(one_pass(model, batch()), alone, ROUNDING)
 
 
 def test_what_is_found_carries_a_state_and_is_not_attention() -> None:

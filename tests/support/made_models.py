@@ -120,6 +120,21 @@ HYBRIDS: dict[
     "xlstm": ("xlstm", {"num_blocks": LAYERS, "num_heads": 4, "output_logit_soft_cap": 1e4}),
     "rwkv": ("rwkv", {"attention_hidden_size": 64}),
 }
+OLD = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
+OWN_ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {  # attention that is code of the model's own
+    "bloom": ("bloom", {"n_layer": LAYERS, "n_head": 4}),
+    "mpt": ("mpt", {"d_model": 64, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128}),
+    "gptj": ("gptj", {**OLD, "rotary_dim": 8}),
+    "gpt_neo": ("gpt_neo", {"num_layers": LAYERS, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}),
+    "openai-gpt": ("openai-gpt", {**OLD, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "xglm": (
+        "xglm",
+        {"d_model": 64, "ffn_dim": 128, "num_layers": LAYERS, "attention_heads": 4, "dropout": 0.0}
+        | {"attention_dropout": 0.0},
+    ),
+    "doge": ("doge", {"keep_window_size": 8}),
+}
 PACK = (23, 9, 1, 30)
 
 
@@ -136,7 +151,8 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
     torch.manual_seed(0)
     packed_attention.register()
     model = made(kind)
-    model.config._attn_implementation = packed_attention.NAME
+    if not packed_mixers.runs_as_a_whole(type(model)):
+        model.config._attn_implementation = packed_attention.NAME
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:  # biases and norms that do something
             torch.nn.init.normal_(parameter, 0.0 if "bias" in name else 1.0, 0.1)
@@ -158,9 +174,13 @@ def base(kind: str, dtype: torch.dtype = torch.float32, nf4: str | None = None) 
 def made(kind: str) -> PreTrainedModel:
     if kind in KINDS:
         return KINDS[kind]()
-    model_type, changes = HYBRIDS[kind]
-    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model_type, changes = (HYBRIDS | OWN_ATTENTION)[kind]
+    shape = {
+        name: size for name, size in SHAPE.items() if model_type != "falcon" or name != "head_dim"
+    }  # has no setter
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    how = packed_attention.implementation_for(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=how, dtype=torch.float32)
 
 
 def quantize(model: PreTrainedModel, dtype: torch.dtype, double: bool) -> None:

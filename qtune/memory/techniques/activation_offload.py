@@ -1,6 +1,7 @@
 """Inputs of recomputed layers in host memory: `memory.activation_offload`."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from qtune.memory.techniques import LiveModel, Step, Technique, Techniques
 from qtune.memory.techniques.standing import Standing
@@ -33,6 +34,13 @@ class HostCheckpoints(Technique):
 
     def settled(self, techniques: Techniques, value: str, standing: Standing) -> Techniques:
         return techniques.having(host_checkpoints=value == "host")
+
+    def refusal(self, model: Any, layers: Sequence[Any]) -> str | None:
+        from qtune.memory.packed_mixers import runs_as_a_whole
+
+        if runs_as_a_whole(type(model.get_base_model())):
+            return "its attention is code of its own, so its layers run once for each length"
+        return None
 
     def is_asked_for(self, value: str) -> bool:
         return value == "host"
