@@ -5,9 +5,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qtune import cache_dir
 from qtune.data import token_cache
 from qtune.data.canaries import Phrasing, planted_rows
 from qtune.data.chat_template import ChatTemplate
@@ -47,7 +49,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     data = recipe.data
     encoder = Encoder.of(tokenizer)
     sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
-    key = token_cache.key_of(recipe, sources, tokenizer) if token_cache.folder() else None
+    key = token_cache.key_of(recipe, sources, tokenizer) if cache_dir.root() else None
     cached = token_cache.load(key) if key else None
     if cached is not None:
         return Prepared.from_cache(cached, data.train)
@@ -55,7 +57,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
         writer = ExampleWriter(folder)
         prepared = _prepare(recipe, sources, encoder, writer, tell)
         if key and writer.folder and key == token_cache.key_of(recipe, sources, tokenizer):  # no file changed meanwhile
-            token_cache.keep(key, writer.folder, *prepared.for_cache())
+            what = " and ".join(Path(source.name).name for source in sources)
+            token_cache.keep(key, writer.folder, *prepared.for_cache(), what)
     return prepared
 
 

@@ -26,7 +26,7 @@ from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.packed_experts import is_packed
 from qtune.memory.techniques import Techniques
-from qtune.model import base_files, untrusted_folder
+from qtune.model import base_files, nf4_cache, untrusted_folder
 from qtune.model.checkpoint import BaseCheckpoint
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
@@ -120,8 +120,14 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     def lives_on_host(weight: str) -> bool:
         return any(each.stays_on_host(weight, planned, text) for each in planned.on())
 
-    with quantized_experts(lives_on_host) if quantization else contextlib.nullcontext():
-        folder = base_folder(model)
+    folder = base_folder(model)
+    place = nf4_cache.place_of(model, folder, device, compute_dtype) if quantization else None
+    entry = place.find() if place else None
+    with contextlib.ExitStack() as stack:
+        if quantization:
+            stack.enter_context(quantized_experts(lives_on_host))
+        if entry:
+            stack.enter_context(nf4_cache.weights_from(entry, device, lives_on_host))
         with _refusing(folder, device, "4 bits" if quantization else compute_dtype):
             loaded = from_folder(
                 folder,
@@ -133,8 +139,10 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 attn_implementation=packed_attention.implementation_for(config),
             )
     loaded.requires_grad_(False)
-    if quantization:
+    if quantization and not entry:
         _leave_the_files(loaded)
+    if place and not entry:
+        place.keep(loaded)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
     packed_mixers.install(loaded)
