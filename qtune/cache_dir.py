@@ -1,10 +1,10 @@
 """What qtune can make again, kept between runs: in `$QTUNE_CACHE`, else in `~/.cache/qtune`; QTUNE_CACHE=off keeps
 nothing, and QTUNE_CACHE_SIZE (`30GiB`) says how much.
 
-An entry is a sealed folder under its kind ("tokens", "nf4"), named by the key of all that it follows from. It is written
-beside its place, then renamed, and given out only where every sum is right: a broken one is removed, and made again.
-Entries of every kind share the room there is; what was unused for longest goes first. A cache that cannot be written is
-not an error.
+An entry is a sealed folder under its kind ("tokens", "nf4"), named by the key of all that it follows from. It is
+written beside its place, then renamed, and given out only where every sum is right: a broken one is removed, and made
+again. Entries of every kind share the room there is; what was unused for longest goes first. A cache that cannot be
+written is not an error.
 
 These are variables and no keys of the recipe because where files are kept is a matter of the machine: no run comes out
 different for it.

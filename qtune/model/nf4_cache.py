@@ -52,8 +52,9 @@ class Place:
 
     def keep(self, model: PreTrainedModel) -> None:
         """Keep `model`, just loaded and quantised; where that fails there is no entry."""
-        stage = cache_dir.new_folder(cache_dir.folder(KIND))
-        if stage is None or not cache_dir.make_room(sum(tensor.nbytes for _, tensor in _kept(model))):
+        has_room = cache_dir.make_room(sum(tensor.nbytes for _, tensor in _kept(model)))
+        stage = cache_dir.new_folder(cache_dir.folder(KIND)) if has_room else None
+        if stage is None:
             return
         with suppress(SafetensorError, OSError):
             _write(model, stage)
@@ -61,11 +62,18 @@ class Place:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def keeps(model: Model, file_bytes: int) -> bool:
+    """Whether a base whose weight files have so many bytes is kept in 4 bits.
+
+    Not where code of others runs: it may hold what no file of weights does.
+    """
+    is_wanted = model.quantization == "nf4" and not model.trust_remote_code and file_bytes >= LEAST_BYTES
+    return is_wanted and cache_dir.root() is not None
+
+
 def place_of(model: Model, folder: Path, device: str, compute_dtype: str) -> Place | None:
-    """The place of the base in `folder` as `model` asks for it; None where it is not worth one, or nothing is kept."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
-    code_may_hold_more = model.trust_remote_code  # than what files of weights do
-    if cache_dir.root() is None or code_may_hold_more or size < LEAST_BYTES:
+    """The place of the base in `folder` as `model` asks for it; None where it is not kept."""
+    if not keeps(model, sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())):
         return None
     where = torch.device(device)
     facts = [

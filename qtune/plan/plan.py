@@ -52,10 +52,11 @@ class Plan:
     rungs: tuple[Rung, ...]
     reserve: tuple[Reserve, ...]
     speed: Speed
-    disk_bytes: int
+    disk_bytes: int  # of what the run itself leaves
     remedies: tuple[str, ...]
     choices: tuple[Choice, ...]
     documents_apart: bool = False
+    cache_bytes: int = 0  # of the base in 4 bits, kept for the next run
 
     def with_documents_apart(self, reason: str) -> "Plan":
         """The same steps over the same packs, but a pass for every document of a pack."""

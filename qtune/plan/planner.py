@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from qtune import cache_dir
 from qtune.hardware import Device
 from qtune.memory.techniques.standing import Standing
-from qtune.model import lora_variants
+from qtune.model import lora_variants, nf4_cache
 from qtune.plan import activation_memory, throughput
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import Budget, Climb, Ladder
@@ -71,6 +72,7 @@ def decide(
         speed=throughput.estimate(ladder, _overhead(told), device, compute_dtype, pace.steps),
         remedies=() if climb.fits else remedies(ladder, climb, forecaster_of),
         disk_bytes=_disk_bytes(recipe, ladder.standing),
+        cache_bytes=_cache_bytes(recipe, ladder.standing),
         choices=(
             Choice("device", device.label, device.why),
             Choice("base", _held_as(recipe), "model.quantization"),
@@ -151,6 +153,14 @@ def _disk_bytes(recipe: Recipe, standing: Standing) -> int:
     adapter = 4 * standing.trained_parameters
     checkpoints = recipe.save.keep + 2  # the newest, the best, and the one being written
     return adapter + checkpoints * (adapter + standing.optimizer_bytes) + SPARE_DISK_BYTES
+
+
+def _cache_bytes(recipe: Recipe, standing: Standing) -> int:
+    """What the base in 4 bits takes in the cache, once for all runs on it; 0 where it is not kept."""
+    head = 0 if standing.is_tied else standing.head_bytes
+    held = standing.base_bytes + standing.embedding_bytes + head
+    files = 2 * (standing.parameters + (standing.head_parameters if head else 0))  # of 16 bits
+    return held if nf4_cache.keeps(recipe.model, files) and held <= cache_dir.largest_bytes() else 0
 
 
 def _adapter(recipe: Recipe, standing: Standing) -> str:

@@ -185,7 +185,9 @@ def _costs(plan: dict[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_row("batch", f"{plan['micro_batch']} x {counted(plan['gradient_accumulation'], 'sequence')} a step")
     table.add_row("time", time + added)
-    table.add_row("disk", f"{format_bytes(plan['disk_bytes'])} for adapter and checkpoints")
+    kept = plan.get("cache_bytes", 0)
+    cached = f"; {format_bytes(kept)} once, to keep the base in 4 bits (`qtune cache`)" if kept else ""
+    table.add_row("disk", f"{format_bytes(plan['disk_bytes'])} for adapter and checkpoints{cached}")
     if plan["is_assumed"]:
         table.add_row("data", "not read: every sequence is taken to be full")
     return table

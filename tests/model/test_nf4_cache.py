@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config
+from stopped_runs import qtune, write_recipe
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -17,9 +18,10 @@ from transformers import (
 
 from qtune import cache_dir
 from qtune.memory.packed_experts import is_packed
-from qtune.memory.techniques import Techniques
 from qtune.model import base, nf4_cache
 from qtune.recipe.schema import Model
+from qtune.report import run_record
+from qtune.rundir import RunDir
 
 SMALL = {"vocab_size": 262, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 SMALL |= {"num_key_value_heads": 2, "intermediate_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
@@ -89,3 +91,64 @@ def test_a_base_from_the_cache_is_the_base(tmp_path: Path, home: Path, name: str
     assert_same(plain, kept)
     row = torch.tensor([[5, 9, 70, 31, 2]])
     assert torch.equal(plain(row).logits, kept(row).logits)
+
+
+def keys(home: Path) -> set[str]:
+    return {path.name for path in home.iterdir()}
+
+
+def test_another_base_or_setting_is_another_entry(tmp_path: Path, home: Path) -> None:
+    folder = saved(tmp_path / "base", tiny_config())
+
+    def load(**changes: object) -> int:
+        """How many entries there are then."""
+        dtype = str(changes.pop("dtype", "float32"))
+        base.load_base(Model(base=str(folder), **changes), "cpu", dtype)
+        return len(keys(home))
+
+    assert [load(), load(), load(double_quantization=False), load(dtype="bfloat16"), load()] == [1, 1, 2, 3, 3]
+    assert load(quantization="none") == 3
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert load() == 4
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    other.model.layers[1].mlp.down_proj.weight.data[5, 7] += 0.5
+    other.save_pretrained(folder)
+    assert load() == 5
+
+
+def test_a_broken_entry_is_made_again(tmp_path: Path, home: Path) -> None:
+    spec = Model(base=str(saved(tmp_path / "base", tiny_config())))
+    plain = base.load_base(spec, "cpu", "float32")
+    (entry,) = home.iterdir()
+    file = sorted(entry.glob("*.safetensors"))[1]
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    assert_same(plain, base.load_base(spec, "cpu", "float32"))
+    assert file.read_bytes() != content
+
+
+@pytest.mark.parametrize("why", ["off", "small", "code", "room"])
+def test_what_is_not_kept(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    spec = Model(base=str(saved(tmp_path / "base", tiny_config())), trust_remote_code=why == "code")
+    if why == "off":
+        monkeypatch.setenv(cache_dir.VARIABLE, cache_dir.OFF)
+    if why == "small":
+        monkeypatch.setattr(nf4_cache, "LEAST_BYTES", 1 << 28)
+    if why == "room":
+        monkeypatch.setenv(cache_dir.SIZE_VARIABLE, "20KB")
+    base.load_base(spec, "cpu", "float32")
+    assert not home.exists() or not list(home.iterdir())
+
+
+def test_a_run_goes_on_from_the_cache_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved(tmp_path / "base", CONFIGS["experts"])
+    losses = []
+    for number, cache in enumerate((cache_dir.OFF, str(tmp_path / "cache"), str(tmp_path / "cache"))):
+        monkeypatch.setenv(cache_dir.VARIABLE, cache)
+        recipe = write_recipe(tmp_path, folder, evaluate={"metric": "none"})
+        assert qtune("run", recipe, "--output", tmp_path / f"run{number}") == 0
+        losses.append(run_record.read(RunDir(tmp_path / f"run{number}")).losses)
+    assert losses[0] == losses[1] == losses[2] != []
+    assert [entry.kind for entry in cache_dir.entries()].count("nf4") == 1
