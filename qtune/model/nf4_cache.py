@@ -133,7 +133,7 @@ def _weights_in(entry: Path, place_of: Callable[[str], str]) -> Iterator[tuple[s
             yield name, Params4bit.from_prequantized(read(name, device), state, device=device)
 
 
-def _put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
+def _put(model: PreTrainedModel, name: str, weight: Any) -> None:
     """Set a parameter or buffer of `model`, and keep transformers from initialising it."""
     path, _, own_name = name.rpartition(".")
     module = model.get_submodule(path)
