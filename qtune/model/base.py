@@ -121,7 +121,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
         return any(each.stays_on_host(weight, planned, text) for each in planned.on())
 
     folder = base_folder(model)
-    place = nf4_cache.place_of(model, folder, device, compute_dtype)
+    place = nf4_cache.place_of(model, folder, device, quantization) if quantization else None
     entry = place.find() if place else None
     with contextlib.ExitStack() as stack:
         if quantization:

@@ -21,7 +21,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qtune import accelerator, cache_dir
 from qtune.memory import expert_loading, mixture_of_experts, nf4, packed_experts
@@ -71,7 +71,7 @@ def keeps(model: Model, file_bytes: int) -> bool:
     return is_wanted and cache_dir.root() is not None
 
 
-def place_of(model: Model, folder: Path, device: str, compute_dtype: str) -> Place | None:
+def place_of(model: Model, folder: Path, device: str, quantization: BitsAndBytesConfig) -> Place | None:
     """The place of the base in `folder` as `model` asks for it; None where it is not kept."""
     if not keeps(model, sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())):
         return None
@@ -79,7 +79,8 @@ def place_of(model: Model, folder: Path, device: str, compute_dtype: str) -> Pla
     facts = [
         fingerprint.fingerprint(folder),
         (folder / base_kind.CONFIG).read_text(encoding="utf-8"),
-        [model.double_quantization, compute_dtype, where.type, accelerator.capability(where)],
+        quantization.to_json_string(use_diff=False),
+        [where.type, accelerator.capability(where)],
         [importlib.metadata.version(name) for name in MAKERS],
         _code_sha256(),
     ]
