@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qtune"
 ROOMS = [
     "errors",
     "atomic_files",
-    "cache_dir",
     "units",
+    "cache_dir",
     "events",
     "subprocess_limits",
     "registry",
