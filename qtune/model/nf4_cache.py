@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qtune import accelerator, cache_dir
-from qtune.memory import expert_loading, mixture_of_experts, nf4, packed_experts
+from qtune.memory import packed_experts
 from qtune.model import fingerprint
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
@@ -35,7 +35,7 @@ LEAST_BYTES = 256 * MIB  # of weight files: a smaller base is quantised in a sec
 CODEBOOK = "quant_map"  # of bitsandbytes: beside every packed weight, and beside no other
 FILE_BYTES = 256 * MIB  # about that much of a model in one file, and so in host memory while it is written
 MAKERS = ("torch", "transformers", "bitsandbytes")
-CODE = (expert_loading, mixture_of_experts, nf4, packed_experts)  # who changes how weights are packed need not tell
+PACKING = ("nf4.py", "packed_experts.py", "expert_loading.py")  # of memory/: who changes them makes other entries
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,6 @@ def _kept(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 @functools.cache
 def _code_sha256() -> str:
     digest = hashlib.sha256()
-    for module in CODE:
-        digest.update(Path(str(module.__file__)).read_bytes())
+    for name in PACKING:
+        digest.update(Path(packed_experts.__file__).with_name(name).read_bytes())
     return digest.hexdigest()
