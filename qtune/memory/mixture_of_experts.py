@@ -15,10 +15,12 @@ Letters: T tokens, k experts chosen for each, S = Tk pairs of token and expert, 
 G of them in a group, H hidden, R rank of an adapter, (N, K) the shape of one expert's matrix.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,7 +31,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qtune.memory import memory_tracker
 from qtune.memory.gradient_checkpointing import autocast_here, compute_dtype_here
-from qtune.memory.packed_experts import block_scales, expert_modules, held_shape, is_packed, matrices, stacked_names
+from qtune.memory.packed_experts import (
+    block_scales,
+    expert_modules,
+    held_shape,
+    is_packed,
+    is_transposed,
+    matrices,
+    stacked_names,
+)
 from qtune.units import MIB
 
 NAME = "qtune_nf4"
@@ -48,10 +58,22 @@ class Factors:
 
 
 def install(model: torch.nn.Module) -> None:
-    """Run the packed experts of `model` by `forward` from here on."""
+    """Run the packed experts of `model` by `forward` from here on.
+
+    Of experts that are told how many rows each gets (JetMoE's), fake tensors know no numbers: they share them evenly.
+    """
     for experts in expert_modules(model):
         if any(is_packed(parameter) for parameter in experts.parameters(recurse=False)):
             experts.config._experts_implementation = NAME
+        elif "expert_size" in inspect.signature(experts.forward).parameters:
+            experts.forward = partial(_shared_evenly, experts.forward)
+
+
+def _shared_evenly(told: Callable[..., torch.Tensor], inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
+    if isinstance(inputs, FakeTensor):
+        rows, experts = len(inputs), len(expert_size)
+        expert_size = [rows * (number + 1) // experts - rows * number // experts for number in range(experts)]
+    return told(inputs, expert_size)
 
 
 def forward(
@@ -201,6 +223,9 @@ class _Pass:
         self._experts, self._dtype, self._scaling = experts, dtype, scaling
         self._parameters = [getattr(experts, name) for name in stacked_names(experts)]
         self._scales = [block_scales(parameter) for parameter in self._parameters]
+        has_biases = getattr(experts, "has_bias", False)
+        self._biases = [getattr(experts, f"{name}_bias") if has_biases else None for name in stacked_names(experts)]
+        self._is_transposed = is_transposed(experts)
 
     @property
     def most_in_a_group(self) -> int:
@@ -220,15 +245,30 @@ class _Pass:
         The weights go in before the last linear, whose output is not needed for their gradient then.
         """
         wide = self._linear(0, group, x.to(self._dtype), factors, True)
+        if self._biases[0] is not None:
+            wide = wide + self._bias(0, group)
         inner = self._experts._apply_gate(wide) if self._experts.has_gate else self._experts.act_fn(wide)
-        return self._linear(1, group, (inner * weights[:, None]).to(self._dtype), factors, is_wanted)
+        y = self._linear(1, group, (inner * weights[:, None]).to(self._dtype), factors, is_wanted)
+        return y if self._biases[1] is None else y + self._bias(1, group) * weights[:, None].to(self._dtype)
+
+    def _bias(self, which: int, group: Group) -> torch.Tensor:
+        """(n, N): for each pair its expert's."""
+        biases: Any = self._biases[which]
+        each = biases[group.experts].to(self._dtype)
+        each_pairs = pairwise([0, *group.ends_here])
+        return torch.cat([own.expand(end - start, -1) for own, (start, end) in zip(each, each_pairs, strict=True)])
 
     def _linear(
         self, which: int, group: Group, x: torch.Tensor, factors: Sequence[torch.Tensor | None], is_wanted: bool
     ) -> torch.Tensor:
         parameter, scales, dtype = self._parameters[which], self._scales[which], self._dtype
-        rows = None if is_wanted else held_shape(parameter)[1]
-        y: torch.Tensor = _Linear.apply(x, lambda: matrices(parameter, scales, group.experts, dtype), group, rows)
+        rows = None if is_wanted else held_shape(parameter)[2 if self._is_transposed else 1]
+
+        def fetch() -> torch.Tensor:
+            stored = matrices(parameter, scales, group.experts, dtype)
+            return stored.transpose(1, 2) if self._is_transposed else stored
+
+        y: torch.Tensor = _Linear.apply(x, fetch, group, rows)
         a, b = factors[2 * which : 2 * which + 2]
         if a is None or b is None:
             return y

@@ -2,12 +2,13 @@
 
 Held less of: 4.13 bits a weight with double quantisation, 4.5 without, where transformers keeps 16.
 Costs: nothing here; see `mixture_of_experts`.
-Refuses: experts with biases or transposed matrices, a norm behind each expert, matrices that are not a whole number of
+Refuses: experts that each end in a norm, matrices that are not a whole number of
 quantisation blocks, and classes that transformers does not run through its experts interface; `refusal` says which.
 
 transformers 5 holds a layer's experts as two parameters (E, N, K). Packed, such a parameter is bitsandbytes' for the
 whole stack: 4-bit codes in `data`, everything else in `quant_state`. As each matrix starts on a block of 64 weights,
-it can be dequantised alone.
+it can be dequantised alone. Some hold matrices that are multiplied from the right, (E, K, N), and are packed as they
+are.
 
 Letters: E experts, G of them one after another, (N, K) the shape of one expert's matrix.
 """
@@ -51,15 +52,37 @@ def stacked_names(experts: Any) -> tuple[str, str]:
     return "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj"
 
 
+def router_names(model: torch.nn.Module) -> set[str]:
+    """Full names of the linears that choose experts: beside experts, with an output for each of them, or one to weigh
+    what all tokens share."""
+    named = dict(model.named_modules())
+    owners = {id(module): name for name, module in named.items()}
+    found: set[str] = set()
+    for experts in expert_modules(model):
+        count = held_shape(next(each for each in experts.parameters(recurse=False) if _is_stack(each)))[0]
+        own = owners[id(experts)]
+        beside = own.rpartition(".")[0]
+        found |= {
+            name
+            for name, module in named.items()
+            if name.startswith(f"{beside}.") and not name.startswith(f"{own}.")
+            if getattr(module, "out_features", None) in (count, 1)
+        }
+    return found
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether its matrices are multiplied from the right."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
 def refusal(experts: Any) -> str | None:
     """Why the experts of one module stay in 16 bits; None where they can be held in NF4."""
     kind = type(experts).__name__
     if not hasattr(experts, "_apply_gate") or not hasattr(experts, "is_transposed"):
         return f"the experts of {kind} stay in 16 bits: transformers does not run them through its experts interface"
-    odd = {"has_bias": "have biases", "is_transposed": "are stored transposed", "has_post_expert_norm": "end in a norm"}
-    oddities = [what for name, what in odd.items() if getattr(experts, name, False)]
-    if oddities:
-        return f"the experts of {kind} stay in 16 bits: they {' and '.join(oddities)}"
+    if getattr(experts, "has_post_expert_norm", False):
+        return f"the experts of {kind} stay in 16 bits: each ends in a norm"
     for name in stacked_names(experts):
         parameter = getattr(experts, name, None)
         if parameter is None or not _is_stack(parameter):

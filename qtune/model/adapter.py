@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qtune.errors import ModelError
-from qtune.memory import mixture_of_experts, nf4
+from qtune.memory import mixture_of_experts, nf4, packed_experts
 from qtune.model import lora_variants
 from qtune.recipe.base_kind import ADAPTER_CONFIG
 from qtune.recipe.schema import Lora
@@ -54,7 +55,7 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     _refuse_what_peft_cannot_say(model, config)
     mixture_of_experts.register(config, model)
     try:
-        with _targets_as_named():
+        with _names_as_they_are():
             return get_peft_model(model, config)
     except ValueError as fault:
         raise ModelError(f"lora: peft cannot attach this adapter ({str(fault).splitlines()[0]}).") from None
@@ -64,12 +65,13 @@ def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
     """The last parts of the names of the linears that get an adapter, sorted; every target asked for must match.
 
     `experts` stands for all experts that are held in NF4; "all-linear" leaves them out, as there are so many, and with
-    them what can have no adapter (`left_out`).
+    them what can have no adapter (`left_out`) and routers: a step that moves one sends tokens to experts that have not
+    seen their like, and the loss that keeps experts evenly busy is not trained with.
     """
     linears = linear_names(model)
     there = linears | ({EXPERTS} if mixture_of_experts.expert_targets(model) else set())
     if lora.targets == "all-linear":
-        return tuple(sorted(linears))
+        return tuple(sorted(linears - _router_names(model)))
     without = left_out(model)
     for target in (each for each in lora.targets if each in without):
         raise ModelError(
@@ -85,6 +87,8 @@ def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
 def _no_such_target(target: str, there: set[str]) -> str:
     near = get_close_matches(target, there, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
+    if target in ("gate", "router"):  # what transformers calls them where they are layers of their own
+        hint = " A router that is no linear layer stays as it is."
     return f"lora.targets: no linear layer is named {target!r}.{hint} This base has {', '.join(sorted(there))}."
 
 
@@ -97,6 +101,7 @@ def linear_names(model: PreTrainedModel) -> set[str]:
 def left_out(model: PreTrainedModel) -> dict[str, str]:
     """By the same names, the linear layers that can have no adapter, and why."""
     past = dict.fromkeys(nf4.multiplied_by_hand(type(model)), "its model multiplies by its weight, past an adapter")
+    past |= dict.fromkeys(_router_names(model, more=True), "it is a router whose layer does more than multiply")
     return {
         name: why
         for name in sorted(_all_linear_names(model))
@@ -104,13 +109,29 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def _all_linear_names(model: PreTrainedModel) -> set[str]:
-    head = model.get_output_embeddings()
-    return {
-        _last_name(name)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+def _router_names(model: PreTrainedModel, more: bool = False) -> set[str]:
+    """Names that only routers have; only of those that do `more` than a linear, if that is asked."""
+    routers = packed_experts.router_names(model)
+    others = {_last_name(name) for name, module in _linears(model) if name not in routers}
+    found = {
+        _last_name(name) for name, module in _linears(model) if name in routers and not (more and _is_plain(module))
     }
+    return found - others
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    return type(module) in (torch.nn.Linear, Linear4bit)
+
+
+def _all_linear_names(model: PreTrainedModel) -> set[str]:
+    return {_last_name(name) for name, _ in _linears(model)}
+
+
+def _linears(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            yield name, module
 
 
 def _last_name(path: str) -> str:
@@ -163,7 +184,8 @@ def put_back(model: PeftModel, folder: Path) -> None:
 
     Raises ModelError where they are not those of this adapter.
     """
-    outcome = set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+    with _names_as_they_are():
+        outcome = set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
     missing = [name for name in outcome.missing_keys if ".lora_" in name]
     if missing or outcome.unexpected_keys:
         raise ModelError(f"{folder}: is not the adapter of this recipe ({(missing or outcome.unexpected_keys)[0]}).")
@@ -183,22 +205,28 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
             warnings.simplefilter("ignore")
             config = _with_linears_as_modules(LoraConfig.from_pretrained(folder), model)
             mixture_of_experts.register(config, model)
-            with _targets_as_named():
+            with _names_as_they_are():
                 return PeftModel.from_pretrained(model, folder, config=config)
     except (RuntimeError, ValueError, SafetensorError) as fault:
         raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None
 
 
 @contextlib.contextmanager
-def _targets_as_named() -> Iterator[None]:
-    """Inside, peft leaves the targets of a configuration as they are."""
-    name = "convert_peft_config_for_transformers"
-    original = getattr(transformers_weight_conversion, name)
-    setattr(transformers_weight_conversion, name, lambda *given, **named: None)
+def _names_as_they_are() -> Iterator[None]:
+    """Inside, peft leaves the targets of a configuration and the names in an adapter's file as they are: it would read
+    both as transformers 4 had them, and of a name that both have make one that neither has."""
+    kept = {
+        "convert_peft_config_for_transformers": lambda *given, **named: None,
+        "convert_peft_adapter_state_dict_for_transformers": lambda **given: given["adapter_state_dict"],
+    }
+    before = {name: getattr(transformers_weight_conversion, name) for name in kept}
     try:
+        for name, function in kept.items():
+            setattr(transformers_weight_conversion, name, function)
         yield
     finally:
-        setattr(transformers_weight_conversion, name, original)
+        for name, function in before.items():
+            setattr(transformers_weight_conversion, name, function)
 
 
 def _taken_for_experts(config: LoraConfig, model: torch.nn.Module) -> set[str]:

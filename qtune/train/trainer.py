@@ -69,6 +69,7 @@ def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
+        router_aux_loss_coef=0.0,  # routers do not train, and balance over a pack is not that of its documents
     )
     return _on_one_device(settings, plan.device)
 

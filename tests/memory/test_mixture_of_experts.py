@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AriaTextConfig,
+    AriaTextForCausalLM,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GptOssConfig,
@@ -51,7 +53,22 @@ KINDS = {
         Qwen3MoeConfig(**{**SHAPE, "moe_intermediate_size": WIDE, "num_experts": EXPERTS, **more})
     ),
     "mixtral": lambda **more: MixtralForCausalLM(MixtralConfig(**{**SHAPE, "num_local_experts": EXPERTS, **more})),
+    "transposed": lambda **more: AriaTextForCausalLM(
+        AriaTextConfig(**{**SHAPE, "moe_num_experts": EXPERTS, "pad_token_id": 2, **more})
+    ),
+    "transposed, with biases": lambda **more: with_biases(
+        GptOssForCausalLM(GptOssConfig(**{**SHAPE, "num_local_experts": EXPERTS, **more}))
+    ),
 }
+
+
+def with_biases(model):
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    return model
+
+
 IDS = torch.randint(6, 262, (1, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -457,12 +474,12 @@ def test_a_layer_whose_input_needs_no_gradient_trains_its_adapter(layer):
 
 
 def test_experts_that_stay_in_16_bits_say_why(tmp_path):
-    sizes = {**SHAPE, "num_local_experts": 4}
-    transposed = GptOssForCausalLM(GptOssConfig(**sizes))
-    (why,) = refusals(transposed)
-    assert "GptOssExperts" in why
-    assert "biases" in why
-    assert "transposed" in why
+    normed = KINDS["qwen3"]()
+    for experts in expert_modules(normed):
+        experts.has_post_expert_norm = True
+    (why,) = refusals(normed)
+    assert "Qwen3MoeExperts" in why
+    assert "norm" in why
     torch.manual_seed(0)
     uneven = KINDS["qwen3"](hidden_size=36, moe_intermediate_size=24)
     assert "36 x 24 weights of down_proj" in refusal(next(expert_modules(uneven)))

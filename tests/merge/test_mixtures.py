@@ -26,6 +26,13 @@ KINDS = {
     "qwen3_moe": FEW,
     "qwen2_moe": {**FEW, "shared_expert_intermediate_size": 64},
     "mixtral": {"num_local_experts": 4},
+    "aria_text": {"moe_num_experts": 4, "moe_intermediate_size": 64},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+        "layer_types": ["full_attention"] * 2,
+    },
     "dots1": {**ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
 }
 EXPERTS = ("q_proj", "v_proj", "experts")
