@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qtune.errors import OutOfMemory
 from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
-from qtune.model.loaded import Loaded
+from qtune.model.loaded import Loaded, can_cache
 
 BATCH_PROMPTS = 32
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to that is not whole yet
@@ -42,7 +42,7 @@ def answer(
     model, tokenizer = loaded.model, loaded.tokenizer
     was_training = model.training
     model.eval()
-    settings = _settings(tokenizer, stop_token_ids, max_new_tokens, Choosing())
+    settings = _settings(loaded, stop_token_ids, max_new_tokens, Choosing())
     texts = [""] * len(prompts)
 
     def continue_batch(indices: list[int]) -> None:
@@ -63,7 +63,7 @@ def answer(
 
 
 def _settings(
-    tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], max_new_tokens: int, choosing: Choosing
+    loaded: Loaded, stop_token_ids: Sequence[int], max_new_tokens: int, choosing: Choosing
 ) -> GenerationConfig:
     """Without what a base's generation_config.json would add in silence: beams, or a penalty on repeated words."""
     return GenerationConfig(
@@ -71,10 +71,10 @@ def _settings(
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        use_cache=True,
+        use_cache=can_cache(loaded.model),
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=loaded.tokenizer.pad_token_id,
     )
 
 
@@ -93,7 +93,7 @@ def answer_aloud(
     """
     torch.manual_seed(choosing.seed)
     ids, mask = left_pad([prompt], 0, loaded.device)
-    settings = _settings(loaded.tokenizer, stop_token_ids, max_new_tokens, choosing)
+    settings = _settings(loaded, stop_token_ids, max_new_tokens, choosing)
     spoken = Spoken(loaded.tokenizer, say)
     with loaded.autocast():
         loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=spoken)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from qtune.merge.logit_distance import Row, logits_of
+from qtune.model.loaded import can_cache
 
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 3, 32, 24
 
@@ -38,7 +39,7 @@ def continued(
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=ANSWER_TOKENS,
-        use_cache=True,
+        use_cache=can_cache(model),
         eos_token_id=stop or None,
         pad_token_id=stop[0] if stop else 0,
     )

@@ -6,13 +6,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 
 def autocast(device: str, compute_dtype: str) -> torch.autocast:
     """The context every forward pass runs in; float32 means no casting at all."""
     kind = device.split(":")[0]
     return torch.autocast(kind, getattr(torch, compute_dtype), enabled=compute_dtype != "float32")
+
+
+def can_cache(model: Any) -> bool:
+    """Whether transformers can go on from what it kept of a prompt: it asks the layers with attention how long that
+    was, and where there are none refuses (5.23, `Cache.get_seq_length`)."""
+    try:
+        DynamicCache(config=model.config.get_text_config()).get_seq_length()
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from made_models import SHAPE
 from made_runs import edit_json, kept_run, token_rows
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BambaConfig, BambaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qtune.merge.greedy_answers import ANSWER_TOKENS, continued
 from qtune.merge.logit_distance import divergences
 from qtune.merge.merge import merge
 from qtune.merge.verify import Live, verify
@@ -101,3 +102,11 @@ def test_a_lock_without_experts_is_read_as_it_was(base_folder, tmp_path) -> None
     with torch.inference_mode():
         live = Live.open(run)
     assert live.quantized
+
+
+def test_a_model_without_attention_goes_on_without_a_cache() -> None:
+    """transformers asked its cache for the length of what it holds, of which layers without attention know nothing."""
+    config = BambaConfig(**{**SHAPE, **MORE, "mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": []})
+    model = BambaForCausalLM(config).eval()
+    (answer,) = continued(model, [[6, 7, 8]], [], "cpu")
+    assert len(answer) == ANSWER_TOKENS

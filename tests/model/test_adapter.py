@@ -6,6 +6,8 @@ import forked
 import made_models
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtune.errors import ModelError
 from qtune.model import adapter, base
@@ -110,3 +112,50 @@ def test_layers_that_are_only_numbered_are_named_by_their_list() -> None:
     assert {"extra.0", "extra.2"} < adapter.linear_names(model)
     adapted = adapter.attach(model, Lora(rank=4), seed=0)
     assert sum(".extra.2.lora_A" in name for name, _ in adapted.named_parameters()) == 4
+
+
+def mixture(kind: str) -> torch.nn.Module:
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    wide = {
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+    }
+    config = CONFIG_MAPPING[kind]()
+    return AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[kind](
+            **{key: value for key, value in {**made_models.SHAPE, **sizes, **wide}.items() if hasattr(config, key)}
+        )
+    )
+
+
+def test_routers_are_left_alone_unless_they_are_named() -> None:
+    """They were linears like others where transformers makes them so, and jumps of the routing were trained in."""
+    model = mixture("qwen2_moe")
+    assert "shared_expert_gate" not in adapter.resolve_targets(model, Lora())
+    assert {"down_proj", "q_proj"} < set(adapter.resolve_targets(model, Lora()))
+    assert adapter.resolve_targets(model, Lora(targets=("shared_expert_gate",))) == ("shared_expert_gate",)
+    with pytest.raises(ModelError, match=r"no linear layer is named 'gate'\. A router that is no linear layer stays"):
+        adapter.resolve_targets(model, Lora(targets=("gate",)))
+
+
+def test_a_router_that_does_more_than_multiply_can_have_no_adapter() -> None:
+    """peft's layer gave the logits of one where its own gives them, weights and choice."""
+    model = mixture("phimoe")
+    assert "router" not in adapter.resolve_targets(model, Lora())
+    with pytest.raises(ModelError, match="'router' can have no adapter in a base of type phimoe: it is a router whose"):
+        adapter.resolve_targets(model, Lora(targets=("router",)))
+
+
+@pytest.mark.parametrize("setting", [{"dropout": 0.1}, {"dora": True}])
+def test_what_peft_takes_for_experts_has_neither_dropout_nor_dora(setting) -> None:
+    with pytest.raises(ModelError, match=f"lora.{next(iter(setting))}: peft takes down_proj, gate_proj, up_proj of a"):
+        adapter.attach(mixture("dots1"), Lora(**setting), 0)
+    adapter.attach(mixture("dots1"), Lora(targets=("q_proj",), **setting), 0)
