@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from qtune.memory import memory_tracker
+from qtune.memory.head_logits import PLAIN, MadeOf
 from qtune.units import MIB
 
 TILE_BYTES = 16 * MIB
@@ -36,9 +37,10 @@ def tile_rows(most_bytes: int, columns: int) -> int:
 
 
 def of_sliced_head(
-    hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, with_gradient: bool
+    hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, with_gradient: bool, made: MadeOf = PLAIN
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss of `hidden` (N, H) against `labels` (N,), and its gradient (N, H)."""
+    """Summed loss of `hidden` (N, H) against `labels` (N,), and its gradient (N, H); of the head's products the logits
+    are `made`."""
     first = head.parts[0]
     tiles = memory_tracker.tiles(len(hidden), tile_rows(TILE_BYTES, first.stop - first.start), hidden)
     highest = torch.full((len(hidden),), -torch.inf, device=hidden.device)
@@ -46,7 +48,7 @@ def of_sliced_head(
     visits = iter(head.visits(2 if with_gradient else 1))
     for rows, weight in itertools.islice(visits, len(head.parts)):
         for tile in tiles:
-            logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
+            logits, _ = made.bend_((hidden[tile].to(weight.dtype) @ weight.t()).float(), with_slopes=False)
             here, index = _labels_in(labels[tile], rows)
             own[tile] += torch.where(here, logits.gather(1, index[:, None])[:, 0], 0.0)
             higher = torch.maximum(highest[tile], logits.amax(dim=1))
@@ -57,7 +59,7 @@ def of_sliced_head(
         del weight  # and the next slice beside this one
     normaliser = highest + total.log()
     nats = (normaliser - own).sum()
-    return nats, _gradient(hidden, visits, labels, normaliser, tiles) if with_gradient else None
+    return nats, _gradient(hidden, visits, labels, normaliser, tiles, made) if with_gradient else None
 
 
 def _gradient(
@@ -66,16 +68,18 @@ def _gradient(
     labels: torch.Tensor,
     normaliser: torch.Tensor,
     tiles: list[slice],
+    made: MadeOf,
 ) -> torch.Tensor:
     """(softmax - one-hot) @ weight, summed over the slices in float32."""
     gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for rows, weight in visits:
         for tile in tiles:
-            p = (hidden[tile].to(weight.dtype) @ weight.t()).float().sub_(normaliser[tile, None]).exp_()
+            logits, slopes = made.bend_((hidden[tile].to(weight.dtype) @ weight.t()).float(), with_slopes=True)
+            p = logits.sub_(normaliser[tile, None]).exp_()
             here, index = _labels_in(labels[tile], rows)
             p.scatter_add_(1, index[:, None], -here[:, None].float())
-            gradient[tile] += p.to(weight.dtype) @ weight
-            del p
+            gradient[tile] += made.back_(p, slopes).to(weight.dtype) @ weight
+            del logits, p, slopes
         del weight
     return gradient.to(hidden.dtype)
 

@@ -3,8 +3,8 @@
 Held less of: the (T, V) logits and their gradient; a tile of them lives at a time, for labelled positions only. What
 is kept for the backward pass is one (N, H) gradient of the hidden states.
 Costs: nothing; the logits are made once, where recomputing them in the backward pass makes them twice.
-Refuses: a head that is trained, has a bias, or scales or caps its logits (`suits` says no); trl's own fused head is
-used there.
+Refuses: a head that is trained, has a bias, or of whose product something else is made than scaled and capped logits
+(`head_logits`; `suits` says no); trl's own fused head is used there.
 
 The gradient of the cross-entropy does not depend on what follows but for a factor, so it can be made in the forward
 pass (the idea of Liger's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989, section 3).
@@ -23,22 +23,15 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from qtune.data.rows import NOT_TRAINED
-from qtune.memory import memory_tracker, output_head
+from qtune.memory import head_logits, memory_tracker, output_head
 from qtune.memory.chunked_cross_entropy import TILE_ROWS, of_sliced_head, tile_rows
+from qtune.memory.head_logits import PLAIN, MadeOf
 from qtune.memory.nf4 import is_quantized
 from qtune.units import MIB
 
 TILE_BYTES = 64 * MIB
 MOST_ROWS = 512  # of a larger tile: a card's arithmetic takes longer than reading the head by then
 SHARE_OF_ROWS = 8  # a tile of an eighth of all rows is no more than a layer holds in its backward pass (Llama-3.1-8B)
-SCALES = (  # names that transformers' configurations give to what a head does beside its product
-    "final_logit_softcapping",
-    "output_logit_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
 
 
 @dataclass
@@ -52,9 +45,9 @@ class SummedLoss(ModelOutput):
 def suits(model: PreTrainedModel | PeftModel) -> bool:
     """Whether the head of a causal model, with an adapter on it or not, is one that this loss can stand in for."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    head, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    head = causal.get_output_embeddings()
     is_plain = isinstance(head, torch.nn.Linear) and head.bias is None and not head.weight.requires_grad
-    return is_plain and not any(getattr(config, name, None) for name in SCALES)
+    return is_plain and head_logits.made_of(causal) is not None
 
 
 def install(model: PreTrainedModel) -> None:
@@ -72,18 +65,25 @@ def install(model: PreTrainedModel) -> None:
         if not fused_loss:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        hidden = head_logits.decoder_of(self)(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         memory_tracker.enter_phase("loss")
         with memory_tracker.part_of_new("loss"):
-            return summed_loss(hidden, self.get_output_embeddings(), labels, labelled)
+            return summed_loss(
+                hidden, self.get_output_embeddings(), labels, labelled, head_logits.made_of(self) or PLAIN
+            )
 
     model.forward = types.MethodType(forward, model)
 
 
 def summed_loss(
-    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, labelled: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    head: torch.nn.Module,
+    labels: torch.Tensor,
+    labelled: torch.Tensor | None = None,
+    made: MadeOf = PLAIN,
 ) -> SummedLoss:
-    """Loss of predicting each next label from `hidden` (B, T, H) by the linear `head`; `labels` are (B, T).
+    """Loss of predicting each next label from `hidden` (B, T, H) by the linear `head`, of whose products the logits are
+    `made`; `labels` are (B, T).
 
     `labelled` (N,) are the flat positions before a label, found from `labels` unless given: a forecast has no labels.
     """
@@ -91,7 +91,9 @@ def summed_loss(
         labelled = positions_before_labels(labels)
     wanted = labels.flatten().index_select(0, labelled + 1)
     chosen = hidden.flatten(0, 1).index_select(0, labelled)
-    return SummedLoss(nats=_TiledCrossEntropy.apply(chosen, head, wanted), tokens=labelled.new_tensor(len(labelled)))
+    return SummedLoss(
+        nats=_TiledCrossEntropy.apply(chosen, head, wanted, made), tokens=labelled.new_tensor(len(labelled))
+    )
 
 
 def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -105,31 +107,33 @@ class _TiledCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy in float32 of the logits of `hidden` (N, H) against `labels` (N,)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, made: MadeOf
+    ) -> torch.Tensor:
         assert not head.weight.requires_grad, "the head is frozen"
-        nats, gradient = _of_head(hidden, head, labels, with_gradient=ctx.needs_input_grad[0])
+        nats, gradient = _of_head(hidden, head, labels, ctx.needs_input_grad[0], made)
         ctx.save_for_backward(gradient)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None
 
 
 def _of_head(
-    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool, made: MadeOf
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and its gradient (N, H), by the way that suits where the head is."""
     if is_quantized(head):
-        return of_sliced_head(hidden, output_head.sliced_nf4(head, hidden), labels, with_gradient)
+        return of_sliced_head(hidden, output_head.sliced_nf4(head, hidden), labels, with_gradient, made)
     if not output_head.is_on_host(head):
-        return of_weight(hidden, head.weight, labels, with_gradient)
+        return of_weight(hidden, head.weight, labels, with_gradient, made)
     slices = output_head.sliced_on_host(head, hidden.device)
     if len(slices.parts) == 1:
         ((_, weight),) = slices.visits(1)
-        return of_weight(hidden, weight, labels, with_gradient)
-    return of_sliced_head(hidden, slices, labels, with_gradient)
+        return of_weight(hidden, weight, labels, with_gradient, made)
+    return of_sliced_head(hidden, slices, labels, with_gradient, made)
 
 
 def rows_of_a_tile(rows: int, vocabulary: int) -> int:
@@ -142,13 +146,14 @@ def rows_of_a_tile(rows: int, vocabulary: int) -> int:
 
 
 def of_weight(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool, made: MadeOf = PLAIN
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary of `weight` (V, H)."""
     nats = torch.zeros((), device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for tile in memory_tracker.tiles(len(hidden), rows_of_a_tile(len(hidden), weight.shape[0]), hidden):
         logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
+        logits, slopes = made.bend_(logits, with_slopes=gradient is not None)
         own = labels[tile, None]
         logits -= logits.amax(dim=1, keepdim=True)  # in place from here on: one tile of float32, not three
         nats -= logits.gather(1, own).sum()
@@ -158,6 +163,6 @@ def of_weight(
         if gradient is not None:
             p /= total  # the logits' gradient is p - 1 at the label and p elsewhere
             p.scatter_add_(1, own, torch.full_like(total, -1.0))
-            gradient[tile] = p.to(weight.dtype) @ weight
-        del logits, p  # or the next tile's are made beside them
+            gradient[tile] = made.back_(p, slopes).to(weight.dtype) @ weight
+        del logits, p, slopes  # or the next tile's are made beside them
     return nats, gradient

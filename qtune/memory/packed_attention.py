@@ -51,6 +51,7 @@ from qtune.memory.documents import (
     into_buckets,
     out_of_buckets,
 )
+from qtune.memory.head_logits import decoder_of
 from qtune.memory.packed_mixers import runs_as_a_whole
 from qtune.memory.tiled_attention import Scores, attend_in_tiles
 
@@ -80,7 +81,7 @@ def install(model: PreTrainedModel) -> None:
     A row that comes with `document_lengths` then gets no mask, any other its own; and a model whose code does not hand
     keywords on keeps documents apart like any other.
     """
-    for module in dict.fromkeys((model, model.base_model)):
+    for module in dict.fromkeys((model, model.base_model, decoder_of(model))):
         _know_documents(module, is_decoder=module is not model)
 
 

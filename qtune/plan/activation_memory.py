@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 
 from qtune.accelerator import Capability
 from qtune.errors import ModelError
-from qtune.memory import fused_cross_entropy, memory_tracker
+from qtune.memory import fused_cross_entropy, head_logits, memory_tracker
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import LiveBytes, MovedBytes, Peak
@@ -143,7 +143,7 @@ def _loss(
         return model(**inputs, document_lengths=lengths, fused_loss=True, labelled=labelled).nats
     labels = inputs.pop("labels")
     causal: Any = model.get_base_model()
-    hidden = causal.base_model(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
+    hidden = head_logits.decoder_of(causal)(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
     memory_tracker.enter_phase(LOSS)
     # trl's fused head: a float32 gradient of the hidden states beside a chunk of logits
     memory_tracker.note_workspace("loss", TRL_LOSS_BYTES + 8 * 2 * hidden.shape[-1] * labels.shape[1])

@@ -5,8 +5,9 @@ import torch
 from conftest import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from qtune.memory import chunked_cross_entropy, fused_cross_entropy
+from qtune.memory import chunked_cross_entropy, fused_cross_entropy, head_logits
 from qtune.memory.fused_cross_entropy import positions_before_labels, summed_loss
+from qtune.memory.head_logits import MadeOf
 from qtune.memory.memory_tracker import LiveBytes
 
 SHAPE = {
@@ -145,17 +146,50 @@ def test_heads_it_cannot_stand_in_for_are_left_to_trl() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "setting"),
+    ("kind", "setting", "made"),
     [
-        ("gemma2", {"final_logit_softcapping": 30.0}),
-        ("xlstm", {"output_logit_soft_cap": 30.0}),
-        ("cohere", {"logit_scale": 0.25}),
-        ("granite", {"logits_scaling": 8.0}),
-        ("falcon_h1", {"lm_head_multiplier": 0.5}),
+        ("llama", {}, MadeOf()),
+        ("gemma2", {"final_logit_softcapping": 3.0}, MadeOf(cap=3.0)),
+        ("xlstm", {"output_logit_soft_cap": 30.0}, MadeOf(cap=30.0)),
+        ("cohere", {"logit_scale": 0.25}, MadeOf(0.25)),
+        ("granite", {"logits_scaling": 8.0}, MadeOf(0.125)),
+        ("falcon_h1", {"lm_head_multiplier": 0.0195}, MadeOf(0.0195)),
+        ("minicpm3", {"dim_model_base": 16}, MadeOf(0.25)),  # of the hidden states
+        ("opt", {"word_embed_proj_dim": 64}, MadeOf()),  # which has a projection before the head, or none
+        ("opt", {"word_embed_proj_dim": 32}, MadeOf()),
+        ("llama4_text", {"num_local_experts": 2}, MadeOf()),  # whose base model is itself
+        ("modernbert-decoder", {"pad_token_id": 2, "cls_token_id": 0, "sep_token_id": 1}, None),  # a layer of its own
     ],
 )
-def test_a_head_that_scales_or_caps_its_logits_is_left_to_trl(kind: str, setting: dict[str, float]) -> None:
-    """By the names that these families' own configurations give to it; the loss of tiles would be another."""
+def test_what_a_model_makes_of_its_head_is_read_from_its_code(kind: str, setting: dict, made: MadeOf | None) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **setting}))
-    assert not fused_cross_entropy.suits(model.requires_grad_(False))
+    assert head_logits.made_of(model) == made
+    assert fused_cross_entropy.suits(model.requires_grad_(False)) == (made is not None)
+
+
+@pytest.mark.parametrize("made", [MadeOf(0.25), MadeOf(cap=3.0), MadeOf(2.0, 5.0)])
+def test_scaled_and_capped_logits_have_the_loss_and_gradient_of_float64(made: MadeOf) -> None:
+    """Of the whole head, and of one in slices."""
+    hidden, weight, labels = rows(300)
+    hidden, labels = hidden * 0.3, labels.clamp_min(0)
+    leaf = hidden.clone().requires_grad_()
+    logits = made.scale * (leaf[0, :-1] @ weight.double().t())
+    if made.cap is not None:
+        logits = made.cap * torch.tanh(logits / made.cap)
+    exact = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    (right,) = torch.autograd.grad(exact, leaf)
+    ours = hidden.float().requires_grad_()
+    loss = summed_loss(ours, head_of(weight), labels, made=made).nats
+    loss.backward()
+    parts = [slice(0, 100), slice(100, len(weight))]
+    head = chunked_cross_entropy.SlicedHead(
+        parts, lambda times: ((part, weight[part].float()) for part in parts * times)
+    )
+    sliced, gradient = chunked_cross_entropy.of_sliced_head(
+        hidden[0, :-1].float(), head, labels[0, 1:], with_gradient=True, made=made
+    )
+    for nats in (loss, sliced):
+        assert nats.item() == pytest.approx(exact.item(), rel=1e-6)
+    for mine in (ours.grad[0, :-1], gradient):
+        torch.testing.assert_close(mine.double(), right[0, :-1], atol=1e-6 * float(right.abs().max()) * 10, rtol=1e-4)

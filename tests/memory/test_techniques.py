@@ -1,7 +1,6 @@
 """Every technique on every kind of model: the loss and the gradients of the model without it."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -36,19 +35,16 @@ ALL = Techniques(
 
 def allowed(kind: str, techniques: Techniques) -> Techniques:
     """`techniques` without those that a kind of model refuses."""
-    refused: dict[str, dict[str, Any]] = {"phi3": {"head_groups": 1}, "granite": {"head": "device"}}
-    return replace(techniques, **refused.get(kind, {}))
+    return replace(techniques, head_groups=1) if kind in WITHOUT_GROUPS else techniques
+
+
+WITHOUT_GROUPS = dict.fromkeys(("phi3", "gemma3n", "gemma4"), "its attention is not made of four plain projections")
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_what_a_kind_of_model_refuses(kind) -> None:
     found = refusals(adapted(base(kind)))
-    if kind == "phi3":
-        assert found == {"head_groups": "its attention is not made of four plain projections"}
-    elif kind == "granite":
-        assert found == {"head": "its head scales, caps or biases the logits, or is trained"}
-    else:
-        assert found == {}
+    assert found == ({"head_groups": WITHOUT_GROUPS[kind]} if kind in WITHOUT_GROUPS else {})
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"qwen3 moe"}))

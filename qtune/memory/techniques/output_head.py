@@ -53,7 +53,7 @@ class OutputHead(Technique):
     def refusal(self, model: Any, layers: Sequence[Any]) -> str | None:
         from qtune.memory.fused_cross_entropy import suits
 
-        return None if suits(model) else "its head scales, caps or biases the logits, or is trained"
+        return None if suits(model) else "its head is trained, or does more than scale and cap its logits"
 
     def joined(self, wanted: str, now: str) -> str:
         return max(wanted, now, key=HEADS.index)
