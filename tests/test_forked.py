@@ -41,6 +41,15 @@ def test_it_finds_its_arguments_folder_and_environment(how: list[str], tmp_path:
     assert one.stdout
 
 
+def test_all_that_ask_have_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process of the tests had its own, which imported everything once more."""
+    server = "import os; print(open(f'/proc/{os.getppid()}/stat').read().rsplit(')')[-1].split()[1])"  # parent's parent
+    first = forked.run(["-c", server]).stdout
+    as_another = forked._server.__wrapped__()
+    monkeypatch.setattr(forked, "_server", lambda: as_another)
+    assert forked.run(["-c", server]).stdout == first
+
+
 @pytest.mark.parametrize("how", ENDS)
 def test_it_ends_alike(how: str) -> None:
     one, other = forked.run(["-c", ENDS[how]]), started("-c", ENDS[how])

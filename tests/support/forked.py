@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,12 +95,21 @@ def _all_of(file: BinaryIO) -> str:
 
 @functools.cache
 def _server() -> socket.socket:
-    """To the one server of this process, which ends with it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, __file__, str(theirs.fileno())]
-    with theirs:
-        closed = subprocess.DEVNULL
-        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=closed, stdout=closed, env=ENVIRONMENT)
+    """To the one server of all processes that run these tests, which ends with the last that has asked it."""
+    address = (
+        f"\0qtune's tests {ENVIRONMENT.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"  # no file: it is gone with it
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening, contextlib.suppress(OSError):
+        listening.bind(address)  # which the first alone can
+        listening.listen()
+        command, closed = [sys.executable, __file__, str(listening.fileno())], subprocess.DEVNULL
+        subprocess.Popen(command, pass_fds=[listening.fileno()], stdin=closed, stdout=closed, env=ENVIRONMENT)
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for _ in range(100):
+        with contextlib.suppress(ConnectionRefusedError):  # between the first's two calls
+            ours.connect(address)
+            break
+        time.sleep(0.01)
     return ours
 
 
@@ -121,16 +131,26 @@ def import_libraries() -> None:
                 value._destroy()
 
 
-def serve(asking: socket.socket) -> dict[str, Any]:
+def serve(listening: socket.socket) -> dict[str, Any]:
     """Fork for all who ask. Returns only in the forks, what was asked for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the tests, with which this ends
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers that have ended are gone
+    asking: list[socket.socket] = []
     while True:
-        asked, descriptors, _, _ = socket.recv_fds(asking, MOST_ASKED_BYTES, 4)
+        ready = select.select([listening, *asking], [], [])[0][0]
+        if ready is listening:
+            asking.append(listening.accept()[0])
+            continue
+        asked, descriptors, _, _ = socket.recv_fds(ready, MOST_ASKED_BYTES, 4)
         if not asked:
-            os._exit(0)
+            asking.remove(ready)
+            ready.close()
+            if not asking:
+                os._exit(0)
+            continue
         if os.fork() == 0:
-            asking.close()
+            for each in (listening, *asking):
+                each.close()
             _keep(*descriptors)
             return {**json.loads(asked), "streams": descriptors[1:]}
         for descriptor in descriptors:
