@@ -27,13 +27,13 @@ def test_templates_that_run_away_are_stopped(tmp_path: Path) -> None:
     assert list(templates.run(4, 1, tmp_path)) == [None] * 4
 
 
-def test_no_connection_is_tried(tmp_path: Path) -> None:
-    """A whole run, with a `kernels` package that would ask for one."""
-    assert list(sockets.run(1, 2, tmp_path)) == [None]
+@pytest.mark.long  # of a whole run it is seen below
+def test_no_connection_is_tried_by_any_verb(tmp_path: Path) -> None:
+    assert list(sockets.run(len(sockets.VERBS), 0, tmp_path)) == [None] * len(sockets.VERBS)
 
 
-def test_no_secret_is_written(tmp_path: Path) -> None:
-    """One run, and one crash."""
+def test_no_secret_is_written_and_no_connection_tried(tmp_path: Path) -> None:
+    """One run, with a `kernels` package that would ask for a connection, and one crash."""
     assert list(leaked_secrets.run(2, 1, tmp_path)) == [None] * 2
 
 
@@ -43,6 +43,7 @@ def test_the_lanes_see_what_they_look_for(tmp_path: Path) -> None:
     assert "198.51.100.1" in (sockets.judged(("check",), ended) or "")
     secrets = {"HF_TOKEN": "secret1"}
     (tmp_path / "log.txt").write_text("with secret1 in it")
+    assert "198.51.100.1" in (leaked_secrets.judged(ended, tmp_path, secrets, expected=0) or "")
     done = sockets.stage.Ended(0, "", ())
     assert leaked_secrets.judged(done, tmp_path, secrets, expected=0) == "leaked: HF_TOKEN in log.txt"
     assert "came back" in (templates.judged("how", ["a", Untraceable("stopped"), Untraceable("stopped")], 0.0) or "")

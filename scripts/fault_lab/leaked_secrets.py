@@ -1,4 +1,5 @@
-"""S2: what is secret in the environment is in no file that a run writes, and in nothing that it prints."""
+"""S2: what is secret in the environment is in no file that a run writes, in nothing that it prints, and asked of
+nobody."""
 
 import random
 import shutil
@@ -67,6 +68,8 @@ def crash(workplace: Path, environment: Mapping[str, str]) -> stage.Ended:
 def judged(ended: stage.Ended, written: Path, secrets: Mapping[str, str], expected: int) -> str | None:
     if ended.status != expected:
         return f"ended with {ended.status}: {ended.printed[-300:]}"
+    if ended.sockets:
+        return f"tried {'; '.join(ended.sockets[:3])}"
     leaks = [name for name, value in secrets.items() if value in ended.printed]
     files = [path for path in sorted(written.rglob("*")) if path.is_file()]
     if not files:
