@@ -83,6 +83,8 @@ def merge(
     with Staging.open(output, fold.made_from(run), candidates, fold.checkpoint.shards) as staging:
         if staging.finished and say is not None:
             say(_goes_on(output, len(staging.finished), len(candidates) * len(fold.checkpoint.shards)))
+        if fold.checkpoint.packed and say is not None:
+            say(f"{output}: {len(fold.checkpoint.packed)} tensors that the base has in codes are written in 16 bits.")
         check_disk(output, len(candidates) * fold.weight_bytes - staging.finished_bytes, "merge")
         with _refusing_bad_disk(output), fold.proving_base(tell) as told:
             layers = {candidate: _fill(staging, fold, candidate, told) for candidate in candidates}

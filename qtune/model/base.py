@@ -30,7 +30,7 @@ from qtune.model import base_files, nf4_cache, untrusted_folder
 from qtune.model.checkpoint import BaseCheckpoint
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
-from qtune.recipe.text_part import TextPart, text_config_of
+from qtune.recipe.text_part import CONFIG, TextPart, json_in, text_config_of
 
 
 def quiet_libraries() -> None:
@@ -82,6 +82,8 @@ def config_in(folder: Path, model: Model) -> PreTrainedConfig:
         told = reason[0] if reason else type(fault).__name__
         raise ModelError(f"model.base: {folder / 'config.json'} cannot be used ({told})") from None
     _refuse_unfit(folder, described, model.trust_remote_code)
+    if base_kind.is_read_from_codes(described):  # and not by transformers, which would keep the codes
+        del config.quantization_config
     return config if text_config_of(described) is None else _text_config(config, described)
 
 
@@ -155,14 +157,20 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
 def from_folder(folder: Path, config: PreTrainedConfig, trust_remote_code: bool, **settings: Any) -> PreTrainedModel:
     """The causal language model that `config` describes, as transformers loads it with `settings`.
 
-    Of a checkpoint that holds more only its tensors are read. Raises ModelError where some of them are missing.
+    Of a checkpoint that holds more only its tensors are read, and codes as what they stand for (`model.checkpoint`).
+    Raises ModelError where some tensors are missing.
     """
-    if not TextPart.in_folder(folder).is_within:
+    described = json_in(folder / CONFIG)
+    if not TextPart.of(described).is_within and not base_kind.is_read_from_codes(described):
         return AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=trust_remote_code, use_safetensors=True, **settings
         )
     kind, checkpoint = packed_attention.model_class(config), BaseCheckpoint.open(folder, is_text_alone=True)
-    assert kind is not None, "the text model's class was looked for"
+    if kind is None:
+        raise ModelError(
+            f"model.base: {folder} holds weights in {base_kind.quantization_of(described)['quant_method']}, which are"
+            " read for classes of transformers and not for code beside the weights. Name a copy of it in 16 bits."
+        )
     if settings.get("dtype") == "auto":
         settings["dtype"] = config.dtype or next(spec.dtype for spec in checkpoint.text_specs().values())
     with contextlib.suppress(OSError):  # without the file transformers takes what the model's own configuration says
@@ -173,7 +181,7 @@ def from_folder(folder: Path, config: PreTrainedConfig, trust_remote_code: bool,
         )
     if missing := sorted(told["missing_keys"]):
         raise ModelError(
-            f"model.base: the weights in {folder} lack {missing[0]} of the text model that its {base_kind.CONFIG}"
+            f"model.base: the weights in {folder} lack {missing[0]} of the text model that its {CONFIG}"
             " describes. Download the base again."
         )
     loaded.name_or_path = loaded.config.name_or_path = str(folder)

@@ -1,8 +1,18 @@
-"""A base's weights as they lie in safetensors files, read one tensor at a time, and those of its text model alone."""
+"""A base's weights as they lie in safetensors files, read one tensor at a time, and those of its text model alone.
 
-from collections.abc import Iterator
+Weights published in FP8 (codes, and a scale for every block of rows and columns, for every row, or for all) or MXFP4
+(gpt-oss: experts in blocks of 32 codes of 4 bits with one exponent) are read as what they stand for, in bfloat16. To
+those who read, a checkpoint holds no more than that: codes and scales have no names of their own. The arithmetic is
+that of transformers' `Fp8Dequantize` and `convert_moe_packed_tensors`, to the bit; here a last block may be a part.
+
+Held less of: while loading, one tensor in bfloat16, and of one block of rows, or one expert, twice that.
+Costs: the product with the scales, once when a tensor is read.
+Refuses: codes without scales, and scales of another shape.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -12,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qtune.errors import ModelError
-from qtune.recipe.base_kind import INDEX_NAME, SINGLE_NAME, read_index
-from qtune.recipe.text_part import TextPart, files_without_text
+from qtune.recipe.base_kind import INDEX_NAME, SINGLE_NAME, is_read_from_codes, quantization_of, read_index
+from qtune.recipe.text_part import CONFIG, TextPart, files_without_text, json_in
 
 DTYPE_BY_CODE = {
     "F64": torch.float64,
@@ -29,6 +39,13 @@ DTYPE_BY_CODE = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+if hasattr(torch, "float8_e8m0fnu"):  # in torch since 2.7
+    DTYPE_BY_CODE["F8_E8M0"] = torch.float8_e8m0fnu
+CODES, EXPONENTS = "_blocks", "_scales"  # of MXFP4
+SCALES = ("_scale_inv", "_scale")  # of FP8, what codes are multiplied by, whatever it is called
+ACTIVATIONS = (".activation_scale", ".input_scale")  # for activations in FP8, which these have not
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes without sign, in the OCP Microscaling format
 
 
 @dataclass(frozen=True)
@@ -60,12 +77,13 @@ class Shard:
 @dataclass(frozen=True)
 class BaseCheckpoint:
     """The weights in a Hugging Face folder; `index` is the shard index as JSON, None for a single file, and `text`
-    tells the tensors of the text model from what stands beside it."""
+    tells the tensors of the text model from what stands beside it. `packed` are those that are read from codes."""
 
     folder: Path
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
     text: TextPart
+    packed: Mapping[str, "Packed"] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, is_text_alone: bool = False) -> "BaseCheckpoint":
@@ -75,23 +93,74 @@ class BaseCheckpoint:
         """
         single, index_path, text = folder / SINGLE_NAME, folder / INDEX_NAME, TextPart.in_folder(folder)
         if single.is_file():
-            return cls(folder, (_read_header(single),), None, text)
+            return cls(folder, (_read_header(single),), None, text)._unpacked()
         if not index_path.is_file():
             raise ModelError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}, so there are no weights to merge.")
         index = read_index(index_path)
         names = set(index["weight_map"].values()) - (files_without_text(folder) if is_text_alone else set())
-        return cls(folder, tuple(_read_header(folder / name) for name in sorted(names)), index, text)
+        return cls(folder, tuple(_read_header(folder / name) for name in sorted(names)), index, text)._unpacked()
+
+    def _unpacked(self) -> "BaseCheckpoint":
+        """The same, with what codes and scales stand for in their place. Raises ModelError for half of them."""
+        described = json_in(self.folder / CONFIG)
+        if not is_read_from_codes(described):
+            return self
+        settings, specs = quantization_of(described), self.specs()
+        packed: dict[str, Packed] = {}
+        for name, spec in specs.items():
+            if name.endswith(CODES) and spec.dtype == torch.uint8:
+                meant = name.removesuffix(CODES)
+                packed[meant] = self._packed(name, f"{meant}{EXPONENTS}", settings)
+            elif spec.dtype == torch.float8_e4m3fn:
+                scales = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in specs), f"{name}{SCALES[0]}")
+                packed[name] = self._packed(name, scales, settings)
+        if not packed:
+            raise ModelError(
+                f"{self.folder / CONFIG}: quantization_config says {settings['quant_method']}, and no tensor in the"
+                f" files is. Take the {CONFIG} that came with the weights."
+            )
+        return self._as_meant(packed)
+
+    def _packed(self, codes: str, scales: str, settings: Mapping[str, Any]) -> "Packed":
+        specs, shards = self.specs(), self.shard_by_name
+        path = self.folder / shards[codes].file_name
+        if scales not in specs:
+            raise ModelError(
+                f"{path}: {codes} is in {settings['quant_method']}, and {scales}, which scales it, is in no file."
+                " Download the base again."
+            )
+        files = (shards[codes].file_name, shards[scales].file_name)
+        return Packed.of(specs[codes], specs[scales], files, settings.get("weight_block_size"))
+
+    def _as_meant(self, packed: Mapping[str, "Packed"]) -> "BaseCheckpoint":
+        gone = {each.scales for each in packed.values()} | {name for name in self.specs() if name.endswith(ACTIVATIONS)}
+        by_codes = {each.codes: TensorSpec(name, torch.bfloat16, each.shape) for name, each in packed.items()}
+        shards = (
+            replace(shard, tensors=tuple(by_codes.get(s.name, s) for s in shard.tensors if s.name not in gone))
+            for shard in self.shards
+        )
+        kept = tuple(shard for shard in shards if shard.tensors)
+        held = {spec.name: shard.file_name for shard in kept for spec in shard.tensors}
+        index = None if self.index is None else {**self.index, "weight_map": held}
+        return replace(self, shards=kept, index=index, packed=packed)
 
     @contextmanager
     def text_tensors(self) -> Iterator[dict[str, Any]]:
         """The text model's tensors by its own names, each a slice of a file that is read when it is indexed."""
         with ExitStack() as files:
+            names = {shard.file_name for shard in self.shards} | {
+                f for each in self.packed.values() for f in each.files
+            }
             opened = {
-                shard.file_name: files.enter_context(safe_open(self.folder / shard.file_name, framework="pt"))
-                for shard in self.shards
+                name: files.enter_context(safe_open(self.folder / name, framework="pt")) for name in sorted(names)
             }
             shards = self.shard_by_name
-            yield {own: opened[shards[name].file_name].get_slice(name) for own, name in self.stored_as.items()}
+            yield {
+                own: self.packed[name].slice_of(opened)
+                if name in self.packed
+                else opened[shards[name].file_name].get_slice(name)
+                for own, name in self.stored_as.items()
+            }
 
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor by name."""
@@ -116,9 +185,103 @@ class BaseCheckpoint:
         return {spec.name: shard for shard in self.shards for spec in shard.tensors}
 
     def tensor(self, shard: Shard, name: str) -> torch.Tensor:
-        """One tensor, mapped from the file; its pages are given back with it."""
+        """One tensor, mapped from the file; its pages are given back with it. One in codes is restored."""
+        if name in self.packed:
+            with ExitStack() as files:
+                codes, scales = (
+                    files.enter_context(safe_open(self.folder / each, framework="pt"))
+                    for each in self.packed[name].files
+                )
+                return self.packed[name].restored(codes, scales)
         with safe_open(self.folder / shard.file_name, framework="pt") as file:
             return file.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor of `shape` that lies in the files as `codes` and `scales`: their names, and the `files` that hold them.
+
+    `block` are the rows and columns that have a scale in common; None where the exponents of MXFP4 are meant.
+    """
+
+    codes: str
+    scales: str
+    files: tuple[str, str]
+    shape: tuple[int, ...]
+    block: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, codes: TensorSpec, scales: TensorSpec, files: tuple[str, str], block: Any) -> "Packed":
+        """Raises ModelError for scales that are not those of the codes."""
+        if codes.name.endswith(CODES):
+            fits = len(codes.shape) == 4 and scales.shape == codes.shape[:3]
+            experts, rows, columns = codes.shape[0], codes.shape[1], prod(codes.shape[2:]) * 2
+            made = cls(codes.name, scales.name, files, (experts, columns, rows), None)
+        else:
+            rows, columns = codes.shape[-2:]
+            across = scales.shape[-2:] if len(scales.shape) >= 2 and scales.numbers > 1 else (1, 1)
+            whole = (rows if across[0] == 1 else 1, columns)
+            high, wide = whole if across[1] == 1 else map(int, block or (128, 128))
+            grid = (-(-rows // high), -(-columns // wide))
+            fits = across == grid and scales.numbers in (1, prod(codes.shape[:-2]) * prod(grid))
+            made = cls(codes.name, scales.name, files, codes.shape, (high, wide))
+        if not fits:
+            raise ModelError(
+                f"{files[1]}: {scales.name} has the shape {list(scales.shape)}, which does not scale {codes.name} of"
+                f" {list(codes.shape)}. Download the base again."
+            )
+        return made
+
+    def slice_of(self, opened: Mapping[str, Any]) -> "_Restored":
+        return _Restored(self, *(opened[name] for name in self.files))
+
+    def restored(self, codes: Any, scales: Any) -> torch.Tensor:
+        """In bfloat16, from two open files."""
+        read, by = codes.get_tensor(self.codes), scales.get_tensor(self.scales)
+        return _from_mxfp4(read, by) if self.block is None else _from_fp8(read, _plain(by), self.block)
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """What can be indexed as safetensors' slices are, to be read whole."""
+
+    packed: Packed
+    codes: Any
+    scales: Any
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.packed.restored(self.codes, self.scales)[index]
+
+
+def _plain(scales: torch.Tensor) -> torch.Tensor:
+    """Float32; bytes are exponents of 2, less 127."""
+    return (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
+
+
+def _from_fp8(codes: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """(..., O, I) in bfloat16, from codes of that shape and a scale for every block of rows and columns."""
+    rows, columns = codes.shape[-2:]
+    restored = torch.empty(codes.shape, dtype=torch.bfloat16)
+    grid = (-(-rows // block[0]), -(-columns // block[1]))
+    each = scales.reshape(-1, *grid).expand(prod(codes.shape[:-2]), *grid)
+    parts = zip(codes.view(-1, rows, columns), each, restored.view(-1, rows, columns), strict=True)
+    for matrix, by_block, to in parts:
+        for scale, some, out in zip(by_block, matrix.split(block[0]), to.split(block[0]), strict=True):
+            out.copy_(some.float() * scale.repeat_interleave(block[1])[:columns])
+    return restored
+
+
+def _from_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """(E, I, O) in bfloat16, from codes (E, O, G, 16), two to a byte, the first in its low half, and exponents
+    (E, O, G) of the OCP Microscaling format: 2 to the power of the byte less 127."""
+    experts, rows, groups, size = codes.shape
+    values = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], dtype=torch.bfloat16)
+    restored = torch.empty(experts, 2 * groups * size, rows, dtype=torch.bfloat16)
+    for packed, exponent, to in zip(codes, exponents, restored, strict=True):
+        pairs = torch.stack([values[(packed & 15).long()], values[(packed >> 4).long()]], -1)
+        scaled = torch.ldexp(pairs.view(rows, groups, 2 * size), exponent.int()[..., None] - 127)
+        to.copy_(scaled.view(rows, -1).T)
+    return restored
 
 
 def _read_header(path: Path) -> Shard:

@@ -39,6 +39,7 @@ HUB_PAGE = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 LFS_POINTER = b"version https://git-lfs"
 LEAST_WEIGHTS = 1024  # bytes; a Git LFS pointer has about 130, and a header of safetensors alone is longer
 SENSES = ("vision_config", "audio_config", "vision_tower", "speech_config", "image_token_id", "image_token_index")
+FROM_CODES = ("fp8", "mxfp4")  # how weights are quantised that are brought to 16 bits while they are read
 UNQUANTISED = "Name the original model; qtune quantises it while loading."
 TUNABLE = "causal language models such as LlamaForCausalLM, Qwen3ForCausalLM or MistralForCausalLM"
 
@@ -169,8 +170,8 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
         senses = [name for name in SENSES if name in described]
         reads = f", which reads more than text ({senses[0]})" if senses else ""
         return f"is a {kinds[0]}{reads}, and qtune tunes {TUNABLE}."
-    if isinstance(found := described.get("quantization_config"), dict) and found:
-        return f"is quantised already ({found.get('quant_method', 'unknown')}). {UNQUANTISED}"
+    if quantization_of(described) and not is_read_from_codes(described):
+        return f"is quantised already ({quantization_of(described).get('quant_method', 'unknown')}). {UNQUANTISED}"
     if isinstance(found := described.get("quantization"), dict) and "bits" in found:
         return f"is quantised already (for MLX). {UNQUANTISED}"
     absent = [name for name in SIZES if name not in described]
@@ -180,6 +181,16 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
             " one that came with the weights."
         )
     return None
+
+
+def quantization_of(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a config.json says that the weights are quantised; empty where they are not."""
+    settings = described.get("quantization_config")
+    return settings if isinstance(settings, Mapping) else {}
+
+
+def is_read_from_codes(described: Mapping[str, Any]) -> bool:
+    return quantization_of(described).get("quant_method") in FROM_CODES
 
 
 def _weights(folder: Path, needs_weights: bool) -> str | None:
