@@ -3,7 +3,7 @@
 
     scripts/conformance.py                            all of them, a line each
     scripts/conformance.py qwen3_5 mistral            these, step by step
-    scripts/conformance.py --output docs/models.md    all of them, and the page that says so
+    scripts/conformance.py --output docs/models.md    all of them, and the page; with names, their lines of it
 
 The libraries are imported once, and each architecture is walked through `conforming.proofs` in a fork of its own.
 """
@@ -40,6 +40,23 @@ def prepare_imports() -> None:
         "QTUNE_CACHE": "off",
     }
     sys.path[:0] = [str(REPOSITORY / folder) for folder in ("", "scripts", "tests", "tests/support")]
+
+
+def warm_up() -> None:
+    """Walk one architecture here: what is imported or compiled on the way is there in every fork."""
+    from conforming import proofs
+
+    from qtune.model import base
+
+    base.quiet_libraries()
+    with (
+        tempfile.TemporaryDirectory(prefix="conformance-") as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        for _ in proofs.walk("llama", Path(folder), is_whole=True):
+            pass
 
 
 def walked(kind: str, is_whole: bool) -> "Iterator[tuple[Finding, float]]":
@@ -126,15 +143,16 @@ def main() -> int:
 
     import qtune.run  # noqa: F401  (once, for all forks)
 
-    if options.kinds:
+    if options.kinds and not options.output:
         return 0 if tell_in_full(options.kinds, not options.quick) else 1
     made = []
-    for row in rows(small_models.kinds(), not options.quick, options.at_once):
+    for row in rows(options.kinds or small_models.kinds(), not options.quick, options.at_once):
         made.append(row)
         print(row.line(), flush=True)
     if options.output:
-        options.output.write_text(page.page(made), encoding="utf-8")
-    print(page.counts(made))
+        before = options.output.read_text(encoding="utf-8") if options.kinds and options.output.is_file() else ""
+        options.output.write_text(page.page(made, before), encoding="utf-8")
+    print(page.counts(row.outcome for row in made))
     return 1 if any(row.outcome in page.BAD for row in made) else 0
 
 

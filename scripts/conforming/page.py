@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import get_args
@@ -18,6 +18,7 @@ from conforming.proofs import Finding, Outcome
 BAD: tuple[Outcome, ...] = ("our fault", "leaks", "wrong")
 WORST_FIRST: tuple[Outcome, ...] = ("not made", *BAD, "refused", "not merged", "proven")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+LINE = r"^\| ([\w.-]+) \|[^|]*\| \*+([\w ]+)\*.*$"
 LONGEST_REASON = 200  # characters of a sentence in a table
 # Bases of today by the model type that their config.json says; of all others the one that transformers' own
 # documentation names.
@@ -128,25 +129,31 @@ def bases(kind: str) -> str:
     return named[-1] if named else ""
 
 
-def counts(rows: Sequence[Row]) -> str:
+def counts(outcomes: Iterable[Outcome]) -> str:
     """`142 architectures: 98 proven, 44 refused`."""
-    tally = Counter(row.outcome for row in rows)
+    tally = Counter(outcomes)
     there = ", ".join(f"{tally[outcome]} {outcome}" for outcome in reversed(WORST_FIRST) if tally[outcome])
-    return f"{len(rows)} architectures: {there}"
+    return f"{tally.total()} architectures: {there}"
 
 
-def page(rows: Sequence[Row]) -> str:
-    """All of it, in the order of model types."""
+def page(rows: Sequence[Row], before: str = "") -> str:
+    """All of it, in the order of model types; what was not made anew is as the page `before` has it."""
     from conforming import proofs, small_models
 
+    lines = {match[1]: match[0] for match in re.finditer(LINE, before, re.MULTILINE)}
+    lines |= {row.kind: row.line() for row in rows}
+    table = "".join(f"{lines[kind]}\n" for kind in sorted(lines))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     head = HEAD.format(
-        versions=f"{date.today()}, {versions}", counts=counts(rows), exact=proofs.EXACT, window=small_models.WINDOW
+        versions=f"{date.today()}, {versions}",
+        counts=counts(outcomes(table).values()),
+        exact=proofs.EXACT,
+        window=small_models.WINDOW,
     )
-    return head + "".join(f"{row.line()}\n" for row in sorted(rows, key=lambda row: row.kind))
+    return head + table
 
 
 def outcomes(text: str) -> dict[str, Outcome]:
     """By model type, what a page says of it."""
-    told = re.findall(r"^\| ([\w.-]+) \|[^|]*\| \*+([\w ]+)\*", text, re.MULTILINE)
-    return {kind: outcome for kind, outcome in told if outcome in get_args(Outcome)}
+    told = {match[1]: match[2] for match in re.finditer(LINE, text, re.MULTILINE)}
+    return {kind: outcome for kind, outcome in told.items() if outcome in get_args(Outcome)}
