@@ -83,8 +83,11 @@ def _told(
     prepare(ready.plan.device, ready.plan.budget.device_bytes)
     ledger = Ledger.begin(ready.plan.device)
     with _leaving_no_folder(folder):
-        loaded, engine = _load(ready, folder, ledger, tell)
-        ready = _probed(ready, folder, loaded, tell)
+        kind = base.read_config(ready.recipe.model).model_type
+        with base.refusing_unfit(kind, "loading one"):
+            loaded, engine = _load(ready, folder, ledger, tell)
+        with base.refusing_unfit(kind, "a first pass through one"):
+            ready = _probed(ready, folder, loaded, tell)
     learner = Learner.of(loaded, engine, ledger, ready.plan, tell)
     before = _base_score(ready, folder, learner, tell)
     tell(learner.measure("eval", 0))

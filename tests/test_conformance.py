@@ -18,6 +18,7 @@ from conforming.proofs import Finding  # noqa: E402
 
 from qtune.lock import PackingProbe  # noqa: E402
 from qtune.memory import packed_attention  # noqa: E402
+from qtune.memory.techniques import TECHNIQUES  # noqa: E402
 from qtune.memory.techniques.tiled_mlp import TileTokens  # noqa: E402
 from qtune.model import packing_probe  # noqa: E402
 
@@ -96,6 +97,17 @@ def attention_that(monkeypatch: pytest.MonkeyPatch, changes: Callable[[dict[str,
         return original(*given, **named)
 
     monkeypatch.setattr(packed_attention, "document_attention", changed)
+
+
+def test_a_model_that_cannot_be_counted_is_refused_by_its_type() -> None:
+    """blt has four models in one and no hidden_size, which once ended in an AttributeError."""
+    (row,) = conformance.rows(["blt"])
+    assert row.outcome == "refused"
+    assert row.faults.startswith("models of type blt cannot be trained here: counting its parameters fails (")
+
+
+def test_every_technique_is_tried() -> None:
+    assert proofs.each_alone(2).keys() == TECHNIQUES.keys()
 
 
 def test_a_window_that_is_ignored_is_named(monkeypatch: pytest.MonkeyPatch, unprobed: None) -> None:

@@ -35,6 +35,8 @@ class Place:
         return self.expert is None and self.rows == slice(None)
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
+        if self.is_whole:  # a single number has no rows
+            return whole
         return (whole if self.expert is None else whole[self.expert])[self.rows]
 
 

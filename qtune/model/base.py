@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qtune import accelerator, logs
-from qtune.errors import MachineError, ModelError
+from qtune import accelerator, card_faults, logs
+from qtune.errors import MachineError, ModelError, QtuneError
 from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention, packed_mixers
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
@@ -214,6 +214,27 @@ def _refusing(folder: Path, device: str, held_in: str) -> Iterator[None]:
             f"{folder}: in {held_in} it does not fit into what is free of the memory of {device}. Close what else uses"
             f" it{or_else}."
         ) from None
+
+
+@contextlib.contextmanager
+def refusing_unfit(model_type: str, what: str) -> Iterator[None]:
+    """Inside, before any step is taken, `what` fails means that models of this type cannot be trained: a ModelError.
+
+    What is refused by itself stays as it is, and so do memory that runs out and a card that falls out.
+    """
+    try:
+        yield
+    except QtuneError:
+        raise
+    except Exception as fault:  # transformers has as many ways to run a model as there are architectures
+        if is_out_of_memory(fault) or card_faults.why_gone(fault):
+            raise
+        lines = str(fault).strip().splitlines()
+        reason = f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
+        raise ModelError(
+            f"model.base: models of type {model_type} cannot be trained here: {what} fails ({reason}). Take another"
+            " base."
+        ) from fault
 
 
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:

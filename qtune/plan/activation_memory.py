@@ -22,14 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from qtune.accelerator import Capability
-from qtune.errors import ModelError
 from qtune.memory import fused_cross_entropy, head_logits, memory_tracker
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import LiveBytes, MovedBytes, Peak
 from qtune.memory.techniques import Techniques
 from qtune.memory.techniques.standing import Parts
-from qtune.model import adapter
+from qtune.model import adapter, base
 from qtune.model.loaded import autocast
 from qtune.plan import fake_model
 from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS, Forecaster
@@ -186,7 +185,8 @@ def forecaster(
 
     Raises ModelError where transformers cannot build it, and when asked where it cannot run.
     """
-    standing = count(config, recipe, compute_dtype, is_card=card is not None)
+    with base.refusing_unfit(config.model_type, "counting its parameters"):
+        standing = count(config, recipe, compute_dtype, is_card=card is not None)
     passes = TracedPasses(config, recipe, compute_dtype, card, len(standing.layers))
     return Forecaster(recipe, standing, passes, card, context_bytes)
 
@@ -257,12 +257,9 @@ class TracedPasses:
         on = techniques.in_a_pass()
         key = (layers, on, batch)
         if key not in self.traces:
-            config = fake_model.shallow(self.config, layers)
-            try:
+            with base.refusing_unfit(self.config.model_type, "a step of one, on tensors without bytes,"):
+                config = fake_model.shallow(self.config, layers)
                 self.traces[key] = trace(config, self.recipe, self.compute_dtype, on, batch, self.card)
-            except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as fault:
-                reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
-                raise ModelError(f"model.base: the model its config.json describes cannot run ({reason}).") from fault
         return self.traces[key]
 
 

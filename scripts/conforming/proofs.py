@@ -317,6 +317,7 @@ def each_alone(layers: int) -> dict[str, Techniques]:
     """By name, each memory technique on alone; one that rests on another with that."""
     alone: dict[str, dict[str, Any]] = {
         "recomputed_layers": {"recomputed_layers": layers},
+        "recomputed_attention": {"recomputed_layers": layers, "recomputed_attention": layers},
         "host_checkpoints": {"recomputed_layers": layers, "host_checkpoints": True},
         "tile_tokens": {"tile_tokens": TILE_TOKENS},
         "host_embedding": {"host_embedding": True},

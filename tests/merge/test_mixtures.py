@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BambaConfig, BambaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qtune.merge.checkpoint_names import Place
 from qtune.merge.greedy_answers import ANSWER_TOKENS, continued
 from qtune.merge.logit_distance import divergences
 from qtune.merge.merge import merge
@@ -110,3 +111,8 @@ def test_a_model_without_attention_goes_on_without_a_cache() -> None:
     model = BambaForCausalLM(config).eval()
     (answer,) = continued(model, [[6, 7, 8]], [], "cpu")
     assert len(answer) == ANSWER_TOKENS
+
+
+def test_a_parameter_that_is_one_number_is_whole() -> None:
+    """Apertus has such in its activation; to slice one is an IndexError."""
+    assert Place("mlp.act_fn.alpha_p").of(torch.tensor(0.8)).item() == pytest.approx(0.8)

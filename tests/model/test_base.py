@@ -184,3 +184,19 @@ def test_a_hub_model_is_judged_by_its_config_before_anything_else_is_fetched(hub
         "/owner/vl/resolve/main/config.json",
         "/owner/gguf/resolve/main/config.json",
     }
+
+
+def test_what_fails_before_any_step_refuses_the_model_by_its_type() -> None:
+    with (
+        pytest.raises(
+            ModelError, match=r"models of type blt cannot be trained here: loading one fails \(KeyError: 'x'\)"
+        ),
+        base.refusing_unfit("blt", "loading one"),
+    ):
+        raise KeyError("x")
+
+
+@pytest.mark.parametrize("fault", [ModelError("its own sentence."), torch.OutOfMemoryError("none left")])
+def test_refusals_and_memory_that_runs_out_are_no_reason_against_a_model(fault: Exception) -> None:
+    with pytest.raises(type(fault), match=str(fault)), base.refusing_unfit("blt", "loading one"):
+        raise fault
