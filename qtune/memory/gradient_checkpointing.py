@@ -70,10 +70,12 @@ class LayerRunner:
     attention_again: int = 0  # of so many layers attention is run again, too; the others keep what it returned
     ends_in_sum: dict[int, bool] = field(default_factory=dict)
 
-    @property
     def skips_tail(self) -> bool:
-        """Whether the layer being recomputed may leave out what only its output needs."""
-        return self.is_recomputing and self.ends_in_sum.get(self._index, False) and not self.keeps_random_state
+        """Whether the layer being recomputed leaves out what only its output needs; who asks does so then. One of which
+        that is not known yet is tried without, but where another layer was in need of it."""
+        may_skip = self.ends_in_sum.get(self._index, all(self.ends_in_sum.values()))
+        self._has_skipped = self.is_recomputing and may_skip and not self.keeps_random_state
+        return self._has_skipped
 
     def recompute(self, count: int) -> None:
         """Recompute the first `count` layers; the others keep what they save."""
@@ -113,15 +115,30 @@ class LayerRunner:
             self.stream.bring_in(index, is_forward=False)
         self.is_recomputing, self._index = True, index
         try:
-            output = forward(*inputs)
+            output = forward(*inputs) if index in self.ends_in_sum else self._for_the_first_time(index, forward, inputs)
         finally:
             self.is_recomputing = False
-        if index not in self.ends_in_sum:
-            self.ends_in_sum[index] = isinstance(output, torch.Tensor) and _ends_in_sum(output)
         outputs = output if isinstance(output, tuple) else (output,)
         return [get_gradient_edge(each) if getattr(each, "requires_grad", False) else None for each in outputs]
 
+    def _for_the_first_time(self, index: int, forward: Forward, inputs: tuple[torch.Tensor, ...]) -> Any:
+        """The output of a layer, without its tail where that turns out not to be needed: of all passes this one would
+        hold most otherwise."""
+        self._has_skipped = False
+        try:
+            output = forward(*inputs)
+            self.ends_in_sum[index] = isinstance(output, torch.Tensor) and _ends_in_sum(output)
+        except RuntimeError as fault:  # zeros are there in one place only, and something writes to them
+            if not self._has_skipped or isinstance(fault, torch.OutOfMemoryError):
+                raise
+            self.ends_in_sum[index] = False
+        if self._has_skipped and not self.ends_in_sum[index]:
+            output = None  # and all that it leads to
+            output = forward(*inputs)
+        return output
+
     _index: int = -1
+    _has_skipped: bool = False
 
 
 def _ends_in_sum(output: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ once; they are made for one tile at a time, and again in the backward pass.
 Norms that run as one operation (`memory.fused_layers`) hold nothing in float32, and are not cut.
 Costs: the weights of an MLP are dequantised once a tile; without recomputation of layers one more forward pass of the
 module. Inside a recomputed layer there is none: an MLP's output is only added to the residual, and no gradient needs
-that value, so it is not made.
+that value, so it is not made. One layer runs once more, once, where more is done with it than that.
 Refuses: modules that mix tokens. Same loss and gradients to rounding: a tile's adapter gradients are summed up.
 
 Letters: B rows, T tokens, H hidden, I intermediate.
@@ -117,7 +117,7 @@ class _Tiled(torch.autograd.Function):
         ctx.forward, ctx.tokens, ctx.autocast = forward, tokens, autocast_here(hidden)
         ctx.is_tail = is_tail
         ctx.random = rng_state.note(hidden.device) if runner.keeps_random_state else None
-        if is_tail and runner.skips_tail:
+        if is_tail and runner.skips_tail():
             return hidden.new_zeros(1).expand(hidden.shape)
         return _in_tiles(forward, hidden, tokens)
 

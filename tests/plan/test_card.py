@@ -73,11 +73,7 @@ def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
     ("techniques", "most"),
     [
         (Techniques(32, True, 1024), 115_600),
-        pytest.param(
-            Techniques(32, True, 1024, True, "host", 32, 8),
-            60_000,
-            marks=pytest.mark.xfail(strict=True, reason="61,215 since operations of a layer are fused"),
-        ),
+        (Techniques(32, True, 1024, True, "host", 32, 8), 60_000),
     ],
 )
 def test_bytes_of_a_token_of_context(techniques: Techniques, most: int) -> None:
