@@ -109,7 +109,7 @@ HYBRIDS: dict[
     "mamba 2": ("bamba", {**STATE_SPACE, "attn_layer_indices": [1, 3]}),
     "mamba 2 beside attention": ("falcon_h1", {**STATE_SPACE, "mamba_d_ssm": 128}),
     "convolution": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}),
-    "gated recurrence": ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 8, "logits_soft_cap": 1e4}),
+    "gated recurrence": ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 8}),
     "lightning attention": ("minimax", {**EXPERTS, "layer_types": ["linear_attention", "full_attention"] * 2}),
     "delta attention": (
         "kimi_linear",
@@ -117,7 +117,7 @@ HYBRIDS: dict[
         | {"linear_num_heads": 4, "linear_head_dim": 16}
         | {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
     ),
-    "xlstm": ("xlstm", {"num_blocks": LAYERS, "num_heads": 4, "output_logit_soft_cap": 1e4}),
+    "xlstm": ("xlstm", {"num_blocks": LAYERS, "num_heads": 4}),
     "rwkv": ("rwkv", {"attention_hidden_size": 64}),
 }
 OLD = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}
