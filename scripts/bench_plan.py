@@ -52,6 +52,7 @@ SHORT = {
     "head": "head",
     "streamed_layers": "stream",
     "head_groups": "head groups",
+    "recomputed_attention": "attention again",
 }
 
 
@@ -89,7 +90,7 @@ def rungs(techniques: dict[str, Any], layers: int) -> str:
     for field, off in asdict(Techniques()).items():
         value, name = techniques[field], SHORT[field]
         if value != off:
-            partly = field in ("recomputed_layers", "streamed_layers") and value < layers
+            partly = field in ("recomputed_layers", "recomputed_attention", "streamed_layers") and value < layers
             told.append(f"{name} {value}" if partly or field == "head" else name)
     return ", ".join(told) or "nothing needed"
 

@@ -234,7 +234,7 @@ def everything(forecaster: Forecaster, is_streamed: bool) -> Techniques:
 
 
 def recomputed(forecaster: Forecaster) -> Techniques:
-    return Techniques(recomputed_layers=forecaster.layers)
+    return Techniques(recomputed_layers=forecaster.layers, recomputed_attention=forecaster.layers)
 
 
 def on(techniques: Techniques) -> str:

@@ -152,6 +152,7 @@ def context_rows(lab: Lab, card_bytes: int) -> Iterator[Figures]:
     ways = {
         "recomputed, checkpoints in host memory": Memory(
             keep_layers=0,
+            keep_attention=0,
             checkpoints="host",
             tile_tokens=0,
             embedding="device",

@@ -13,6 +13,7 @@ from made_models import KINDS, Pass, assert_equal, batch, held_out, one_pass, tr
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out_loss import to_device
 from qtune.memory.engine import Engine
+from qtune.memory.memory_tracker import LiveBytes, block_bytes
 from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
 from qtune.model.loaded import Loaded
@@ -23,7 +24,7 @@ DOCUMENTS = (9, 5)
 PROMPTS = [[BOS, *range(40, 48)], [BOS, 50]]  # the longer one is longer than a window
 ALONE: dict[str, dict[str, Any]] = {
     "recomputed": {"recomputed_layers": 1},
-    "host checkpoints": {"recomputed_layers": 2, "host_checkpoints": True},
+    "host checkpoints": {"recomputed_layers": 2, "recomputed_attention": 1, "host_checkpoints": True},
     "tiles": {"tile_tokens": 8},
     "head groups": {"head_groups": 2},
     "host embedding": {"host_embedding": True},
@@ -91,6 +92,19 @@ def test_a_technique_and_three_give_what_they_give_on_the_processor(tiny_base: P
 @pytest.mark.parametrize("names", PAIRS, ids=" and ".join)
 def test_so_do_any_two_by_themselves(tiny_base: Path, names: tuple[str, ...]) -> None:
     assert_as_on_the_processor(tiny_base, techniques(*names), Lora(rank=4))
+
+
+def test_what_attention_returned_is_kept_on_the_card(tiny_base: Path) -> None:
+    """In the second of two layers; the other runs it again."""
+    on = techniques("host checkpoints")
+    model = adapter.attach(base.load_base(Model(base=str(tiny_base)), CARD, "float32", on), Lora(rank=4), 0)
+    Engine(model).switch_to(on)
+    given = {name: to_device(value, CARD) for name, value in batch((14,)).items()}
+    with LiveBytes() as counter:
+        one_pass(model, given)
+    config, tokens = model.config, 14
+    kept = 4 * tokens * config.hidden_size, 4 * tokens * config.num_attention_heads
+    assert max(peak.device.get("kept attention", 0) for peak in counter.peaks.values()) == sum(map(block_bytes, kept))
 
 
 def test_so_does_dora(tiny_base: Path) -> None:
