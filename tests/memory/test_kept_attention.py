@@ -1,6 +1,7 @@
 """Attention's output, kept for the recomputation: to the bit what it is when attention runs again, and run once."""
 
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -261,3 +262,12 @@ def test_what_few_layers_keep_stands_for_many() -> None:
             traced = sum(size for part, size in whole[phase].device.items() if part != "standing")
             assert sum(peak.device.values()) == pytest.approx(traced, rel=0.005), (recomputed, again, phase)
         assert passes.peaks(techniques, batch)[LOSS].device[PART] == whole[LOSS].device.get(PART, 0)
+
+
+def test_a_plan_that_does_not_say_ran_attention_again() -> None:
+    """One from before there was anything else, with the room that this took."""
+    before = {name: value for name, value in asdict(KEPT).items() if name != "recomputed_attention"}
+    assert Techniques.planned(before) == AGAIN
+    assert Techniques.planned(asdict(KEPT)) == KEPT
+    with pytest.raises(TypeError):
+        Techniques.planned({"levitation": True})

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from arithmetic import CHECKPOINT, KEPT, LAYERS, ROOMY, STANDING, TABLE, ladder_of
+from arithmetic import CHECKPOINT, KEPT, LAYERS, ROOMY, STANDING, TABLE, FormulaPasses, ladder_of
 from conftest import tiny_config
 from real_steps import recipe_for
 
@@ -170,6 +170,15 @@ def test_attention_is_kept_in_as_many_layers_as_there_is_room_for(kept: int) -> 
     assert attention.is_on == (kept < LAYERS)
     if attention.is_on:
         assert attention.saved_bytes == (LAYERS - kept) * KEPT * 1500
+
+
+def test_attention_of_which_nothing_can_be_kept_runs_again() -> None:
+    """Math attention, which returns no sums: nothing is saved, and a plan must not say so."""
+    ladder = ladder_of(WORK, within(ladder_of(WORK).forecast(Techniques(LAYERS)).needed_bytes))
+    assert ladder.climb().techniques == Techniques(LAYERS)
+    by_math = replace(ladder, forecaster=replace(ladder.forecaster, passes=FormulaPasses(kept=0)))
+    on = by_math.climb().techniques
+    assert on.recomputed_attention == on.recomputed_layers > 0
 
 
 def told(climb: Climb, weighs_all: bool = True, ladder: Ladder | None = None, **memory: object) -> list[Rung]:

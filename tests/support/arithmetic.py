@@ -45,6 +45,7 @@ class FormulaPasses:
     all it saves. `asked` counts the questions."""
 
     asked: int = 0
+    kept: int = KEPT
 
     def peaks(self, techniques: Techniques, batch: BatchShape) -> dict[str, Peak]:
         self.asked += 1
@@ -53,7 +54,7 @@ class FormulaPasses:
         kept = (LAYERS - recomputed) * (MLP + ATTENTION) * tokens
         tile = min(tokens, techniques.tile_tokens or tokens)
         again = MLP * tile + ATTENTION * tokens // techniques.head_groups  # a layer while it runs
-        attention = max(0, recomputed - techniques.recomputed_attention) * KEPT * tokens
+        attention = max(0, recomputed - techniques.recomputed_attention) * self.kept * tokens
         peaks = {
             FORWARD: _held(waiting + kept, again // 2, attention),
             LOSS: _held(waiting + kept, 4 * tokens, attention),
