@@ -41,8 +41,9 @@ from qtune.memory.documents import (
 # what the classes of transformers call what they carry from one token to the next
 CACHES = {"cache_params", "past_key_values", "past_key_value", "layer_past", "state", "use_cache"}
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the name under which they look attention up
-# how code asks its attention for a bias by position (Inkling), or makes a mask by what the values are (Doge)
-UNKNOWN = ("position_bias=position_bias", "def prepare_dynamic_mask(")
+# how code asks its attention for a bias by position (Inkling), makes a mask by what the values are (Doge), chooses the
+# keys that are seen by a smaller attention (DeepSeek-V3.2, GLM-5), or sees several tokens as one key (DeepSeek-V4)
+UNKNOWN = ("position_bias=position_bias", "def prepare_dynamic_mask(", "self.indexer = ", "self.compressor = ")
 SHORTCUT = "if self.training and cache_params is None:"
 Forward = Callable[..., Any]
 

@@ -102,6 +102,7 @@ def left_out(model: PreTrainedModel) -> dict[str, str]:
     """By the same names, the linear layers that can have no adapter, and why."""
     past = dict.fromkeys(nf4.multiplied_by_hand(type(model)), "its model multiplies by its weight, past an adapter")
     past |= dict.fromkeys(_router_names(model, more=True), "it is a router whose layer does more than multiply")
+    past |= dict.fromkeys(_indexer_names(model), "it only helps to choose keys, and a choice has no gradient")
     return {
         name: why
         for name in sorted(_all_linear_names(model))
@@ -117,6 +118,14 @@ def _router_names(model: PreTrainedModel, more: bool = False) -> set[str]:
         _last_name(name) for name, module in _linears(model) if name in routers and not (more and _is_plain(module))
     }
     return found - others
+
+
+def _indexer_names(model: PreTrainedModel) -> set[str]:
+    """Names that only layers of a sparse attention's indexers have."""
+    linears = [name for name, _ in _linears(model)]
+    return {_last_name(name) for name in linears if ".indexer." in name} - {
+        _last_name(name) for name in linears if ".indexer." not in name
+    }
 
 
 def _is_plain(module: torch.nn.Module) -> bool:

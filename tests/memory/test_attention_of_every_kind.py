@@ -1,5 +1,6 @@
-"""Sinks, caps, chunks, windows, values of another width: what transformers' own attention makes, and its gradients."""
+"""Sinks, caps, chunks, windows, wide values, chosen keys: what transformers' own attention makes, and its gradients."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from conftest import BOS, END, PAD
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from qtune.memory import packed_attention, tiled_attention
+from qtune.memory import nf4, packed_attention, packed_mixers, tiled_attention
 from qtune.memory.packed_attention import document_attention
+from qtune.model import adapter
 
 LENGTHS = (5, 9, 21, 1, 3, 17)
 SHAPE = {
@@ -33,6 +35,7 @@ LATENT = {
     "v_head_dim": 6,
 }
 ROUTED = {**MIXTURE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+INDEXED = {"index_topk": 4, "index_n_heads": 16, "index_head_dim": 8}  # of few heads many choices would be ties
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 KINDS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**WINDOWS, **MIXTURE, "num_local_experts": 4},
@@ -50,6 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {**LATENT, **ROUTED},
     "youtu": LATENT,
+    "axk2": {**LATENT, **ROUTED, **INDEXED},
+    "deepseek_v32": {**LATENT, **ROUTED, **INDEXED},
+    "glm_moe_dsa": {**LATENT, **ROUTED, **INDEXED},
     "gemma4_text": {**WINDOWS, "global_head_dim": 16, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0},
 }
 
@@ -58,13 +64,10 @@ def made(kind: str, **others: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The same model twice, with transformers' own attention and with ours; what is trained is all of it."""
     packed_attention.register()
     shape = {key: value for key, value in SHAPE.items() if key != "head_dim" or "qk_rope_head_dim" not in KINDS[kind]}
+    config = AutoConfig.for_model(kind, **{**shape, **KINDS[kind], **others})
     plain, ours = (
-        AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **{**shape, **KINDS[kind], **others}),
-            attn_implementation=name,
-            dtype=torch.float32,
-        ).eval()
-        for name in ("eager", packed_attention.NAME)
+        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name, dtype=torch.float32).eval()
+        for name in ("eager", packed_attention.implementation_for(config))
     )
     torch.manual_seed(0)
     for name, parameter in plain.named_parameters():
@@ -72,6 +75,7 @@ def made(kind: str, **others: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
             torch.nn.init.normal_(parameter, 0.0, 1.0 if "sinks" in name else 0.15)
     ours.load_state_dict(plain.state_dict())
     packed_attention.install(ours)
+    packed_mixers.install(ours)
     return plain, ours
 
 
@@ -114,6 +118,14 @@ def test_whole_and_padded_rows_and_answers_are_those_of_plain_transformers(kind:
     found, expected = (model.generate(ids, attention_mask=mask, **wanted) for model in (ours, plain))
     assert found.sequences.tolist() == expected.sequences.tolist()
     torch.testing.assert_close(torch.cat(found.logits), torch.cat(expected.logits), atol=1e-5, rtol=1e-4)
+
+
+def test_what_helps_to_choose_keys_has_no_adapter_and_keeps_its_numbers() -> None:
+    """It gets no gradient; and one of its layers is handed numbers of its weight's dtype, which in 4 bits is a byte."""
+    _, ours = made("deepseek_v32")
+    assert {"wq_b", "wk", "weights_proj"} <= adapter.left_out(ours).keys()
+    assert "q_a_proj" in adapter.linear_names(ours)
+    assert "weights_proj" in nf4.multiplied_by_hand(type(ours))
 
 
 def test_the_last_logits_of_a_row_are_those_of_the_whole_one() -> None:
