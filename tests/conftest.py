@@ -56,7 +56,6 @@ def pytest_collection_finish() -> None:
         import made_once
 
         made_once.install()
-    gc.collect()
     gc.freeze()
     gc.enable()
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtune.errors import DiskFull, MachineError, ModelError, RunFolderError, UserError
+from qtune.merge import greedy_answers
 from qtune.merge.merge import _refusing_bad_disk, merge
 from qtune.merge.merged_weights import Fold
 from qtune.merge.verify import FOLD_KL, verify
@@ -27,6 +28,12 @@ LORAS = {
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
 }
 Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole ones is `test_verify`."""
+    monkeypatch.setattr(greedy_answers, "ANSWER_TOKENS", 6)
 
 
 def left_beside(output: Path) -> list[str]:
