@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from qtune import ready
 from qtune.events import Notice, Rehearsed, StepDone
 from qtune.hardware import Device
+from qtune.merge import greedy_answers
 from qtune.plan.plan import Plan
 from qtune.plan.planner import decide
 from qtune.recipe.schema import Recipe
@@ -55,6 +56,11 @@ def plans_made_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ready, "decide", decide_once)
         yield
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy_answers, "ANSWER_TOKENS", 6)
 
 
 @pytest.fixture(scope="module")

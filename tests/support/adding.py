@@ -20,14 +20,17 @@ def qtune_with(file: Path, package: str, folder: Path) -> Run:
     shutil.copy(file, copied / package)
 
     def run(code: str, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        return forked.run(["-c", code, *arguments], folder, {**os.environ, "PYTHONPATH": str(folder)})
+        path = f"{folder}{os.pathsep}{Path(__file__).parent}"
+        return forked.run(["-c", code, *arguments], folder, {**os.environ, "PYTHONPATH": path})
 
     return run
 
 
 VERBS = """
 import sys
+import made_once
 from qtune import cli
+made_once.install()
 for verb in sys.argv[1:]:
     code = cli.main(verb.split())
     print(f"\\n{code}\\n---")
