@@ -155,7 +155,7 @@ def test_a_base_in_16_bits_is_not_moved_either(base: Path, tmp_path: Path) -> No
 def test_a_step_that_runs_out_is_done_again(base: Path, runs: Path, tmp_path: Path) -> None:
     """Another process takes all but a little for a moment; and then a library of the card's finds no memory, what the
     runtime remembers of which would end this process at the next kernel of bitsandbytes."""
-    recipe = write_recipe(tmp_path, base, **RECIPE)
+    recipe = write_recipe(tmp_path, base, **{**RECIPE, "evaluate": UNSCORED})
     whole, loss_of = memory.total, MeteredTrainer.compute_loss
     in_second, in_third = itertools.count(), itertools.count()
 
