@@ -23,7 +23,7 @@ import inspect
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -123,6 +123,7 @@ def document_attention(
     sliding_window and others.
     """
     document_lengths = document_lengths or documents_here()
+    settings.setdefault("sliding_window", _window_of_mask(module))
     how = Asked.of(settings)
     if document_lengths is None:
         return _attend_whole_rows(module, query, key, value, attention_mask, settings, how)
@@ -146,6 +147,14 @@ def document_attention(
     else:
         attended = _attend_buckets((query, key, value), bucket_documents(lengths, device), how)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _window_of_mask(module: Any) -> int | None:
+    """The window of layers that have it in their mask and hand none on (transformers 5.23)."""
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind == "phimoe":
+        return cast(int | None, module.config.sliding_window)
+    return getattr(module, "sliding_window", None) if kind == "qwen2_moe" else None
 
 
 @dataclass(frozen=True)

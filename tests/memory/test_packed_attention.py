@@ -18,6 +18,8 @@ from transformers import (
     Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -89,6 +91,7 @@ WINDOWED = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "olmo3": (Olmo3Config, Olmo3ForCausalLM),
+    "phimoe, in its mask alone": (PhimoeConfig, PhimoeForCausalLM),
 }
 
 
