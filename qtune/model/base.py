@@ -10,6 +10,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -231,6 +232,8 @@ def refusing_unfit(model_type: str, what: str) -> Iterator[None]:
             raise
         lines = str(fault).strip().splitlines()
         reason = f"{type(fault).__name__}: {lines[0]}" if lines else type(fault).__name__
+        if isinstance(fault, DataDependentOutputException | DynamicOutputShapeException):
+            reason = "its layers read on the host what they computed, such as which experts were hit"
         raise ModelError(
             f"model.base: models of type {model_type} cannot be trained here: {what} fails ({reason}). Take another"
             " base."
