@@ -35,9 +35,9 @@ from qtune.memory.packed_experts import (
     block_scales,
     expert_modules,
     held_shape,
-    is_packed,
     is_transposed,
     matrices,
+    runs_elsewhere,
     stacked_names,
 )
 from qtune.units import MIB
@@ -58,12 +58,12 @@ class Factors:
 
 
 def install(model: torch.nn.Module) -> None:
-    """Run the packed experts of `model` by `forward` from here on.
+    """Run the experts of `model` by `forward` from here on, packed or not.
 
     Of experts that are told how many rows each gets (JetMoE's), fake tensors know no numbers: they share them evenly.
     """
     for experts in expert_modules(model):
-        if any(is_packed(parameter) for parameter in experts.parameters(recurse=False)):
+        if runs_elsewhere(experts) is None:
             experts.config._experts_implementation = NAME
         elif "expert_size" in inspect.signature(experts.forward).parameters:
             experts.forward = partial(_shared_evenly, experts.forward)
@@ -222,6 +222,7 @@ class _Pass:
     def __init__(self, experts: Any, dtype: torch.dtype, scaling: list[float]):
         self._experts, self._dtype, self._scaling = experts, dtype, scaling
         self._parameters = [getattr(experts, name) for name in stacked_names(experts)]
+        assert not any(parameter.requires_grad for parameter in self._parameters), "experts are frozen"
         self._scales = [block_scales(parameter) for parameter in self._parameters]
         has_biases = getattr(experts, "has_bias", False)
         self._biases = [getattr(experts, f"{name}_bias") if has_biases else None for name in stacked_names(experts)]
@@ -308,35 +309,35 @@ class _Linear(torch.autograd.Function):
         return _product(gradient, ctx.fetch().transpose(1, 2), ctx.group), None, None, None
 
 
-# LoRA on packed experts: peft's adapter of a 3-D parameter, without its sum of weight and update. Held less of: peft
+# LoRA on experts: peft's adapter of a 3-D parameter, without its sum of weight and update. Held less of: peft
 # adds the update of all experts to their weights, a second (E, N, K) in 16 bits; here each expert's tokens go through
 # its factors. Costs: two narrow matrix products for each expert that is hit. Refuses: dropout and DoRA, as peft does
 # for parameters; more than one adapter at a time; merging into packed weights. Its files are peft's own.
 
 
 def expert_targets(model: torch.nn.Module) -> list[str]:
-    """What `LoraConfig(target_parameters=...)` calls the packed parameters of `model`: `mlp.experts.down_proj`."""
+    """What `LoraConfig(target_parameters=...)` calls the experts' parameters in `model`: `mlp.experts.down_proj`."""
     parameters: dict[str, None] = {}
     owners = {id(experts) for experts in expert_modules(model)}
     for name, module in model.named_modules():
         if id(module) in owners:
             short = ".".join(part for part in name.split(".") if part != "base_layer").split(".")[-2:]
-            held = [own for own in stacked_names(module) if is_packed(getattr(module, own, None))]
-            parameters |= dict.fromkeys(".".join([*short, own]) for own in held)
+            if runs_elsewhere(module) is None:
+                parameters |= dict.fromkeys(".".join([*short, own]) for own in stacked_names(module))
     return list(parameters)
 
 
 def register(config: LoraConfig, model: torch.nn.Module) -> None:
-    """Have peft wrap the packed experts of `model` by the class below. Call before `config` meets `model`."""
-    kinds = {type(e) for e in expert_modules(model) if any(is_packed(p) for p in e.parameters(recurse=False))}
+    """Have peft wrap the experts of `model` by the class below. Call before `config` meets `model`."""
+    kinds = {type(experts) for experts in expert_modules(model) if runs_elsewhere(experts) is None}
     config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
 
 
 class ParamWrapper(PeftParamWrapper):
-    """The factors of one packed parameter, lent to the experts for a forward pass. peft looks for this class's name."""
+    """The factors of one parameter, lent to the experts for a forward pass. peft looks for this class's name."""
 
     def _get_in_out_features(self, module: torch.nn.Module) -> tuple[int, int]:
-        self.num_experts, rows, columns = self.get_param().quant_state.shape
+        self.num_experts, rows, columns = held_shape(self.get_param())
         self._param_ndim = 3
         return rows, columns  # update_layer swaps them, as it does for every (E, N, K)
 

@@ -76,24 +76,27 @@ def is_transposed(experts: Any) -> bool:
     return bool(getattr(experts, "is_transposed", False))
 
 
-def refusal(experts: Any) -> str | None:
-    """Why the experts of one module stay in 16 bits; None where they can be held in NF4."""
-    kind = type(experts).__name__
+def runs_elsewhere(experts: Any) -> str | None:
+    """Why the experts of one module cannot be run by `mixture_of_experts`; None where they can, packed or not."""
     if not hasattr(experts, "_apply_gate") or not hasattr(experts, "is_transposed"):
-        return f"the experts of {kind} stay in 16 bits: transformers does not run them through its experts interface"
+        return "transformers does not run them through its experts interface"
     if getattr(experts, "has_post_expert_norm", False):
-        return f"the experts of {kind} stay in 16 bits: each ends in a norm"
+        return "each ends in a norm"
     for name in stacked_names(experts):
         parameter = getattr(experts, name, None)
         if parameter is None or not _is_stack(parameter):
-            return f"the experts of {kind} stay in 16 bits: they have no {name} with one matrix an expert"
-        _, rows, columns = held_shape(parameter)
-        if rows * columns % BLOCK:
-            return (
-                f"the experts of {kind} stay in 16 bits: {rows} x {columns} weights of {name} are not a multiple of"
-                f" the {BLOCK} that NF4 scales together"
-            )
+            return f"they have no {name} with one matrix an expert"
     return None
+
+
+def refusal(experts: Any) -> str | None:
+    """Why the experts of one module stay in 16 bits; None where they can be held in NF4."""
+    why = runs_elsewhere(experts)
+    for name in () if why else stacked_names(experts):
+        _, rows, columns = held_shape(getattr(experts, name))
+        if rows * columns % BLOCK:
+            why = f"{rows} x {columns} weights of {name} are not a multiple of the {BLOCK} that NF4 scales together"
+    return why and f"the experts of {type(experts).__name__} stay in 16 bits: {why}"
 
 
 def refusals(model: torch.nn.Module) -> tuple[str, ...]:

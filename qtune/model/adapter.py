@@ -64,9 +64,9 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
 def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
     """The last parts of the names of the linears that get an adapter, sorted; every target asked for must match.
 
-    `experts` stands for all experts that are held in NF4; "all-linear" leaves them out, as there are so many, and with
-    them what can have no adapter (`left_out`) and routers: a step that moves one sends tokens to experts that have not
-    seen their like, and the loss that keeps experts evenly busy is not trained with.
+    `experts` stands for all experts that qtune runs itself; "all-linear" leaves them out, as there are so many, and
+    with them what can have no adapter (`left_out`) and routers: a step that moves one sends tokens to experts that have
+    not seen their like, and the loss that keeps experts evenly busy is not trained with.
     """
     linears = linear_names(model)
     there = linears | ({EXPERTS} if mixture_of_experts.expert_targets(model) else set())
@@ -87,6 +87,8 @@ def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
 def _no_such_target(target: str, there: set[str]) -> str:
     near = get_close_matches(target, there, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
+    if target == EXPERTS:
+        hint = " Its experts can have no adapter of their own."
     if target in ("gate", "router"):  # what transformers calls them where they are layers of their own
         hint = " A router that is no linear layer stays as it is."
     return f"lora.targets: no linear layer is named {target!r}.{hint} This base has {', '.join(sorted(there))}."

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune import accelerator, card_faults, logs
 from qtune.errors import MachineError, ModelError, QtuneError
-from qtune.memory import fused_cross_entropy, fused_layers, nf4, packed_attention, packed_mixers
+from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, nf4, packed_attention, packed_mixers
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.packed_experts import is_packed
@@ -150,6 +150,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     packed_attention.install(loaded)
     packed_mixers.install(loaded)
     fused_layers.install(loaded)
+    mixture_of_experts.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
     return loaded

@@ -54,6 +54,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     fused_cross_entropy.install(model)
     if recipe.model.quantization == "nf4":
         _pack_experts(model, recipe.model.double_quantization, mode)
+    mixture_of_experts.install(model)
     with torch.device("meta"), dora_on_empty_weights():
         peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
     adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
@@ -170,7 +171,6 @@ def _pack_experts(model: torch.nn.Module, double: bool, mode: FakeTensorMode) ->
             for name in packed_experts.stacked_names(module):
                 with mode:
                     setattr(module, name, packed_experts.packed_like(getattr(module, name), double))
-    mixture_of_experts.install(model)
 
 
 def _fill(model: torch.nn.Module, double: bool) -> None:

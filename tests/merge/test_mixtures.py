@@ -53,10 +53,14 @@ def base_folder(request, tmp_path_factory) -> Path:
     return folder
 
 
-def run_of(folder: Path, path: Path, targets: str | tuple[str, ...]):
+def run_of(folder: Path, path: Path, targets: str | tuple[str, ...], **model: str):
     lora = Lora(rank=4, targets=targets)
     return kept_run(
-        path, Model(base=str(folder)), lambda base: adapter.attach(base, lora, 0), "float32", stop_token_ids=(END,)
+        path,
+        Model(base=str(folder), **model),
+        lambda base: adapter.attach(base, lora, 0),
+        "float32",
+        stop_token_ids=(END,),
     )
 
 
@@ -116,3 +120,13 @@ def test_a_model_without_attention_goes_on_without_a_cache() -> None:
 def test_a_parameter_that_is_one_number_is_whole() -> None:
     """Apertus has such in its activation; to slice one is an IndexError."""
     assert Place("mlp.act_fn.alpha_p").of(torch.tensor(0.8)).item() == pytest.approx(0.8)
+
+
+def test_experts_that_are_not_quantised_have_adapters_too(base_folder, tmp_path) -> None:
+    """Without 4 bits "experts" stood for none, and a plan took transformers' grouped product, which has no float32."""
+    run = run_of(base_folder, tmp_path / "run", EXPERTS, quantization="none")
+    merge(run, tmp_path / "out", "original")
+    verdict = verify(run, tmp_path / "out", token_rows())
+    assert not verdict.faults
+    assert verdict.mean_kl < 1e-9
+    assert verdict.base_kl > 1e-6
