@@ -39,7 +39,7 @@ SMALL = {
     "sliding_window": WINDOW, "window_size": WINDOW, "attention_window_size": WINDOW, "attention_chunk_size": WINDOW,
     "keep_window_size": WINDOW,
     "q_lora_rank": 64, "kv_lora_rank": 64, "o_lora_rank": 64, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 16, "index_head_dim": 16, "index_n_heads": 16, "index_topk": 8,
+    "v_head_dim": 16, "index_head_dim": 16, "index_n_heads": 16, "index_topk": 8, "gated_norm_rank": 64,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
     "num_experts_per_token": 2, "moe_k": 2, "moe_topk": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1,
     "num_expert_group": 1, "first_k_dense_replace": 1, "moe_layer_start_index": 1, "n_shared_experts": 1,
