@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, WeightConverter
+from transformers.pytorch_utils import Conv1D
 
 from qtune.memory.packed_experts import expert_modules
 
@@ -56,11 +57,13 @@ class Stack:
 @dataclass(frozen=True)
 class CheckpointNames:
     """`places` in the model that each tensor of the checkpoint has, one on top of the other, by its name; `shapes` of
-    the model's tensors; and its `stacks` of experts by module, in the order in which the module has them."""
+    the model's tensors; its `stacks` of experts by module, in the order in which the module has them; and which tensors
+    are `transposed`, (I, O), as those of the Conv1D of GPT-2 are, which 4 bits and an adapter take for a linear."""
 
     places: Mapping[str, Places]
     shapes: Shapes
     stacks: Mapping[str, tuple[Stack, ...]]
+    transposed: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: PreTrainedModel, checkpoint: Shapes) -> "CheckpointNames":
@@ -87,7 +90,9 @@ class CheckpointNames:
                 places[stored] = (Place(name),)
         for name, sources in joined.items():
             places |= _converted(name, sources, by_pattern[next(iter(sources))], shapes, checkpoint)
-        return cls(places, shapes, {name: _stacks(experts) for name, experts in _experts(model)})
+        transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        stacks = {name: _stacks(experts) for name, experts in _experts(model)}
+        return cls(places, shapes, stacks, frozenset(transposed))
 
     def called(self, stored_as: Mapping[str, str]) -> "CheckpointNames":
         """The same for a checkpoint that calls by another name what was given here by the text model's."""
@@ -95,6 +100,9 @@ class CheckpointNames:
 
     def of_tensor(self, stored: str) -> Places:
         return self.places.get(stored, (Place(stored),))
+
+    def is_transposed(self, stored: str) -> bool:
+        return any(place.tensor in self.transposed for place in self.of_tensor(stored))
 
     def stored_of(self, tensor: str) -> list[str]:
         """The checkpoint's tensors that the model's `tensor` is made of, in the order in which they lie in it."""

@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, linear
+from transformers.pytorch_utils import Conv1D
 
 from qtune.memory.engine import send_inputs_to_layers
 from qtune.memory.packed_experts import block_scales, is_packed, matrices, plain_stacks
@@ -108,7 +109,7 @@ def held(layer: torch.nn.Module, device: torch.device | None = None) -> torch.Te
     base: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
     at = device or device_of(layer)
     weight: torch.Tensor = _restored(base, at) if isinstance(base, Linear4bit) else base.weight.data.to(at)
-    return weight.float()
+    return weight.float().t() if isinstance(base, Conv1D) else weight.float()
 
 
 def device_of(layer: torch.nn.Module) -> torch.device:
@@ -211,7 +212,7 @@ def with_weights_of(
     with ExitStack() as after:
         for name, module in merged.named_modules():
             twin = layer_called(live, name)
-            if isinstance(module, torch.nn.Linear) and twin is not None and is_folded(twin):
+            if isinstance(module, torch.nn.Linear | Conv1D) and twin is not None and is_folded(twin):
                 after.callback(module.__dict__.__setitem__, "forward", module.forward)
                 module.__dict__["forward"] = partial(_folded, module, twin, rounded)
                 continue
@@ -266,7 +267,10 @@ def _fold_into(twins: Mapping[str, LiveExperts], rounded: Callable[[torch.Tensor
 
 
 def _folded(
-    layer: torch.nn.Linear, twin: torch.nn.Module, rounded: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    layer: torch.nn.Linear | Conv1D,
+    twin: torch.nn.Module,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
 ) -> torch.Tensor:
     bias = None if layer.bias is None else _widened(layer.bias, x)
     return linear(x, rounded(tuned(twin, held(twin, x.device))).float(), bias)

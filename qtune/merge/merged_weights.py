@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -163,8 +164,18 @@ class Fold:
         """
         original = self.checkpoint.tensor(shard, name)
         if self.checkpoint.text.name(name) is not None and original.dtype.is_floating_point:
+            if self.names.is_transposed(name):
+                assert order is None, "no format that wants rows in another order has such weights"
+                return iter([partial(self._transposed, name, original, onto, is_measured)])
             return self._weight(name, original, onto, is_measured).jobs(order)
         return iter([lambda: Part(name, original)])
+
+    def _transposed(self, name: str, original: torch.Tensor, onto: Onto, is_measured: bool) -> Part:
+        """The whole of a weight (I, O), of which a linear has the other way about."""
+        parts = [job() for job in self._weight(name, original.t().contiguous(), onto, is_measured).jobs()]
+        movements = [part.movement for part in parts if part.movement is not None]
+        moved = sum(movements[1:], movements[0]) if movements else None
+        return Part(name, torch.cat([part.rows for part in parts]).t().contiguous(), moved)
 
     def write_shard(self, folder: Path, shard: Shard, onto: Onto, tell: Callable[[str], None]) -> WrittenShard:
         """One file of weights in `folder`, folded `onto` one base; it is on the disk on return."""
@@ -308,6 +319,7 @@ def _refuse_misfit(
         **names.shapes,
         **{tensor: specs[name].shape for tensor, name in stored.items() if names.of_tensor(name) == (Place(tensor),)},
     }
+    known |= {tensor: tuple(reversed(known[tensor])) for tensor in names.transposed & stored.keys()}
     faults = [
         f"{name} {'has another shape' if name in stored else 'is not in it'}"
         for name, fits in (

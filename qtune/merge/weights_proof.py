@@ -125,6 +125,9 @@ class Trained:
     def wanted(self, name: str) -> Wanted:
         """What the checkpoint's tensor `name` must be."""
         places, base = self.names.of_tensor(name), self.base.called(name)
+        if len(places) == 1 and self.names.is_transposed(name):
+            linear = self._wanted(places[0], base.t())
+            return Wanted(linear.weight.t(), None if linear.noise is None else linear.noise.t())
         if len(places) == 1:
             return self._wanted(places[0], base)
         heights = [self.names.shapes[place.tensor][0] for place in places]

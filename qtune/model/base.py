@@ -153,6 +153,8 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     mixture_of_experts.install(loaded)
     fused_cross_entropy.install(loaded)
     loaded.config.use_cache = False
+    if getattr(loaded.config, "rescale_every", 0):
+        loaded.config.rescale_every = 0  # or RWKV halves weights in place as it answers, which 4 bits do not survive
     return loaded
 
 

@@ -7,6 +7,7 @@ real step can run through it in which no byte is allocated.
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,7 @@ def _without_weights(config: PreTrainedConfig, recipe: Recipe, dtype: torch.dtyp
     except Exception as fault:  # a config can be wrong in as many ways as there are architectures
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise ModelError(f"model.base: no model can be built from its config.json ({reason}).") from None
+    _refuse_shared_layers(model)
     return model
 
 
@@ -113,6 +115,19 @@ def dora_on_empty_weights() -> Iterator[None]:
         yield
     finally:
         dora.dequantize_module_weight = original
+
+
+def _refuse_shared_layers(model: PreTrainedModel) -> None:
+    """Raises ModelError for a decoder of which layers have weights in common."""
+    model.tie_weights()
+    for layers in (module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+        owners = Counter(id(weight) for layer in layers for weight in {*layer.parameters()})
+        if any(count > 1 for count in owners.values()):
+            raise ModelError(
+                f"model.base: in models of type {model.config.model_type} several layers have the same weights, and"
+                " what is resumed and merged goes by layer. Take a base whose layers are their own, such as Bamba or"
+                " Granite 4 among those with Mamba layers."
+            )
 
 
 def _refuse_contradictions(config: PreTrainedConfig) -> None:

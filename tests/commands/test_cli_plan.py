@@ -269,6 +269,18 @@ def test_a_base_with_an_attention_of_its_own_keeps_it(workplace: Path, capsys, k
     assert "its attention is code of its own, so its layers run once for each length" in err
 
 
+# Weights that two layers have in common were streamed for one of them, resumed for neither and not found by the merge.
+def test_a_base_whose_layers_share_weights_is_refused_from_its_config(workplace: Path, capsys) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "attention_hidden_size": 128, "intermediate_size": 128}
+    mamba = {"mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_d_state": 16}
+    layers = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1}
+    config = AutoConfig.for_model("zamba2", vocab_size=262, **sizes, **mamba, **layers)
+    write_config(config, architectures=["Zamba2ForCausalLM"])
+    status, _, err = plan(capsys, *CARD)
+    assert status == 2
+    assert "model.base: in models of type zamba2 several layers have the same weights" in err
+
+
 # Bamba works the kinds of its layers out from their number, and to set them was "our fault".
 def test_kinds_of_layers_that_cannot_be_set_are_left_as_they_are(workplace: Path, capsys) -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from conftest import tiny_config
-from made_runs import edit_json, make_run
+from conftest import END, byte_tokenizer, tiny_config
+from made_runs import edit_json, kept_run, make_run, token_rows
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qtune.errors import ModelError
 from qtune.gguf.export import export
@@ -22,9 +23,10 @@ from qtune.merge import nf4_round_trip
 from qtune.merge.merge import merge
 from qtune.merge.merged_weights import Fold
 from qtune.merge.nf4_round_trip import restore_quantized
-from qtune.model import base, fingerprint
+from qtune.merge.verify import verify
+from qtune.model import adapter, base, fingerprint
 from qtune.recipe.base_kind import INDEX_NAME
-from qtune.recipe.schema import Model
+from qtune.recipe.schema import Lora, Model
 
 
 def fold(run, folder: Path, onto: str = "dequantised", dtype: str = "auto"):
@@ -277,3 +279,27 @@ def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
         write()
         taken.append(resident_bytes()[1] - before)
     assert min(taken) < 4 * largest
+
+
+# Its layers are Conv1D, with weights (in, out); 4 bits and the adapter take them for linears, and the merge found
+# "another shape".
+@pytest.mark.parametrize("onto", ["dequantised", "original"])
+def test_gpt2s_transposed_weights_are_merged(tmp_path, onto) -> None:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["gpt2"](vocab_size=262, n_embd=64, n_layer=2, n_head=4, bos_token_id=6, eos_token_id=END)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    run = kept_run(
+        tmp_path / "run",
+        Model(base=str(tmp_path / "base")),
+        lambda model: adapter.attach(model, Lora(rank=4), 0),
+        "float32",
+        stop_token_ids=(END,),
+    )
+    report = merge(run, tmp_path / "out", onto)
+    verdict = verify(run, tmp_path / "out", token_rows())
+    assert not verdict.faults
+    assert verdict.weights.strays == 0
+    assert sum(layer.change_fraction > 0 for layer in report.layers) == 8
+    merged, before = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "base"))
+    assert {name: tensor.shape for name, tensor in merged.items()} == {n: t.shape for n, t in before.items()}
