@@ -25,12 +25,20 @@ class LockedBase:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the base's linears were held: as bitsandbytes calls it, which restores the same values by it."""
+    """How the base's linears were held: as bitsandbytes calls it, which restores the same values by it.
+
+    `is_given` where the base's files had them so.
+    """
 
     type: str
     double: bool
     blocksize: int = 64
     quant_storage: str = "uint8"
+    is_given: bool = False
+
+    def __str__(self) -> str:
+        double = ", double quantisation" if self.double else ""
+        return f"{self.type.upper()}{double}{', as its files have it' if self.is_given else ''}"
 
 
 @dataclass(frozen=True)

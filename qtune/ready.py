@@ -21,7 +21,7 @@ from qtune.errors import MachineError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import find_device
-from qtune.lock import Lock, LockedBase, Quantization
+from qtune.lock import Lock, LockedBase
 from qtune.model import base, fingerprint
 from qtune.plan.fake_model import refuse_unknown_targets
 from qtune.plan.plan import Plan, Settled
@@ -75,7 +75,7 @@ class Ready:
             model=model.model_dump(mode="json"),
             recipe=recipe.model_dump(mode="json"),
             quantized_modules=tuple(quantized),
-            quantization=Quantization("nf4", model.double_quantization) if quantized else None,
+            quantization=base.held_as(base.config_in(folder, model), model) if quantized else None,
             device=self.plan.device.name,
             compute_dtype=self.plan.compute_dtype,
             data_sha256=self.prepared.fingerprint,

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+from qtune.lock import Quantization
 
 HEAD = "lm_head"  # which transformers leaves as it is by itself, unless it is told what else to leave
 BLOCK, OUTER_BLOCK = 64, 256  # bitsandbytes' own: weights to one scale, and scales to one of double quantisation
@@ -26,6 +28,18 @@ def config(is_double: bool, compute_dtype: torch.dtype, kind: type | None = None
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=is_double,
         bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def given(config: PreTrainedConfig) -> Quantization | None:
+    """How the files of a base hold its linears in 4 bits already; None where they do not."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return None
+    return Quantization(
+        settings.get("bnb_4bit_quant_type", "fp4"),  # what bitsandbytes takes where nothing is said
+        bool(settings.get("bnb_4bit_use_double_quant")),
+        is_given=True,
     )
 
 

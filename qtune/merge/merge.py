@@ -164,9 +164,11 @@ def _refusing_bad_disk(output: Path) -> Iterator[None]:
 
 def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequence[int]]) -> tuple[Onto, ...]:
     """The bases to try, in order of preference where they measure alike."""
-    refuse_dequantised_alone(onto, lock)
+    refuse_missing_base(onto, lock)
     if not lock.quantized_modules:
         return ("original",)
+    if lock.quantization is not None and lock.quantization.is_given:
+        return ("dequantised",)
     if onto != "auto":
         return (onto,)
     if not any(len(row) > 1 for row in rows):
@@ -177,8 +179,14 @@ def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequenc
     return ("dequantised", "original")
 
 
-def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
-    """Raises UserError where the dequantised base is asked for and the run had none."""
+def refuse_missing_base(onto: str | None, lock: Lock) -> None:
+    """Raises UserError where the dequantised base is asked for and the run had none, or the original one, and the files
+    were in 4 bits already."""
+    if onto == "original" and lock.quantization is not None and lock.quantization.is_given:
+        raise UserError(
+            f"--onto original: the files of {lock.base.name} are in 4 bits, and the original weights that these were"
+            " made from are missing. Use --onto dequantised, which is what was trained on."
+        )
     if onto == "dequantised" and not lock.quantized_modules:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")
 
@@ -186,7 +194,7 @@ def refuse_dequantised_alone(onto: str | None, lock: Lock) -> None:
 def chosen_onto(run: RunDir, onto: Onto | None) -> Onto:
     """The base that was asked for, that the last merge kept, or that the run was trained on."""
     lock = run.read_lock()
-    refuse_dequantised_alone(onto, lock)
+    refuse_missing_base(onto, lock)
     if onto is None and run.merge.is_file():
         onto = run.read_as(run.merge, itemgetter("onto"))
     return onto or ("dequantised" if lock.quantized_modules else "original")

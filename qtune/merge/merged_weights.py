@@ -206,7 +206,8 @@ class Fold:
 
     def _weight(self, name: str, original: torch.Tensor, onto: Onto, is_measured: bool) -> Weight:
         """A tensor that is floating point, and all that its rows are made of."""
-        dtype, places = self.dtype or original.dtype, self.names.of_tensor(name)
+        dtype = self.written(self.checkpoint.spec_by_name[name]).dtype
+        places = self.names.of_tensor(name)
         if any(place.tensor in self.adapter.replaced for place in places):
             replaced = torch.cat([place.of(self.adapter.replaced[place.tensor]) for place in places])
             return Weight(name, _as_matrix(replaced), dtype)
@@ -217,7 +218,8 @@ class Fold:
             weight = weight.to(self.device)
         held = self._held(places, weight) if onto == "dequantised" or (is_measured and is_quantized) else None
         start = held if onto == "dequantised" else None
-        return Weight(name, weight, dtype, start, change, held if is_quantized else None, is_measured)
+        before = held if is_quantized and not self._is_given else None
+        return Weight(name, weight, dtype, start, change, before, is_measured)
 
     def _change(self, places: Places) -> Delta | None:
         """What the adapter does to a tensor of the checkpoint."""
@@ -236,11 +238,17 @@ class Fold:
             return change.of_expert(place.expert, place.rows)
         return change.of_rows(place.rows)
 
+    @property
+    def _is_given(self) -> bool:
+        """Whether the checkpoint has in 4 bits what the run had, so that nothing was rounded."""
+        return self.lock.quantization is not None and self.lock.quantization.is_given
+
     def _is_quantized(self, place: Place) -> bool:
         return place.tensor in self.quantized or place.tensor.removesuffix(".weight") in self.quantized
 
     def _layer_change(self, name: str, moved: Movement) -> LayerChange:
-        return moved.of(name.removesuffix(".weight"), any(map(self._is_quantized, self.names.of_tensor(name))))
+        is_rounded = not self._is_given and any(map(self._is_quantized, self.names.of_tensor(name)))
+        return moved.of(name.removesuffix(".weight"), is_rounded)
 
     def _held(self, places: Places, weight: torch.Tensor) -> Rows:
         """Rows of a weight as the run held it: in the compute dtype, and a quantised one through 4 bits and back.
@@ -260,7 +268,7 @@ class Fold:
             if place.expert is None:
                 return lambda rows: experts(rows).flatten(1)
             return experts(slice(place.expert, place.expert + 1))[0][place.rows].__getitem__
-        if self._is_quantized(place):
+        if self._is_quantized(place) and not self._is_given:
             assert self.lock.quantization is not None, "there are quantised modules"
             return restored_rows(weight, dtype, self.lock.quantization)
         return lambda rows: weight[rows].to(dtype)

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qtune import accelerator, card_faults, logs
 from qtune.errors import MachineError, ModelError, QtuneError
+from qtune.lock import Quantization
 from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, nf4, packed_attention, packed_mixers
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
@@ -68,7 +69,29 @@ def read_config(model: Model) -> PreTrainedConfig:
 def read_config_alone(model: Model) -> PreTrainedConfig:
     """The same without the weights: of a hub model nothing but config.json is fetched."""
     folder = base_files.local_folder(model) or base_files.config_alone(model)
-    return config_in(_checked(folder, model, needs_weights=False), model)
+    config = config_in(_checked(folder, model, needs_weights=False), model)
+    _refuse_contradiction(nf4.given(config), model)
+    return config
+
+
+def _refuse_contradiction(given: Quantization | None, model: Model) -> None:
+    """Raises ModelError for settings that files in 4 bits cannot have."""
+    if given and model.quantization == "none":
+        raise ModelError(
+            f'model.quantization = "none": the weights of {model.base} are in 4 bits already, and are used as they are.'
+            " Leave it out, or name the model that they were made from."
+        )
+    if given and given.double and not model.double_quantization:
+        raise ModelError(
+            f"model.double_quantization = false: the scales of {model.base} are quantised already, and are used as they"
+            " are. Leave it out, or name the model that they were made from."
+        )
+
+
+def held_as(config: PreTrainedConfig, model: Model) -> Quantization | None:
+    """How the base's linears are held: as its files have them, or as the recipe says; None for not in 4 bits."""
+    asked = Quantization("nf4", model.double_quantization) if model.quantization == "nf4" else None
+    return nf4.given(config) or asked
 
 
 def config_in(folder: Path, model: Model) -> PreTrainedConfig:
@@ -94,8 +117,16 @@ def _text_config(config: PreTrainedConfig, described: Mapping[str, Any]) -> PreT
     if "tie_word_embeddings" in described:
         text.tie_word_embeddings = bool(described["tie_word_embeddings"])
     text.dtype = text.dtype or config.dtype
+    if base_kind.is_in_4_bits(described):
+        text.quantization_config = _by_own_names(config.quantization_config, TextPart.of(described))
     text.name_or_path = config.name_or_path
     return text
+
+
+def _by_own_names(settings: dict[str, Any], part: TextPart) -> dict[str, Any]:
+    """How weights are quantised, with what is left whole called as the text model calls it."""
+    whole = settings.get("llm_int8_skip_modules") or []
+    return {**settings, "llm_int8_skip_modules": [part.name(f"{name}.") or name for name in whole] or None}
 
 
 def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bool) -> None:
@@ -115,8 +146,10 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     config = read_config(model)
     packed_attention.register()
     dtype = getattr(torch, compute_dtype)
-    quantization = None
-    if model.quantization == "nf4":
+    quantization, given = None, nf4.given(config)
+    if given:
+        config.quantization_config["bnb_4bit_compute_dtype"] = compute_dtype
+    elif model.quantization == "nf4":
         quantization = nf4.config(model.double_quantization, dtype, packed_attention.model_class(config))
     text, planned = config.get_text_config(), techniques or Techniques()
 
@@ -142,8 +175,10 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
                 attn_implementation=packed_attention.implementation_for(config),
             )
     loaded.requires_grad_(False)
-    if quantization and not entry:
+    if (quantization or given) and not entry:
         _leave_the_files(loaded)
+    if given:
+        _compute_in(loaded, dtype, folder)
     if place and not entry:
         place.keep(loaded)
     nf4.keep_weights_as_quantised(loaded)
@@ -165,11 +200,15 @@ def from_folder(folder: Path, config: PreTrainedConfig, trust_remote_code: bool,
     Raises ModelError where some tensors are missing.
     """
     described = json_in(folder / CONFIG)
-    if not TextPart.of(described).is_within and not base_kind.is_read_from_codes(described):
+    is_own = base_kind.is_read_from_codes(described) or base_kind.is_in_4_bits(described)
+    if not TextPart.of(described).is_within and not is_own:
         return AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=trust_remote_code, use_safetensors=True, **settings
         )
-    kind, checkpoint = packed_attention.model_class(config), BaseCheckpoint.open(folder, is_text_alone=True)
+    kind, checkpoint = (
+        packed_attention.model_class(config),
+        BaseCheckpoint.open(folder, is_text_alone=True, keeps_4_bits=True),
+    )
     if kind is None:
         raise ModelError(
             f"model.base: {folder} holds weights in {base_kind.quantization_of(described)['quant_method']}, which are"
@@ -180,16 +219,38 @@ def from_folder(folder: Path, config: PreTrainedConfig, trust_remote_code: bool,
     with contextlib.suppress(OSError):  # without the file transformers takes what the model's own configuration says
         settings["generation_config"] = GenerationConfig.from_pretrained(folder)
     with checkpoint.text_tensors() as tensors:
-        loaded, told = kind.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, **settings
-        )
-    if missing := sorted(told["missing_keys"]):
+        try:
+            loaded, told = kind.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, **settings
+            )
+            missing = sorted(told["missing_keys"])
+        except NotImplementedError:  # what is missing is made anew, which bytes of 4 bits cannot be
+            with torch.device("meta"):
+                missing = sorted(kind(config).state_dict().keys() - tensors.keys() - set(kind._tied_weights_keys or ()))
+            if not missing:
+                raise
+    if missing:
         raise ModelError(
-            f"model.base: the weights in {folder} lack {missing[0]} of the text model that its {CONFIG}"
-            " describes. Download the base again."
+            f"model.base: the weights in {folder} lack {missing[0]} of the text model that its {CONFIG} describes."
+            " Download the base again."
         )
     loaded.name_or_path = loaded.config.name_or_path = str(folder)
     return loaded
+
+
+def _compute_in(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+    """Restore weights that came in 4 bits in `dtype`, whatever they were in before. Raises ModelError for a linear that
+    is in 4 bits by its configuration and not by its tensors, and for blocks of another size."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if state is None or state.blocksize != nf4.BLOCK:
+                found = "no 4 bits" if state is None else f"blocks of {state.blocksize}"
+                raise ModelError(
+                    f"model.base: {folder} holds {found} for {name}.weight, and blocks of {nf4.BLOCK} were looked for."
+                    f" Take the files and the {CONFIG} that belong together, or name the model they were made from."
+                )
+            state.dtype = dtype
 
 
 def _leave_the_files(model: PreTrainedModel) -> None:

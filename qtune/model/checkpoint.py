@@ -19,10 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.utils import unpack_tensor_to_dict
 from safetensors import SafetensorError, safe_open
 
 from qtune.errors import ModelError
-from qtune.recipe.base_kind import INDEX_NAME, SINGLE_NAME, is_read_from_codes, quantization_of, read_index
+from qtune.recipe.base_kind import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    is_in_4_bits,
+    is_read_from_codes,
+    quantization_of,
+    read_index,
+)
 from qtune.recipe.text_part import CONFIG, TextPart, files_without_text, json_in
 
 DTYPE_BY_CODE = {
@@ -44,6 +53,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # in torch since 2.7
     DTYPE_BY_CODE["F8_E8M0"] = torch.float8_e8m0fnu
 CODES, EXPONENTS = "_blocks", "_scales"  # of MXFP4
 SCALES = ("_scale_inv", "_scale")  # of FP8, what codes are multiplied by, whatever it is called
+STATE = ".quant_state.bitsandbytes__"  # in the name of what says of a weight in 4 bits how it is made
 ACTIVATIONS = (".activation_scale", ".input_scale")  # for activations in FP8, which these have not
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes without sign, in the OCP Microscaling format
 
@@ -86,27 +96,35 @@ class BaseCheckpoint:
     packed: Mapping[str, "Packed"] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, is_text_alone: bool = False) -> "BaseCheckpoint":
-        """Read every header, or of the files that hold some of the text model.
+    def open(cls, folder: Path, is_text_alone: bool = False, keeps_4_bits: bool = False) -> "BaseCheckpoint":
+        """Read every header, or of the files that hold some of the text model. Weights that bitsandbytes has in 4 bits
+        are tensors as any, or stay the parts that they are made of with `keeps_4_bits`.
 
         Raises ModelError for a folder without weights, and for a damaged or missing shard.
         """
         single, index_path, text = folder / SINGLE_NAME, folder / INDEX_NAME, TextPart.in_folder(folder)
         if single.is_file():
-            return cls(folder, (_read_header(single),), None, text)._unpacked()
+            return cls(folder, (_read_header(single),), None, text)._unpacked(keeps_4_bits)
         if not index_path.is_file():
             raise ModelError(f"{folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}, so there are no weights to merge.")
         index = read_index(index_path)
         names = set(index["weight_map"].values()) - (files_without_text(folder) if is_text_alone else set())
-        return cls(folder, tuple(_read_header(folder / name) for name in sorted(names)), index, text)._unpacked()
+        return cls(folder, tuple(_read_header(folder / name) for name in sorted(names)), index, text)._unpacked(
+            keeps_4_bits
+        )
 
-    def _unpacked(self) -> "BaseCheckpoint":
+    def _unpacked(self, keeps_4_bits: bool) -> "BaseCheckpoint":
         """The same, with what codes and scales stand for in their place. Raises ModelError for half of them."""
         described = json_in(self.folder / CONFIG)
-        if not is_read_from_codes(described):
-            return self
         settings, specs = quantization_of(described), self.specs()
         packed: dict[str, Packed] = {}
+        if is_in_4_bits(described):
+            if keeps_4_bits:
+                return self
+            states = {name.partition(STATE)[0]: name for name in specs if STATE in name}
+            packed = {name: self._in_4_bits(name, state) for name, state in states.items()}
+        elif not is_read_from_codes(described):
+            return self
         for name, spec in specs.items():
             if name.endswith(CODES) and spec.dtype == torch.uint8:
                 meant = name.removesuffix(CODES)
@@ -129,12 +147,25 @@ class BaseCheckpoint:
                 f"{path}: {codes} is in {settings['quant_method']}, and {scales}, which scales it, is in no file."
                 " Download the base again."
             )
-        files = (shards[codes].file_name, shards[scales].file_name)
+        files = {name: shards[name].file_name for name in (codes, scales)}
         return Packed.of(specs[codes], specs[scales], files, settings.get("weight_block_size"))
 
+    def _in_4_bits(self, name: str, state: str) -> "Packed":
+        """A weight by bitsandbytes: beside its codes lie `name`.absmax and others, and a text that says the shape."""
+        shards = self.shard_by_name
+        if name not in shards:
+            raise ModelError(
+                f"{self.folder / shards[state].file_name}: {state} belongs to {name}, which is in no file. Download the"
+                " base again."
+            )
+        files = {each: shard.file_name for each, shard in shards.items() if each == name or each.startswith(f"{name}.")}
+        said = unpack_tensor_to_dict(self.called(state))
+        return Packed(name, state, files, tuple(said["shape"]), None, getattr(torch, said["dtype"]))
+
     def _as_meant(self, packed: Mapping[str, "Packed"]) -> "BaseCheckpoint":
-        gone = {each.scales for each in packed.values()} | {name for name in self.specs() if name.endswith(ACTIVATIONS)}
-        by_codes = {each.codes: TensorSpec(name, torch.bfloat16, each.shape) for name, each in packed.items()}
+        gone = {name for each in packed.values() for name in each.files if name != each.codes}
+        gone |= {name for name in self.specs() if name.endswith(ACTIVATIONS)}
+        by_codes = {each.codes: TensorSpec(name, each.dtype, each.shape) for name, each in packed.items()}
         shards = (
             replace(shard, tensors=tuple(by_codes.get(s.name, s) for s in shard.tensors if s.name not in gone))
             for shard in self.shards
@@ -148,15 +179,14 @@ class BaseCheckpoint:
     def text_tensors(self) -> Iterator[dict[str, Any]]:
         """The text model's tensors by its own names, each a slice of a file that is read when it is indexed."""
         with ExitStack() as files:
-            names = {shard.file_name for shard in self.shards} | {
-                f for each in self.packed.values() for f in each.files
-            }
+            names = {shard.file_name for shard in self.shards}
+            names |= {name for each in self.packed.values() for name in each.files.values()}
             opened = {
                 name: files.enter_context(safe_open(self.folder / name, framework="pt")) for name in sorted(names)
             }
             shards = self.shard_by_name
             yield {
-                own: self.packed[name].slice_of(opened)
+                own: _Restored(self.packed[name], opened)
                 if name in self.packed
                 else opened[shards[name].file_name].get_slice(name)
                 for own, name in self.stored_as.items()
@@ -181,37 +211,44 @@ class BaseCheckpoint:
         return self.tensor(self.shard_by_name[name], name)
 
     @cached_property
+    def spec_by_name(self) -> dict[str, TensorSpec]:
+        return self.specs()
+
+    @cached_property
     def shard_by_name(self) -> dict[str, Shard]:
         return {spec.name: shard for shard in self.shards for spec in shard.tensors}
 
     def tensor(self, shard: Shard, name: str) -> torch.Tensor:
         """One tensor, mapped from the file; its pages are given back with it. One in codes is restored."""
         if name in self.packed:
+            packed = self.packed[name]
             with ExitStack() as files:
-                codes, scales = (
-                    files.enter_context(safe_open(self.folder / each, framework="pt"))
-                    for each in self.packed[name].files
-                )
-                return self.packed[name].restored(codes, scales)
+                opened = {
+                    each: files.enter_context(safe_open(self.folder / each, framework="pt"))
+                    for each in set(packed.files.values())
+                }
+                return packed.restored(opened)
         with safe_open(self.folder / shard.file_name, framework="pt") as file:
             return file.get_tensor(name)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor of `shape` that lies in the files as `codes` and `scales`: their names, and the `files` that hold them.
+    """A tensor of `shape` and `dtype` that lies in the files as `codes` and `scales`, by name; `files` says which file
+    holds these and what else it is made of.
 
-    `block` are the rows and columns that have a scale in common; None where the exponents of MXFP4 are meant.
+    `block` are the rows and columns of FP8 that have a scale in common; of others it is None.
     """
 
     codes: str
     scales: str
-    files: tuple[str, str]
+    files: Mapping[str, str]
     shape: tuple[int, ...]
     block: tuple[int, int] | None
+    dtype: torch.dtype = torch.bfloat16
 
     @classmethod
-    def of(cls, codes: TensorSpec, scales: TensorSpec, files: tuple[str, str], block: Any) -> "Packed":
+    def of(cls, codes: TensorSpec, scales: TensorSpec, files: Mapping[str, str], block: Any) -> "Packed":
         """Raises ModelError for scales that are not those of the codes."""
         if codes.name.endswith(CODES):
             fits = len(codes.shape) == 4 and scales.shape == codes.shape[:3]
@@ -227,18 +264,20 @@ class Packed:
             made = cls(codes.name, scales.name, files, codes.shape, (high, wide))
         if not fits:
             raise ModelError(
-                f"{files[1]}: {scales.name} has the shape {list(scales.shape)}, which does not scale {codes.name} of"
-                f" {list(codes.shape)}. Download the base again."
+                f"{files[scales.name]}: {scales.name} has the shape {list(scales.shape)}, which does not scale"
+                f" {codes.name} of {list(codes.shape)}. Download the base again."
             )
         return made
 
-    def slice_of(self, opened: Mapping[str, Any]) -> "_Restored":
-        return _Restored(self, *(opened[name] for name in self.files))
-
-    def restored(self, codes: Any, scales: Any) -> torch.Tensor:
-        """In bfloat16, from two open files."""
-        read, by = codes.get_tensor(self.codes), scales.get_tensor(self.scales)
-        return _from_mxfp4(read, by) if self.block is None else _from_fp8(read, _plain(by), self.block)
+    def restored(self, opened: Mapping[str, Any]) -> torch.Tensor:
+        """From open files, by name. In float32 where it is to be rounded as a run held it, which is of 4 bits."""
+        parts = {name: opened[file].get_tensor(name) for name, file in self.files.items()}
+        codes, scales = parts.pop(self.codes), parts[self.scales]
+        if STATE in self.scales:
+            state = QuantState.from_dict(parts, device=torch.device("cpu"))
+            state.dtype = torch.float32
+            return dequantize_4bit(codes, state)
+        return _from_mxfp4(codes, scales) if self.block is None else _from_fp8(codes, _plain(scales), self.block)
 
 
 @dataclass(frozen=True)
@@ -246,11 +285,10 @@ class _Restored:
     """What can be indexed as safetensors' slices are, to be read whole."""
 
     packed: Packed
-    codes: Any
-    scales: Any
+    opened: Mapping[str, Any]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self.packed.restored(self.codes, self.scales)[index]
+        return self.packed.restored(self.opened)[index]
 
 
 def _plain(scales: torch.Tensor) -> torch.Tensor:

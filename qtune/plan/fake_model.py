@@ -31,7 +31,7 @@ from qtune.memory import (
     packed_experts,
     packed_mixers,
 )
-from qtune.model import adapter
+from qtune.model import adapter, base
 from qtune.recipe.schema import Recipe
 
 
@@ -42,9 +42,10 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     """
     dtype = getattr(torch, compute_dtype)
     model = _without_weights(config, recipe, dtype)
-    if recipe.model.quantization == "nf4":
-        quantization = nf4.config(recipe.model.double_quantization, dtype)
-        apart = [*get_keys_to_not_convert(model), *nf4.multiplied_by_hand(type(model))]
+    held = base.held_as(config, recipe.model)
+    if held:
+        quantization = nf4.config(held.double, dtype)
+        apart = [*get_keys_to_not_convert(model), *nf4.multiplied_by_hand(type(model)), *_left_whole(config)]
         model = replace_with_bnb_linear(model, modules_to_not_convert=apart, quantization_config=quantization)
         model.is_loaded_in_4bit = True  # peft chooses its layers by this
     model.requires_grad_(False)
@@ -53,16 +54,21 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     packed_mixers.install(model)
     fused_layers.install(model)
     fused_cross_entropy.install(model)
-    if recipe.model.quantization == "nf4":
-        _pack_experts(model, recipe.model.double_quantization, mode)
+    if held and not held.is_given:
+        _pack_experts(model, held.double, mode)
     mixture_of_experts.install(model)
     with torch.device("meta"), dora_on_empty_weights():
         peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
     adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
     with mode:
-        _fill(peft_model, recipe.model.double_quantization)
+        _fill(peft_model, held is not None and held.double)
     nf4.keep_weights_as_quantised(peft_model)
     return peft_model
+
+
+def _left_whole(config: PreTrainedConfig) -> list[str]:
+    """The modules that files in 4 bits have in 16."""
+    return (getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or []
 
 
 def refuse_unknown_targets(config: PreTrainedConfig, recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from qtune import cache_dir
 from qtune.hardware import Device
 from qtune.memory.techniques.standing import Standing
-from qtune.model import lora_variants, nf4_cache
+from qtune.model import base, lora_variants, nf4_cache
 from qtune.plan import activation_memory, throughput
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import Budget, Climb, Ladder
@@ -75,7 +75,9 @@ def decide(
         cache_bytes=_cache_bytes(recipe, ladder.standing),
         choices=(
             Choice("device", device.label, device.why),
-            Choice("base", _held_as(recipe), "model.quantization"),
+            Choice(
+                "base", str(base.held_as(config, recipe.model) or "16 or 32 bits, not quantised"), "model.quantization"
+            ),
             Choice("compute", compute_dtype, why_compute),
             Choice("adapter", _adapter(recipe, ladder.standing), _why_adapter(ladder.standing)),
             *_training_choices(recipe, pace, climb, accumulation),
@@ -192,12 +194,6 @@ def _compute_dtype(recipe: Recipe, device: Device) -> tuple[str, str]:
     if device.compute_dtype == "bfloat16":
         return "bfloat16", f"{device.label} multiplies bfloat16 itself"
     return device.compute_dtype, f"{device.label} has no bfloat16 arithmetic"
-
-
-def _held_as(recipe: Recipe) -> str:
-    if recipe.model.quantization == "none":
-        return "16 or 32 bits, not quantised"
-    return "NF4, double quantisation" if recipe.model.double_quantization else "NF4"
 
 
 def _steps(recipe: Recipe, train_packs: int) -> tuple[int, str]:

@@ -170,8 +170,11 @@ def fault_of_config(described: Mapping[str, Any], causal: Collection[str] | None
         senses = [name for name in SENSES if name in described]
         reads = f", which reads more than text ({senses[0]})" if senses else ""
         return f"is a {kinds[0]}{reads}, and qtune tunes {TUNABLE}."
-    if quantization_of(described) and not is_read_from_codes(described):
-        return f"is quantised already ({quantization_of(described).get('quant_method', 'unknown')}). {UNQUANTISED}"
+    settings = quantization_of(described)
+    if settings and not is_read_from_codes(described) and not is_in_4_bits(described):
+        return f"is quantised already ({settings.get('quant_method', 'unknown')}). {UNQUANTISED}"
+    if is_in_4_bits(described) and settings.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        return f"stores its 4 bits as {settings['bnb_4bit_quant_storage']}, and only uint8 can be read. {UNQUANTISED}"
     if isinstance(found := described.get("quantization"), dict) and "bits" in found:
         return f"is quantised already (for MLX). {UNQUANTISED}"
     absent = [name for name in SIZES if name not in described]
@@ -191,6 +194,13 @@ def quantization_of(described: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def is_read_from_codes(described: Mapping[str, Any]) -> bool:
     return quantization_of(described).get("quant_method") in FROM_CODES
+
+
+def is_in_4_bits(described: Mapping[str, Any]) -> bool:
+    """By bitsandbytes, to be used as they are."""
+    settings = quantization_of(described)
+    is_4_bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
+    return settings.get("quant_method") == "bitsandbytes" and bool(is_4_bit)
 
 
 def _weights(folder: Path, needs_weights: bool) -> str | None:

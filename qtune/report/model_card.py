@@ -146,7 +146,7 @@ def _training_rows(found: Record) -> list[tuple[str, str]]:
     assert lock is not None
     rows = [("base weights", f"SHA-256 {lock.base.sha256}")]
     if lock.quantization:
-        rows.append(("base held in", "NF4, double quantisation" if lock.quantization.double else "NF4"))
+        rows.append(("base held in", str(lock.quantization)))
     rows += _setting_rows(lock.recipe)
     if data:
         rows.append(

@@ -93,9 +93,9 @@ def test_one_tensor_at_a_time_is_in_16_bits(tmp_path: Path, monkeypatch: pytest.
     most = 0
     restored = checkpoint.Packed.restored
 
-    def counted(self: checkpoint.Packed, codes: Any, scales: Any) -> torch.Tensor:
+    def counted(self: checkpoint.Packed, opened: Any) -> torch.Tensor:
         nonlocal most
-        tensor = restored(self, codes, scales)
+        tensor = restored(self, opened)
         alive[id(tensor)] = tensor.nbytes
         weakref.finalize(tensor, alive.pop, id(tensor))
         most = max(most, sum(alive.values()))

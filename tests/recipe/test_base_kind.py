@@ -105,6 +105,25 @@ KINDS = {
         folder_with(config__json={**CAUSAL, "quantization_config": {"quant_method": "awq"}}),
         "is quantised already (awq). Name the original model",
     ),
+    "quantised to 8 bits": (
+        folder_with(
+            config__json={**CAUSAL, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+        ),
+        "is quantised already (bitsandbytes). Name the original model",
+    ),
+    "4 bits in another storage": (
+        folder_with(
+            config__json={
+                **CAUSAL,
+                "quantization_config": {
+                    "quant_method": "bitsandbytes",
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_storage": "bfloat16",
+                },
+            }
+        ),
+        "stores its 4 bits as bfloat16, and only uint8 can be read. Name the original model",
+    ),
     "without a size": (
         folder_with(config__json={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1}),
         "lacks hidden_size and num_hidden_layers and intermediate_size, and a default would describe another model.",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from conftest import BOS, END, PAD, byte_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 FP4 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -58,6 +58,22 @@ def make(kind: str, folder: Path) -> dict[str, torch.Tensor]:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": how}))
     return meant
+
+
+def make_4_bits(folder: Path, kind: str = "nf4", is_double: bool = True) -> Path:
+    """A checkpoint that transformers saved from a model that bitsandbytes holds in 4 bits."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).to(torch.bfloat16).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=is_double,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def _in_fp8(weight: torch.Tensor, block: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
