@@ -20,6 +20,13 @@ What = Literal["adapter", "merged"]
 FILE = "README.md"
 
 
+EXPERTS_IN_16_BITS = (
+    "The experts of the base were in 4 bits while this adapter was trained. transformers leaves them in 16 bits, also"
+    " where it is told to load the rest in 4, so what it answers differs a little from what was measured here. A merge"
+    " onto the dequantised base has the experts as they were."
+)
+
+
 def write_card(run: RunDir) -> None:
     """README.md in the run's adapter folder, which peft leaves a blank form in; nothing where no adapter was saved."""
     found = run_record.read(run)
@@ -134,6 +141,9 @@ def _use(found: Record, what: What, address: str) -> list[str]:
         return ["## Use", "", *markdown.fenced(snippet, "python"), ""]
     lines = ["## Use", "", *markdown.fenced(serving_snippets.peft_snippet(base, address, has_towers), "python"), ""]
     command = serving_snippets.vllm_command(found, base, address)
+    assert found.lock is not None
+    if any(name.split(".")[-2:-1] == ["experts"] for name in found.lock.quantized_modules):
+        lines += [EXPERTS_IN_16_BITS, ""]
     return [*lines, *markdown.fenced(command, "sh"), ""] if command else lines
 
 

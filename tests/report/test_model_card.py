@@ -139,6 +139,13 @@ def test_an_adapter_that_vllm_does_not_take_is_not_offered_to_it(tmp_path: Path)
         assert "PeftModel" in text
 
 
+def test_of_a_mixture_it_says_where_its_experts_are_not_rounded(tmp_path: Path) -> None:
+    experts = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_proj"]
+    assert "transformers leaves them in 16 bits" in text_of(run_with(tmp_path / "a", quantized_modules=experts))
+    shared = ["model.layers.0.mlp.shared_experts.down_proj"]
+    assert "leaves them in 16 bits" not in text_of(run_with(tmp_path / "b", quantized_modules=shared))
+
+
 def test_it_is_written_into_the_adapter_folder_and_nowhere_else(tmp_path: Path) -> None:
     run = run_with(tmp_path)
     before = sorted(run.path.iterdir())
