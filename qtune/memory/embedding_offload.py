@@ -1,6 +1,6 @@
 """The embedding table in host memory: rows are looked up there, and only they cross to the device.
 
-Held less of: the table, 2VH bytes in bfloat16.
+Held less of: the table, 2VH bytes in bfloat16; of Gemma 3n and 4 that of every layer's own inputs, too.
 Costs: the same bytes of host memory, and for a card 16 MiB that are page-locked; (T, H) copied to the device once a
 forward pass, before the first layer, while the processor looks up the rows behind. Where the tokens are on the device,
 the processor waits for it to have them.
@@ -11,7 +11,8 @@ Letters: T tokens, H hidden, V vocabulary.
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,10 +30,20 @@ def move_embedding_out(model: PreTrainedModel, device: torch.device) -> None:
     One that the head has taken there already is shared with it; again changes nothing.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    _move_out(embedding, device, is_there=is_on_host(head) and embedding.weight is head.weight)
+
+
+def move_tables_out(tables: Sequence[Any], device: torch.device) -> None:
+    """The same of embeddings that no head shares."""
+    for table in tables:
+        _move_out(table, device, is_there=False)
+
+
+def _move_out(embedding: Any, device: torch.device, is_there: bool) -> None:
     if hasattr(embedding, "forward_on_host"):
         return
     on_host = embedding.forward
-    if not (is_on_host(head) and embedding.weight is head.weight):
+    if not is_there:
         embedding.weight = torch.nn.Parameter(embedding.weight.detach().to("cpu", copy=True), requires_grad=False)
         memory_tracker.mark([embedding.weight], "embedding", "host")
     embedding.forward_on_host = on_host

@@ -9,14 +9,15 @@ from qtune.memory import embedding_offload
 from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes
 from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.embedding_offload import HOST_EMBEDDING, tables_per_layer
 
 ON_HOST = Techniques(host_embedding=True)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "granite"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "granite", "gemma4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_equal_to_the_bit(kind, dtype) -> None:
-    """Untied, tied, scaled in the embedding, scaled behind it."""
+    """Untied, tied, scaled in the embedding, scaled behind it, with rows for every layer."""
     plain, ours = adapted(base(kind, dtype)), adapted(base(kind, dtype))
     Engine(plain)
     switched(ours, ON_HOST)
@@ -39,6 +40,20 @@ def test_the_head_keeps_the_table_of_a_tied_pair(kind, is_tied) -> None:
     assert not embedding.weight.requires_grad
     assert embedding.weight is not head.weight
     assert (head.weight is before) == is_tied
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4"])
+def test_rows_of_every_layer_are_looked_up_there_too(kind: str) -> None:
+    """They were left on the device, and are the larger table: 4.7 GB of Gemma 3n E4B's 16 bits."""
+    model = adapted(base(kind))
+    with LiveBytes() as counter:
+        counter.count(model.parameters(), "base")
+        before = counter.held()["base"]
+        switched(model, ON_HOST)
+        (table,) = tables_per_layer(model)
+        assert counter.held("host")["embedding"] >= table.weight.nbytes
+        assert counter.held().get("base", 0) <= before - table.weight.nbytes
+    assert HOST_EMBEDDING.movable_bytes(model, []) >= table.weight.nbytes
 
 
 def test_twice_is_once() -> None:
