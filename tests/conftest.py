@@ -60,6 +60,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def walked_once() -> Iterator[None]:
+    """What a file leaves for good, as modules that it has imported, is walked once and not by each later collection."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """One token per byte, six special ones, a BOS added on encode."""
     from transformers import PreTrainedTokenizerFast
