@@ -43,7 +43,16 @@ FIXED = {  # of those above, with the reason
     "evaluate.canary_repeats": "canaries are rows that are trained on",
 }
 # Said by the recipe's own fields or by base.sha256, or no matter.
-IGNORED = ("base.folder", "base.name", "base.glance_sha256", "packing_probe.", "model.", "seed", "name")
+IGNORED = (
+    "base.folder",
+    "base.name",
+    "base.glance_sha256",
+    "base.has_towers",
+    "packing_probe.",
+    "model.",
+    "seed",
+    "name",
+)
 
 
 @dataclass(frozen=True)
