@@ -145,13 +145,13 @@ def main() -> int:
 
     if options.kinds and not options.output:
         return 0 if tell_in_full(options.kinds, not options.quick) else 1
+    before = options.output.read_text(encoding="utf-8") if options.output and options.output.is_file() else ""
     made = []
     for row in rows(options.kinds or small_models.kinds(), not options.quick, options.at_once):
         made.append(row)
         print(row.line(), flush=True)
-    if options.output:
-        before = options.output.read_text(encoding="utf-8") if options.kinds and options.output.is_file() else ""
-        options.output.write_text(page.page(made, before), encoding="utf-8")
+        if options.output:
+            options.output.write_text(page.page(made, before), encoding="utf-8")
     print(page.counts(row.outcome for row in made))
     return 1 if any(row.outcome in page.BAD for row in made) else 0
 
