@@ -63,7 +63,8 @@ transformers has, and takes it through a run. Find the `model_type` that the con
 "Loss" is how far the losses are apart, in nats. "Forecast" is the plan's bytes at the peak of a step beside those that
 were counted. "Merge" is the mean divergence of the merged model from the live one, in nats. "GGUF" says whether
 `qtune export` was shown to write a file of it. "A document a pass": documents would read each other in a pack, so each
-has a pass of its own, and losses and steps are those of packs.
+has a pass of its own, and losses and steps are those of packs. "In 16 bits": its linears are of a class that
+bitsandbytes leaves as it is.
 
 **Refused** is an architecture that `qtune run` refuses before any work, with that sentence. What is tiny here says
 nothing of whether a base fits on a card: `qtune plan` does.
@@ -99,8 +100,9 @@ class Row:
     def outcome_told(self) -> str:
         """`proven`, or what it is and why."""
         if self.outcome == "proven":
-            how = ", a document a pass" if self.told("trained") != "packed" else ""
-            return f"*proven*{how}{f', as {self.made_as}' if self.made_as else ''}"
+            how = ["a document a pass"] if self.told("trained") != "packed" else []
+            how += ["in 16 bits"] if self.told("held") == "16 bits" else []
+            return ", ".join(["*proven*", *how, *([f"as {self.made_as}"] if self.made_as else [])])
         return (
             f"{'*refused*, because' if self.outcome == 'refused' else f'**{self.outcome}**:'} {shortened(self.faults)}"
         )
