@@ -30,7 +30,6 @@ ONE_OF_A_KIND = (
     "deepseek_v32",  # a sparse indexer
     "gemma2",  # soft-capped attention and logits
     "gemma3_text",  # windows in most layers
-    "gemma3n_text",  # layers that share keys, several streams
     "gemma4_text",  # layers that share keys, heads of two sizes
     "gpt2",  # Conv1D
     "gpt_oss",  # sinks; experts transposed, with biases
