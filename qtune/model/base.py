@@ -23,7 +23,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qtune import accelerator, card_faults, logs
 from qtune.errors import MachineError, ModelError, QtuneError
 from qtune.lock import Quantization
-from qtune.memory import fused_cross_entropy, fused_layers, mixture_of_experts, nf4, packed_attention, packed_mixers
+from qtune.memory import (
+    fused_cross_entropy,
+    fused_layers,
+    gated_delta_rule,
+    mixture_of_experts,
+    nf4,
+    packed_attention,
+    packed_mixers,
+)
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.packed_experts import is_packed
@@ -183,6 +191,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
         place.keep(loaded)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)
+    gated_delta_rule.install(loaded)
     packed_mixers.install(loaded)
     fused_layers.install(loaded)
     mixture_of_experts.install(loaded)

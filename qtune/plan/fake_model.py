@@ -25,6 +25,7 @@ from qtune.errors import ModelError
 from qtune.memory import (
     fused_cross_entropy,
     fused_layers,
+    gated_delta_rule,
     mixture_of_experts,
     nf4,
     packed_attention,
@@ -51,6 +52,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     model.requires_grad_(False)
     model.config.use_cache = False
     packed_attention.install(model)
+    gated_delta_rule.install(model)
     packed_mixers.install(model)
     fused_layers.install(model)
     fused_cross_entropy.install(model)

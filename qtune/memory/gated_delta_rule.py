@@ -1,0 +1,167 @@
+"""The gated delta rule of Qwen3.5, Qwen3-Next and OLMo-Hybrid, by chunks, in few operations.
+
+Held less of: copies of a layer's whole output, of which transformers' own way makes one for each chunk in the backward
+pass.
+Costs: nothing; the same arithmetic in float32, whose sums are taken in another order.
+Refuses: nothing. Where flash-linear-attention is installed, transformers calls its kernel and this is not used.
+
+A head keeps a state S (K, V) that every token decays by exp(g), corrects by what it predicts wrongly, and reads:
+S <- exp(g) S; S <- S + k (beta (v - k' S))'; o = S' q. Within a chunk of C tokens the corrections are a triangular
+system (the UT transform of Yang et al. 2024, arXiv 2412.06464), solved for all chunks at once; between chunks the state
+is carried by two products. What reads the states is done for all chunks at once again, behind the loop.
+
+Letters: B rows, T tokens, H heads of the values, N chunks of C tokens, K width of a key, V width of a value.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+CHUNK = 64  # tokens; what transformers and flash-linear-attention take
+NAME = "torch_chunk_gated_delta_rule"  # of the function in modules of transformers that this stands in for
+L2_EPSILON = 1e-6  # of flash-linear-attention, which checkpoints were trained with
+
+
+def install(model: torch.nn.Module) -> None:
+    """Let the modules of `model` that would call transformers' function call the one below; no other model does.
+
+    Before whatever wraps their forward.
+    """
+    if find_spec("fla") is not None:
+        return
+    for part in model.modules():
+        forward = inspect.unwrap(type(part).forward)
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
+        if NAME in names:
+            known = {**forward.__globals__, NAME: chunk_gated_delta_rule}
+            own = types.FunctionType(
+                forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__
+            )
+            part.forward = types.MethodType(functools.wraps(forward)(own), part)
+
+
+def chunk_gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The outputs (B, T, H, V) in the queries' dtype, and the last state (B, H, K, V) if it is asked for.
+
+    `query` and `key` are (B, T, G, K), where G divides H and serves H / G heads each, `value` (B, T, H, V), `g` (the
+    decay's logarithm, at most 0) and `beta` (B, T, H). Names are those of flash-linear-attention.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        outputs, state = _outputs(query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel)
+    return outputs.to(query.dtype), state if output_final_state else None
+
+
+def _outputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    is_normed: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, tokens, heads, _ = value.shape
+    if is_normed:
+        query, key = _normed(query), _normed(key)
+    query = query.float() * key.shape[-1] ** -0.5
+    query, key, value, rate, decay = (  # (B H, N, C, K or V or 1)
+        _by_chunk(each.float(), heads // each.shape[2]) for each in (query, key, value, beta[..., None], g[..., None])
+    )
+    decay = decay.cumsum(2)
+    between = (decay - decay.transpose(2, 3)).masked_fill(_is_later(query.device), float("-inf")).exp()
+    keys_by_rate = key * rate
+    system = (keys_by_rate @ key.transpose(2, 3)) * between
+    corrected, read = torch.linalg.solve_triangular(
+        system, torch.cat((value * rate, keys_by_rate * decay.exp()), 3), upper=False, unitriangular=True
+    ).split((value.shape[-1], key.shape[-1]), 3)
+    last = decay[:, :, -1:]
+    if initial_state is None:
+        first = value.new_zeros(len(value), key.shape[-1], value.shape[-1])
+    else:
+        first = initial_state.float().flatten(0, 1)
+    states, news, state = _Carried.apply(corrected, read, key * (last - decay).exp(), last.exp(), first)
+    within = (query @ key.transpose(2, 3)) * between
+    outputs = within @ news + (query * decay.exp()) @ states
+    outputs = outputs.flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads)).transpose(1, 2)
+    return outputs, state.unflatten(0, (batch, heads))
+
+
+class _Carried(torch.autograd.Function):
+    """From chunk to chunk: the state before each (B H, N, K, V), what each adds to it (B H, N, C, V), the last state.
+
+    Three operations a chunk each way: the gradients of what every chunk is given are made for all at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        corrected: torch.Tensor,
+        read: torch.Tensor,
+        keys: torch.Tensor,
+        decays: torch.Tensor,
+        first: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        state, states, news = first, [], []
+        for values, reads, keys_across, decay in _each(corrected, read, keys.transpose(2, 3), decays):
+            states.append(state)
+            news.append(torch.baddbmm(values, reads, state, alpha=-1))
+            state = torch.baddbmm(state * decay, keys_across, news[-1])
+        before, added = torch.stack(states, 1), torch.stack(news, 1)
+        ctx.save_for_backward(read, keys, decays, before, added)
+        return before, added, state
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_states: torch.Tensor, of_news: torch.Tensor, of_last: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        read, keys, decays, before, added = ctx.saved_tensors
+        of_state, behind, corrections = of_last, [], []
+        chunks = list(_each(of_states, of_news, read.transpose(2, 3), keys, decays))
+        for own, of_new, reads_across, own_keys, decay in reversed(chunks):
+            behind.append(of_state)
+            corrections.append(torch.baddbmm(of_new, own_keys, of_state))
+            of_state = torch.baddbmm(torch.addcmul(own, of_state, decay), reads_across, corrections[-1], alpha=-1)
+        of_corrected, of_states_behind = (torch.stack(each[::-1], 1) for each in (corrections, behind))
+        of_read = of_corrected @ before.transpose(2, 3).neg()
+        of_keys = added @ of_states_behind.transpose(2, 3)
+        of_decays = (before * of_states_behind).sum((2, 3), keepdim=True)
+        return of_corrected, of_read, of_keys, of_decays, of_state
+
+
+def _each(*by_chunk: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(each.unbind(1) for each in by_chunk), strict=True)
+
+
+def _normed(vectors: torch.Tensor) -> torch.Tensor:
+    vectors = vectors.float()
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + L2_EPSILON)
+
+
+def _by_chunk(row: torch.Tensor, shared: int) -> torch.Tensor:
+    """(B, T, G, E) as (B G shared, N, C, E), zeros behind the last token."""
+    tokens = row.shape[1]
+    if shared > 1:
+        row = row.repeat_interleave(shared, 2)
+    row = pad(row.transpose(1, 2).flatten(0, 1), (0, 0, 0, -tokens % CHUNK))
+    return row.unflatten(1, (-1, CHUNK))
+
+
+def _is_later(device: torch.device) -> torch.Tensor:
+    return torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=device).triu(1)

@@ -1,0 +1,130 @@
+"""The gated delta rule by chunks is the rule token by token, forward and backward, and is what a model runs by."""
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from qtune.memory import gated_delta_rule
+from qtune.memory.gated_delta_rule import CHUNK, _Carried, chunk_gated_delta_rule
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+def inputs(rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Queries, keys, values, decays, rates: two heads of keys for four of values, keys of 8 and values of 12."""
+    draw = torch.Generator().manual_seed(tokens)
+    shapes = [(rows, tokens, 2, 8)] * 2 + [(rows, tokens, 4, 12)] + [(rows, tokens, 4)] * 2
+    query, key, value, decay, rate = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    return tuple(each.to(dtype).requires_grad_() for each in (query, key, value, -decay.square(), rate.sigmoid()))
+
+
+def token_by_token(row: Inputs, state: torch.Tensor, is_normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rule as it is defined, in the inputs' precision."""
+    query, key, value, decay, rate = row
+    if is_normed:
+        query, key = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (query, key))
+    query, key = (each.repeat_interleave(2, 2) for each in (query * query.shape[-1] ** -0.5, key))
+    outputs = []
+    for t in range(value.shape[1]):
+        state = state * decay[:, t].exp()[..., None, None]
+        wrong = value[:, t] - (key[:, t].unsqueeze(2) @ state).squeeze(2)
+        state = state + key[:, t].unsqueeze(3) * (rate[:, t].unsqueeze(2) * wrong).unsqueeze(2)
+        outputs.append((query[:, t].unsqueeze(2) @ state).squeeze(2))
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, CHUNK - 1), (1, CHUNK), (3, CHUNK + 1), (1, 3 * CHUNK - 5)])
+@pytest.mark.parametrize("begins", [True, False])
+def test_it_is_the_rule_token_by_token(rows: int, tokens: int, begins: bool) -> None:
+    exact, ours = inputs(rows, tokens, torch.float64), inputs(rows, tokens)
+    state = torch.zeros(rows, 4, 8, 12) if begins else torch.randn(rows, 4, 8, 12)
+    wanted, last = token_by_token(exact, state.double(), is_normed=True)
+    outputs, kept = chunk_gated_delta_rule(
+        *ours, initial_state=None if begins else state, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    assert kept is not None
+    torch.testing.assert_close(outputs.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept.double(), last, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(wanted.shape, dtype=torch.float64)
+    expected = torch.autograd.grad((wanted * weights).sum() + last.square().sum(), exact)
+    found = torch.autograd.grad((outputs * weights).sum() + kept.double().square().sum(), ours)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=3e-5)
+
+
+def test_the_way_back_from_chunk_to_chunk() -> None:
+    shapes = [(2, 3, 5, 4), (2, 3, 5, 6), (2, 3, 5, 6), (2, 3, 1, 1), (2, 6, 4)]
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(_Carried.apply, given)
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(rule, row: Inputs) -> int:
+    with Operations() as counted:
+        outputs, _ = rule(*row, use_qk_l2norm_in_kernel=True)
+        torch.autograd.grad(outputs.sum(), row)
+    return counted.count
+
+
+def test_it_takes_fewer_operations_than_transformers_does() -> None:
+    """Per chunk 8 and 14 with their views, of 100: what a card would have to launch, and a plan to go through."""
+    short, long = inputs(1, 4 * CHUNK), inputs(1, 12 * CHUNK)
+    ours = [operations(chunk_gated_delta_rule, row) for row in (short, long)]
+    theirs = [operations(modeling_qwen3_5.torch_chunk_gated_delta_rule, row) for row in (short, long)]
+    assert (ours[1] - ours[0]) / 8 < 0.3 * (theirs[1] - theirs[0]) / 8
+
+
+def model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    return Qwen3_5ForCausalLM(config).to(dtype)
+
+
+def test_a_model_runs_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours = model(), model()
+    gated_delta_rule.install(ours)
+    called = []
+    known = ours.model.layers[0].linear_attn.forward.__func__.__globals__
+
+    def rule(*given, **settings):
+        called.append(1)
+        return chunk_gated_delta_rule(*given, **settings)
+
+    monkeypatch.setitem(known, gated_delta_rule.NAME, rule)
+    ids = torch.randint(4, 64, (2, 90))
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+    assert len(called) == 1
+    assert modeling_qwen3_5.torch_chunk_gated_delta_rule is not chunk_gated_delta_rule
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_in_16_bits_the_state_stays_in_32() -> None:
+    """Under autocast, transformers' function multiplies the state in 16 bits."""
+    exact = inputs(1, 200, torch.float64)
+    wanted, _ = token_by_token(exact, torch.zeros(1, 4, 8, 12, dtype=torch.float64), is_normed=True)
+    row = inputs(1, 200)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = chunk_gated_delta_rule(*row, use_qk_l2norm_in_kernel=True)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_no_other_model_is_touched() -> None:
+    other = LlamaForCausalLM(tiny_config())
+    gated_delta_rule.install(other)
+    assert all("forward" not in vars(part) for part in other.modules())
