@@ -52,20 +52,19 @@ def chunk_gated_delta_rule(
     value: torch.Tensor,
     g: torch.Tensor,
     beta: torch.Tensor,
-    *,
     initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    **others: Any,
+    **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The outputs (B, T, H, V) in the queries' dtype, and the last state (B, H, K, V) if it is asked for.
+    """The outputs (B, T, H, V) in the queries' dtype, and the last state (B, H, K, V) with `output_final_state`; queries
+    and keys are brought to length 1 first with `use_qk_l2norm_in_kernel`.
 
     `query` and `key` are (B, T, G, K), where G divides H and serves H / G heads each, `value` (B, T, H, V), `g` (the
     decay's logarithm, at most 0) and `beta` (B, T, H). Names are those of flash-linear-attention.
     """
+    is_normed = bool(settings.get("use_qk_l2norm_in_kernel"))
     with torch.autocast(query.device.type, enabled=False):
-        outputs, state = _outputs(query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel)
-    return outputs.to(query.dtype), state if output_final_state else None
+        outputs, state = _outputs(query, key, value, g, beta, initial_state, is_normed)
+    return outputs.to(query.dtype), state if settings.get("output_final_state") else None
 
 
 def _outputs(
