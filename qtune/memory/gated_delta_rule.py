@@ -55,8 +55,9 @@ def chunk_gated_delta_rule(
     initial_state: torch.Tensor | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The outputs (B, T, H, V) in the queries' dtype, and the last state (B, H, K, V) with `output_final_state`; queries
-    and keys are brought to length 1 first with `use_qk_l2norm_in_kernel`.
+    """The outputs (B, T, H, V) in the queries' dtype, and the last state (B, H, K, V) with `output_final_state`.
+
+    With `use_qk_l2norm_in_kernel` queries and keys are brought to length 1 first.
 
     `query` and `key` are (B, T, G, K), where G divides H and serves H / G heads each, `value` (B, T, H, V), `g` (the
     decay's logarithm, at most 0) and `beta` (B, T, H). Names are those of flash-linear-attention.
