@@ -72,8 +72,8 @@ def test_a_card_holds_a_context_and_slack_beside_its_tensors() -> None:
 @pytest.mark.parametrize(
     ("techniques", "most"),
     [
-        (Techniques(32, True, 1024), 115_600),
-        (Techniques(32, True, 1024, True, "host", 32, 8), 60_000),
+        (Techniques(32, True, 1024, recomputed_attention=32), 115_600),
+        (Techniques(32, True, 1024, True, "host", 32, 8, 32), 60_000),
     ],
 )
 def test_bytes_of_a_token_of_context(techniques: Techniques, most: int) -> None:

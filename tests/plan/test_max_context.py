@@ -45,11 +45,11 @@ def on(forecaster: Forecaster, tokens: int, budget: Budget = EVERYTHING) -> Ladd
 
 
 def every_plan() -> Iterator[Techniques]:
-    """Whatever can be on, in every amount of layers."""
+    """Whatever can be on, in every amount of layers; attention is run again in all, as to keep it holds more."""
     amounts = [(n, 0) for n in range(LAYERS + 1)] + [(LAYERS, n) for n in range(1, LAYERS + 1)]
     for on_host, embedding, head in itertools.product((False, True), (False, True), HEADS):
         for recomputed, streamed in amounts:
-            yield Techniques(recomputed, on_host, 256, embedding, head, streamed)
+            yield Techniques(recomputed, on_host, 256, embedding, head, streamed, 1, LAYERS)
 
 
 def any_plan_fits(exact: Forecaster, lines: Forecaster, budget: Budget, tokens: int) -> bool:
@@ -85,7 +85,8 @@ def test_a_short_one_is_found_where_tiles_grow_with_the_tokens(exact: Forecaster
     """It was looked for on a line through long ones, by which nothing fitted where the loss's first tile was small."""
     on_device = {"checkpoints": "device", "embedding": "device", "head": "16bit", "stream_layers": 0}
     leanest = replace(exact, recipe=recipe_for("demo", SETTLED | on_device, gradient_accumulation=1))
-    needed = on(leanest, 320).forecast(Techniques(LAYERS, tile_tokens=256, head_groups=1)).needed_bytes
+    everything = Techniques(LAYERS, tile_tokens=256, head_groups=1, recomputed_attention=LAYERS)
+    needed = on(leanest, 320).forecast(everything).needed_bytes
     budget = Budget(round(needed / (1 - MARGIN_FRACTION)) + 2, 1 << 40)
     assert longest(leanest, budget).tokens == 320
 
