@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 TOKENIZER = byte_level()
+VOCABULARY = len(TOKENIZER) + 6  # rows of padding; some types' own tokenizers have a token more
 SPREAD = 0.15  # of random weights: transformers' 0.02 leaves little behind the embedding that could leak
 WINDOW = 8  # tokens; documents are several times as long
 LEAST_LAYERS = 2
@@ -27,7 +28,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"
 KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
 # Inputs of linears are whole blocks of 64 weights: bitsandbytes' processor kernel misreads others.
 SMALL = {
-    "vocab_size": len(TOKENIZER), "vocab_size_per_layer_input": len(TOKENIZER),
+    "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY,
     "max_position_embeddings": 512, "n_positions": 512,
     "hidden_size": 64, "n_embd": 64, "d_model": 64, "dim": 64, "hidden_size_per_layer_input": 64,
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "intermediate_size_mlp": 128, "ffn_hidden_size": 128,
@@ -59,9 +60,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"head_dim": 64},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {
-        "patcher_config": {**PART, "vocab_size": len(TOKENIZER), "sliding_window": WINDOW},
-        "encoder_config": {**PART, "vocab_size": len(TOKENIZER), "hidden_size_global": 64},
-        "decoder_config": {**PART, "vocab_size": len(TOKENIZER), "hidden_size_global": 64},
+        "patcher_config": {**PART, "vocab_size": VOCABULARY, "sliding_window": WINDOW},
+        "encoder_config": {**PART, "vocab_size": VOCABULARY, "hidden_size_global": 64},
+        "decoder_config": {**PART, "vocab_size": VOCABULARY, "hidden_size_global": 64},
         "global_config": PART,
         "encoder_hash_byte_group_vocab": 64,
     },
