@@ -76,6 +76,11 @@ def test_every_architecture() -> None:
     assert not lost, lost
 
 
+def test_the_page_has_every_architecture() -> None:
+    said = page.outcomes(PAGE.read_text(encoding="utf-8"))
+    assert set(small_models.kinds()) <= said.keys()
+
+
 def walked(kind: str) -> Row:
     (row,) = conformance.rows([kind], is_whole=False)
     return row
