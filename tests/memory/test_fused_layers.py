@@ -33,6 +33,8 @@ A_LAYER = {  # norms, attentions and MLPs that are known in one
     "gemma3": (6, 1, 1),
     "granite": (2, 1, 1),
     "qwen3 moe": (4, 1, 0),
+    "gemma3n": (9, 0, 1),
+    "gemma4": (7, 0, 1),
 }
 
 
