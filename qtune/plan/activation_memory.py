@@ -164,6 +164,19 @@ def _without_standing(peak: Peak) -> Peak:
     return Peak({part: size for part, size in peak.device.items() if part != STANDING}, peak.host)
 
 
+class _LossBegins(Exception):
+    """Of a pass of which no more is wanted."""
+
+
+class _UntilTheLoss(LiveBytes):
+    """Counts a forward pass through the layers, and ends it there."""
+
+    def enter_phase(self, phase: str) -> None:
+        super().enter_phase(phase)
+        if phase == LOSS:
+            raise _LossBegins
+
+
 @contextlib.contextmanager
 def _as_on_a_card(is_card: bool) -> Iterator[None]:
     """peft asks whether CUDA autocasts before it casts the adapter's inputs; on a card it would."""
@@ -202,6 +215,7 @@ class TracedPasses:
     card: Capability | None
     layers: int
     traces: dict[tuple[int, Techniques, BatchShape], Traced] = field(default_factory=dict)
+    checkpoints: dict[BatchShape, int] = field(default_factory=dict)
 
     def peaks(self, techniques: Techniques, batch: BatchShape) -> dict[str, Peak]:
         if self._is_shallow:
@@ -231,9 +245,17 @@ class TracedPasses:
         return first, first + (0 if recomputed == self.layers else self._period + (1 if first else 2))
 
     def checkpoint_bytes(self, batch: BatchShape) -> int:
-        depth = self.layers if self._is_shallow else self._few
-        traced = self._trace(depth, Techniques(recomputed_layers=depth), batch)
-        return traced.checkpoint.device["checkpoints"]
+        if batch not in self.checkpoints:
+            depth = self.layers if self._is_shallow else self._few
+            counter, on = _UntilTheLoss(card=self.card), Techniques(recomputed_layers=depth).in_a_pass()
+            config = fake_model.shallow(self.config, depth)
+            with self._refusing_unfit(), contextlib.suppress(_LossBegins):
+                trace(config, self.recipe, self.compute_dtype, on, batch, self.card, counter)
+            self.checkpoints[batch] = _of_a_layer("checkpoints", counter.begun[LOSS], depth).device["checkpoints"]
+        return self.checkpoints[batch]
+
+    def _refusing_unfit(self) -> contextlib.AbstractContextManager[None]:
+        return base.refusing_unfit(self.config.model_type, "a step of one, on tensors without bytes,")
 
     @property
     def _is_shallow(self) -> bool:
@@ -257,7 +279,7 @@ class TracedPasses:
         on = techniques.in_a_pass()
         key = (layers, on, batch)
         if key not in self.traces:
-            with base.refusing_unfit(self.config.model_type, "a step of one, on tensors without bytes,"):
+            with self._refusing_unfit():
                 config = fake_model.shallow(self.config, layers)
                 self.traces[key] = trace(config, self.recipe, self.compute_dtype, on, batch, self.card)
         return self.traces[key]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from real_steps import recipe_for
 
 from qtune.memory.memory_tracker import Peak
-from qtune.memory.techniques import Techniques
+from qtune.memory.techniques import TECHNIQUES, Techniques
 from qtune.memory.techniques.standing import Layer, Standing
 from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS, Forecaster
 from qtune.plan.ladder import Budget, Ladder
@@ -35,7 +35,7 @@ STANDING = Standing(
     attention_width=64,
     key_value_heads=GROUPS,
     refusals={},
-    movable={},
+    movable=dict.fromkeys(TECHNIQUES, 0),
 )
 
 
