@@ -16,6 +16,7 @@ Letters: T tokens, H hidden, G groups.
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def why_not_grouped(layer: torch.nn.Module) -> str | None:
         return "its attention has parameters of its own"
     if any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(attention).items()):
         return "its attention drops out weights"
+    if "num_heads" in inspect.unwrap(type(attention).forward).__code__.co_names:
+        return "its attention's code counts all of its heads"
     if getattr(attention, "store_full_length_kv", False):
         return "later layers read all of its keys and values"
     norms = [child for name, child in attention.named_children() if name in ("q_norm", "k_norm")]

@@ -35,10 +35,9 @@ from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS, Fo
 from qtune.plan.parameter_count import count
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
-from qtune.units import MIB
 
 STANDING = "standing"
-TRL_LOSS_BYTES = 256 * MIB  # of logits, which trl's fused head makes a chunk at a time
+TRL_TILE = (4096, 32768)  # tokens and words of the logits that trl's fused head makes at once, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,10 @@ def _loss(
     causal: Any = model.get_base_model()
     hidden = head_logits.decoder_of(causal)(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
     memory_tracker.enter_phase(LOSS)
-    # trl's fused head: a float32 gradient of the hidden states beside a chunk of logits
-    memory_tracker.note_workspace("loss", TRL_LOSS_BYTES + 8 * 2 * hidden.shape[-1] * labels.shape[1])
+    # trl's fused head: a float32 gradient of the hidden states beside a tile of logits in the dtype of products
+    tokens, words = min(TRL_TILE[0], labels.shape[1]), TRL_TILE[1]
+    size = torch.get_autocast_dtype("cpu").itemsize if torch.is_autocast_enabled("cpu") else hidden.element_size()
+    memory_tracker.note_workspace("loss", size * tokens * words + 8 * 2 * hidden.shape[-1] * labels.shape[1])
     return hidden.sum()
 
 
