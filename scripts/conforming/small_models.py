@@ -159,9 +159,8 @@ def small_model(kind: str) -> PreTrainedModel:
             is_matrix = isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D) and name == "weight"
             if is_matrix or (parameter.ndim == 3 and name.endswith("_proj")):
                 torch.nn.init.normal_(parameter, 0.0, SPREAD)
-        if (
-            isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
-        ):  # a row that transformers makes 0 as it loads
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:  # transformers loads a 0 there
             module.weight.data[module.padding_idx] = 0
     return model
 
