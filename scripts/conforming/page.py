@@ -66,8 +66,17 @@ were counted. "Merge" is the mean divergence of the merged model from the live o
 has a pass of its own, and losses and steps are those of packs. "In 16 bits": its linears are of a class that
 bitsandbytes leaves as it is.
 
-**Refused** is an architecture that `qtune run` refuses before any work, with that sentence. What is tiny here says
-nothing of whether a base fits on a card: `qtune plan` does.
+**Refused** is an architecture that `qtune run` refuses before any work, with that sentence.
+
+What is tiny here says nothing of whether a base fits on a card: `qtune plan` does. Of three bases of today it said, for
+examples of 2,048 tokens, rank 16, 64 GiB of host memory and the bases' published sizes (2026-12-01,
+`scripts/bench_plan.py`; no card was measured):
+
+| base | 8 GiB | 12 GiB | 24 GiB |
+|---|---|---|---|
+| Qwen3.5-4B | 27 of 32 layers recomputed | 22 recomputed | 6 recomputed |
+| Qwen3.5-9B | 31 of 32 recomputed, checkpoints and embedding in host memory | 29 recomputed | 14 recomputed |
+| Qwen3.5-27B | also 56 of 64 layers streamed | also 35 streamed | 62 of 64 recomputed |
 
 | model type | bases | outcome | loss | techniques | forecast | merge | GGUF |
 |---|---|---|---|---|---|---|---|

@@ -8,6 +8,7 @@ document at a time and runs its own attention.
 import contextlib
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -468,7 +469,8 @@ def _taken(step: Callable[[Any], Finding], work: Pair) -> Finding:
 
 def _sentence(fault: BaseException, folder: Path) -> str:
     """What the user is told, less the folder that the base happens to be in."""
-    return str(fault).replace(f"{folder}/", "").replace("\n", " ").removeprefix("model.base: ")
+    told = str(fault).replace(f"{folder}/", "").replace("\n", " ")
+    return re.sub(r"^(t\.toml:\d+: )?(model\.base: )?(base is )?", "", told)
 
 
 def first_line(fault: BaseException) -> str:
