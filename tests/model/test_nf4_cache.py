@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_the_cache_to_the_bit(tmp_path: Path, monkeypatch: py
     losses = []
     for number, cache in enumerate((cache_dir.OFF, str(tmp_path / "cache"), str(tmp_path / "cache"))):
         monkeypatch.setenv(cache_dir.VARIABLE, cache)
-        recipe = write_recipe(tmp_path, folder, evaluate={"metric": "none"})
+        recipe = write_recipe(tmp_path, folder, train={"max_steps": 2, "gradient_accumulation": 1})
         assert qtune("run", recipe, "--output", tmp_path / f"run{number}") == 0
         losses.append(run_record.read(RunDir(tmp_path / f"run{number}")).losses)
     assert losses[0] == losses[1] == losses[2] != []

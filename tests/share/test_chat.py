@@ -228,10 +228,10 @@ def test_a_chat_at_a_terminal(typed: Typed, tmp_path: Path) -> None:
 
 def test_ctrl_c_at_the_prompt_ends_the_chat(typed: Typed) -> None:
     typed.until("you ")
-    for _ in range(4):  # one that comes while readline sets itself up is seen with the next key
+    for _ in range(12):  # one that comes while readline sets itself up is seen with the next key
         typed.type("\x03")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            typed.process.wait(timeout=15)
+            typed.process.wait(timeout=5)
             break
     while typed.more():
         pass
