@@ -69,8 +69,8 @@ def test_one_of_a_kind(kind: str) -> None:
 def test_every_architecture() -> None:
     """No architecture is wrong, leaks or fails, and what docs/models.md says is proven still is.
 
-    A run, its resumption and its merge are walked of every other one and of what is refused, as all of them take minutes
-    more than a commit has; `scripts/conformance.py --output docs/models.md` walks all.
+    A run, its resumption and its merge are walked of every other one and of what is refused, as all of them take
+    minutes more than a commit has; `scripts/conformance.py --output docs/models.md` walks all.
     """
     said = page.outcomes(PAGE.read_text(encoding="utf-8"))
     every = small_models.kinds()

@@ -18,7 +18,7 @@ def test_the_shipped_recipes_are_listed() -> None:
     rows = shipped_recipes.rows()
     assert [row["name"] for row in rows] == NAMES
     assert all(row["about"] and row["base"] and row["data"] for row in rows)
-    assert rows[1]["base"] == "Qwen/Qwen3.5-4B"
+    assert rows[1]["base"] == "Qwen/Qwen3-4B-Instruct-2507"
 
 
 @pytest.mark.parametrize("name", NAMES)
