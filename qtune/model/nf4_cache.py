@@ -35,7 +35,8 @@ LEAST_BYTES = 256 * MIB  # of weight files: a smaller base is quantised in a sec
 CODEBOOK = "quant_map"  # of bitsandbytes: beside every packed weight, and beside no other
 FILE_BYTES = 256 * MIB  # about that much of a model in one file, and so in host memory while it is written
 MAKERS = ("torch", "transformers", "bitsandbytes")
-PACKING = ("nf4.py", "packed_experts.py", "expert_loading.py")  # of memory/: who changes them makes other entries
+# Who changes how weights are read and packed makes other entries.
+CODE = ("memory/nf4.py", "memory/packed_experts.py", "memory/expert_loading.py", "model/checkpoint.py")
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,6 @@ def _kept(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 @functools.cache
 def _code_sha256() -> str:
     digest = hashlib.sha256()
-    for name in PACKING:
-        digest.update(Path(packed_experts.__file__).with_name(name).read_bytes())
+    for name in CODE:
+        digest.update((Path(__file__).parent.parent / name).read_bytes())
     return digest.hexdigest()
