@@ -4,6 +4,7 @@
     ├── TrainingDiverged       a loss or gradient stopped being a number; raised before the step is taken
     ├── OutOfMemory            a step or a loss that does not fit, whatever was tried; the last whole step is kept
     ├── DiskFull               a disk with no room left; what was there stays as it was
+    ├── RankLost               another process of the same run failed, ended or did not come in time
     ├── DoesNotFit             exit 3: a run that the forecast says cannot fit, with the changes that would
     ├── VerificationFailed     a merge that is not the model that was trained
     └── UserError              exit 2: something the user wrote, named or has; the message says what would work
@@ -36,6 +37,14 @@ class OutOfMemory(QtuneError):
 
 class DiskFull(QtuneError):
     """The disk filled up in the middle of a run; the last checkpoint is whole."""
+
+
+class RankLost(QtuneError):
+    """Another process of the run, a `rank` of it, failed, ended, or did not come in time."""
+
+    def __init__(self, sentence: str, rank: int = 0, exit_code: int = 1):
+        super().__init__(sentence)
+        self.rank, self.exit_code = rank, exit_code
 
 
 class DoesNotFit(QtuneError):

@@ -26,6 +26,7 @@ ROOMS = [
     "registry",
     "logs",
     "accelerator",
+    "distributed",
     "gpu_models",
     "gpu_choice",
     "card_faults",
