@@ -95,7 +95,7 @@ def _number(said: dict[str, str], name: str, otherwise: int | None = None) -> in
 def _text(said: dict[str, str], name: str) -> str:
     if not said.get(name):
         raise MachineError(
-            f"{name} is not in the environment, though RANK and WORLD_SIZE are. torchrun sets all of them; to run in one"
-            " process, unset these two."
+            f"{name} is not in the environment, though RANK and WORLD_SIZE are. torchrun sets all of them; unset these"
+            " two to run in one process."
         )
     return said[name]

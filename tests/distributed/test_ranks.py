@@ -71,7 +71,7 @@ def what_becomes_of_others(ranks: Ranks, folder: str, fault: str) -> None:
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hangs":
-            time.sleep(20)
+            time.sleep(9)
         if fault == "fails":
             ranks.fail("There is no card.", 2)
         os._exit(0)
@@ -87,13 +87,13 @@ def what_becomes_of_others(ranks: Ranks, folder: str, fault: str) -> None:
 
 def test_the_rank_that_fails_or_is_late_is_named(tmp_path) -> None:
     faults = ("killed", "hangs", "fails")
-    launches = [launch(2, what_becomes_of_others, str(tmp_path), fault, QTUNE_RANKS_LIMIT="3s") for fault in faults]
+    launches = [launch(2, what_becomes_of_others, str(tmp_path), fault, QTUNE_RANKS_LIMIT="2s") for fault in faults]
     for each in launches:
         each.processes[0].wait(60)
         each.wait(60)
     killed, hung, failed = (json.loads((tmp_path / f"{fault}.json").read_text()) for fault in faults)
     assert killed[:4] == ["Rank 1 ended, or its machine did, without a word.", 1, 1, True]
-    assert hung[0].startswith("Rank 1 did not come to where the others wait within 3 s, though it lives.")
+    assert hung[0].startswith("Rank 1 did not come to where the others wait within 2 s, though it lives.")
     assert failed[:4] == ["There is no card.", 1, 2, True]
     assert max(killed[4], hung[4], failed[4]) < 15
 
