@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtune.units import MIB, format_bytes
+from qtune.distributed.launched import Launched
+from qtune.errors import MachineError
+from qtune.units import MIB, counted, format_bytes
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ON_WSL = "/usr/lib/wsl/lib/nvidia-smi"  # where Windows' driver puts it, which not every PATH has
@@ -82,16 +84,46 @@ def roomiest(cards: Sequence[DriverCard]) -> DriverCard:
     return max(cards, key=lambda card: (card.compute_mode != PROHIBITED, card.free_bytes or 0))
 
 
-def narrow_own_process() -> None:
-    """For a process of our own, before torch is loaded: where CUDA would see several cards, have it see the roomiest.
+def narrow_own_process(launched: Launched | None = None) -> None:
+    """For a process of our own, before torch is loaded: where CUDA would see several cards, have it see the roomiest,
+    or each of several processes on this machine a card of its own.
 
-    What the user says in CUDA_VISIBLE_DEVICES stands.
+    What the user says in CUDA_VISIBLE_DEVICES stands; of several cards named there each process takes one. Raises
+    MachineError for more processes than cards.
     """
+    if launched is not None:
+        _take_one_of_several(launched)
+        return
     cards = () if VISIBLE in os.environ else ask_driver()
     if len(cards) > 1:
         best = roomiest(cards)
         os.environ[VISIBLE] = best.uuid
         _why_narrowed[:] = [_why(best, cards)]
+
+
+def _take_one_of_several(launched: Launched) -> None:
+    """The card of this process: the one at its place among the roomiest, in the driver's order."""
+    cards = [card for card in ask_driver() if card.compute_mode != PROHIBITED]
+    named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    if VISIBLE in os.environ and len(named) < 2:  # no card at all, or the launcher has given each process its own
+        return
+    names = named or [card.uuid for card in _roomiest_of(cards, launched.local_size)]
+    if not names:
+        return
+    if len(names) < launched.local_size:
+        raise MachineError(
+            f"{launched.local_size} processes were started on this machine, which has {counted(len(names), 'card')}"
+            f"{f' in {VISIBLE}' if named else ''}. Start one for each card."
+        )
+    os.environ[VISIBLE] = names[launched.local_rank]
+    place = f"that of rank {launched.rank}, {launched.local_rank + 1} of {launched.local_size} on this machine"
+    _why_narrowed[:] = [place]
+
+
+def _roomiest_of(cards: Sequence[DriverCard], count: int) -> list[DriverCard]:
+    """The `count` cards with most free memory, in the order they came."""
+    taken = sorted(cards, key=lambda card: card.free_bytes or 0, reverse=True)[:count]
+    return [card for card in cards if card in taken]
 
 
 def let_segments_grow() -> None:

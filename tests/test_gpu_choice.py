@@ -9,6 +9,8 @@ import pytest
 from made_driver import RTX_3060, RTX_4090, MadeCard, MadeDriver, leave_as_it_was, uuid_of
 
 from qtune import gpu_choice
+from qtune.distributed.launched import Launched
+from qtune.errors import MachineError
 from qtune.units import GIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +73,33 @@ def test_our_own_process_sees_the_card_with_most_free_memory(smi) -> None:
     index, why = gpu_choice.chosen(["bb"])
     assert index == 0
     assert why == "most free memory of 3 cards; the others: NVIDIA GeForce RTX 4090 1.2 GiB, NVIDIA GB10"
+
+
+def one_of(local_size: int, local_rank: int) -> Launched:
+    return Launched(local_rank, local_size, local_rank, local_size, "127.0.0.1", 29400)
+
+
+def test_several_processes_of_a_machine_take_a_card_each(smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The roomiest, in the driver's order, which is the same in all of them."""
+    smi(ANSWER)
+    for local_rank, uuid in enumerate(["GPU-aa", "GPU-bb"]):
+        monkeypatch.delenv(gpu_choice.VISIBLE, raising=False)
+        gpu_choice.narrow_own_process(one_of(2, local_rank))
+        assert os.environ[gpu_choice.VISIBLE] == uuid
+    assert gpu_choice.chosen(["bb"]) == (0, "that of rank 1, 2 of 2 on this machine")
+    monkeypatch.delenv(gpu_choice.VISIBLE)
+    with pytest.raises(MachineError, match=r"^4 processes were started on this machine, which has 3 cards\. Start"):
+        gpu_choice.narrow_own_process(one_of(4, 0))
+
+
+@pytest.mark.parametrize(("named", "taken"), [("2, 0", ["2", "0"]), ("GPU-bb", ["GPU-bb"] * 2), ("", ["", ""])])
+def test_of_cards_that_are_named_each_process_takes_one(smi, monkeypatch, named, taken) -> None:
+    """One name is what a launcher gave this process; none is no card at all."""
+    smi(ANSWER)
+    for local_rank in range(2):
+        monkeypatch.setenv(gpu_choice.VISIBLE, named)
+        gpu_choice.narrow_own_process(one_of(2, local_rank))
+        assert os.environ[gpu_choice.VISIBLE] == taken[local_rank]
 
 
 def test_what_the_user_chose_stands(smi, monkeypatch: pytest.MonkeyPatch) -> None:
