@@ -27,6 +27,7 @@ ALLOCATOR_SETTINGS = (
 GROWING = "expandable_segments:True"
 NATIVE_DRIVER = Path("/proc/driver/nvidia/version")  # NVIDIA's own on Linux; WSL2 has none, and refuses such mappings
 SHARED = "Default"  # the compute mode in which a card takes any process that comes
+ABOUT_AS_FREE = 0.8  # chosen: of the roomiest card's free memory; less, and it would need another plan
 PROHIBITED = "Prohibited"  # the one in which a card takes no process
 
 _why_narrowed: list[str] = []  # of this process, once `narrow_own_process` has chosen for it
@@ -84,6 +85,36 @@ def roomiest(cards: Sequence[DriverCard]) -> DriverCard:
     return max(cards, key=lambda card: (card.compute_mode != PROHIBITED, card.free_bytes or 0))
 
 
+def alike(cards: Sequence[DriverCard]) -> list[DriverCard]:
+    """The roomiest card, and those of its kind that are about as free."""
+    best = roomiest(cards)
+    free = (best.free_bytes or 0) * ABOUT_AS_FREE
+    return [card for card in _usable(cards) if card.name == best.name and (card.free_bytes or 0) >= free] or [best]
+
+
+def cards_to_use(count: int | None) -> tuple[str, ...]:
+    """As CUDA_VISIBLE_DEVICES names them: the `count` roomiest cards, or for None all that are alike; none where the
+    driver tells of no card. Of those that the user names there, the first `count`, or all.
+
+    Raises MachineError where there are fewer.
+    """
+    cards = ask_driver()
+    if not cards:
+        return ()
+    if VISIBLE in os.environ:
+        whose, names = f"{VISIBLE} names", [name for name in os.environ[VISIBLE].split(",") if name not in ("", "-1")]
+    else:
+        taken = _roomiest_of(_usable(cards), count) if count else alike(cards)
+        whose, names = "this machine has", [card.uuid for card in taken]
+    if count is not None and 0 < len(names) < count:
+        raise MachineError(f"--cards {count}: {whose} {len(names)}. Give --cards {len(names)}.")
+    return tuple(names[:count])
+
+
+def _usable(cards: Sequence[DriverCard]) -> list[DriverCard]:
+    return [card for card in cards if card.compute_mode != PROHIBITED]
+
+
 def narrow_own_process(launched: Launched | None = None) -> None:
     """For a process of our own, before torch is loaded: where CUDA would see several cards, have it see the roomiest,
     or each of several processes on this machine a card of its own.
@@ -103,7 +134,7 @@ def narrow_own_process(launched: Launched | None = None) -> None:
 
 def _take_one_of_several(launched: Launched) -> None:
     """The card of this process: the one at its place among the roomiest, in the driver's order."""
-    cards = [card for card in ask_driver() if card.compute_mode != PROHIBITED]
+    cards = _usable(ask_driver())
     named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     if VISIBLE in os.environ and len(named) < 2:  # no card at all, or the launcher has given each process its own
         return

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from qtune.commands import arguments, terminal
+from qtune.commands import arguments, launcher, terminal
 from qtune.commands.verb import Verb
 from qtune.errors import RecipeError, RunFolderError, UserError
 from qtune.train import trackers
@@ -22,6 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FIELD",
         help="go on although this field, such as train.epochs, is not what it was; may be given again",
     )
+    launcher.cards_argument(parser)
 
 
 def refuse(options: Namespace) -> None:
@@ -29,13 +30,18 @@ def refuse(options: Namespace) -> None:
     from qtune.rundir import RunDir
 
     refuse_without_checkpoints(RunDir(options.run))
+    launcher.refuse_cards_when_launched(options)
 
 
 def act(options: Namespace) -> int:
     from qtune import logs
+    from qtune.resume import recipe_of
     from qtune.rundir import RunDir
 
     folder = RunDir.open_to_resume(options.run)
+    code = launcher.launch_ranks(options, lambda: recipe_of(folder, options.set))
+    if code is not None:
+        return code
     logs.hold()
     with folder.held(), terminal.going_on_told(folder):
         return _go_on(folder, options)

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from qtune.commands import arguments, terminal
+from qtune.commands import arguments, launcher, terminal
 from qtune.commands.verb import Verb
 from qtune.train import trackers
 
@@ -12,15 +12,22 @@ from qtune.train import trackers
 def add_arguments(parser: ArgumentParser) -> None:
     arguments.recipe_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="run folder; default runs/NAME-DATE-TIME")
+    launcher.cards_argument(parser)
 
 
 def refuse(options: Namespace) -> None:
     from qtune.rundir import RUNS, refuse_unmakeable
 
     arguments.refuse_given_output(options) if options.output else refuse_unmakeable(RUNS / "new")
+    launcher.refuse_cards_when_launched(options)
 
 
 def act(options: Namespace) -> int:
+    code = launcher.launch_ranks(options, lambda: arguments.load_recipe(options)[0])
+    return _run(options) if code is None else code
+
+
+def _run(options: Namespace) -> int:
     with terminal.doing_of(options, is_log=True) as doing:
         recipe, path = arguments.load_recipe(options)
         trackers.make_ready(recipe.report.to)

@@ -1,0 +1,192 @@
+"""The ranks of one run on one machine, one a card: forked here before anything heavy is imported, then watched.
+
+A rank finds in its environment what torchrun would have set, and cannot tell who launched it. Rank 0 has this terminal;
+what another rank prints is kept, and shown where rank 0 did not live to say it. Signals are passed on to every rank,
+but for Ctrl-C, which a terminal gives to all by itself. When a rank ends that should not have, the others have time to
+find out, to save and to say so, and are killed after it.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING
+
+from qtune import gpu_choice
+from qtune.commands.arguments import positive
+from qtune.errors import UserError
+
+if TYPE_CHECKING:
+    from qtune.recipe.schema import Recipe
+
+HERE = "127.0.0.1"
+SECONDS_AFTER_RANK_0 = 30.0  # chosen: without it nobody saves, and all that is left is to say why
+SECONDS_AFTER_ANOTHER = 600.0  # chosen: a step, in which nobody finds out, and a checkpoint
+SI_KERNEL = 128  # where sigaction(2) says that the terminal sent it, to the whole foreground job
+DIES_WITH_PARENT = 1  # prctl(2)'s PR_SET_PDEATHSIG
+POLL_SECONDS = 1.0  # chosen: for the time limits; the end of a rank is told at once
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+
+def cards_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--cards",
+        type=positive,
+        metavar="N",
+        help="use so many cards; default all that are like the one with most free memory. Without a card, N processes",
+    )
+
+
+def is_launched() -> bool:
+    """Whether another launcher has settled how many processes there are: torchrun and accelerate, or srun with more
+    than one."""
+    return "RANK" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def refuse_cards_when_launched(options: Namespace) -> None:
+    """Raises UserError for --cards where a launcher has settled them."""
+    if options.cards is not None and is_launched():
+        raise UserError("--cards: torchrun, accelerate or srun has settled how many processes there are. Leave it out.")
+
+
+def launch_ranks(options: Namespace, recipe_of: Callable[[], "Recipe"]) -> int | None:
+    """The exit code of a run on several cards, once all ranks have ended; None in each of the ranks, and where this
+    process is alone.
+
+    Raises UserError for more cards than there are, and for more than a step has packs.
+    """
+    if is_launched():
+        return None
+    names = gpu_choice.cards_to_use(options.cards)
+    count = len(names) or options.cards or 1
+    if count > 1:
+        count = _as_many_as_packs(count, recipe_of(), is_asked=options.cards is not None)
+    if names and (count > 1 or options.cards):
+        os.environ[gpu_choice.VISIBLE] = ",".join(names[:count])
+    if count == 1:
+        return None
+    said = f"{count} cards: a process for each; --cards 1 uses one" if names else f"{count} processes on this processor"
+    print(said, file=sys.stderr if getattr(options, "json", False) else sys.stdout, flush=True)
+    return fork_ranks(count)
+
+
+def _as_many_as_packs(count: int, recipe: "Recipe", is_asked: bool) -> int:
+    packs = recipe.train.micro_batch * recipe.train.gradient_accumulation
+    if count > packs and is_asked:
+        raise UserError(
+            f"--cards {count}: a step of this recipe is {packs} pack{'s' if packs > 1 else ''} (train.micro_batch times"
+            f" train.gradient_accumulation), and each card needs one. Give --cards {packs}, or raise"
+            " train.gradient_accumulation."
+        )
+    return min(count, packs)
+
+
+def fork_ranks(count: int) -> int | None:
+    """None in each of `count` new processes, which are ranks; here the exit code, once they have ended."""
+    environment = {"MASTER_ADDR": HERE, "MASTER_PORT": str(_free_port()), **_threads(count)}
+    watched = {*FORWARDED, signal.SIGCHLD}
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    kept: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115  # closed with this process
+    ranks, parent = Ranks(kept), os.getpid()
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            _become(rank, count, environment, kept[rank], parent)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            return None
+        ranks.pids.append(pid)
+    try:
+        return ranks.watched_to_their_end()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind((HERE, 0))
+        return int(free.getsockname()[1])
+
+
+def _threads(count: int) -> Mapping[str, str]:
+    """Each its share of the cores, unless the user has said how many threads."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return {"OMP_NUM_THREADS": given or str(max(1, (os.cpu_count() or 1) // count))}
+
+
+def _become(rank: int, count: int, environment: Mapping[str, str], kept: IO[bytes], parent: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it; elsewhere ranks find out by themselves
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGTERM)
+        if os.getppid() != parent:
+            raise SystemExit(128 + signal.SIGTERM)
+    os.environ |= environment
+    os.environ |= {name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    if rank > 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(kept.fileno(), 1)
+        os.dup2(kept.fileno(), 2)
+
+
+class Ranks:
+    """Processes by rank; `kept` is what those print that have no terminal."""
+
+    def __init__(self, kept: Sequence[IO[bytes]]):
+        self.pids: list[int] = []
+        self._kept = kept
+        self._codes: dict[int, int] = {}  # by rank; -9 of one that SIGKILL ended
+        self._late: list[int] = []  # whom we killed
+        self._until = math.inf  # when
+
+    def watched_to_their_end(self) -> int:
+        """The exit code of all: rank 0's, or where that is 0 another's."""
+        while self._running:
+            told = signal.sigtimedwait({*FORWARDED, signal.SIGCHLD}, POLL_SECONDS)
+            if told is not None and told.si_signo in FORWARDED and told.si_code != SI_KERNEL:
+                self._send(told.si_signo)
+            self._reap()
+            if time.monotonic() > self._until and not self._late:
+                self._late = self._running
+                self._send(signal.SIGKILL)
+        self._tell()
+        code = self._codes[0] or next((code for code in self._codes.values() if code), 0)
+        return code if code >= 0 else 128 - code
+
+    @property
+    def _running(self) -> list[int]:
+        return [rank for rank in range(len(self.pids)) if rank not in self._codes]
+
+    def _send(self, number: int) -> None:
+        for rank in self._running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pids[rank], number)
+
+    def _reap(self) -> None:
+        for rank in self._running:
+            pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
+            if pid:
+                self._codes[rank] = code = os.waitstatus_to_exitcode(status)
+                seconds = SECONDS_AFTER_RANK_0 if rank == 0 else SECONDS_AFTER_ANOTHER if code else math.inf
+                self._until = min(self._until, time.monotonic() + seconds)
+
+    def _tell(self) -> None:
+        for rank, code in sorted(self._codes.items()):
+            if rank in self._late:
+                print(f"Rank {rank} did not end with the others, and was killed.", file=sys.stderr)
+            elif code < 0:
+                hint = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
+                print(f"Rank {rank} was ended by {signal.Signals(-code).name}{hint}.", file=sys.stderr)
+        if self._codes[0] <= 0:
+            self._show_what_another_said()
+
+    def _show_what_another_said(self) -> None:
+        for rank in [rank for rank in sorted(self._codes) if rank and self._codes[rank] > 0][:1]:
+            self._kept[rank].seek(0)
+            sys.stderr.write(self._kept[rank].read().decode(errors="replace"))
