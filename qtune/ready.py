@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from qtune import __version__, logs
 from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
+from qtune.distributed import agreement
+from qtune.distributed.ranks import Ranks
 from qtune.errors import MachineError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
@@ -32,7 +34,7 @@ from qtune.recipe.schema import Recipe
 from qtune.recipe.text_part import TextPart
 from qtune.report.progress_line import Doing
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
-from qtune.rundir import RunDir, default_path, write_json
+from qtune.rundir import RunDir, default_path, leaves, write_json
 from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.units import format_bytes
@@ -83,7 +85,7 @@ class Ready:
             tokenizer_sha256=tokenizer_sha256(self.tokenizer),
             stop_token_ids=tuple(self.prepared.stop_token_ids),
             seed=recipe.train.seed,
-            versions={"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}},
+            versions=versions(),
         )
 
 
@@ -93,6 +95,30 @@ class GoingOn:
 
     checkpoint: Checkpoint | None
     told: Resumed
+
+
+def versions() -> dict[str, str]:
+    """Of qtune and of what its runs depend on, by name."""
+    return {"qtune": __version__, **{name: importlib.metadata.version(name) for name in LOCKED_PACKAGES}}
+
+
+def refuse_unlike_recipes(ranks: Ranks, recipe: Recipe) -> None:
+    """Before anything is read for it. Raises MachineError where ranks have another recipe or other versions."""
+    agreement.refuse_unlike(ranks, dict(leaves({**recipe.model_dump(mode="json"), "versions": versions()})))
+
+
+def refuse_unlike_ranks(ranks: Ranks, ready: Ready) -> None:
+    """Raises MachineError where ranks have other rows, another base, at a glance, or a device with other arithmetic."""
+    model = ready.recipe.model
+    told = {
+        "data": ready.prepared.fingerprint,
+        "base": model.base if is_on_hub(ready.recipe) else fingerprint.glance(base.base_folder(model)),
+        "tokenizer": tokenizer_sha256(ready.tokenizer),
+        "template": ready.prepared.template_fingerprint,
+        "device": ready.plan.device.name.partition(":")[0],
+        "arithmetic": ready.plan.compute_dtype,
+    }
+    agreement.refuse_unlike(ranks, told)
 
 
 def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | None = None) -> Ready:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from qtune.distributed.agreement import shown
 from qtune.errors import RecipeError, RunFolderError
 from qtune.lock import Lock
 from qtune.recipe import load
@@ -87,7 +88,7 @@ class Change:
         return is_named and self.field not in FIXED
 
     def sentence(self) -> str:
-        told = f"{self.field}: was {_shown(self.before)}, is {_shown(self.now)}"
+        told = f"{self.field}: was {shown(self.before)}, is {shown(self.now)}"
         if self.may_be_allowed:
             return f"{told} (--allow-change {self.field})"
         return f"{told}; {FIXED[self.field]}" if self.field in FIXED else told
@@ -184,9 +185,3 @@ def _flat(lock: Mapping[str, Any]) -> dict[str, Any]:
     flat = dict(leaves({key: value for key, value in lock.items() if key != "recipe"}))
     flat = {field: value for field, value in flat.items() if not field.startswith(IGNORED)}
     return {**dict(leaves(lock["recipe"])), **flat}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value[:12]}..."' if len(value) == 64 else f'"{value}"'
-    return "unset" if value is None else str(value)

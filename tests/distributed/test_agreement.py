@@ -1,0 +1,63 @@
+"""Ranks that would not train one adapter are refused, field by field, before they begin."""
+
+import json
+from pathlib import Path
+
+from made_ranks import all_well, launch
+
+from qtune.distributed import agreement
+from qtune.distributed.agreement import refuse_unlike, refuse_unshared
+from qtune.distributed.ranks import ALONE, Ranks
+from qtune.errors import UserError
+
+
+def each_refusal(ranks: Ranks, folder: str) -> None:
+    """Notes what this rank is refused with; rank 1 looks for the run's folder elsewhere in the last case."""
+    place = Path(folder)
+    said = {}
+    same = {"train.learning_rate": 1e-4, "versions.torch": "2.13", "model.base": f"/home/{ranks.rank}"}
+    cases = {
+        "same": same,
+        "other": same | ({"train.learning_rate": 2e-4, "versions.torch": None} if ranks.rank else {}),
+        "hash": {"data_sha256": f"{ranks.rank}" * 64, "more": 1} if ranks.rank else {"data_sha256": "0" * 64},
+    }
+    for name, told in cases.items():
+        said[name] = refused(lambda told=told: refuse_unlike(ranks, told))
+    said["shared"] = refused(lambda: refuse_unshared(ranks, place))
+    own = place / "own"
+    own.mkdir(exist_ok=True)
+    agreement.SEEN_WITHIN_SECONDS = 0.3
+    said["unshared"] = refused(lambda: refuse_unshared(ranks, own if ranks.rank == 0 else own / "not"))
+    (place / f"{ranks.rank}.json").write_text(json.dumps(said))
+
+
+def refused(call) -> str:
+    try:
+        call()
+    except UserError as fault:
+        return str(fault).replace("/own/not", "/own")
+    return ""
+
+
+def test_ranks_that_differ_are_named_by_field(tmp_path: Path) -> None:
+    all_well(launch(2, each_refusal, str(tmp_path)))
+    said, also = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert said == also
+    assert said["same"] == said["shared"] == ""
+    assert said["other"].splitlines() == [
+        "The ranks of this run do not have the same, so they would not train one adapter.",
+        "  train.learning_rate: 0.0001 on rank 0; 0.0002 on rank 1",
+        '  versions.torch: "2.13" on rank 0; unset on rank 1',
+        "Start all with the same recipe, rows, base and versions.",
+    ]
+    assert '  data_sha256: "000000000000..." on rank 0; "111111111111..." on rank 1\n' in said["hash"]
+    assert "  more: unset on rank 0; 1 on rank 1\n" in said["hash"]
+    assert said["unshared"].startswith(f"{tmp_path / 'own'}")
+    assert "rank 1 cannot see what rank 0 writes there." in said["unshared"]
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_one_process_agrees_with_itself(tmp_path: Path) -> None:
+    refuse_unlike(ALONE, {"a": 1})
+    refuse_unshared(ALONE, tmp_path)
+    assert list(tmp_path.iterdir()) == []
