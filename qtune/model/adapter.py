@@ -184,9 +184,9 @@ def save(model: PeftModel, folder: Path, base_name: str) -> int:
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    with _targets_as_peft_reads_them(model):  # without embedding layers: else they come from all of the base's
+    with _targets_as_peft_reads_them(model), _without_a_card(model):
+        # without embedding layers: else they come from all of the base's
         model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the run's own card comes at its end
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -277,6 +277,16 @@ def _targets_as_peft_reads_them(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         model.peft_config.update(before)
+
+
+@contextlib.contextmanager
+def _without_a_card(model: PeftModel) -> Iterator[None]:
+    """Inside, peft writes no README.md, a form to fill in; the run's own card comes at its end."""
+    vars(model)["create_or_update_model_card"] = lambda folder: None
+    try:
+        yield
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def _weights_of(base: torch.nn.Module, targets: set[str]) -> set[str]:
