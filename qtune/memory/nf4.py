@@ -47,21 +47,25 @@ BY_HAND = (
     r"\bself\.(\w+)\.weight @ ",
     r"\blinear\([^\n]*\bself\.(\w+)\.weight\b",
     r"\bself\.(\w+)\([^\n]*\.to\((?:dtype=)?self\.\1\.weight\.dtype\)",
+    r"\bself\.(\w+)\.weight(?:\.data)?\.clamp",
 )
+REGROUPED = r"^class (\w+)\(nn\.Linear\):(?:(?!^class ).)*?\bself\.weight\.view\("  # a linear that is many in one
 
 
 def multiplied_by_hand(kind: Any) -> frozenset[str]:
-    """Names of the linear layers whose weights the code of a model class multiplies by, where others call the layer,
-    or to whose dtype it casts what it calls the layer with.
+    """Names of the linear layers whose weights the code of a model class multiplies by or clamps, where others call
+    the layer, or to whose dtype it casts what it calls the layer with.
 
     Such a weight cannot be packed, and an adapter on its layer would not be asked. Mamba's `dt_proj` is one, and
-    LongCat's `classifier`; `weights_proj` of sparse attention's indexers would be given whole numbers of 8 bits.
+    LongCat's `classifier`, Gemma 3n's `prediction_coefs`; `weights_proj` of sparse attention's indexers would be given
+    whole numbers of 8 bits.
     """
     try:
         code = inspect.getsource(inspect.getmodule(kind) or kind)
     except (OSError, TypeError):  # no source to read
         return frozenset()
-    return frozenset(name for pattern in BY_HAND for name in re.findall(pattern, code))
+    own = [rf"\bself\.(\w+) = {kind}\(" for kind in re.findall(REGROUPED, code, re.MULTILINE | re.DOTALL)]
+    return frozenset(name for pattern in (*BY_HAND, *own) for name in re.findall(pattern, code))
 
 
 def keep_weights_as_quantised(model: torch.nn.Module) -> None:

@@ -37,9 +37,11 @@ def put_optimizer_back(
 ) -> None:
     """Give `optimizer` the state that `take_optimizer` took, in memory of its own kind, paged where that is paged.
 
+    A weight without state is one that never had a gradient, such as Phi-4's adapters for pictures, in runs of text.
     Changes the weights' gradients, which must be set anew. Raises RunFolderError for the state of another optimizer.
     """
-    _make_state(optimizer)
+    held = {name.rpartition(":")[0] for name in tensors} | others.keys()
+    _make_state(optimizer, {weight for weight, name in names.items() if name in held or not held})
     wanted = {
         f"{names[weight]}:{key}": value
         for weight, state in optimizer.state.items()
@@ -57,13 +59,13 @@ def put_optimizer_back(
         state.update(others.get(names[weight], {}))
 
 
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make its state as it does in its first step, here one of gradient 0 and rate 0."""
+def _make_state(optimizer: torch.optim.Optimizer, weights: set[torch.Tensor]) -> None:
+    """Have the optimizer make the state of `weights` as in its first step, here one of gradient 0 and rate 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
         for weight in group["params"]:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight) if weight in weights else None
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

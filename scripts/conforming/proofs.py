@@ -324,7 +324,7 @@ def each_alone(layers: int) -> dict[str, Techniques]:
         "tile_tokens": {"tile_tokens": TILE_TOKENS},
         "host_embedding": {"host_embedding": True},
         "head": {"head": "host"},
-        "streamed_layers": {"streamed_layers": layers},
+        "streamed_layers": {"recomputed_layers": layers, "streamed_layers": layers},
         "head_groups": {"head_groups": 2},
     }
     return {name: Techniques(**settings) for name, settings in alone.items()}

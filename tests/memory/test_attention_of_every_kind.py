@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from attention_kinds import KINDS, WINDOWS, made
-from transformers import PreTrainedModel
+from transformers import DeepseekV4ForCausalLM, Gemma3nForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from qtune.memory import nf4, tiled_attention
 from qtune.memory.packed_attention import document_attention
@@ -61,6 +61,18 @@ def test_what_helps_to_choose_keys_has_no_adapter_and_keeps_its_numbers() -> Non
     assert {"wq_b", "wk", "weights_proj"} <= adapter.left_out(ours).keys()
     assert "q_a_proj" in adapter.linear_names(ours)
     assert "weights_proj" in nf4.multiplied_by_hand(type(ours))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Gemma3nForCausalLM, {"prediction_coefs", "correction_coefs"}),  # clamps them
+        (DeepseekV4ForCausalLM, {"o_a_proj"}),  # a class of its own, which is many linears in one
+        (LlamaForCausalLM, set()),
+    ],
+)
+def test_weights_that_code_clamps_or_divides_are_not_packed(kind: type, names: set[str]) -> None:
+    assert nf4.multiplied_by_hand(kind) == names
 
 
 def test_the_last_logits_of_a_row_are_those_of_the_whole_one() -> None:

@@ -71,6 +71,17 @@ def test_eight_bits_are_kept_as_eight_bits_and_paged_memory_stays_paged() -> Non
         assert now["step"] == before["step"] == 1
 
 
+def test_a_weight_that_never_had_a_gradient_has_no_state_after_either() -> None:
+    """Phi-4's adapters for pictures in runs of text, of which a run could not be gone on with."""
+    stopped, resumed = Fitting("adamw"), Fitting("adamw")
+    stopped.weights[1].grad = torch.ones(7)
+    stopped.optimizer.step()
+    tensors, others = take_optimizer(stopped.optimizer, stopped.names)
+    put_optimizer_back(resumed.optimizer, resumed.names, tensors, others)
+    assert list(resumed.optimizer.state) == [resumed.weights[1]]
+    assert torch.equal(resumed.optimizer.state[resumed.weights[1]]["exp_avg"], tensors["w1:exp_avg"])
+
+
 @pytest.mark.parametrize("other", ["adamw", "adamw_8bit"])
 def test_the_state_of_another_optimizer_is_refused(other: str) -> None:
     stopped, resumed = Fitting("adamw" if other == "adamw_8bit" else "adamw_8bit"), Fitting(other)
