@@ -141,7 +141,7 @@ class Wire:
             store = _store(launched, False, limit)  # a connection of our own, as torch waits long on its
             store.set_timeout(timedelta(seconds=ASK_SECONDS))
             cards = accelerator.cards()
-            over = f",{cards[0].type}:{dist.get_default_backend_for_device(cards[0])}" if cards else ""
+            over = f",{cards[0].type}:{_backend(cards[0])}" if cards else ""
             dist.init_process_group(
                 f"cpu:gloo{over}",
                 store=dist.PrefixStore("group", meeting),
@@ -150,6 +150,12 @@ class Wire:
                 timeout=timedelta(seconds=limit),
             )
         except (RuntimeError, ValueError) as fault:
+            if "EADDRINUSE" in str(fault):
+                raise MachineError(
+                    f"Port {launched.port} of this machine is taken, so the ranks cannot meet there. Name another:"
+                    " MASTER_PORT for srun, --master-port or --rdzv-endpoint HOST:PORT for torchrun,"
+                    " --main_process_port for accelerate launch."
+                ) from fault
             where = f"{launched.address}:{launched.port}"
             raise MachineError(
                 f"Rank {launched.rank} of {launched.size} did not meet the others at {where} within {limit:g} s:"
@@ -304,6 +310,20 @@ def _store(launched: Launched, is_kept_here: bool, limit: float) -> Any:
         timeout=timedelta(seconds=limit),
         wait_for_workers=False,
     )
+
+
+def _backend(card: "torch.device") -> str:
+    """What cards of this maker talk over. Raises MachineError where this torch has not got it."""
+    import torch
+    import torch.distributed as dist
+
+    backend = dist.get_default_backend_for_device(card)
+    if not dist.is_backend_available(backend):
+        raise MachineError(
+            f"Several cards talk over {backend.upper()}, and this torch ({torch.__version__}) was built without it."
+            " Install a torch that has it, as those of PyTorch's own index for Linux have, or use one card: --cards 1."
+        )
+    return backend
 
 
 def _limit() -> float:

@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from made_ranks import all_well, launch
+from made_ranks import all_well, free_port, launch
 
 from qtune.distributed.launched import Launched, first_host
 from qtune.distributed.ranks import ALONE, Ranks
@@ -152,3 +153,22 @@ def test_what_is_half_said_is_refused_by_name(said, name) -> None:
 )
 def test_the_first_host_of_slurms_lists(nodes, first) -> None:
     assert first_host(nodes) == first
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(MachineError, match=rf"^Port {port} of this machine is taken, .* MASTER_PORT for srun, "):
+            Ranks.join(Launched(0, 2, 0, 2, "127.0.0.1", port))
+
+
+def test_cards_without_what_they_talk_over_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from qtune import accelerator
+
+    monkeypatch.setattr(accelerator, "cards", lambda: [torch.device("cuda")])
+    with pytest.raises(MachineError, match=r"^Several cards talk over NCCL, and this torch .* or use one card: --c"):
+        Ranks.join(Launched(0, 2, 0, 2, "127.0.0.1", free_port()))
