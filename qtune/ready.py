@@ -153,7 +153,7 @@ def is_on_hub(recipe: Recipe) -> bool:
 
 def work_of(prepared: Prepared) -> Work:
     train = prepared.train
-    return Work.of_packs(prepared.train_packs, train.tokens.tolist(), train.trained_tokens.tolist())
+    return Work.of_packs(prepared.train_packs, train.tokens, train.trained_tokens)
 
 
 def start_folder(ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None) -> RunDir:

@@ -10,11 +10,13 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data import token_cache
+from qtune.data.data_report import Tally
 from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.packing import packed_rows
 from qtune.data.prepare import encoding_of, prepare, take_rows
+from qtune.data.ragged import Ragged
 from qtune.data.row_stream import format_of
-from qtune.data.rows import Dropped, RawRow, recognise
+from qtune.data.rows import RawRow, recognise
 from qtune.data.sources import Source, Tell
 from qtune.data.tokenize import Encoder
 from qtune.errors import DataError, QtuneError, UserError
@@ -62,7 +64,7 @@ class OwnRows:
     path: Path
     format: str
     examples: Examples
-    dropped: tuple[Dropped, ...]
+    dropped: tuple[Tally, ...]
 
     @classmethod
     def read(cls, path: Path, data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> "OwnRows":
@@ -77,12 +79,12 @@ class OwnRows:
             writer = ExampleWriter(folder)
             taken = take_rows(source, form, encoding_of([form], Encoder.of(tokenizer)), wanted, writer, tell)
             examples = writer.finish()
-        return cls(path, form.name if form else data.format, examples, tuple(taken.dropped))
+        return cls(path, form.name if form else data.format, examples, taken.dropped)
 
     @property
-    def packs(self) -> tuple[tuple[int, ...], ...]:
+    def packs(self) -> Ragged:
         """Every row by itself, whatever the base makes of neighbours."""
-        return tuple((i,) for i in range(len(self.examples)))
+        return Ragged.each_alone(len(self.examples))
 
 
 def _as_in(source: Source, data: Data) -> Data:
@@ -188,8 +190,8 @@ def _own_rows(
     about = {
         "data": str(path),
         "format": own.format,
-        "rows_read": len(own.examples) + len(own.dropped),
-        "dropped": [f"{row.place}: {row.reason}" for row in own.dropped],
+        "rows_read": len(own.examples) + sum(tally.rows for tally in own.dropped),
+        "dropped": [f"{row.place}: {row.reason}" for tally in own.dropped for row in tally.first],
         "trained_on": trained_on,
     }
     first = rows or len(own.examples)

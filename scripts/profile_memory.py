@@ -562,7 +562,7 @@ def profile_recipe(recipe: Recipe, is_random: bool, folder: Path, console: Conso
     stage = set_up(loaded, recipe, plan.techniques, plan.compute_dtype, device)
     if not fused_cross_entropy.suits(stage.model):
         stage = with_trl_loss(stage, recipe, plan, rows, folder)
-    batch = batch_of([rows[i] for i in heaviest_first(seq_lengths(rows))[: plan.micro_batch]], device)
+    batch = batch_of([rows[i] for i in heaviest_first(seq_lengths(rows))[: plan.micro_batch].tolist()], device)
     snapshot = folder / "snapshot.pickle" if plan.device.is_card else None
     found = profile(stage, batch, plan.gradient_accumulation > 1, snapshot)
 

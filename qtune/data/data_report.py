@@ -1,7 +1,7 @@
 """What the user sees of the data before anything is trained."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -16,6 +16,8 @@ from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
 SHOWN_PLACES = 3
+MOST_DROPPED = 1_000  # that are kept as they are, of each stage
+MOST_REASONS, OTHER_REASONS = 10_000, "other reasons"  # each broken line of JSON may have a reason of its own
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,27 @@ STAGES = (
 
 
 @dataclass
+class Tally:
+    """Rows that were left out so far, as a file may have millions: `first` are the first of them, `reasons` says how
+    many there are by reason, `places` has the first of each."""
+
+    rows: int = 0
+    first: list[Dropped] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, row: Dropped) -> None:
+        self.rows += 1
+        if len(self.first) < MOST_DROPPED:
+            self.first.append(row)
+        reason = row.reason if row.reason in self.reasons or len(self.reasons) < MOST_REASONS else OTHER_REASONS
+        self.reasons[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < SHOWN_PLACES:
+            places.append(row.place)
+
+
+@dataclass
 class Lengths:
     """How long the rows of a source are, before any is cut or dropped; `long` are the first over `max_tokens`."""
 
@@ -100,26 +123,26 @@ class Lengths:
 @dataclass
 class SourceRows:
     """What went by of one source so far: `examples` are as many as were written, `bad` are rows that nobody could use,
-    `left` those that do not fit, `system` is the first conversation with a system prompt. `unused` counts the usable
-    rows by what of them is read by nobody."""
+    by stage, `left` those that do not fit, `system` is the first conversation with a system prompt. `unused` counts
+    the usable rows by what of them is read by nobody."""
 
     source: Source
     form: DataFormat | None
     lengths: Lengths
     examples: int = 0
-    bad: list[Dropped] = field(default_factory=list)
-    left: list[Dropped] = field(default_factory=list)
+    bad: tuple[Tally, ...] = field(default_factory=lambda: tuple(Tally() for _ in STAGES))
+    left: Tally = field(default_factory=Tally)
     cut: Cut = field(default_factory=Cut)
     unused: Counter[str] = field(default_factory=Counter)
     system: Conversation | None = None
 
     @property
     def rows(self) -> int:
-        return self.lengths.rows + len(self.bad)
+        return self.lengths.rows + sum(tally.rows for tally in self.bad)
 
     @property
-    def dropped(self) -> list[Dropped]:
-        return [*(row for stage in STAGES for row in self.bad if row.fault in stage), *self.left]
+    def dropped(self) -> tuple[Tally, ...]:
+        return (*self.bad, self.left)
 
     @property
     def is_text(self) -> bool:
@@ -127,7 +150,7 @@ class SourceRows:
 
     def see(self, row: EncodedRow | Dropped, writer: ExampleWriter) -> None:
         if isinstance(row, Dropped):
-            self.bad.append(row)
+            next(tally for tally, stage in zip(self.bad, STAGES, strict=True) if row.fault in stage).add(row)
             return
         parsed = row.parsed
         self.lengths.see(row.whole)
@@ -137,7 +160,7 @@ class SourceRows:
             self.system = parsed
         for part in row.parts:
             if isinstance(part, Dropped):
-                self.left.append(part)
+                self.left.add(part)
             else:
                 self.examples += 1
                 writer.add(part)
@@ -147,29 +170,32 @@ class SourceRows:
         if not self.rows:
             raise DataError(f"{self.source.name}: holds no rows.")
         if data.on_bad_row == "error":
-            for stage in STAGES:
-                refuse_bad_rows([row for row in self.bad if row.fault in stage])
+            for tally in self.bad:
+                refuse_bad_rows(tally.first, tally.rows)
         if data.on_long == "error" and not self.is_text:
             self.lengths.refuse_long_rows()
         if not self.examples:
             raise DataError(self._nothing_left_message())
 
     def _nothing_left_message(self) -> str:
-        dropped = self.dropped
-        reason = group_dropped(dropped)[0]
-        message = f"{self.source.name}: no row can be used. {reason.rows:,} of {len(dropped):,} rows: {reason.reason}."
+        rows = sum(tally.rows for tally in self.dropped)
+        reason = group_dropped(self.dropped)[0]
+        message = f"{self.source.name}: no row can be used. {reason.rows:,} of {rows:,} rows: {reason.reason}."
         if self.lengths.rows:
             message += f" The shortest row has {self.lengths.shortest:,} tokens: raise data.max_tokens."
         return message
 
 
-def group_dropped(dropped: Sequence[Dropped]) -> tuple[Reason, ...]:
+def group_dropped(every: Iterable[Tally]) -> tuple[Reason, ...]:
     """Dropped rows by reason, the commonest first."""
+    rows: Counter[str] = Counter()
     places: dict[str, list[str]] = {}
-    for row in dropped:
-        places.setdefault(row.reason, []).append(row.place)
-    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
-    return tuple(Reason(reason, len(rows), tuple(rows[:SHOWN_PLACES])) for reason, rows in ordered)
+    for tally in every:
+        rows.update(tally.reasons)
+        for reason, some in tally.places.items():
+            places.setdefault(reason, []).extend(some)
+    ordered = sorted(rows.items(), key=lambda item: -item[1])
+    return tuple(Reason(reason, count, tuple(places[reason][:SHOWN_PLACES])) for reason, count in ordered)
 
 
 def count_duplicates(examples: Examples) -> int:

@@ -9,8 +9,11 @@ from typing import Any, TypedDict, overload
 import numpy
 import torch
 
-from qtune.data.dataset import Examples, Ints
+from qtune.data.dataset import Examples
+from qtune.data.ragged import Ints, Ragged
 from qtune.data.rows import NOT_TRAINED
+
+CHUNK_ROWS = 1 << 16  # as Python's numbers at once
 
 
 class PackedRow(TypedDict):
@@ -24,7 +27,7 @@ class PackedRow(TypedDict):
 class PackedRows(Sequence[PackedRow]):
     """The sequences that `packs` makes of `examples`, each put together when it is asked for."""
 
-    def __init__(self, examples: Examples, packs: Sequence[Sequence[int]]):
+    def __init__(self, examples: Examples, packs: Ragged):
         self.examples, self.packs = examples, packs
 
     def __len__(self) -> int:
@@ -45,48 +48,72 @@ class PackedRows(Sequence[PackedRow]):
         }
 
     @property
-    def seq_lengths(self) -> list[list[int]]:
+    def seq_lengths(self) -> Ragged:
         """What `seq_lengths` is in each row, without making the rows."""
-        tokens = self.examples.tokens.tolist()
-        return [[tokens[i] for i in members] for members in self.packs]
+        return Ragged(self.examples.tokens[self.packs.values], self.packs.ends)
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[tuple[int, ...]]:
+def pack(lengths: Sequence[int] | Ints, max_tokens: int) -> Ragged:
     """Indices of documents per sequence, none over `max_tokens` tokens.
 
     Best-fit decreasing (Ding et al. 2024, arXiv:2404.10830): every document goes, whole, where the least room is left.
     Sequences come in the order of their first document.
     """
-    packs: list[list[int]] = []
-    rooms: list[int] = []  # tokens left in sequences that have room, sorted, each value once
-    by_room: dict[int, list[int]] = defaultdict(list)  # the sequences with that much room, a heap
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(rooms, lengths[index])
-        if place < len(rooms):
-            room = rooms[place]
-            number = heapq.heappop(by_room[room])
-            if not by_room[room]:
-                del rooms[place]
+    lengths = numpy.asarray(lengths, numpy.int32)
+    longest_first = numpy.argsort(-lengths, kind="stable")
+    numbers = numpy.empty(len(lengths), numpy.int32)
+    into = Sequences(max_tokens)
+    for at in range(0, len(lengths), CHUNK_ROWS):
+        some = longest_first[at : at + CHUNK_ROWS]
+        numbers[some] = [into.take(length) for length in lengths[some].tolist()]
+    return _by_first_member(numbers, into.count)
+
+
+class Sequences:
+    """Those that are being filled: `count` of them so far."""
+
+    def __init__(self, max_tokens: int):
+        self.max_tokens, self.count = max_tokens, 0
+        self._rooms: list[int] = []  # tokens left in sequences that have room, sorted, each value once
+        self._by_room: dict[int, list[int]] = defaultdict(list)  # the sequences with that much room, a heap
+
+    def take(self, length: int) -> int:
+        """The number of the sequence that a document of this length goes into: a new one where none has room."""
+        place = bisect.bisect_left(self._rooms, length)
+        if place < len(self._rooms):
+            room = self._rooms[place]
+            number = heapq.heappop(self._by_room[room])
+            if not self._by_room[room]:
+                del self._rooms[place], self._by_room[room]
         else:
-            room, number = max_tokens, len(packs)
-            packs.append([])
-        packs[number].append(index)
-        room -= lengths[index]
-        if room > 0:
-            if not by_room[room]:
-                bisect.insort(rooms, room)
-            heapq.heappush(by_room[room], number)
-    return sorted(tuple(sorted(members)) for members in packs)
+            room, number = self.max_tokens, self.count
+            self.count += 1
+        if room > length:
+            if not self._by_room[room - length]:
+                bisect.insort(self._rooms, room - length)
+            heapq.heappush(self._by_room[room - length], number)
+        return number
+
+
+def _by_first_member(numbers: Ints, count: int) -> Ragged:
+    """`numbers` says of each document which of `count` sequences it is in."""
+    first = numpy.empty(count, numpy.int32)
+    first[numbers[::-1]] = numpy.arange(len(numbers), dtype=numpy.int32)[::-1]  # what is written last stays
+    order = numpy.empty(count, numpy.int32)
+    order[numpy.argsort(first)] = numpy.arange(count, dtype=numpy.int32)
+    numbers = order[numbers]
+    members = numpy.argsort(numbers, kind="stable").astype(numpy.int32)
+    return Ragged(members, numpy.cumsum(numpy.bincount(numbers, minlength=count)))
 
 
 def packed_rows(examples: Examples, packs: Sequence[Sequence[int]]) -> PackedRows:
     """The sequences that `packs` names, by index into `examples`."""
-    return PackedRows(examples, packs)
+    return PackedRows(examples, Ragged.of(packs))
 
 
-def seq_lengths(rows: Sequence[PackedRow]) -> list[Sequence[int]]:
+def seq_lengths(rows: Sequence[PackedRow]) -> Ragged:
     """How long the documents of each row are, in the rows' order."""
-    return [*rows.seq_lengths] if isinstance(rows, PackedRows) else [row["seq_lengths"] for row in rows]
+    return rows.seq_lengths if isinstance(rows, PackedRows) else Ragged.of(row["seq_lengths"] for row in rows)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

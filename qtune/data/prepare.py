@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 from qtune import cache_dir
@@ -27,6 +28,7 @@ from qtune.data.formats import DataFormat
 from qtune.data.held_out_split import held_out_of
 from qtune.data.packing import pack
 from qtune.data.prepared import Prepared
+from qtune.data.ragged import Ragged
 from qtune.data.row_stream import Encoding, Parsed, format_of, parsed_rows, unlooked
 from qtune.data.rows import Dropped
 from qtune.data.sources import Source, Tell
@@ -143,14 +145,13 @@ def _parted(examples: Examples, taken: Sequence[SourceRows], recipe: Recipe) -> 
     if recipe.data.held_out is not None:
         return examples[: taken[0].examples], examples[taken[0].examples :]
     apart = held_out_of(len(examples), taken[0].is_text, recipe.data, recipe.train.seed)
-    kept = set(range(len(examples))).difference(apart)
-    return examples.take(sorted(kept)), examples.take(apart)
+    is_kept = numpy.ones(len(examples), bool)
+    is_kept[apart] = False
+    return examples.take(numpy.flatnonzero(is_kept)), examples.take(apart)
 
 
-def _packs(examples: Examples, data: Data) -> tuple[tuple[int, ...], ...]:
-    if not data.packing:
-        return tuple((i,) for i in range(len(examples)))
-    return tuple(pack(examples.tokens.tolist(), data.max_tokens))
+def _packs(examples: Examples, data: Data) -> Ragged:
+    return pack(examples.tokens, data.max_tokens) if data.packing else Ragged.each_alone(len(examples))
 
 
 def _report(
@@ -171,7 +172,7 @@ def _report(
         source=data.train,
         format=taken[0].form.name if taken[0].form else data.format,
         rows_read=sum(each.rows for each in taken),
-        dropped=group_dropped([row for each in taken for row in each.dropped]),
+        dropped=group_dropped(tally for each in taken for tally in each.dropped),
         unused=unused_of(sum((each.unused for each in taken), Counter())),
         cut_texts=sum(each.cut.texts for each in taken),
         pieces=sum(each.cut.pieces for each in taken),

@@ -1,20 +1,15 @@
 """What the data room gives: rows ready to train on, and how they are kept between runs."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
-
 from qtune.cache_dir import OFF, VARIABLE
 from qtune.data.data_report import DataReport, Reason
-from qtune.data.dataset import Examples, Ints
+from qtune.data.dataset import Examples
+from qtune.data.ragged import Ints, Ragged
 from qtune.data.token_cache import CachedRows
 from qtune.data.unused_columns import Unused
-
-Packs = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -23,8 +18,8 @@ class Prepared:
 
     train: Examples
     held_out: Examples
-    train_packs: Packs
-    held_out_packs: Packs
+    train_packs: Ragged
+    held_out_packs: Ragged
     stop_token_ids: tuple[int, ...]
     report: DataReport
     fingerprint: str
@@ -68,17 +63,9 @@ class Prepared:
         return arrays, facts
 
 
-def _arrays_of(packs: Packs, name: str) -> dict[str, Ints]:
-    return {
-        f"{name}_packs": _int64(itertools.chain.from_iterable(packs)),
-        f"{name}_pack_ends": numpy.cumsum(_int64(map(len, packs))),
-    }
+def _arrays_of(packs: Ragged, name: str) -> dict[str, Ints]:
+    return {f"{name}_packs": packs.values, f"{name}_pack_ends": packs.ends}
 
 
-def _packs_of(arrays: dict[str, Ints], name: str) -> Packs:
-    members, ends = arrays[f"{name}_packs"].tolist(), arrays[f"{name}_pack_ends"].tolist()
-    return tuple(tuple(members[start:end]) for start, end in itertools.pairwise([0, *ends]))
-
-
-def _int64(values: Iterable[int]) -> Ints:
-    return numpy.fromiter(values, numpy.int64)
+def _packs_of(arrays: dict[str, Ints], name: str) -> Ragged:
+    return Ragged(arrays[f"{name}_packs"], arrays[f"{name}_pack_ends"])

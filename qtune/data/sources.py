@@ -88,12 +88,12 @@ class Source:
             return None
 
 
-def refuse_bad_rows(bad: Sequence[Dropped]) -> None:
-    """Raises DataError naming the first bad rows, if there are any."""
-    if not bad:
+def refuse_bad_rows(first: Sequence[Dropped], rows: int) -> None:
+    """Raises DataError naming the `first` of so many bad rows, if there are any."""
+    if not rows:
         return
-    named = [f"{row.place}: {row.reason}." for row in bad[:SHOWN_FAULTS]]
-    more = f"{len(bad) - SHOWN_FAULTS:,} more rows like these. " if len(bad) > SHOWN_FAULTS else ""
+    named = [f"{row.place}: {row.reason}." for row in first[:SHOWN_FAULTS]]
+    more = f"{rows - SHOWN_FAULTS:,} more rows like these. " if rows > SHOWN_FAULTS else ""
     raise DataError("\n".join([*named, f'{more}Mend them, or skip them with data.on_bad_row = "drop".']))
 
 

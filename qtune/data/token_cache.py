@@ -1,7 +1,7 @@
 """Tokenised rows kept between runs, each entry under a key of all it follows from: content, settings, tokenizer,
 template, date, and this code (`key_of`).
 
-They stand under "tokens" in the machine's `cache_dir`, an entry a folder of safetensors files.
+They stand under "tokens" in the machine's `cache_dir`, an entry a folder.
 """
 
 import functools
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qtune import cache_dir
-from qtune.data.dataset import Block, Ints, block_files, map_block
+from qtune.data.dataset import FILE, Blocks, map_blocks, read_index
+from qtune.data.ragged import Ints
 from qtune.data.sources import Source
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.recipe.schema import Recipe
@@ -41,7 +41,7 @@ KIND, ARRAYS = "tokens", "arrays.safetensors"
 class CachedRows:
     """What is kept: rows, arrays of numbers about them, and facts that JSON can hold."""
 
-    blocks: tuple[Block, ...]
+    blocks: Blocks
     arrays: dict[str, Ints]
     facts: dict[str, Any]
 
@@ -63,7 +63,7 @@ def staged() -> Iterator[Path | None]:
 def keep(key: str, path: Path, arrays: dict[str, Ints], facts: dict[str, Any], what: str) -> None:
     """Make the staged folder at `path`, which holds all blocks, the entry `key`; where that fails there is none."""
     with suppress(SafetensorError, OSError):
-        save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path / ARRAYS)
+        save_file(arrays, path / ARRAYS)
         cache_dir.keep(KIND, key, path, what, facts)
 
 
@@ -74,8 +74,8 @@ def load(key: str) -> CachedRows | None:
         return None
     path, facts = entry
     try:
-        blocks = tuple(map_block(file) for file in block_files(path))
-        arrays = {name: tensor.numpy() for name, tensor in load_file(path / ARRAYS).items()}
+        blocks = map_blocks(path / FILE, read_index(path / FILE))
+        arrays = load_file(path / ARRAYS)
     except (OSError, ValueError, SafetensorError):
         return None
     return CachedRows(blocks, arrays, facts)

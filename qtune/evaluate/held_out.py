@@ -110,7 +110,7 @@ def general_packs(wanted: str, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     examples = writer.finish()
     if not len(examples):
         raise DataError(f'{path}: evaluate.general holds no text to measure with. Name another, or set it to "none".')
-    return packed_rows(examples, pack(examples.tokens.tolist(), max_tokens))
+    return packed_rows(examples, pack(examples.tokens, max_tokens))
 
 
 def _documents(path: Path) -> list[Document]:

@@ -12,7 +12,7 @@ Letters: P parameters, R trained ones, T tokens of a document, E head_dim.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qtune.hardware import Device
 from qtune.memory.techniques.standing import ATTENTION_PASSES, Standing
 from qtune.plan.ladder import Ladder
+from qtune.plan.workload import Work
 
 LOGIT_BYTES = 44  # read and written of one logit, counted in fused_cross_entropy.of_weight: float32 in place
 TRIED_ROWS, TRIED_HEADS, TRIED_HEAD_DIM = (
@@ -60,29 +61,25 @@ def estimate(ladder: Ladder, overhead: float, device: Device, compute_dtype: str
     step_tokens = work.mean_tokens * train.micro_batch * train.gradient_accumulation
     if device.operations_per_second is None:
         return Speed(None, None, None, overhead)
-    lengths = [length for sequence in work.sequences for length in sequence.document_lengths]
     if device.is_card:
-        plain = _operations(ladder.standing, lengths) / device.operations_per_second
+        plain = _operations(ladder.standing, work) / device.operations_per_second
     else:
-        plain = _processor_seconds(ladder, lengths, device.operations_per_second, compute_dtype)
-    rate = sum(lengths) / (plain * (1 + overhead))
+        plain = _processor_seconds(ladder, device.operations_per_second, compute_dtype)
+    rate = work.tokens / (plain * (1 + overhead))
     return Speed(rate, step_tokens / rate, steps * step_tokens / rate, overhead)
 
 
-def _operations(standing: Standing, lengths: Sequence[int]) -> float:
-    """Of one forward and one backward pass over documents of these lengths."""
+def _operations(standing: Standing, work: Work) -> float:
+    """Of one forward and one backward pass over all documents."""
     of_weights = standing.frozen_operations + standing.trained_operations
-    return of_weights * sum(lengths) + _attention_operations(standing, lengths)
+    return of_weights * work.tokens + standing.attention_operations * work.squared_tokens
 
 
-def _attention_operations(standing: Standing, lengths: Sequence[int]) -> float:
-    return standing.attention_operations * sum(length * length for length in lengths)
-
-
-def _processor_seconds(ladder: Ladder, lengths: Sequence[int], products: float, compute_dtype: str) -> float:
+def _processor_seconds(ladder: Ladder, products: float, compute_dtype: str) -> float:
     """Of all documents once, `products` being the operations a second of large products."""
-    standing, tokens, batch = ladder.standing, sum(lengths), ladder.work.heaviest(1)
-    typical = sum(length * length for length in lengths) // tokens  # attention's work is that of such documents
+    standing, work, batch = ladder.standing, ladder.work, ladder.work.heaviest(1)
+    tokens = work.tokens
+    typical = work.squared_tokens // tokens  # attention's work is that of such documents
     rates = _rates(
         compute_dtype, standing.attention_width, ladder.recipe.lora.rank, min(LONGEST_TRIED, max(16, typical))
     )
@@ -92,7 +89,7 @@ def _processor_seconds(ladder: Ladder, lengths: Sequence[int], products: float, 
     return (
         standing.frozen_operations * tokens / products
         + standing.trained_operations * tokens / rates.adapter_operations
-        + _attention_operations(standing, lengths) / rates.attention_operations
+        + standing.attention_operations * work.squared_tokens / rates.attention_operations
         + (of_layers + of_logits) * tokens / rates.moved_bytes
     )
 

@@ -3,7 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
+
+import numpy
+
+from qtune.data.ragged import Ints, Ragged
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,38 @@ class BatchShape:
         return cls((tokens,), tokens - 1)
 
 
+class BatchShapes(Sequence[BatchShape]):
+    """Of very many sequences: of each the lengths of its documents, and how many tokens have a label."""
+
+    def __init__(self, document_lengths: Ragged, labelled: Ints):
+        self.document_lengths, self.labelled = document_lengths, labelled
+
+    @classmethod
+    def of(cls, shapes: Sequence[BatchShape]) -> "BatchShapes":
+        if isinstance(shapes, BatchShapes):
+            return shapes
+        labelled = numpy.array([shape.labelled for shape in shapes], numpy.int64)
+        return cls(Ragged.of(shape.document_lengths for shape in shapes), labelled)
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    @overload
+    def __getitem__(self, at: int) -> BatchShape: ...
+    @overload
+    def __getitem__(self, at: slice) -> "BatchShapes": ...
+    def __getitem__(self, at: int | slice) -> "BatchShape | BatchShapes":
+        if isinstance(at, slice):
+            return BatchShapes(self.document_lengths[at], self.labelled[at])
+        return BatchShape(self.document_lengths[at], int(self.labelled[at]))
+
+
 @dataclass(frozen=True)
 class Work:
     """One BatchShape for each training sequence. `is_assumed`: the data was not read, every sequence is taken to be
     full."""
 
-    sequences: tuple[BatchShape, ...]
+    sequences: Sequence[BatchShape]
     is_assumed: bool = False
 
     @classmethod
@@ -38,41 +68,57 @@ class Work:
         )
 
     @classmethod
-    def of_packs(cls, packs: Iterable[Sequence[int]], tokens: Sequence[int], trained: Sequence[int]) -> "Work":
+    def of_packs(cls, packs: Iterable[Sequence[int]], tokens: Ints, trained: Ints) -> "Work":
         """Of sequences made of the documents in each of `packs`, by their numbers; of each document how many `tokens`
         it has, and how many of them are `trained` on."""
-        return cls(tuple(BatchShape(tuple(tokens[i] for i in pack), sum(trained[i] for i in pack)) for pack in packs))
+        members = Ragged.of(packs)
+        lengths = Ragged(numpy.asarray(tokens)[members.values], members.ends)
+        return cls(BatchShapes(lengths, members.sums(numpy.asarray(trained)[members.values])))
 
     @classmethod
     def of_full_sequences(cls, tokens: int) -> "Work":
         return cls((BatchShape.of_one_document(tokens),), is_assumed=True)
 
+    @cached_property
+    def _shapes(self) -> BatchShapes:
+        return BatchShapes.of(self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        return int(self._shapes.document_lengths.values.sum(dtype=numpy.int64))
+
+    @property
+    def squared_tokens(self) -> int:
+        """The sum over documents of their length squared, to which attention's work is in proportion."""
+        lengths = self._shapes.document_lengths.values.astype(numpy.int64)
+        return int((lengths * lengths).sum())
+
     @property
     def mean_tokens(self) -> float:
-        return sum(sequence.tokens for sequence in self.sequences) / len(self.sequences)
+        return self.tokens / len(self.sequences)
 
-    @cached_property
+    @property
     def document_tokens(self) -> float:
         """The length of a token's document, the mean over tokens."""
-        lengths = [length for sequence in self.sequences for length in sequence.document_lengths]
-        return sum(length * length for length in lengths) / max(1, sum(lengths))
+        return self.squared_tokens / max(1, self.tokens)
 
     @cached_property
-    def _heaviest_first(self) -> list[BatchShape]:
-        return [self.sequences[i] for i in heaviest_first([each.document_lengths for each in self.sequences])]
+    def _heaviest_first(self) -> Ints:
+        return heaviest_first(self._shapes.document_lengths)
 
     def heaviest(self, micro_batch: int) -> BatchShape:
         """The largest batch that `micro_batch` sequences can make; of equal ones that of the longest documents."""
         order = self._heaviest_first
-        chosen = [order[i % len(order)] for i in range(micro_batch)] if self.is_assumed else order[:micro_batch]
+        numbers = [order[i % len(order)] for i in range(micro_batch)] if self.is_assumed else order[:micro_batch]
+        chosen = [self._shapes[int(number)] for number in numbers]
         lengths = tuple(length for sequence in chosen for length in sequence.document_lengths)
         return BatchShape(lengths, sum(sequence.labelled for sequence in chosen))
 
 
-def heaviest_first(sequences: Sequence[Sequence[int]]) -> list[int]:
+def heaviest_first(sequences: Ragged) -> Ints:
     """Numbers of sequences, whose documents have these lengths: of most tokens first, of equal ones that of the longest
     document. `Work.heaviest` is a forecast of the first ones."""
-    return sorted(range(len(sequences)), key=lambda i: (-sum(sequences[i]), -max(sequences[i])))
+    return numpy.lexsort((-sequences.largest(), -sequences.sums()))
 
 
 def _labelled(labels: Iterable[int], lengths: Sequence[int]) -> int:

@@ -106,7 +106,7 @@ class TrainingSession:
     def _rehearse(self, trainer: MeteredTrainer) -> None:
         """Run the largest batch, and the largest held-out sequence, once; tell what they held."""
         plan, learner = self.plan, self.learner
-        heaviest = heaviest_first(seq_lengths(self.rows.packs))[: plan.micro_batch]
+        heaviest = heaviest_first(seq_lengths(self.rows.packs))[: plan.micro_batch].tolist()
         pieces = split_batch(collate([self.rows.packs[i] for i in heaviest]), learner.recovery.pieces)
         batch = trainer._prepare_inputs(max(pieces, key=lambda piece: sum(piece["document_lengths"])))
         accumulates = plan.gradient_accumulation > 1

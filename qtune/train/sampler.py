@@ -5,29 +5,40 @@ from collections.abc import Iterator
 
 import torch
 
+CHUNK_ROWS = 1 << 16  # as Python's numbers at once
+
 
 class DataOrder(torch.utils.data.Sampler[int]):
     """Row numbers in the order of each epoch: a permutation drawn from a generator of its own, seeded seed + epoch."""
 
     def __init__(self, rows: int, seed: int):
         self.rows, self.seed, self.epoch = rows, seed, 0
+        self._drawn: tuple[int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.of_epoch(self.epoch))
+        for some in self._permutation(self.epoch).split(CHUNK_ROWS):
+            yield from some.tolist()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def of_epoch(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order: list[int] = torch.randperm(self.rows, generator=generator).tolist()
+        order: list[int] = self._permutation(epoch).tolist()
         return order
 
     def of_step(self, step: int, micro_batch: int, accumulation: int) -> list[int]:
         """The rows of optimizer step `step`, counted from 1. The last step of an epoch takes what is left of it."""
         rows_a_step = micro_batch * accumulation
         epoch, number = divmod(step - 1, math.ceil(self.rows / rows_a_step))
-        return self.of_epoch(epoch)[number * rows_a_step : (number + 1) * rows_a_step]
+        rows: list[int] = self._permutation(epoch)[number * rows_a_step : (number + 1) * rows_a_step].tolist()
+        return rows
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        """The last one is kept: of ten million rows it takes a second to draw, and of every step it is asked."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._drawn = epoch, torch.randperm(self.rows, generator=generator)
+        return self._drawn[1]

@@ -2,8 +2,9 @@
 
 from conftest import CHAT_TEMPLATE, byte_tokenizer
 
+from qtune.data import data_report
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.data_report import Reason, count_duplicates, count_overlap, group_dropped, template_notices
+from qtune.data.data_report import Reason, Tally, count_duplicates, count_overlap, group_dropped, template_notices
 from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.formats import Message, RowFault
 from qtune.data.rows import Conversation, Document, Dropped, Example
@@ -24,15 +25,36 @@ def template(text: str) -> ChatTemplate:
     return ChatTemplate.of(tokenizer)
 
 
+def tally(rows: list[Dropped]) -> Tally:
+    kept = Tally()
+    for row in rows:
+        kept.add(row)
+    return kept
+
+
 def test_dropped_rows_are_grouped_by_reason_the_commonest_first() -> None:
     dropped = [
         Dropped("r:1", RowFault.UNREADABLE, "is null"),
         *(Dropped(f"r:{i}", RowFault.UNREADABLE, "is empty") for i in range(2, 7)),
     ]
-    assert group_dropped(dropped) == (
+    first, second = tally(dropped[:4]), tally(dropped[4:])
+    assert group_dropped([first, second]) == (
         Reason("is empty", 5, ("r:2", "r:3", "r:4")),
         Reason("is null", 1, ("r:1",)),
     )
+
+
+def test_of_very_many_reasons_the_first_are_kept(monkeypatch) -> None:
+    """Every broken line of a file may have a reason of its own, and a file ten million lines."""
+    monkeypatch.setattr(data_report, "MOST_REASONS", 2)
+    monkeypatch.setattr(data_report, "MOST_DROPPED", 3)
+    kept = tally([Dropped(f"r:{i}", RowFault.UNREADABLE, f"is not JSON at column {i}") for i in range(9)])
+    assert (kept.rows, len(kept.first)) == (9, 3)
+    assert [(each.reason, each.rows, each.places) for each in group_dropped([kept])] == [
+        ("other reasons", 7, ("r:2", "r:3", "r:4")),
+        ("is not JSON at column 0", 1, ("r:0",)),
+        ("is not JSON at column 1", 1, ("r:1",)),
+    ]
 
 
 def test_duplicates_and_overlap_go_by_the_ids() -> None:

@@ -1,6 +1,7 @@
 """Rows in flat arrays are the rows that were put in, in memory and on disk."""
 
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from qtune.data import dataset as room
 from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.packing import packed_rows, seq_lengths
 from qtune.data.rows import NOT_TRAINED, Example
+from qtune.errors import DiskFull
 
 
 def made_rows(count: int) -> list[Example]:
@@ -74,6 +76,65 @@ def test_packed_rows_are_the_documents_joined(folder) -> None:
         assert row["labels"].tolist() == [label for i in members for label in rows[i].labels]
         assert row["seq_lengths"] == [len(rows[i].input_ids) for i in members]
     assert seq_lengths(made) == seq_lengths(list(made))
+
+
+def test_rows_that_were_read_are_not_held(tmp_path, monkeypatch) -> None:
+    """Pages of a mapped file count as memory of the process until they are given back."""
+    monkeypatch.setattr(room, "BLOCK_TOKENS", 1 << 20)
+    ids = list(range(50_000))
+    found = written([Example(ids, ids, [], "", "", "")] * 300, tmp_path)  # 60 MB
+    before, most = mapped_bytes(), 0
+    for row in range(len(found)):
+        found.arrays(row)[0].sum()
+        if row % 50 == 49:
+            found.blocks.give_back()
+            most = max(most, mapped_bytes() - before)
+    assert most < 5e6
+    assert sum(int(row.sum()) for row, _ in found.each()) == 300 * sum(ids)
+    assert mapped_bytes() - before > 50e6  # else nothing is shown here
+
+
+def test_pages_are_given_back_as_rows_go_by(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(room, "ROWS_BETWEEN", 10)
+    asked = []
+    monkeypatch.setattr(room.Blocks, "give_back", lambda self: asked.append(self))
+    assert len(list(written(made_rows(35), tmp_path).each())) == 35
+    assert len(asked) == 3
+
+
+def mapped_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssFile:\s+(\d+) kB", status)[1])
+
+
+def test_more_than_memory_should_hold_is_refused_where_the_disk_takes_no_more(tmp_path, monkeypatch) -> None:
+    """A file of 10 GB on a full disk would otherwise fill the memory."""
+    monkeypatch.setattr(room, "BLOCK_TOKENS", 200)
+    monkeypatch.setattr(room, "MOST_UNWRITTEN_BYTES", 50_000)
+    with pytest.raises(
+        DiskFull, match=r"takes no more of the tokenised rows, and memory holds .* QTUNE_CACHE may name"
+    ):
+        written(made_rows(3000), tmp_path / "gone")
+
+
+def test_what_was_written_before_the_disk_was_full_is_read_from_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(room, "BLOCK_TOKENS", 200)
+    rows, write, calls = made_rows(300), room.append, []
+
+    def until_full(block: room.Block, file) -> dict[str, int]:
+        calls.append(block)
+        if len(calls) > 4:
+            file.write(b"half")
+            raise OSError("no space")
+        return write(block, file)
+
+    monkeypatch.setattr(room, "append", until_full)
+    writer = ExampleWriter(tmp_path)
+    for row in rows:
+        writer.add(row)
+    assert writer.finish() == rows
+    assert len(calls) == 5
+    assert writer.folder is None
 
 
 def test_no_rows(folder) -> None:

@@ -23,10 +23,12 @@ def test_a_token_costs_its_weights_and_its_attention() -> None:
     weights = 4 * (STANDING.active_parameters + STANDING.head_parameters) + 6 * STANDING.trained_parameters
     forward = LAYERS * 2 * 2 * tokens * heads_channels / 2  # two products, of which a token sees half
     attention = (1 + 2.5) * forward
-    assert _operations(STANDING, (tokens,)) == tokens * (weights + attention)
-    assert _operations(STANDING, (tokens, 7)) == _operations(STANDING, (tokens,)) + _operations(STANDING, (7,))
+    one, other = BatchShape.of_one_document(tokens), BatchShape.of_one_document(7)
+    alone = _operations(STANDING, Work((one,)))
+    assert alone == tokens * (weights + attention)
+    assert _operations(STANDING, Work((one, other))) == alone + _operations(STANDING, Work((other,)))
     wider = replace(STANDING, attention_width=2 * heads_channels)
-    assert _operations(wider, (tokens,)) == tokens * (weights + 2 * attention)
+    assert _operations(wider, Work((one,))) == tokens * (weights + 2 * attention)
 
 
 def test_a_processor_does_each_kind_of_work_at_a_rate_of_its_own(monkeypatch) -> None:

@@ -22,5 +22,5 @@ def read_rows(
     every = list(Source.open(source, split).read(max_rows))
     dropped = tuple(row for row in every if isinstance(row, Dropped))
     if on_bad_row == "error":
-        refuse_bad_rows(dropped)
+        refuse_bad_rows(dropped, len(dropped))
     return Rows(tuple(row for row in every if isinstance(row, RawRow)), dropped)
