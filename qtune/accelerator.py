@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -83,6 +83,14 @@ def synchronize_cards() -> None:
         synchronize(card)
 
 
+class Exchange(Protocol):
+    """Bytes on their way between processes."""
+
+    def wait(self) -> Any:
+        """Have the stream that is current wait for them; on the processor, which has none, this thread does."""
+        ...
+
+
 class Copy:
     """A copy under way, beside the arithmetic of `device`.
 
@@ -90,11 +98,23 @@ class Copy:
     the arithmetic's stream wait then, as memory that nobody names is given out again there.
     """
 
-    def __init__(self, device: torch.device, arithmetic: Any, is_done: Any, memory: tuple[torch.Tensor, ...]):
+    def __init__(
+        self,
+        device: torch.device,
+        arithmetic: Any,
+        is_done: Any,
+        memory: tuple[torch.Tensor, ...],
+        exchange: Exchange | None = None,
+    ):
+        """`exchange` is one that no stream waits for, and so whoever wants its bytes."""
         self._device, self._arithmetic, self._is_done, self._memory = device, arithmetic, is_done, memory
+        self._exchange = exchange
 
     def wait(self) -> None:
         """Have the arithmetic given to the device from now on wait until the copy is done."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.wait()
         current_stream(self._device).wait_event(self._is_done)
         self._memory = ()
 
@@ -106,6 +126,9 @@ class Copy:
     def __del__(self) -> None:
         if self._memory and not sys.is_finalizing():
             self._arithmetic.wait_event(self._is_done)
+            if self._exchange is not None:
+                with contextlib.suppress(Exception):  # of what nobody wants any more
+                    self._exchange.wait()
 
 
 class CopyStream:
@@ -124,6 +147,19 @@ class CopyStream:
         with on_stream(self._stream, self._device):
             target.copy_(source, non_blocking=True)
         return Copy(self._device, arithmetic, self._stream.record_event(), (target, source))
+
+    def gather(self, whole: torch.Tensor, own: slice, part: torch.Tensor, begin: Callable[[], Exchange]) -> Copy:
+        """Start copying `part` to its place in `whole`, and behind that the exchange that fills the rest of it, which
+        `begin` gives to the stream that is current then."""
+        arithmetic = current_stream(self._device)
+        self._stream.wait_stream(arithmetic)
+        with on_stream(self._stream, self._device):
+            whole[own].copy_(part, non_blocking=True)
+            exchange = begin()
+            if has_streams := is_card(self._device):
+                exchange.wait()
+        is_done, waited_for = self._stream.record_event(), None if has_streams else exchange
+        return Copy(self._device, arithmetic, is_done, (whole, part), waited_for)
 
 
 def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

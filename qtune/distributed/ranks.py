@@ -85,6 +85,17 @@ class Ranks:
         """
         return flat if self._wire is None else self._wire.summed(flat)
 
+    def exchange_parts(self, whole: "torch.Tensor") -> "Parts":
+        """Begin to fill `whole`, of N equal parts, with the r-th of every rank r, which stands in its place there; more
+        than one such exchange may be under way. Raises RankLost."""
+        assert self._wire is not None, "of one rank a part is the whole"
+        return self._wire.exchanged(whole)
+
+    def deal_parts(self, owner: int, whole: "torch.Tensor | None", part: "torch.Tensor") -> None:
+        """Fill `part` with this rank's of the N equal parts of `whole`, which rank `owner` has. Raises RankLost."""
+        assert self._wire is not None, "of one rank a part is the whole"
+        self._wire.dealt(owner, whole, part)
+
     @contextlib.contextmanager
     def one_before_others(self, what: str) -> Iterator[None]:
         """For what leaves files in a cache that all on one machine read: the first of each does it, then the others.
@@ -201,6 +212,20 @@ class Wire:
             torch.distributed.all_gather_into_tensor(ours, total)
         return ours[: flat.numel()]
 
+    def exchanged(self, whole: "torch.Tensor") -> "Parts":
+        import torch
+
+        own = whole.view(self._place.size, -1)[self._place.rank]
+        with self._call():
+            return Parts(torch.distributed.all_gather_into_tensor(whole, own, async_op=True), self)
+
+    def dealt(self, owner: int, whole: "torch.Tensor | None", part: "torch.Tensor") -> None:
+        import torch
+
+        parts = None if whole is None else list(whole.view(self._place.size, -1))
+        with self._call():
+            torch.distributed.scatter(part, parts, src=owner)
+
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """One call of all ranks."""
@@ -209,7 +234,7 @@ class Wire:
             self._store.set(f"calls of {self._place.rank}", str(self._calls))
             yield
         except RuntimeError as fault:
-            raise self._lost(fault) from fault
+            raise self.lost(fault) from fault
 
     def wait_for(self, key: str) -> None:
         """Until some rank has noted `key`."""
@@ -219,7 +244,7 @@ class Wire:
                 return
             except RuntimeError as fault:
                 if not self._is_there(f"calls of {self._place.rank}") or self._is_there("failed"):
-                    raise self._lost(fault) from fault
+                    raise self.lost(fault) from fault
 
     def note(self, key: str) -> None:
         self._store.set(key, "")
@@ -231,7 +256,7 @@ class Wire:
         except RuntimeError:
             return False
 
-    def _lost(self, fault: RuntimeError) -> RankLost:
+    def lost(self, fault: RuntimeError) -> RankLost:
         """What the others know of why a call failed."""
         try:
             if not self._is_there("failed"):
@@ -298,6 +323,21 @@ class Wire:
 
         self._ends.set()
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts on their way between the ranks."""
+
+    _work: Any
+    _wire: Wire
+
+    def wait(self) -> None:
+        """Until they are here, or have a card's stream wait for them. Raises RankLost."""
+        try:
+            self._work.wait()
+        except RuntimeError as fault:
+            raise self._wire.lost(fault) from fault
 
 
 def _store(launched: Launched, is_kept_here: bool, limit: float) -> Any:

@@ -6,6 +6,7 @@ Every technique may be switched on in a model that is running, between two passe
 import torch
 from peft import PeftModel
 
+from qtune.distributed.ranks import ALONE, Ranks
 from qtune.memory.fused_lora import fuse
 from qtune.memory.gradient_checkpointing import LayerRunner, find_layers
 from qtune.memory.techniques import TECHNIQUES, Techniques
@@ -23,9 +24,13 @@ def refusals(model: PeftModel) -> dict[str, str]:
 
 
 class Engine:
-    """The techniques of one live model, and what of it they are switched on in (`memory.techniques.LiveModel`)."""
+    """The techniques of one live model, and what of it they are switched on in (`memory.techniques.LiveModel`).
 
-    def __init__(self, model: PeftModel):
+    `ranks` are those that hold the same model, and run passes at the same time.
+    """
+
+    def __init__(self, model: PeftModel, ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.model, self.causal = model, model.get_base_model()
         self.layers = find_layers(model)
         self.device = _device_of(model)

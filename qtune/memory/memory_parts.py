@@ -12,7 +12,17 @@ from qtune.memory.techniques.standing import PAGED_OPTIMIZER
 if TYPE_CHECKING:
     from qtune.memory.engine import Engine
 
-STANDING_PARTS = ("base", "streamed layers", "embedding", "head", "adapter", "gradients", "optimizer", PAGED_OPTIMIZER)
+STANDING_PARTS = (
+    "base",
+    "sharded layers",
+    "streamed layers",
+    "embedding",
+    "head",
+    "adapter",
+    "gradients",
+    "optimizer",
+    PAGED_OPTIMIZER,
+)
 PASSING_PARTS = ("batch", "checkpoints", "kept attention", "layer workspace", "dequantised weights", "loss")
 
 

@@ -47,7 +47,7 @@ def open_run(run: RunDir, is_for_talk: bool = False) -> Loaded:
     refuse_other_base(run, base.base_folder(spec))
     loaded = base.load_base(spec, device, dtype, techniques)
     tuned = adapter.load(loaded, run.adapter).eval()
-    if is_for_talk and device == "cpu" and not techniques.streamed_layers:
+    if is_for_talk and device == "cpu" and not (techniques.streamed_layers or techniques.sharded_layers):
         _unpack(tuned, getattr(torch, dtype))
     Engine(tuned).switch_to(techniques)
     return Loaded(tuned, load_tokenizer(spec), device, dtype)

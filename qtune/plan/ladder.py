@@ -95,7 +95,10 @@ class Ladder:
         """The rungs that the recipe leaves open and the model allows."""
         refused = self.refusals
         return [
-            step for step in STEPS if getattr(self.recipe.memory, step.key) == "auto" and step.technique not in refused
+            step
+            for step in STEPS
+            if getattr(self.recipe.memory, step.key) == "auto" and step.technique not in refused
+            if self.standing.ranks > 1 or not TECHNIQUES[step.technique].needs_ranks
         ]
 
     def forecast(self, techniques: Techniques, micro_batch: int = 1) -> Forecast:
@@ -233,7 +236,8 @@ class Ladder:
     def _filled(self, techniques: Techniques, may_keep_layers: bool, micro_batch: int) -> Techniques:
         """`techniques` with the room that is left spent on layers that keep what they save, and on layers that keep
         attention's output: on that first which leaves less to be done again."""
-        turned = [GROUND] if may_keep_layers and not techniques.streamed_layers else []
+        is_elsewhere = techniques.streamed_layers or techniques.sharded_layers
+        turned = [GROUND] if may_keep_layers and not is_elsewhere else []
         is_open = any(step.technique == ATTENTION for step in self.open_steps())
         if is_open and techniques.recomputed_layers:
             if self._keeps_attention(techniques, micro_batch):

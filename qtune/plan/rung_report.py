@@ -28,6 +28,8 @@ def rungs(ladder: Ladder, climb: Climb, weighs_all: bool) -> Iterator[Rung]:
     same with it, which takes a trace of its own."""
     on, standing, refused = climb.techniques, ladder.standing, ladder.refusals
     for step in SHOWN:
+        if TECHNIQUES[step.technique].needs_ranks and standing.ranks == 1:
+            continue
         is_on, note = step.is_on(on), step.note
         if step.technique in refused and not is_on:
             yield Rung(step.name, step.key, False, None, None, 0.0, f"refused: {refused[step.technique]}")
@@ -43,7 +45,9 @@ def rungs(ladder: Ladder, climb: Climb, weighs_all: bool) -> Iterator[Rung]:
 def _without(step: Step, techniques: Techniques) -> tuple[Techniques, Techniques]:
     """`techniques` without the rung, and with it; both without what only goes with recomputation, if that is it."""
     off = {step.technique: TECHNIQUES[step.technique].off}
-    with_it = techniques.having(host_checkpoints=False, streamed_layers=0) if step.technique == GROUND else techniques
+    with_it = techniques
+    if step.technique == GROUND:
+        with_it = techniques.having(host_checkpoints=False, streamed_layers=0, sharded_layers=0)
     return with_it.having(**off), with_it
 
 

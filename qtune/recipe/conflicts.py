@@ -18,7 +18,8 @@ HELD_OUT_FRACTION = ("data", "held_out_fraction")
 
 CANARIES, CANARY_REPEATS = ("evaluate", "canaries"), ("evaluate", "canary_repeats")
 METRIC, ROWS = ("evaluate", "metric"), ("evaluate", "rows")
-KEEP_LAYERS, STREAM_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "stream_layers"), ("memory", "head")
+KEEP_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "head")
+ELSEWHERE = {("memory", "stream_layers"): "streamed", ("memory", "shard_layers"): "in parts"}  # and so recomputed
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,15 @@ def same_rows(values: dict[str, Any]) -> Iterator[Fault]:
 
 def exclude_each_other(values: dict[str, Any]) -> Iterator[Fault]:
     """Memory techniques that are asked for together and cannot be."""
-    keep, stream = value_of(values, KEEP_LAYERS), value_of(values, STREAM_LAYERS)
-    if isinstance(stream, int) and stream > 0 and isinstance(keep, int) and keep > 0:
-        yield (
-            STREAM_LAYERS,
-            f"memory.stream_layers = {stream} and memory.keep_layers = {keep} exclude each other: a layer that is"
-            " streamed has to be recomputed. Leave one of them out.",
-        )
+    keep = value_of(values, KEEP_LAYERS)
+    for key, how in ELSEWHERE.items():
+        count = value_of(values, key)
+        if isinstance(count, int) and count > 0 and isinstance(keep, int) and keep > 0:
+            yield (
+                key,
+                f"{'.'.join(key)} = {count} and memory.keep_layers = {keep} exclude each other: a layer that is"
+                f" {how} has to be recomputed. Leave one of them out.",
+            )
     if value_of(values, HEAD) == "nf4" and value_of(values, QUANTIZATION) == "none":
         yield (
             HEAD,

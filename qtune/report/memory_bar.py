@@ -21,6 +21,7 @@ FILLS = {
     ON_THE_HOST: Fill("╱", "dim"),
     "context": Fill("╱", "dim"),
     "base": Fill("█", "cyan"),
+    "sharded layers": Fill("▙", "cyan"),
     "streamed layers": Fill("▌", "cyan"),
     "embedding": Fill("▆", "cyan"),
     "head": Fill("▇", "cyan"),

@@ -16,6 +16,7 @@ from qtune.units import counted, format_bytes, format_count, format_percent
 BAR_CELLS = 24
 ORDER = (
     "base",
+    "sharded layers",
     "streamed layers",
     "embedding",
     "head",

@@ -151,7 +151,7 @@ def optimizing(clocks: StreamClocks) -> None:
 
 
 SITES: dict[Site, Callable[[StreamClocks], None]] = {
-    ("LayerStream._load", COPY_WAITS): training,
+    ("WholeHome.visit", COPY_WAITS): training,
     ("LayerStream.bring_in", ARITHMETIC_WAITS): training,
     ("HostBuffers.putting", COPY_WAITS): training,
     ("HostBuffers.putting", ARITHMETIC_WAITS): training,

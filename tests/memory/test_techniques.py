@@ -184,7 +184,14 @@ def unknown_layers() -> torch.nn.Module:
 def test_layers_that_cannot_be_found_refuse_what_needs_them_and_the_rest_works() -> None:
     plain, ours = unknown_layers(), unknown_layers()
     found = refusals(ours)
-    wanted = {"recomputed_layers", "host_checkpoints", "tile_tokens", "streamed_layers", "head_groups"}
+    wanted = {
+        "recomputed_layers",
+        "host_checkpoints",
+        "tile_tokens",
+        "streamed_layers",
+        "sharded_layers",
+        "head_groups",
+    }
     assert set(found) == wanted | {"recomputed_attention"}
     assert set(found.values()) == {"the decoder layers of LlamaForCausalLM cannot be run one by one"}
     switched(ours, Techniques(host_embedding=True))

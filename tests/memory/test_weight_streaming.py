@@ -84,7 +84,7 @@ def test_equal_to_the_bit_and_nothing_is_worn_out(kind, dtype, nf4, autocast, st
 def test_two_layers_at_a_time_and_no_arithmetic_reads_the_host(kind, nf4) -> None:
     model = adapted(base(kind, nf4=nf4))
     stream = switched(model, STREAMED).runner.stream
-    largest = max(home.numel() for home in stream.homes)
+    largest = max(home.numel() for home in stream.homes("host"))
     prompt = {"input_ids": batch()["input_ids"][:, :9], "max_new_tokens": 3, "do_sample": False, "use_cache": True}
     for act in (
         lambda: one_pass(model, batch()),
@@ -94,7 +94,7 @@ def test_two_layers_at_a_time_and_no_arithmetic_reads_the_host(kind, nf4) -> Non
         with Watch() as watch:
             act()
         assert places(stream.slots) <= watch.read
-        assert not places(stream.homes) & watch.read
+        assert not places(stream.homes("host")) & watch.read
         assert [slot.numel() for slot in stream.slots] == [largest] * 2
 
 
@@ -104,7 +104,7 @@ def test_packed_weights_have_no_other_home() -> None:
     stream = switched(model, STREAMED).runner.stream
     one_pass(model, batch())
     held = {tensor.untyped_storage().data_ptr() for layer in find_layers(model) for tensor, _ in frozen_tensors(layer)}
-    assert held <= places(stream.homes) | places(stream.slots)
+    assert held <= places(stream.homes("host")) | places(stream.slots)
     assert len(held & places(stream.slots)) == 2
 
 
@@ -170,7 +170,7 @@ def test_a_copy_that_fails_leaves_nobody_in_the_slot(monkeypatch) -> None:
     model = adapted(base("llama", nf4="double"))
     engine = switched(model, STREAMED)
     expected = one_pass(model, batch())
-    home, copies = engine.runner.stream.homes[2], []
+    home, copies = engine.runner.stream.homes("host")[2], []
 
     class Failing(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

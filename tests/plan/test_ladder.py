@@ -7,17 +7,21 @@ from arithmetic import CHECKPOINT, KEPT, LAYERS, ROOMY, STANDING, TABLE, Formula
 from conftest import tiny_config
 from real_steps import recipe_for
 
+from qtune.errors import ModelError
 from qtune.memory.techniques import STEPS, TECHNIQUES, Step, Techniques
+from qtune.memory.techniques.sharded_layers import EXCHANGES, SHARE_BEHIND, cost
 from qtune.memory.techniques.tiled_mlp import SMALL_TILE_TOKENS
 from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import MARGIN_FRACTION, Budget, Climb, Ladder
 from qtune.plan.max_context import STEP_TOKENS, longest
+from qtune.plan.overrides import refuse_impossible
 from qtune.plan.rung_report import SHOWN, Rung, rungs
 from qtune.plan.workload import BatchShape, Work
 
 TOKENS, REAL_LAYERS = 1500, 3
-CLIMBED = STEPS[:-1]
+OF_ONE = [step for step in STEPS if not TECHNIQUES[step.technique].needs_ranks]
+CLIMBED = OF_ONE[:-1]
 WORK = Work((BatchShape((TOKENS,), labelled=TOKENS // 4),))  # with labels on all, the loss would be the peak
 EVERYTHING = Techniques(LAYERS, True, 256, True, "host", LAYERS, 2, LAYERS)
 UNDO = STANDING.adapter_bytes + STANDING.optimizer_bytes
@@ -63,7 +67,7 @@ def highest(climb: Climb) -> int:
             return 0 < on.tile_tokens <= SMALL_TILE_TOKENS
         return step.is_on(on)
 
-    return max((i + 1 for i, step in enumerate(STEPS) if is_on(step)), default=0)
+    return max((i + 1 for i, step in enumerate(OF_ONE) if is_on(step)), default=0)
 
 
 @pytest.mark.long
@@ -122,7 +126,7 @@ def test_more_memory_never_climbs_higher() -> None:
     least, most = HEIGHTS[-1], HEIGHTS[0]
     climbs = [climbed(least + (most - least) * i / 40) for i in range(-1, 42)]
     assert [climb.fits for climb in climbs] == [False] + [True] * 42
-    of_attention = 1 + [step.technique for step in STEPS].index("recomputed_attention")
+    of_attention = 1 + [step.technique for step in OF_ONE].index("recomputed_attention")
     numbers = [1 if highest(climb) == of_attention else highest(climb) for climb in climbs]  # layers against attention
     assert numbers == sorted(numbers, reverse=True)
     low = [climb for climb, number in zip(climbs, numbers, strict=True) if number == 1]
@@ -188,9 +192,9 @@ def told(climb: Climb, weighs_all: bool = True, ladder: Ladder | None = None, **
 def test_a_rung_says_what_it_does_here() -> None:
     settled = {"stream_layers": LAYERS, "checkpoints": "host", "embedding": "host", "head": "nf4"}
     climb = climbed(HEIGHTS[-1], **settled)
-    report = told(climb, **settled)
-    assert [rung.setting for rung in report] == [step.key for step in SHOWN]
-    for step, rung in zip(SHOWN, report, strict=True):
+    report, shown = told(climb, **settled), [step for step in SHOWN if step in OF_ONE]
+    assert [rung.setting for rung in report] == [step.key for step in shown]
+    for step, rung in zip(shown, report, strict=True):
         without = replace(climb.techniques, **{step.technique: TECHNIQUES[step.technique].off})
         if rung.is_on and step.technique != "recomputed_layers":
             before = ladder_of(WORK).forecast(without)
@@ -309,3 +313,48 @@ def test_rungs_above_the_plan_are_held_in_reserve() -> None:
     assert [rung.name for rung in reserve] == [step.name for step in CLIMBED if step.technique != "host_checkpoints"]
     assert reserve[0].techniques == Techniques(LAYERS, True)
     assert reserve[-1].techniques == Techniques(LAYERS, True, SMALL_TILE_TOKENS, True, "host", LAYERS, 2, LAYERS)
+
+
+def ladder_of_ranks(ranks: int, budget: Budget, memory: dict[str, object] | None = None) -> Ladder:
+    ladder = ladder_of(WORK, budget, memory)
+    return replace(ladder, forecaster=replace(ladder.forecaster, standing=replace(STANDING, ranks=ranks)))
+
+
+def test_of_several_ranks_layers_are_in_parts_before_they_are_streamed() -> None:
+    ladder = ladder_of_ranks(4, within(ROOMY))
+    lean = Techniques(LAYERS, True, 1024, True, recomputed_attention=LAYERS)
+    in_parts = ladder.forecast(lean.having(sharded_layers=LAYERS))
+    part = sum(in_parts.device[name] for name in ("base", "sharded layers"))
+    rest = STANDING.base_bytes - sum(layer.resident_bytes for layer in STANDING.layers)
+    assert part <= rest + 0.27 * sum(layer.resident_bytes for layer in STANDING.layers)
+    climb = replace(ladder, budget=within(in_parts.needed_bytes)).climb()
+    assert climb.fits
+    assert (climb.techniques.sharded_layers, climb.techniques.streamed_layers) == (LAYERS, 0)
+    told = {rung.name: rung for rung in rungs(ladder, climb, weighs_all=False)}
+    assert told[f"sharded layers, {LAYERS} of {LAYERS} in 4 parts"].is_on
+
+
+def test_layers_in_parts_on_the_host_take_a_part_of_it() -> None:
+    ladder = ladder_of_ranks(4, within(ROOMY))
+    streamed = Techniques(LAYERS, streamed_layers=LAYERS)
+    whole, parts = (
+        each.on_host(ladder.standing)["streamed layers"] for each in (streamed, streamed.having(sharded_layers=LAYERS))
+    )
+    assert parts <= 0.27 * whole
+
+
+def test_one_process_has_no_parts() -> None:
+    climb = climbed(HEIGHTS[-1])
+    assert climb.techniques.sharded_layers == 0
+    assert not any(rung.name.startswith("sharded") for rung in rungs(ladder_of(WORK), climb, weighs_all=True))
+    with pytest.raises(ModelError, match=r"memory\.shard_layers = 2 needs more than one rank"):
+        refuse_impossible(ladder_of(WORK, memory={"shard_layers": 2}).forecaster, WORK.heaviest(1), ROOMY)
+
+
+def test_what_parts_cost_follows_from_the_link() -> None:
+    """Exchanged behind the arithmetic they are nearly free; a slow link is what is waited for."""
+    on, size = Techniques(LAYERS, sharded_layers=LAYERS), sum(layer.packed_bytes for layer in STANDING.layers)
+    known = replace(STANDING, ranks=2, pass_seconds=1.0)
+    assert cost(on, replace(known, link_bytes=size)) == SHARE_BEHIND  # twice the half, in the time of the pass
+    assert cost(on, replace(known, link_bytes=size / 4)) == pytest.approx(SHARE_BEHIND + 3)
+    assert cost(on, replace(STANDING, ranks=2)) == EXCHANGES

@@ -80,7 +80,8 @@ def launch(size: int, task: Callable[..., Any], *given: Any, **env: str) -> Laun
     import json
 
     file = Path(task.__code__.co_filename)
-    paths = [str(file.parent), str(Path(__file__).parent)]
+    here = Path(__file__).parent
+    paths = [str(file.parent), str(here), str(here.parent)]
     code = PREAMBLE.format(paths=paths, module=file.stem, name=task.__name__, given=json.dumps(given))
     return Launch(size, ["-c", code], env=env)
 

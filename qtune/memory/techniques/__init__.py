@@ -32,7 +32,8 @@ def auto_or_count(least: int) -> Any:
 
 class LiveModel(Protocol):
     """What a technique is switched on in. `causal` is the base, below its adapter; `layers` are the decoder layers in
-    the order they run, empty where they cannot be found; `runner` is their `memory.gradient_checkpointing.LayerRunner`.
+    the order they run, empty where they cannot be found; `runner` is their `memory.gradient_checkpointing.LayerRunner`;
+    `ranks` are the `distributed.ranks.Ranks` that hold the same model.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class LiveModel(Protocol):
     device: Any
     is_tied: bool
     runner: Any
+    ranks: Any
 
 
 def unchanged(techniques: "Techniques", standing: Standing) -> float:
@@ -95,6 +97,7 @@ class Technique:
     description: str
     steps: tuple[Step, ...]
     needs_layers = False  # whether it is refused where the decoder layers of a model cannot be found
+    needs_ranks = False  # whether there is nothing in it for a process that is alone
     fills_host = False  # whether as much of it is taken as host memory has room for
     is_as_loaded = False  # whether it begins as the base is loaded, and lasts when there is nothing left to train
 

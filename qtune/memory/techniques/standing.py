@@ -25,6 +25,9 @@ class Standing:
     would move that are counted nowhere else. `paged_bytes` of the optimizer's the driver moves between card and host.
     `left_out` says which linear layers can have no adapter, by name, each with why.
     `document_tokens` is the length of a token's document, the mean over what is trained on.
+
+    `ranks` hold the model together, and hand each other their parts over a link that brings `link_bytes` a second to
+    each; `pass_seconds` is the arithmetic of the smallest batch, forward and backward. 0 for what is not known.
     """
 
     base_bytes: int
@@ -48,6 +51,9 @@ class Standing:
     paged_bytes: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     document_tokens: float = 0.0
+    ranks: int = 1
+    link_bytes: float = 0.0
+    pass_seconds: float = 0.0
 
     @property
     def frozen_operations(self) -> float:

@@ -82,15 +82,14 @@ class StreamedLayers(Technique):
         return int(layer[1]) in spread(techniques.streamed_layers, text.num_hidden_layers)
 
     def switch_on(self, live: LiveModel, wanted: Techniques) -> None:
-        from qtune.memory.weight_streaming import LayerStream
+        from qtune.memory.weight_streaming import move_out
 
-        streamed = spread(wanted.streamed_layers, len(live.layers))
-        live.runner.stream_with(LayerStream(live.layers, streamed, live.device))
+        move_out(live, wanted)
 
     def live_parts(self, live: LiveModel, techniques: Techniques) -> Iterable[tuple[str, Side, list[Any]]]:
         stream = live.runner.stream
         if stream is not None:
-            yield "streamed layers", "host", stream.homes
+            yield "streamed layers", "host", stream.homes("host")
             yield "streamed layers", "device", stream.slots
 
 
