@@ -111,7 +111,7 @@ def _see_source(
 ) -> tuple[SourceCounts, StopChain | None]:
     before, taken_before = len(seen.places), len(seen.taken.rows)
     progress, form, chain = Progress(None), None, None
-    with _as_utf8(source, seen.groups, progress) as readable:
+    with source.unchanged(), _as_utf8(source, seen.groups, progress) as readable:
         if readable is not None:
             form = _recognise(readable, data, seen.groups)
             template = ChatTemplate.of(tokenizer) if form and not form.is_text else None

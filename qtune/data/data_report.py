@@ -150,7 +150,7 @@ class SourceRows:
 
     def see(self, row: EncodedRow | Dropped, writer: ExampleWriter) -> None:
         if isinstance(row, Dropped):
-            next(tally for tally, stage in zip(self.bad, STAGES, strict=True) if row.fault in stage).add(row)
+            self.see_bad(row)
             return
         parsed = row.parsed
         self.lengths.see(row.whole)
@@ -165,13 +165,20 @@ class SourceRows:
                 self.examples += 1
                 writer.add(part)
 
+    def see_bad(self, row: Dropped) -> None:
+        next(tally for tally, stage in zip(self.bad, STAGES, strict=True) if row.fault in stage).add(row)
+
+    def refuse_bad(self) -> None:
+        """Raises DataError for the bad rows of the first stage that has any."""
+        for tally in self.bad:
+            refuse_bad_rows(tally.first, tally.rows)
+
     def refuse(self, data: Data) -> None:
         """Raises DataError for what the recipe does not let pass, and where no row is left."""
         if not self.rows:
             raise DataError(f"{self.source.name}: holds no rows.")
         if data.on_bad_row == "error":
-            for tally in self.bad:
-                refuse_bad_rows(tally.first, tally.rows)
+            self.refuse_bad()
         if data.on_long == "error" and not self.is_text:
             self.lengths.refuse_long_rows()
         if not self.examples:

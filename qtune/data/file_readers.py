@@ -21,6 +21,7 @@ from qtune.data.csv_dialect import Sheet
 from qtune.data.formats import RowFault
 from qtune.data.rows import NAME_CHARACTERS, Dropped, RawRow, seem_a_row
 from qtune.data.text_files import BLOCK_BYTES, FileFault, blocks_of, lines_of, refuse_bad_bytes, start_of
+from qtune.units import GIB, format_bytes
 
 MAGIC = (
     (b"PK\x03\x04", "an Excel workbook or zip archive. Save the sheet as CSV"),
@@ -39,6 +40,7 @@ INSTEAD = {
     ".arrow": "datasets writes it as Parquet: Dataset.from_file('rows.arrow').to_parquet('rows.parquet').",
 }
 PARQUET_BATCH_ROWS = 64
+MOST_DOCUMENT_BYTES = GIB  # of a .json file, whose values take five times as much of memory
 TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
 KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
 
@@ -147,6 +149,12 @@ def _row_or_dropped(value: Any, place: str) -> RawRow | Dropped:
 
 def _read_json(path: Path) -> Iterator[RawRow | Dropped]:
     """An array of objects, an object that holds one under `data`, or objects by id. The file is held whole."""
+    if path.stat().st_size > MOST_DOCUMENT_BYTES:
+        raise FileFault(
+            path,
+            f"is one JSON document of {format_bytes(path.stat().st_size)}, which memory would have to hold whole. Write"
+            f" one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl.",
+        )
     refuse_bad_bytes(path)
     value = _json_document(path, path.read_bytes().decode("utf-8-sig"))
     if isinstance(value, dict) and isinstance(value.get("data"), list):

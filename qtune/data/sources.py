@@ -3,6 +3,7 @@
 `datasets` takes a second to import and brings pandas along, so it is imported for a dataset and not for a file.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,14 +79,44 @@ class Source:
         path = Path(self.name)
         return Sheet.of(path).notice if self.dataset is None and path.suffix.lower() in SUFFIXES else None
 
+    @cached_property
     def fingerprint(self) -> str | None:
         """What changes with the content: a file's SHA-256, what `datasets` goes by for its own; None if unknown."""
         if self.dataset is not None:
             return getattr(self.dataset, "_fingerprint", None)
         try:
-            return atomic_files.digest_of(Path(self.name))
+            return atomic_files.digest_of(Path(self.name)) if self.standing else None
         except OSError:
             return None
+
+    @cached_property
+    def standing(self) -> tuple[int, ...] | None:
+        """What changes when a file is written to, as it was when this was first asked for."""
+        return _standing(Path(self.name)) if self.dataset is None else None
+
+    @property
+    def bytes(self) -> int:
+        """The size of a file; 0 for what is no file."""
+        return self.standing[0] if self.standing else 0
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raises DataError where a file that is read within is no longer as it was when its `standing` was noted."""
+        before = self.standing
+        yield
+        if before and _standing(Path(self.name)) != before:
+            raise DataError(
+                f"{self.name}: changed while it was read, so some rows are of one file and some of another. Start again"
+                " once nothing writes to it."
+            )
+
+
+def _standing(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def refuse_bad_rows(first: Sequence[Dropped], rows: int) -> None:

@@ -26,15 +26,18 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qtune import cache_dir
-from qtune.data.dataset import FILE, Blocks, map_blocks, read_index
+from qtune.data.dataset import FILE, MOST_UNWRITTEN_BYTES, Blocks, map_blocks, read_index
 from qtune.data.ragged import Ints
 from qtune.data.sources import Source
 from qtune.data.tokenize import tokenizer_sha256
+from qtune.errors import MachineError
 from qtune.recipe.schema import Recipe
+from qtune.units import format_bytes
 
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 DATE = "strftime_now"  # what a template asks transformers for the date with
 KIND, ARRAYS = "tokens", "arrays.safetensors"
+ROOM_OF_A_BYTE = 2.5  # bytes on disk of one of a file: its text again, and four bytes a token; measured 2.0 of chats
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,20 @@ def staged() -> Iterator[Path | None]:
     finally:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def refuse_without_room(folder: Path | None, sources: Sequence[Source]) -> None:
+    """Raises MachineError where `folder` has no room for the tokens of files that memory would not hold either."""
+    needed = ROOM_OF_A_BYTE * sum(source.bytes for source in sources)
+    if folder is None or needed <= MOST_UNWRITTEN_BYTES:
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        names = " and ".join(source.name for source in sources)
+        raise MachineError(
+            f"{names}: tokenised, the rows take about {format_bytes(needed)} of disk, and {format_bytes(free)} are free"
+            f" in {folder.parent}. Free some, or set {cache_dir.VARIABLE} to a folder on another disk."
+        )
 
 
 def keep(key: str, path: Path, arrays: dict[str, Ints], facts: dict[str, Any], what: str) -> None:
@@ -86,7 +103,7 @@ def key_of(recipe: Recipe, sources: Sequence[Source], tokenizer: PreTrainedToken
 
     Files go by name and content, so that a folder may move.
     """
-    contents = [source.fingerprint() for source in sources]
+    contents = [source.fingerprint for source in sources]
     tokenizer_facts = _facts_of(tokenizer)
     dates = _dates_written(str(tokenizer.chat_template or ""), datetime.now())
     if tokenizer_facts is None or dates is None or None in contents:

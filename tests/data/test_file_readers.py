@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from read_rows import read_rows
 
-from qtune.data import text_files
+from qtune.data import file_readers, text_files
 from qtune.data.file_readers import read_file
 from qtune.data.rows import RawRow
 from qtune.errors import DataError
@@ -217,3 +217,10 @@ def test_a_zip_named_csv_is_not_read_as_text(tmp_path) -> None:
         file.writestr("x", "y")
     with pytest.raises(DataError, match="Save the sheet as CSV"):
         read_rows(str(tmp_path / "a.csv"))
+
+
+def test_a_document_larger_than_memory_should_hold_says_how_to_part_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(file_readers, "MOST_DOCUMENT_BYTES", 20)
+    (tmp_path / "rows.json").write_text('[{"question": "a", "answer": "b"}]')
+    with pytest.raises(DataError, match=r"one JSON document of 34 B.* jq -c '\.\[\]' rows\.json > rows\.jsonl"):
+        read_rows(str(tmp_path / "rows.json"))

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from conftest import END, byte_tokenizer
 
+from qtune.data import prepare as prepare_room
 from qtune.data import row_stream
 from qtune.data.prepare import Prepared, prepare
 from qtune.errors import DataError, ModelError
@@ -75,6 +76,19 @@ def test_the_fingerprint_is_that_of_the_ids_and_labels_as_json(tmp_path) -> None
             digest.update(json.dumps([example.input_ids, example.labels]).encode())
         digest.update(b"|")
     assert prepared.fingerprint == digest.hexdigest()
+
+
+def test_a_large_file_is_looked_through_for_bad_rows_before_any_is_tokenised(tmp_path, monkeypatch) -> None:
+    """A broken line nine million in was told after an hour of tokenising."""
+    monkeypatch.setattr(prepare_room, "LOOKED_AT_FIRST_BYTES", 100)
+    source, heard = rows_file(tmp_path, questions(50)), []
+    with open(source, "a") as file:
+        file.write('{"question": "half\n')
+    recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=source))
+    with pytest.raises(DataError, match=r"rows\.jsonl:51: is not JSON"):
+        prepare(recipe, TOKENIZER, lambda what, done, total: heard.append(what))
+    assert set(heard) == {"looking for bad rows"}
+    assert run(source, on_bad_row="drop").report.rows_read == 51
 
 
 def test_a_file_of_empty_lines_holds_no_rows(tmp_path) -> None:

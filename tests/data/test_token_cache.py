@@ -15,7 +15,7 @@ from qtune.data.prepare import prepare
 from qtune.data.prepared import Prepared
 from qtune.data.sources import Source
 from qtune.data.token_cache import _dates_written, key_of
-from qtune.errors import DataError
+from qtune.errors import DataError, MachineError
 from qtune.recipe.schema import Data, Model, Recipe, Train
 
 
@@ -124,10 +124,25 @@ def test_a_held_out_file_is_part_of_what_rows_follow_from(source, tmp_path) -> N
     assert run(source, held_out=str(held_out))[1]
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_kept(source, home) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(source, home) -> None:
+    """Its rows were of the file before and of the file after, and a run went on with them."""
     recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=str(source)))
-    prepare(recipe, byte_tokenizer(), lambda *words: source.write_text('{"question": "a?", "answer": "b"}\n' * 60))
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
+        prepare(recipe, byte_tokenizer(), lambda *words: source.write_text('{"question": "a?", "answer": "b"}\n' * 60))
     assert list(home.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_tokens_is_told_before_they_are_made(source, monkeypatch) -> None:
+    monkeypatch.setattr(token_cache, "MOST_UNWRITTEN_BYTES", 1000)
+    full = shutil.disk_usage("/")._replace(free=2048)
+    monkeypatch.setattr(token_cache.shutil, "disk_usage", lambda folder: full)
+    heard = []
+    recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=str(source)))
+    with pytest.raises(MachineError, match=r"take about 9\.2 KiB of disk, and 2\.0 KiB are free .* QTUNE_CACHE"):
+        prepare(recipe, byte_tokenizer(), lambda *words: heard.append(words))
+    assert heard == []
+    monkeypatch.setattr(token_cache, "MOST_UNWRITTEN_BYTES", 1 << 20)  # memory would hold them
+    assert len(run(source)[0].train) > 50
 
 
 @pytest.mark.parametrize("asked", [cache_dir.OFF, "no folder"])
