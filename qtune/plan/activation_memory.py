@@ -44,12 +44,14 @@ TRL_TILE = (4096, 32768)  # tokens and words of the logits that trl's fused head
 class Traced:
     """Peaks by phase (`plan.forecast.Passes`), of what stands not counted; what is kept of a layer that is recomputed,
     its input, and what its attention returned where that is kept; what is held as each layer begins its forward pass,
-    where layers can be told apart; and bytes that the layers move beside products and attention, 0 for a card."""
+    and how large the input of each is, where layers can be told apart; and bytes that the layers move beside products
+    and attention, 0 for a card."""
 
     peaks: dict[str, Peak]
     checkpoint: Peak
     attention: Peak
     held: tuple[Peak, ...]
+    inputs: tuple[int, ...]
     moved_bytes: int = 0
 
     def left_by(self, layer: int) -> Peak:
@@ -82,7 +84,7 @@ def trace(
                 parameter.grad = torch.zeros_like(parameter)
             counter.count(standing_tensors(model), STANDING)
             model.train()
-            held = _held_before_layers(model, counter)
+            held, given = _before_layers(model, counter)
             counter.peaks.clear()
             counter.enter_phase(FORWARD)
             with counter.part_of_new("batch"):
@@ -96,7 +98,7 @@ def trace(
     checkpoint = _of_a_layer("checkpoints", begun, techniques.recomputed_layers)
     attention = _of_a_layer("kept attention", begun, techniques.recomputed_layers - again)
     moved = counter.moved if isinstance(counter, MovedBytes) else 0
-    return Traced(_first_and_last(counter), checkpoint, attention, tuple(held), moved)
+    return Traced(_first_and_last(counter), checkpoint, attention, tuple(held), tuple(given), moved)
 
 
 def _again(techniques: Techniques) -> int:
@@ -109,17 +111,20 @@ def _of_a_layer(part: str, held: Peak, layers: int) -> Peak:
     return Peak(*({part: side.get(part, 0) // max(1, layers)} for side in (held.device, held.host)))
 
 
-def _held_before_layers(model: PeftModel, counter: LiveBytes) -> list[Peak]:
-    """A list that gets what is held as each layer begins, one entry a layer, in the forward pass alone."""
+def _before_layers(model: PeftModel, counter: LiveBytes) -> tuple[list[Peak], list[int]]:
+    """Lists that get what is held as each layer begins, and the bytes of its input, one entry a layer, in the forward
+    pass alone."""
     held: list[Peak] = []
+    inputs: list[int] = []
 
     def note(layer: torch.nn.Module, arguments: Any) -> None:
         if counter.phase == FORWARD:
             held.append(counter.now())
+            inputs.append(memory_tracker.storage_sizes(arguments[:1]))
 
     for layer in find_layers(model):
         layer.register_forward_pre_hook(note)
-    return held
+    return held, inputs
 
 
 def _grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
@@ -165,19 +170,6 @@ def _without_standing(peak: Peak) -> Peak:
     return Peak({part: size for part, size in peak.device.items() if part != STANDING}, peak.host)
 
 
-class _LossBegins(Exception):
-    """Of a pass of which no more is wanted."""
-
-
-class _UntilTheLoss(LiveBytes):
-    """Counts a forward pass through the layers, and ends it there."""
-
-    def enter_phase(self, phase: str) -> None:
-        super().enter_phase(phase)
-        if phase == LOSS:
-            raise _LossBegins
-
-
 @contextlib.contextmanager
 def _as_on_a_card(is_card: bool) -> Iterator[None]:
     """peft asks whether CUDA autocasts before it casts the adapter's inputs; on a card it would."""
@@ -216,7 +208,6 @@ class TracedPasses:
     card: Capability | None
     layers: int
     traces: dict[tuple[int, Techniques, BatchShape], Traced] = field(default_factory=dict)
-    checkpoints: dict[BatchShape, int] = field(default_factory=dict)
 
     def peaks(self, techniques: Techniques, batch: BatchShape) -> dict[str, Peak]:
         if self._is_shallow:
@@ -246,17 +237,11 @@ class TracedPasses:
         return first, first + (0 if recomputed == self.layers else self._period + (1 if first else 2))
 
     def checkpoint_bytes(self, batch: BatchShape) -> int:
-        if batch not in self.checkpoints:
+        traced = next((traced for (_, _, its), traced in self.traces.items() if its == batch), None)
+        if traced is None:
             depth = self.layers if self._is_shallow else self._few
-            counter, on = _UntilTheLoss(card=self.card), Techniques(recomputed_layers=depth).in_a_pass()
-            config = fake_model.shallow(self.config, depth)
-            with self._refusing_unfit(), contextlib.suppress(_LossBegins):
-                trace(config, self.recipe, self.compute_dtype, on, batch, self.card, counter)
-            self.checkpoints[batch] = _of_a_layer("checkpoints", counter.begun[LOSS], depth).device["checkpoints"]
-        return self.checkpoints[batch]
-
-    def _refusing_unfit(self) -> contextlib.AbstractContextManager[None]:
-        return base.refusing_unfit(self.config.model_type, "a step of one, on tensors without bytes,")
+            traced = self._trace(depth, Techniques(recomputed_layers=depth), batch)
+        return sum(traced.inputs) // len(traced.inputs)
 
     @property
     def _is_shallow(self) -> bool:
@@ -280,7 +265,7 @@ class TracedPasses:
         on = techniques.in_a_pass()
         key = (layers, on, batch)
         if key not in self.traces:
-            with self._refusing_unfit():
+            with base.refusing_unfit(self.config.model_type, "a step of one, on tensors without bytes,"):
                 config = fake_model.shallow(self.config, layers)
                 self.traces[key] = trace(config, self.recipe, self.compute_dtype, on, batch, self.card)
         return self.traces[key]

@@ -35,6 +35,7 @@ eval_every = 2
 gradient_accumulation = 1
 [evaluate]
 metric = "none"
+general = "none"
 """
 
 
@@ -229,4 +230,4 @@ def test_an_unknown_tracker_is_a_fault_of_the_recipe(tmp_path: Path, monkeypatch
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     (tmp_path / "t.toml").write_text(RECIPE.format(base="demo") + '[report]\nto = "tensorbord"\n')
     assert cli.main(["check", "t.toml"]) == 2
-    assert "t.toml:16: report.to" in capsys.readouterr().err
+    assert "t.toml:17: report.to" in capsys.readouterr().err
