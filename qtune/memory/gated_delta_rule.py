@@ -1,14 +1,17 @@
 """The gated delta rule of Qwen3.5, Qwen3-Next and OLMo-Hybrid, by chunks, in few operations.
 
 Held less of: copies of a layer's whole output, of which transformers' own way makes one for each chunk in the backward
-pass.
-Costs: nothing; the same arithmetic in float32, whose sums are taken in another order.
+pass; of a row longer than a segment, all that the rule makes on its way but for one segment.
+Costs: the same arithmetic in float32, whose sums are taken in another order. Of rows longer than a segment the forward
+pass again in the backward pass. Not measured on a card.
 Refuses: nothing. Where flash-linear-attention is installed, transformers calls its kernel and this is not used.
 
 A head keeps a state S (K, V) that every token decays by exp(g), corrects by what it predicts wrongly, and reads:
 S <- exp(g) S; S <- S + k (beta (v - k' S))'; o = S' q. Within a chunk of C tokens the corrections are a triangular
 system (the UT transform of Yang et al. 2024, arXiv 2412.06464), solved for all chunks at once; between chunks the state
-is carried by two products. What reads the states is done for all chunks at once again, behind the loop.
+is carried by two products. What reads the states is done for all chunks at once again, behind the loop. "All" are those
+of a segment: so many chunks of so many rows as a backward pass has room for. Of those before, the state is all that the
+next one needs.
 
 Letters: B rows, T tokens, H heads of the values, N chunks of C tokens, K width of a key, V width of a value.
 """
@@ -16,13 +19,16 @@ Letters: B rows, T tokens, H heads of the values, N chunks of C tokens, K width 
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from qtune.units import MIB
+
+SEGMENT_BYTES = 192 * MIB  # of what a segment holds in the backward pass; less would leave a card too little at a time
 CHUNK = 64  # tokens; what transformers and flash-linear-attention take
 NAME = "torch_chunk_gated_delta_rule"  # of the function in modules of transformers that this stands in for
 L2_EPSILON = 1e-6  # of flash-linear-attention, which checkpoints were trained with
@@ -63,21 +69,82 @@ def chunk_gated_delta_rule(
     decay's logarithm, at most 0) and `beta` (B, T, H). Names are those of flash-linear-attention.
     """
     is_normed = bool(settings.get("use_qk_l2norm_in_kernel"))
+    given = (query, key, value, g, beta, initial_state)
+    many, tokens = _segment(value.shape, key.shape[-1])
     with torch.autocast(query.device.type, enabled=False):
-        outputs, state = _outputs(query, key, value, g, beta, initial_state, is_normed)
-    return outputs.to(query.dtype), state if settings.get("output_final_state") else None
+        if many >= len(value) and tokens >= value.shape[1]:
+            outputs, state = _outputs(given, is_normed)
+        else:
+            outputs, state = _InSegments.apply(*given, is_normed, many, tokens)
+    return outputs, state if settings.get("output_final_state") else None
 
 
-def _outputs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    is_normed: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _segment(shape: torch.Size, width: int) -> tuple[int, int]:
+    """How many rows go at once, and how many of their tokens, of values (B, T, H, V) and keys of `width`."""
+    rows, _, heads, height = shape
+    of_a_chunk = 4 * CHUNK * heads * (9 * (width + height) + 8 * CHUNK) + 4 * 3 * heads * width * height  # as counted
+    many = max(1, min(rows, SEGMENT_BYTES // of_a_chunk))
+    return many, CHUNK * max(1, SEGMENT_BYTES // (of_a_chunk * many))
+
+
+class _InSegments(torch.autograd.Function):
+    """`_outputs` of `many` rows and `tokens` of each at a time. Kept are what it is given and a state for each segment,
+    from which the backward pass makes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *inputs, first, is_normed, many, tokens = given
+        query, key, value, *_ = inputs
+        segments = _slices(value.shape[1], tokens)
+        state_shape = (len(value), value.shape[2], key.shape[3], value.shape[3])
+        states = value.new_empty(len(segments) - 1, *state_shape, dtype=torch.float32)
+        outputs, last = value.new_empty(value.shape, dtype=query.dtype), states.new_empty(state_shape)
+        for rows in _slices(len(value), many):
+            state = None if first is None else first[rows]
+            for before, part in enumerate(segments):
+                here = [*(each[rows, part] for each in inputs), state]
+                outputs[rows, part], state = _outputs(here, is_normed)
+                (states[before] if before < len(states) else last)[rows] = state
+        ctx.save_for_backward(*inputs, first, states)
+        ctx.how = is_normed, many, tokens
+        return outputs, last
+
+    @staticmethod
+    def backward(ctx: Any, of_outputs: torch.Tensor, of_last: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *inputs, first, states = ctx.saved_tensors
+        is_normed, many, tokens = ctx.how
+        made, of_first = [torch.empty_like(each) for each in inputs], None if first is None else torch.empty_like(first)
+        for rows in _slices(len(of_outputs), many):
+            of_state = of_last[rows]
+            for segment, part in reversed(list(enumerate(_slices(of_outputs.shape[1], tokens)))):
+                start = states[segment - 1] if segment else first
+                here = [*(each[rows, part] for each in inputs), None if start is None else start[rows]]
+                *gradients, of_state = _gradients(here, is_normed, (of_outputs[rows, part], of_state))
+                for whole, gradient in zip(made, gradients, strict=True):
+                    whole[rows, part] = gradient
+            if of_first is not None:
+                of_first[rows] = of_state
+        return *made, of_first, None, None, None
+
+
+def _gradients(given: list[Any], is_normed: bool, of_results: tuple[torch.Tensor, ...]) -> list[Any]:
+    """Of what `_outputs` is given, by those of what it returns. It is run once more for that."""
+    leaves = [None if each is None else each.detach().requires_grad_() for each in given]
+    wanted = [each for each in leaves if each is not None]
+    with torch.enable_grad(), torch.autocast(wanted[0].device.type, enabled=False):
+        results = _outputs(leaves, is_normed)
+    made = iter(torch.autograd.grad(results, wanted, of_results))
+    return [None if each is None else next(made) for each in leaves]
+
+
+def _outputs(given: Sequence[Any], is_normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs (B, T, H, V) in the queries' dtype, and the state (B, H, K, V) that the first one, or none, has become.
+
+    `given` are queries, keys, values, `g`, `beta` and a state or None, as `chunk_gated_delta_rule` has them.
+    """
+    query, key, value, g, beta, first = given
     batch, tokens, heads, _ = value.shape
+    dtype = query.dtype
     if is_normed:
         query, key = _normed(query), _normed(key)
     query = query.float() * key.shape[-1] ** -0.5
@@ -92,15 +159,15 @@ def _outputs(
         system, torch.cat((value * rate, keys_by_rate * decay.exp()), 3), upper=False, unitriangular=True
     ).split((value.shape[-1], key.shape[-1]), 3)
     last = decay[:, :, -1:]
-    if initial_state is None:
-        first = value.new_zeros(len(value), key.shape[-1], value.shape[-1])
+    if first is None:
+        state = value.new_zeros(len(value), key.shape[-1], value.shape[-1])
     else:
-        first = initial_state.float().flatten(0, 1)
-    states, news, state = _Carried.apply(corrected, read, key * (last - decay).exp(), last.exp(), first)
+        state = first.float().flatten(0, 1)
+    states, news, state = _Carried.apply(corrected, read, key * (last - decay).exp(), last.exp(), state)
     within = (query @ key.transpose(2, 3)) * between
     outputs = within @ news + (query * decay.exp()) @ states
     outputs = outputs.flatten(1, 2)[:, :tokens].unflatten(0, (batch, heads)).transpose(1, 2)
-    return outputs, state.unflatten(0, (batch, heads))
+    return outputs.to(dtype), state.unflatten(0, (batch, heads))
 
 
 class _Carried(torch.autograd.Function):
@@ -143,6 +210,11 @@ class _Carried(torch.autograd.Function):
         of_keys = added @ of_states_behind.transpose(2, 3)
         of_decays = (before * of_states_behind).sum((2, 3), keepdim=True)
         return of_corrected, of_read, of_keys, of_decays, of_state
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    """All of them for fake tensors, too: a plan counts what each moves."""
+    return [slice(start, min(length, start + step)) for start in range(0, length, step)]
 
 
 def _each(*by_chunk: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from qtune.memory import gated_delta_rule
 from qtune.memory.gated_delta_rule import CHUNK, _Carried, chunk_gated_delta_rule
+from qtune.memory.memory_tracker import LiveBytes
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -38,7 +40,12 @@ def token_by_token(row: Inputs, state: torch.Tensor, is_normed: bool) -> tuple[t
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, CHUNK - 1), (1, CHUNK), (3, CHUNK + 1), (1, 3 * CHUNK - 5)])
 @pytest.mark.parametrize("begins", [True, False])
-def test_it_is_the_rule_token_by_token(rows: int, tokens: int, begins: bool) -> None:
+@pytest.mark.parametrize("segment_bytes", [gated_delta_rule.SEGMENT_BYTES, 1_500_000, 1])
+def test_it_is_the_rule_token_by_token(
+    rows: int, tokens: int, begins: bool, segment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once; two chunks of a row, or a chunk of two rows at a time; and one chunk of one row."""
+    monkeypatch.setattr(gated_delta_rule, "SEGMENT_BYTES", segment_bytes)
     exact, ours = inputs(rows, tokens, torch.float64), inputs(rows, tokens)
     state = torch.zeros(rows, 4, 8, 12) if begins else torch.randn(rows, 4, 8, 12)
     wanted, last = token_by_token(exact, state.double(), is_normed=True)
@@ -53,6 +60,21 @@ def test_it_is_the_rule_token_by_token(rows: int, tokens: int, begins: bool) -> 
     found = torch.autograd.grad((outputs * weights).sum() + kept.double().square().sum(), ours)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 64 * CHUNK), (48, CHUNK), (6, 8 * CHUNK - 3)])
+def test_no_more_is_held_than_of_a_segment(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what it is given, its gradients, the outputs and theirs. It was 10 times as much."""
+    monkeypatch.setattr(gated_delta_rule, "SEGMENT_BYTES", 3_000_000)
+    with FakeTensorMode(), LiveBytes() as counter:
+        row = inputs(rows, tokens)
+        counter.enter_phase("given")
+        outputs, _ = chunk_gated_delta_rule(*row, use_qk_l2norm_in_kernel=True)
+        of_outputs = torch.empty_like(outputs)
+        given = 2 * sum(each.nbytes for each in (*row, outputs))
+        counter.enter_phase("back")
+        torch.autograd.grad(outputs, row, of_outputs)
+    assert sum(counter.peaks["back"].device.values()) < given + gated_delta_rule.SEGMENT_BYTES
 
 
 def test_the_way_back_from_chunk_to_chunk() -> None:
