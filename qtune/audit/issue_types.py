@@ -30,9 +30,12 @@ KINDS = {
     "missing-prompt": Kind("lack{s} a prompt", ""),
     "unknown-role": Kind(
         "name{s} a role that does not exist",
-        "Roles are system, user and assistant; human, gpt and model are understood too.",
+        "Roles are system, user, assistant and tool; human, gpt, model, function_call, observation too.",
     ),
-    "tool-call": Kind("call{s} a tool", "qtune trains text only."),
+    "tool-call": Kind(
+        "call{s} a tool in a way that cannot be read",
+        "A call has a name and an object of arguments; its results follow, in the order of the calls.",
+    ),
     "unknown-weight": Kind("{have} a weight other than 0 and 1", "An answer with 0 is read only, one with 1 trained."),
     "half-character": Kind("hold{s} half a character", ""),
     "empty-text": Kind("{have} an empty text", ""),
@@ -51,6 +54,14 @@ KINDS = {
     "system-moved": Kind(
         "{have} a system prompt, which the chat template does not know",
         "It is put before the first question. Leave it out if it should not be there, or choose a base that takes one.",
+    ),
+    "unknown-tool": Kind(
+        "call{s} a tool that they do not have",
+        "The model learns to call what is not there. Add it to the row's tools, or mend the name.",
+    ),
+    "bad-arguments": Kind(
+        "call{s} a tool with arguments that it does not take",
+        "The model learns to call it so. Mend the call, or the parameters that the row's tools name.",
     ),
     "duplicate": Kind("repeat{s} an earlier one", "Take them out, unless they are meant to weigh more."),
     "near-duplicate": Kind(

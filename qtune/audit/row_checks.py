@@ -1,5 +1,6 @@
 """What is looked at in every row, and what is kept of it once it is gone."""
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,10 @@ from qtune.audit.row_locations import Places
 from qtune.audit.secrets import personal_data_in, secrets_in
 from qtune.data import encodings
 from qtune.data.chat_template import ChatTemplate
+from qtune.data.formats import Message
+from qtune.data.formats.tool_calls import faults_of
 from qtune.data.row_stream import Batch
-from qtune.data.rows import Conversation, Cut, Document, Dropped, Example
+from qtune.data.rows import Conversation, Cut, Document, Dropped, Example, text_of_message
 from qtune.evaluate.metrics import FaultOf
 from qtune.recipe.schema import Data
 
@@ -104,7 +107,7 @@ def _see_length(row: Example, parts: Sequence[Example | Dropped], data: Data, se
 
 
 def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
-    text = item.text if isinstance(item, Document) else "\n".join(message.content for message in item.messages)
+    text = item.text if isinstance(item, Document) else "\n".join(map(text_of_message, item.messages))
     keys, personal = list(secrets_in(text)), list(personal_data_in(text))
     for code, told in (("secret", keys), ("personal-data", personal)):
         if told:
@@ -112,6 +115,9 @@ def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
     for code, excerpt in (("lost-character", encodings.lost_characters(text)), ("mojibake", encodings.mojibake(text))):
         if excerpt:
             yield code, HIDDEN if keys or personal else excerpt
+    if isinstance(item, Conversation) and item.tools:
+        for message in item.messages:
+            yield from faults_of(message.calls, item.tools)
 
 
 def _see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups) -> None:
@@ -120,7 +126,8 @@ def _see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups
         if template is not None and not template.takes_system:
             groups.add("system-moved", item.place, "has a system prompt")
         roles = roles[1:]
-    if roles != ["user", "assistant"] * (len(roles) // 2):
+    turns = re.sub(r"(?:assistant (?:tool )+)+assistant ", "assistant ", "".join(f"{role} " for role in roles))
+    if turns != "user assistant " * (len(turns.split()) // 2):
         shown = ", ".join(roles[:SHOWN_ROLES]) + (", …" if len(roles) > SHOWN_ROLES else "")
         groups.add("role-order", item.place, shown)
 
@@ -128,11 +135,15 @@ def _see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups
 def _whole(item: Conversation | Document) -> str:
     if isinstance(item, Document):
         return item.text
-    return "\n".join(f"{message.role}: {message.content}" for message in item.messages)
+    return "\n".join([*map(_with_role, item.messages), *([item.tools] if item.tools else [])])
+
+
+def _with_role(message: Message) -> str:
+    return f"{message.role}: {text_of_message(message)}"
 
 
 def _compared(item: Conversation | Document) -> str:
     """Without the system prompt, which many rows may share and be different for all that."""
     if isinstance(item, Document):
         return item.text
-    return "\n".join(message.content for message in item.messages if message.role != "system")
+    return "\n".join(text_of_message(message) for message in item.messages if message.role != "system")

@@ -4,31 +4,90 @@ Where an answer stands in the rendered text is found by rendering the conversati
 of every answer. What surrounds the markers is the template's own, so this works for templates that rewrite earlier
 turns or put the system prompt elsewhere, and needs no knowledge of any of them.
 
-What a template writes between its generation prompt and an answer (Qwen3's empty thinking block, gpt-oss's channel) is
-trained with the answer: when the model is asked, it stands at the generation prompt and has to write it itself.
+What a template writes between its generation prompt and an answer (gpt-oss's channel) is trained with the answer: when
+the model is asked, it stands at the generation prompt and has to write it itself. An empty thinking block (Qwen3's) is
+not, as it would be learned as the habit not to think.
+
+A turn that thinks or calls tools is text of the template's own from its header to its end. There the markers stand in
+place of what is thought, said and given as arguments, and say which turn a stretch belongs to.
 """
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.formats import Message
-from qtune.data.template_process import Asked, Renderer, Untraceable
+from qtune.data.formats import Call, Message
+from qtune.data.formats.tool_calls import json_text
+from qtune.data.template_process import Asked, Renderer, Spelling, Untraceable
 from qtune.errors import ModelError
 
 MARKER = "qtunemarker{}x"
 HOW_TO_GIVE_ONE = 'Give one in the recipe: [model] chat_template = "template.jinja".'
 QUESTION, ANSWER, SYSTEM = Message("user", "a question"), Message("assistant", "an answer"), "asystemprompt"
+CALL = Message("assistant", "", calls=(Call("aprobename", '{"aprobekey": "aprobevalue"}', "call_1"),))
+RESULT = Message("tool", "aproberesult", call_id="call_1", name="aprobename")
+THOUGHT, THOUGHT_KEYS = "aprobethought", ("reasoning_content", "thinking", "reasoning")
+TOOLS = json_text(
+    [
+        {
+            "type": "function",
+            "function": {
+                "name": "aprobetool",
+                "description": "A tool.",
+                "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "A text."}}},
+            },
+        }
+    ]
+)
+GIVE_ANOTHER = 'choose a base whose template does, or name one: [model] chat_template = "template.jinja"'
+# What thoughts stand between, as templates and sets of rows have it.
+THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+)
+EMPTY_THOUGHT = re.compile(r"\s*(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHT_TAGS) + r")\s*")
+BEGIN_OF_THOUGHT = re.compile(r"(?:" + "|".join(re.escape(begin) for begin, _ in THOUGHT_TAGS) + r")\s*$")
+END_OF_THOUGHT = re.compile(r"(?:" + "|".join(re.escape(end) for _, end in THOUGHT_TAGS) + r")\s*")
+TRAINED_THOUGHTS = ("train", "train_all")
+Chat = tuple[Sequence[Message], str]
+"""Messages, and the JSON text of their tools, "" for none."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that goes to the model as it is, learned where `trained`."""
+    """Text that goes to the model as it is, learned where `trained`; a model that is asked writes a thought itself."""
 
     text: str
     trained: bool
+    is_thought: bool = False
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a template writes turns that think or call.
+
+    `header` stands before them and `lead` between that and the arguments of a call of CALL's name; where there is no
+    header the lead tells where a call begins. The first of `ends` behind a call ends it. `opened` is what the
+    generation prompt has behind the header, such as the beginning of a thought.
+    """
+
+    spelling: Spelling
+    header: str
+    opened: str
+    lead: str
+    ends: tuple[str, ...]
+    writes_calls: bool
+    shows_tools: bool
 
 
 @dataclass(frozen=True)
@@ -67,34 +126,58 @@ class ChatTemplate:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """What ends an answer: the end of turn, and the tokenizer's end of sequence where that is another."""
-        last = self.tokenizer(self.end_of_turn, add_special_tokens=False)["input_ids"][-1]
-        ends = self.tokenizer.eos_token_id
-        return (last,) if ends is None or ends == last else (last, ends)
+        """What ends an answer: the end of turn, the tokenizer's end of sequence and the end of a call, where those are
+        others."""
+        of_calls = self.turns.ends if "tool_calls" in str(self.tokenizer.get_chat_template()) else ()
+        ends = [self.tokenizer(end, add_special_tokens=False)["input_ids"][-1] for end in (self.end_of_turn, *of_calls)]
+        return tuple(dict.fromkeys(end for end in (*ends, self.tokenizer.eos_token_id) if end is not None))
 
-    def pieces(self, messages: Sequence[Message]) -> tuple[Piece, ...]:
-        """The conversation as the model is to see it: openings, answers and their ends are trained, nothing else, and
-        these only of a message that `is_trained`.
+    @functools.cached_property
+    def turns(self) -> Turns:
+        """How thoughts and calls are written, which is looked at when a row has some."""
+        return _turns(self.renderer, self.end_of_turn, self.tokenizer)
+
+    def pieces(self, messages: Sequence[Message], tools: str = "") -> tuple[Piece, ...]:
+        """The conversation as the model is to see it: openings, answers, calls and their ends are trained, nothing
+        else, and these only of a message that `is_trained`.
 
         The last trained piece is the last such answer. Raises Untraceable.
         """
-        (traced,) = self.all_pieces([messages])
+        (traced,) = self.all_pieces([(messages, tools)])
         if isinstance(traced, Untraceable):
             raise traced
         return traced
 
-    def all_pieces(self, conversations: Iterable[Sequence[Message]]) -> list[tuple[Piece, ...] | Untraceable]:
-        """The same for many conversations, in less time; one that cannot be traced has its Untraceable here."""
-        folded = [messages if self.takes_system else _folded(messages) for messages in conversations]
-        known = [messages for messages in folded if not isinstance(messages, Untraceable)]
-        texts = iter(self.renderer.render([ask for chat in known for ask in (Asked(chat), Asked(_marked(chat)))]))
+    def all_pieces(self, chats: Iterable[Chat]) -> list[tuple[Piece, ...] | Untraceable]:
+        """The same for many conversations with their tools, in less time; one that cannot be traced has its Untraceable
+        here."""
+        known = [self._foldable(messages, tools) for messages, tools in chats]
+        asked = [self._asked(*chat) for chat in known if not isinstance(chat, Untraceable)]
+        texts = iter(self.renderer.render(list(itertools.chain.from_iterable(asked))))
         return [
-            messages if isinstance(messages, Untraceable) else self._traced(messages, next(texts), next(texts))
-            for messages in folded
+            chat if isinstance(chat, Untraceable) else self._traced(*chat, next(texts), next(texts)) for chat in known
         ]
 
+    def _foldable(self, messages: Sequence[Message], tools: str) -> Chat | Untraceable:
+        """The conversation as the template takes it, or why it cannot be written."""
+        if _is_more_than_text(messages, tools):
+            if any(message.calls or message.role == "tool" for message in messages) and not self.turns.writes_calls:
+                return Untraceable(f"a tool is called, and the chat template writes no calls: {GIVE_ANOTHER}")
+            if tools and not self.turns.shows_tools:
+                return Untraceable(f"there are tools, and the chat template does not show them: {GIVE_ANOTHER}")
+        if self.takes_system:
+            return messages, tools
+        try:
+            return fold_system(messages), tools
+        except Untraceable as fault:
+            return fault
+
+    def _asked(self, messages: Sequence[Message], tools: str) -> tuple[Asked, Asked]:
+        spelling = self.turns.spelling if _is_more_than_text(messages, tools) else Spelling()
+        return Asked(messages, False, tools, spelling), Asked(_marked(messages), False, tools, spelling)
+
     def _traced(
-        self, messages: Sequence[Message], whole: str | Untraceable, marked: str | Untraceable
+        self, messages: Sequence[Message], tools: str, whole: str | Untraceable, marked: str | Untraceable
     ) -> tuple[Piece, ...] | Untraceable:
         if isinstance(whole, Untraceable):
             return whole
@@ -102,6 +185,8 @@ class ChatTemplate:
             return marked
         answers = [message for message in messages if message.role == "assistant"]
         try:
+            if _is_more_than_text(messages, tools):
+                return self._cut_turns(whole, marked, answers)
             return self._cut(whole, _parts(marked, len(answers)), answers)
         except Untraceable as fault:
             return fault
@@ -115,12 +200,68 @@ class ChatTemplate:
         for message, opening, answer, after in zip(messages, openings, answers, frame[1:], strict=True):
             end = self.end_of_turn if after.startswith(self.end_of_turn) else ""
             opening = opening if answer.startswith(opening) else ""
-            told = Piece(answer.removeprefix(opening) + end, message.is_trained)
-            pieces += [Piece(before, False), Piece(opening, message.is_trained), told]
+            is_opened = message.is_trained and (not EMPTY_THOUGHT.fullmatch(opening) or message.thoughts == "train_all")
+            told = _without_empty_thought(answer.removeprefix(opening) + end, message)
+            pieces += [Piece(before, False), Piece(opening, is_opened), *told]
             before = after.removeprefix(end)
         if not end:
             raise Untraceable("the chat template does not end its last answer")
         return tuple(piece for piece in (*pieces, Piece(before, False)) if piece.text)
+
+    def _cut_turns(self, whole: str, marked: str, messages: list[Message]) -> tuple[Piece, ...]:
+        """The same where turns think or call: a turn goes from its header to its end, and the rest is the frame."""
+        edges = list(self._edges(marked, messages))
+        starts, ends = [start for start, _ in edges], [end for _, end in edges]
+        frame = [marked[end:start] for end, start in zip([0, *ends], [*starts, len(marked)], strict=True)]
+        pieces, at = [Piece(frame[0], False)], len(frame[0])
+        last = len(messages) - 1
+        for number, (message, after) in enumerate(zip(messages, frame[1:], strict=True)):
+            until = len(whole) - len(after) if number == last else whole.find(after, at)
+            turn, written = whole[at:until], marked[starts[number] : ends[number]]
+            if until < at or not _says_all(turn, written, message, number):
+                raise Untraceable("the chat template rewrites what stands around its answers")
+            opened = self.turns.opened if turn.startswith(self.turns.opened) and message.thought else ""
+            pieces += [Piece(opened, False), *_turn_pieces(turn, written, message, number, opened), Piece(after, False)]
+            at = until + len(after)
+        if at != len(whole) or not whole.startswith(frame[0]):
+            raise Untraceable("the chat template rewrites what stands around its answers")
+        return tuple(piece for piece in pieces if piece.text)
+
+    def _edges(self, marked: str, messages: list[Message]) -> Iterator[tuple[int, int]]:
+        """Where every turn begins and ends, behind its end where that can be learned."""
+        at = 0
+        for number, message in enumerate(messages):
+            marker = MARKER.format(number)
+            first, behind = marked.find(marker, at), marked.rfind(marker) + len(marker)
+            if first < 0:
+                raise Untraceable("the chat template leaves one of its answers out")
+            if marked.count(marker) < 2 * len(message.calls):
+                raise Untraceable("the chat template leaves out some of several calls in one message")
+            limit = marked.find(MARKER.format(number + 1), behind)
+            at = behind + self._end(marked[behind : None if limit < 0 else limit], message)
+            if at == behind and number == len(messages) - 1:
+                raise Untraceable("the chat template does not end its last answer")
+            yield self._start(marked, first, message), at
+
+    def _start(self, marked: str, first: int, message: Message) -> int:
+        """Where a turn begins whose first marker stands at `first`."""
+        if self.turns.header:
+            header = marked.rfind(self.turns.header, 0, first)
+            if header < 0:
+                raise Untraceable("the chat template writes an answer without its generation prompt")
+            return header + len(self.turns.header)
+        before = marked[:first]
+        if before.endswith(THOUGHT):
+            return len(BEGIN_OF_THOUGHT.sub("", before.removesuffix(THOUGHT)))
+        lead = self.turns.lead.replace(CALL.calls[0].name, message.calls[0].name) if message.calls else ""
+        return first - len(lead) if lead and before.endswith(lead) else first
+
+    def _end(self, after: str, message: Message) -> int:
+        """How much of what follows a turn's last marker belongs to it."""
+        if not message.calls:
+            return len(self.end_of_turn) if after.startswith(self.end_of_turn) else 0
+        known = [(after.find(end), end) for end in self.turns.ends if end in after]
+        return sum((at + len(end) for at, end in [min(known)])) if known else 0
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -135,13 +276,6 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     return rest
 
 
-def _folded(messages: Sequence[Message]) -> list[Message] | Untraceable:
-    try:
-        return fold_system(messages)
-    except Untraceable as fault:
-        return fault
-
-
 def _render(renderer: Renderer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     (text,) = renderer.render([Asked(messages, add_generation_prompt)])
     if isinstance(text, Untraceable):
@@ -149,13 +283,151 @@ def _render(renderer: Renderer, messages: Sequence[Message], add_generation_prom
     return text
 
 
+def _is_more_than_text(messages: Sequence[Message], tools: str) -> bool:
+    return bool(tools) or any(message.calls or message.thought or message.role == "tool" for message in messages)
+
+
 def _marked(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with a marker, counted from 0, in place of every answer."""
+    """The conversation with a marker, counted from 0, in place of every answer, thought and argument."""
     numbers = itertools.count()
-    return [
-        Message("assistant", MARKER.format(next(numbers))) if message.role == "assistant" else message
-        for message in messages
-    ]
+    return [_marked_answer(m, MARKER.format(next(numbers))) if m.role == "assistant" else m for m in messages]
+
+
+def _marked_answer(message: Message, marker: str) -> Message:
+    calls = tuple(dataclasses.replace(call, arguments=json_text({marker: marker})) for call in message.calls)
+    said = marker if message.content or not calls else ""
+    return Message("assistant", said, calls=calls, thought=THOUGHT + marker if message.thought else "")
+
+
+def _says_all(turn: str, written: str, message: Message, number: int) -> bool:
+    """Whether a turn as the template wrote it holds what the message says: one that looks like the template's own frame
+    within must not be cut there."""
+    marker = MARKER.format(number)
+    said = END_OF_THOUGHT.split(message.content)[-1].strip()  # the template may drop a thought of an earlier turn
+    is_written = written.count(marker) - written.count(THOUGHT + marker) > 2 * len(message.calls)
+    called = [text for call in message.calls for text in (call.name, *_texts_in(call.arguments))]
+    return (not is_written or said in turn) and all(text in turn or json_text(text)[1:-1] in turn for text in called)
+
+
+def _texts_in(arguments: str) -> list[str]:
+    """Every text in the values of JSON."""
+
+    def within(value: object) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from within(each)
+
+    return list(within(json.loads(arguments)))
+
+
+def _turn_pieces(turn: str, written: str, message: Message, number: int, opened: str) -> list[Piece]:
+    """A turn, behind what the generation prompt opened, as its thought, where it has one, and what it says and calls;
+    `written` is the turn with markers."""
+    thought = _thought_in(turn, written.partition(THOUGHT + MARKER.format(number)), message.thought.strip())
+    turn = turn.removeprefix(opened)
+    if not thought:
+        return _without_empty_thought(turn, message)
+    is_learned = message.is_trained and message.thoughts in TRAINED_THOUGHTS
+    thought = thought.removeprefix(opened)
+    return [Piece(thought, is_learned, is_thought=True), Piece(turn.removeprefix(thought), message.is_trained)]
+
+
+def _thought_in(turn: str, written: tuple[str, str, str], thought: str) -> str:
+    """The beginning of a turn up to where its thought ends; "" where the template leaves that out. `written` is what
+    stands before the thought's marker, that, and the rest."""
+    before, marker, _ = written
+    at = turn.find(thought, len(before))
+    if not marker or not turn.startswith(before) or at < 0:
+        return ""
+    end = END_OF_THOUGHT.search(turn, at + len(thought))
+    return turn[: end.end()] if end else turn[: at + len(thought)]
+
+
+def _without_empty_thought(said: str, message: Message) -> list[Piece]:
+    """What is said, an empty thinking block before it apart: that is a habit, and learned where all is asked for."""
+    block = EMPTY_THOUGHT.match(said)
+    if block is None or message.thoughts == "train_all":
+        return [Piece(said, message.is_trained)]
+    return [Piece(block[0], False), Piece(said[block.end() :], message.is_trained)]
+
+
+def _turns(renderer: Renderer, end_of_turn: str, tokenizer: PreTrainedTokenizerBase) -> Turns:
+    spelling, writes_calls = _spelling(renderer)
+    shown, *texts = renderer.render(
+        [
+            Asked([QUESTION, ANSWER], tools=TOOLS),
+            Asked([QUESTION], add_generation_prompt=True),
+            Asked([QUESTION]),
+            Asked(_marked([QUESTION, ANSWER])),
+            Asked(_marked([QUESTION, CALL]), spelling=spelling),
+        ]
+    )
+    tails = ["" if isinstance(text, Untraceable) else text.rpartition(QUESTION.content)[2] for text in texts]
+    marker, special = MARKER.format(0), special_tokens(tokenizer)
+    asked, plain, answered, called = (tail.partition(marker)[0] for tail in tails)
+    header = _header(asked, plain, answered, special)
+    return Turns(
+        spelling=spelling,
+        header=header,
+        opened=asked.rpartition(header)[2] if header else "",
+        lead=called[len(_shared(called, answered)) :],
+        ends=_ends(tails[3].rpartition(marker)[2], header, end_of_turn, tokenizer),
+        writes_calls=writes_calls,
+        shows_tools=isinstance(shown, str) and "aprobetool" in shown,
+    )
+
+
+def _header(asked: str, plain: str, answered: str, special: Sequence[str]) -> str:
+    """What both the generation prompt and a row write before an answer, without the end of the question and without the
+    beginning of a thought."""
+    shared = _shared(asked, answered)
+    if asked != plain:
+        return re.split("|".join(re.escape(begin) for begin, _ in THOUGHT_TAGS), shared.removeprefix(plain))[0]
+    # There is no generation prompt, or always one (Command R7B): the special tokens behind that which ends a question.
+    tokens = re.finditer("|".join(map(re.escape, special)), asked)
+    ends = [token.end() for token in tokens if token.end() <= len(shared)]
+    return shared[ends[0] : ends[-1]] if len(ends) > 1 else ""
+
+
+def _shared(one: str, other: str) -> str:
+    """The beginning that both have."""
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _ends(closing: str, header: str, end_of_turn: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What ends a turn that calls, of what is `closing` one: the end of every turn, else its own last special token."""
+    special = special_tokens(tokenizer)
+    ends = [token for token in special if end_of_turn.endswith(token)][:1]
+    ends += [tokenizer.eos_token] if tokenizer.eos_token else []
+    closing = closing.partition(header)[0] if header else closing
+    if not any(end in closing for end in ends):
+        own = [(closing.rfind(token) + len(token), token) for token in special if token in closing]
+        ends += [token for _, token in sorted(own)[-1:]]
+    return tuple(dict.fromkeys(ends))
+
+
+def _spelling(renderer: Renderer) -> tuple[Spelling, bool]:
+    """How this template wants thoughts and calls, and whether it writes calls at all."""
+    every = [Spelling(*each) for each in itertools.product((False, True), ("", None), (False, True))]
+    chats = [[QUESTION, CALL, RESULT, ANSWER], [QUESTION, CALL]]  # some take no result without the calls' own ids
+    texts = renderer.render([Asked(chat, tools=TOOLS, spelling=each) for chat in chats for each in every])
+    fitting = [each for each, text in zip([*every, *every], texts, strict=True) if _has_call(text)]
+    thinking = dataclasses.replace(ANSWER, thought=THOUGHT)
+    thoughts = renderer.render(
+        [Asked([QUESTION, thinking], spelling=Spelling(thought_key=key)) for key in THOUGHT_KEYS]
+    )
+    known = [key for key, text in zip(THOUGHT_KEYS, thoughts, strict=True) if isinstance(text, str) and THOUGHT in text]
+    spelling = fitting[0] if fitting else Spelling()
+    return dataclasses.replace(spelling, thought_key=known[0] if known else ""), bool(fitting)
+
+
+def _has_call(text: str | Untraceable) -> bool:
+    """Whether a call is written as a call, neither as Python shows an object nor as JSON of JSON."""
+    if isinstance(text, Untraceable):
+        return False
+    is_python, is_twice = "{'aprobekey'" in text, '\\"aprobekey' in text
+    return "aprobekey" in text and "aprobename" in text and not is_python and not is_twice
 
 
 def _parts(marked: str, answers: int) -> list[str]:

@@ -39,13 +39,15 @@ class Dropped:
 class Conversation:
     """Turns that end with an assistant's, where they come from, and what a metric holds the answer against.
 
-    `unused` names the columns and the fields of messages that hold something and are read by nobody.
+    `unused` names the columns and the fields of messages that hold something and are read by nobody. `tools` is the
+    JSON text of those that the assistant is shown, "" for none.
     """
 
     messages: tuple[Message, ...]
     place: str
     check: str = ""
     unused: tuple[str, ...] = ()
+    tools: str = ""
 
     @property
     def last_trained(self) -> int:
@@ -126,15 +128,22 @@ def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: st
     columns = form.columns(row.values.keys(), mapped)
     _refuse_missing([field for field in form.needed if field not in columns])
     values = {field: row.values[column] for field, column in columns.items()}
-    result = form.read(values, system)
-    _refuse_half_characters([result] if isinstance(result, str) else [message.content for message in result])
+    result, tools = form.read(values, system), form.tools(values)
+    _refuse_half_characters([result] if isinstance(result, str) else [tools, *map(text_of_message, result)])
     unused = dict.fromkeys([*held(row.values, columns.values()), *form.unread(values)])
     if isinstance(result, str):
         return Document(result, row.place, tuple(unused), row.continues)
     own = values.get("system")
-    if own and own.strip() and result[0].content != own:  # the messages have one of their own
+    is_another = result[0].role == "system" and result[0].content not in (own or "")
+    if own and is_another and (not tools or "tools" in values):  # the messages have one of their own
         unused[columns["system"]] = None
-    return Conversation(result, row.place, _as_text(row.values.get(columns.get("check", ""))), tuple(unused))
+    return Conversation(result, row.place, _as_text(row.values.get(columns.get("check", ""))), tuple(unused), tools)
+
+
+def text_of_message(message: Message) -> str:
+    """All that a message thinks, says and calls."""
+    called = [f"{call.name} {call.arguments}" for call in message.calls]
+    return "\n".join(part for part in (message.thought, message.content, *called) if part)
 
 
 def _refuse_missing(fields: Sequence[str]) -> None:
@@ -176,12 +185,17 @@ def recognise(wanted: str, rows: Sequence[RawRow], mapped: Mapping[str, str]) ->
             raise DataError(f'data.columns.{field} = "{column}": no row has such a column.{hint}')
     candidates = list(FORMATS.values()) if wanted == "auto" else [FORMATS[wanted]]
     for columns in (list(rows[0].values), present):
-        fitting = [form for form in candidates if form.fits(columns, mapped)]
+        fitting = [form for form in candidates if form.fits(columns, mapped) and _is_meant(form, rows[0], mapped)]
         known = [form for form in fitting if form.is_known_by(columns, mapped)]
         general = [form for form in fitting if form.name == "prompt-completion"]
         if fitting:
             return (known or general or fitting)[0]
     raise DataError(_no_format(wanted, candidates, rows[0], present))
+
+
+def _is_meant(form: DataFormat, row: RawRow, mapped: Mapping[str, str]) -> bool:
+    columns = form.columns(row.values.keys(), mapped)
+    return form.is_meant({field: row.values[column] for field, column in columns.items()})
 
 
 def _no_format(wanted: str, candidates: Sequence[DataFormat], first: RawRow, present: Sequence[str]) -> str:

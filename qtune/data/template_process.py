@@ -6,6 +6,7 @@ runs away is killed, its conversation is told apart, and the next one starts ano
 """
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.formats import Message
+from qtune.data.formats import Call, Message
 from qtune.errors import MachineError, ModelError
 from qtune.subprocess_limits import OUR_FOLDER, environment, python
 from qtune.units import MIB, format_bytes
@@ -31,6 +32,7 @@ CPU_SECONDS, MEMORY_BYTES = 2, 256 * MIB
 WALL_SECONDS, START_SECONDS = 20, 60  # for a process that waits its turn on a busy machine
 OUT_OF_MEMORY = 77  # the exit status by which the worker says so; any that Python has no use for
 WORKER = str(Path(__file__).with_name("template_worker.py"))
+NINE = 9  # characters of the ids that Mistral's templates take
 MAX_STOPS = 10  # rows that cost two seconds each
 BATCH_BYTES = 1 << 18
 
@@ -40,15 +42,60 @@ class Untraceable(Exception):
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """How a template wants calls and thoughts: arguments as an object or as its JSON text, nothing said beside a call
+    as "" or as null, ids of calls as they are or of nine characters (Mistral's). A thought stands under `thought_key`,
+    or in the content where that is ""."""
+
+    arguments_as_text: bool = False
+    empty_content: str | None = ""
+    nine_characters: bool = False
+    thought_key: str = ""
+
+
+@dataclass(frozen=True)
 class Asked:
-    """One conversation to render, with the generation prompt behind it or without."""
+    """One conversation to render, with the generation prompt behind it or without; `tools` are JSON text."""
 
     messages: Sequence[Message]
     add_generation_prompt: bool = False
+    tools: str = ""
+    spelling: Spelling = Spelling()
 
     def as_json(self) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in self.messages]
-        return json.dumps({"messages": turns, "add_generation_prompt": self.add_generation_prompt}, ensure_ascii=False)
+        turns = [_as_turn(message, self.spelling) for message in self.messages]
+        asked: dict[str, Any] = {"messages": turns, "add_generation_prompt": self.add_generation_prompt}
+        if self.tools:
+            asked["tools"] = json.loads(self.tools)
+        return json.dumps(asked, ensure_ascii=False)
+
+
+def _as_turn(message: Message, spelling: Spelling) -> dict[str, Any]:
+    """The message as transformers hands it to a template; no key but those it has, as templates ask for them."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.thought and spelling.thought_key:
+        turn[spelling.thought_key] = message.thought
+    elif message.thought:
+        turn["content"] = f"<think>\n{message.thought.strip()}\n</think>\n\n{message.content}"
+    if message.calls:
+        turn["content"] = turn["content"] or spelling.empty_content
+        turn["tool_calls"] = [_as_call(call, spelling) for call in message.calls]
+    if message.role == "tool":
+        turn |= {"name": message.name, "tool_call_id": _as_id(message.call_id, spelling)}
+    return turn
+
+
+def _as_call(call: Call, spelling: Spelling) -> dict[str, Any]:
+    arguments = call.arguments if spelling.arguments_as_text else json.loads(call.arguments)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": _as_id(call.id, spelling), "type": "function", "function": function}
+
+
+def _as_id(own: str, spelling: Spelling) -> str:
+    """Another id of nine characters for one of another length, the same for the same."""
+    if not spelling.nine_characters or (len(own) == NINE and own.isalnum()):
+        return own
+    return hashlib.sha256(own.encode()).hexdigest()[:NINE]
 
 
 class Stopped(Exception):

@@ -132,7 +132,7 @@ def answered(
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])
         try:
             template = compiled(settings["template"])
-            text = template.render(**settings["variables"], tools=None, documents=None, **conversation)
+            text = template.render(**{**settings["variables"], "tools": None, "documents": None, **conversation})
             yield as_line({"text": text})
         except MemoryError:
             os._exit(settings["out_of_memory_status"])

@@ -11,7 +11,8 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.chat_template import ChatTemplate, Piece, special_tokens
-from qtune.data.formats import RowFault
+from qtune.data.formats import Message, RowFault
+from qtune.data.formats.tool_calls import as_text
 from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
 from qtune.data.template_process import Untraceable
 
@@ -114,7 +115,10 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def characters_of(item: Conversation | Document | Dropped) -> int:
     if isinstance(item, Dropped):
         return 0
-    return len(item.text) if isinstance(item, Document) else sum(len(message.content) for message in item.messages)
+    if isinstance(item, Document):
+        return len(item.text)
+    called = sum(len(call.arguments) for message in item.messages for call in message.calls)
+    return called + len(item.tools) + sum(len(message.content) + len(message.thought) for message in item.messages)
 
 
 def batches_of(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
@@ -146,7 +150,7 @@ def tokenize(
 
 
 def _pieces(items: Sequence[Conversation | Document], template: ChatTemplate | None) -> list[Sequence[Piece] | Dropped]:
-    chats = [item.messages for item in items if isinstance(item, Conversation)]
+    chats = [(item.messages, item.tools) for item in items if isinstance(item, Conversation)]
     assert template is not None or not chats, "conversations need a chat template"
     traced = iter(template.all_pieces(chats) if template is not None else ())
     return [
@@ -172,9 +176,16 @@ def _example(
         token if piece.trained else NOT_TRAINED for piece, part in zip(pieces, encoded, strict=True) for token in part
     ]
     last = max(i for i, piece in enumerate(pieces) if piece.trained)
+    while pieces[last - 1].is_thought:
+        last -= 1
     prompt = [token for part in encoded[:last] for token in part]
     question = next((m.content for m in reversed(item.messages[: item.last_trained]) if m.role == "user"), "")
-    return Example(ids, labels, prompt, question, item.messages[item.last_trained].content, item.place, item.check)
+    return Example(ids, labels, prompt, question, answer_of(item.messages[item.last_trained]), item.place, item.check)
+
+
+def answer_of(message: Message) -> str:
+    """What an answer says and calls, as a reference is shown and compared."""
+    return "\n".join(filter(None, (message.content, *map(as_text, message.calls))))
 
 
 def fit(example: Example, max_tokens: int, is_cut: bool) -> Example | Dropped:

@@ -1,5 +1,6 @@
 """The chat template: what is trained is the answer and its end of turn, whatever the template does around them."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -149,11 +150,19 @@ THINKING = (  # as Qwen3 does: an empty thinking block before the last answer, a
 
 
 def test_what_stands_between_the_generation_prompt_and_an_answer_is_trained() -> None:
-    """A model trained behind an empty thinking block, and asked without one, has never learned what to do."""
-    pieces = ChatTemplate.of(with_template(THINKING)).pieces(CHAT[1:])
+    """A model trained behind gpt-oss's channel, and asked without one, has never learned what to do."""
+    pieces = ChatTemplate.of(with_template(THINKING.replace("<think></think>", "<final>"))).pieces(CHAT[1:])
     trained = [piece.text for piece in pieces if piece.trained]
-    assert trained == ["Hello!<|end|>", "<think></think>", "Because.\n\nOf it.<|end|>"]
-    assert pieces[-2] == Piece("<think></think>", True)
+    assert trained == ["Hello!<|end|>", "<final>", "Because.\n\nOf it.<|end|>"]
+    assert pieces[-2] == Piece("<final>", True)
+
+
+def test_an_empty_thinking_block_is_no_habit_unless_it_is_asked_for() -> None:
+    chat = ChatTemplate.of(with_template(THINKING))
+    asked = [*CHAT[1:4], dataclasses.replace(CHAT[4], thoughts="train_all")]
+    for messages, is_trained in ((CHAT[1:], False), (asked, True)):
+        pieces = chat.pieces(messages)
+        assert pieces[-2:] == (Piece("<think></think>", is_trained), Piece("Because.\n\nOf it.<|end|>", True))
 
 
 def test_an_answer_with_its_own_thinking_is_trained_whole() -> None:

@@ -40,16 +40,43 @@ class BadRow(Exception):
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a tool: `arguments` are the JSON text of an object, `id` is what its result names; "" for none."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn; `role` is system, user or assistant. An assistant's is learned where `is_trained`."""
+    """One turn; `role` is system, user, assistant or tool. An assistant's is learned where `is_trained`.
+
+    An assistant may think before it answers and call tools after that; the content is empty where it does nothing but
+    call. `call_id` and `name` say which call a tool's message is the result of. `thoughts` is what the recipe's
+    data.thoughts makes of the `thought`, and of an empty one that a template writes.
+    """
 
     role: str
     content: str
     is_trained: bool = True
+    calls: tuple[Call, ...] = ()
+    call_id: str = ""
+    name: str = ""
+    thought: str = ""
+    thoughts: str = "train"
 
 
 def _nothing(values: Values) -> Iterator[str]:
     return iter(())
+
+
+def _no_tools(values: Values) -> str:
+    return ""
+
+
+def _any(values: Values) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -58,8 +85,9 @@ class DataFormat:
 
     `fields` names every field the format has, with the columns it is looked for in (none: only where the recipe maps
     one); a row must have the `needed` ones. `read` makes of a row's values, and of the recipe's system prompt, messages
-    that end with an assistant's, or one text, and raises BadRow. `unread` names what within the values is read by
-    nobody. `order` is that in which formats are tried.
+    that end with an assistant's, or one text, and raises BadRow. `tools` gives those the assistant is shown, as
+    `tool_calls.tools_text` does. `unread` names what within the values is read by nobody. `is_meant` tells a row from
+    one of another format with the same columns. `order` is that in which formats are tried.
     """
 
     name: str
@@ -67,7 +95,9 @@ class DataFormat:
     fields: Mapping[str, tuple[str, ...]]
     needed: tuple[str, ...]
     read: Callable[[Values, str | None], tuple[Message, ...] | str]
+    tools: Callable[[Values], str] = _no_tools
     unread: Callable[[Values], Iterator[str]] = _nothing
+    is_meant: Callable[[Values], bool] = _any
     is_text: bool = False
     order: int = 100
 
