@@ -87,7 +87,7 @@ def see_batch(batch: Batch[Looked], template: ChatTemplate | None, data: Data, s
         for code, clause in next(told):
             seen.groups.add(code, row.whole.place, clause)
         if isinstance(row.parsed, Conversation):
-            _see_roles(row.parsed, template, seen.groups)
+            see_roles(row.parsed, template, seen.groups)
     seen.likeness.add(batch.looked.marks)
 
 
@@ -120,7 +120,7 @@ def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
             yield from faults_of(message.calls, item.tools)
 
 
-def _see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups) -> None:
+def see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups) -> None:
     roles = [message.role for message in item.messages]
     if roles[0] == "system":
         if template is not None and not template.takes_system:

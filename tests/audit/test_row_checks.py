@@ -4,10 +4,12 @@ import pytest
 from conftest import byte_tokenizer
 from made_faults import KEY, MAIL
 
+from qtune.audit.issues import Groups
 from qtune.audit.near_duplicates import Likeness
-from qtune.audit.row_checks import HIDDEN, NOT_ASKED, NOT_SCORABLE, Seen, Taken, look_at, see_batch
+from qtune.audit.row_checks import HIDDEN, NOT_ASKED, NOT_SCORABLE, Seen, Taken, look_at, see_batch, see_roles
 from qtune.data.chat_template import ChatTemplate
-from qtune.data.formats import Message
+from qtune.data.formats import Call, Message
+from qtune.data.formats.tool_calls import tools_text
 from qtune.data.row_stream import Encoding
 from qtune.data.rows import Conversation, Document
 from qtune.data.tokenize import Encoder
@@ -56,6 +58,31 @@ def test_what_is_wrong_with_a_text_is_told_and_nothing_private_shown(text: str, 
 def test_roles_that_are_not_in_turn_are_told(roles: tuple[str, ...], clause: str | None) -> None:
     group = seen_of(chat(*((role, "text") for role in roles))).groups.by_code.get("role-order")
     assert (group.places[0].told if group else None) == clause
+
+
+@pytest.mark.parametrize(
+    ("roles", "is_in_turn"),
+    [
+        (("user", "assistant", "tool", "tool", "assistant", "tool", "assistant", "user", "assistant"), True),
+        (("user", "assistant", "tool", "user", "assistant"), False),
+    ],
+)
+def test_results_stand_between_a_call_and_what_is_said_of_them(roles: tuple[str, ...], is_in_turn: bool) -> None:
+    groups = Groups()
+    see_roles(chat(*((role, "text") for role in roles)), None, groups)
+    assert ("role-order" in groups.by_code) != is_in_turn
+
+
+def test_calls_that_their_tools_do_not_allow_are_told() -> None:
+    tools = tools_text([{"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}])
+    calls = (Call("look", '{"at": 3}'), Call("see", "{}"))
+    turns = (Message("user", "q"), Message("assistant", "", calls=calls))
+    assert look_at([Conversation(turns, "r:1", tools=tools)]).told == [
+        [
+            ("bad-arguments", "calls look with at = 3, which is a number, not string"),
+            ("unknown-tool", "calls see, which is none of its tools: look"),
+        ]
+    ]
 
 
 def test_a_long_row_says_what_is_lost_and_a_text_is_cut_in_pieces() -> None:
