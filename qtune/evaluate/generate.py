@@ -52,12 +52,13 @@ def answer(
         for index, row in zip(indices, output[:, ids.shape[1] :], strict=True):
             texts[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
 
-    in_pieces(
-        batches_of_like_length(prompts),
-        continue_batch,
-        f"Memory ran out while one held-out row was answered in up to {max_new_tokens} tokens. Lower"
-        " evaluate.max_new_tokens, or set evaluate.rows to 0 to leave the answers out.",
-    )
+    with loaded.passes_together():
+        in_pieces(
+            batches_of_like_length(prompts),
+            continue_batch,
+            f"Memory ran out while one held-out row was answered in up to {max_new_tokens} tokens. Lower"
+            " evaluate.max_new_tokens, or set evaluate.rows to 0 to leave the answers out.",
+        )
     model.train(was_training)
     return texts
 

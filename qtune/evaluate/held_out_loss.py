@@ -24,9 +24,10 @@ def held_out_loss(loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery 
     model.eval()
     nats = tokens = 0.0
     try:
-        for row in rows:
-            loss, count = _summed_pack(loaded, collate([row]), recovery)
-            nats, tokens = nats + loss, tokens + count
+        with loaded.passes_together():
+            for row in rows:
+                loss, count = _summed_pack(loaded, collate([row]), recovery)
+                nats, tokens = nats + loss, tokens + count
     finally:
         model.train(was_training)
     return nats / tokens

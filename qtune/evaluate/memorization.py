@@ -92,7 +92,8 @@ def secret_nats(loaded: Loaded, probe: Probe) -> list[float]:
         for index, loss in zip(indices, found, strict=True):
             nats[index] = loss
 
-    in_pieces(_batches_of_one_length(probe.rows), measure, OUT_OF_MEMORY)
+    with loaded.passes_together():
+        in_pieces(_batches_of_one_length(probe.rows), measure, OUT_OF_MEMORY)
     model.train(was_training)
     return nats
 

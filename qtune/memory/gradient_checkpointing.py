@@ -93,7 +93,7 @@ class LayerRunner:
     def _bring_in(self, index: int, stream: "LayerStream") -> Callable[..., None]:
         def before_layer(layer: torch.nn.Module, arguments: Any) -> None:
             if not self.is_recomputing:
-                stream.bring_in(index, is_forward=True, goes_round=not layer.training)
+                stream.come_to(index, is_forward=True, trains=layer.training)
 
         return before_layer
 
@@ -112,7 +112,7 @@ class LayerRunner:
     def run_again(self, index: int, forward: Forward, *inputs: torch.Tensor) -> list[Any]:
         """The layer's outputs with their graph, as the edges that a backward pass starts from; None for one without."""
         if self.stream is not None:
-            self.stream.bring_in(index, is_forward=False)
+            self.stream.come_to(index, is_forward=False, trains=True)
         self.is_recomputing, self._index = True, index
         try:
             output = forward(*inputs) if index in self.ends_in_sum else self._for_the_first_time(index, forward, inputs)

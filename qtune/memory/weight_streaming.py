@@ -21,6 +21,8 @@ import torch
 
 from qtune import accelerator
 from qtune.accelerator import Copy, CopyStream
+from qtune.distributed import agreement
+from qtune.distributed.lockstep import Lockstep
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.memory import memory_tracker
 from qtune.memory.memory_tracker import Side
@@ -192,6 +194,7 @@ class LayerStream:
         self._side: dict[int, Side] = {}
         self._copies = CopyStream(device)
         self._slots: list[Slot] = []
+        self.lockstep: Lockstep | None = None
         self._slot_bytes = 0
 
     @property
@@ -208,12 +211,21 @@ class LayerStream:
         """The buffers on the device."""
         return [slot.buffer for slot in self._slots]
 
-    def bring_in(self, index: int, is_forward: bool, goes_round: bool = False) -> None:
-        """Have layer `index`'s weights on the device, and start on those that are wanted next: after the last layer the
-        first, where passes `goes_round`.
+    def come_to(self, index: int, is_forward: bool, trains: bool) -> None:
+        """Have layer `index`'s weights on the device, for a pass that has come to it; one that `trains` has a backward
+        pass, too. Where ranks have parts, all of them do. Raises RankLost.
         """
         if index not in self._home:
             return
+        if self.lockstep is not None:
+            self.lockstep.come_to(index, is_forward, trains)
+        else:
+            self.bring_in(index, is_forward, goes_round=is_forward and not trains)
+
+    def bring_in(self, index: int, is_forward: bool, goes_round: bool) -> None:
+        """Have them there, and start on those that are wanted next: after the last layer the first, where passes
+        `goes_round`.
+        """
         slot = self._slot_of(index)
         if slot is None:
             slot = self._load(index, not_slot=None)
@@ -257,6 +269,9 @@ class LayerStream:
         self._empty_slots()
         if self._ranks.size == 1:
             on_host, in_parts = {*on_host, *in_parts}, ()
+        if in_parts:
+            told = {"layers elsewhere": sorted({*on_host, *in_parts}), "layers in parts": sorted(in_parts)}
+            agreement.refuse_unlike(self._ranks, told)
         for index in sorted({*on_host, *in_parts}):
             self._home[index] = home = self._new_home(index, index in on_host, index in in_parts)
             side: Side = "host" if index in on_host else "device"
@@ -267,6 +282,9 @@ class LayerStream:
         for _ in range(min(2, len(self._home))):
             self._slots.append(Slot(torch.empty(size, dtype=torch.uint8, device=self._device)))
         memory_tracker.mark(self.slots, "streamed layers")
+        if in_parts:
+            self.lockstep = self.lockstep or Lockstep(self._ranks, self.bring_in)
+            self.lockstep.go_through(self.streamed)
 
     def _empty_slots(self) -> None:
         for slot in self._slots:
@@ -308,10 +326,15 @@ class LayerStream:
 
 
 def move_out(live: LiveModel, techniques: Techniques) -> None:
-    """Have the homes of a live model's layers where `techniques` say, and have it bring them in."""
+    """Have the homes of a live model's layers where `techniques` say, and have it bring them in.
+
+    Raises MachineError where ranks with parts of them would not bring in the same.
+    """
     on_host, in_parts = (
         spread(count, len(live.layers)) for count in (techniques.streamed_layers, techniques.sharded_layers)
     )
     if live.runner.stream is None:
         live.runner.stream_with(LayerStream(live.layers, live.device, live.ranks))
     live.runner.stream.move_out(on_host, in_parts)
+    if live.runner.stream.lockstep is not None:
+        live.runner.stream.lockstep.rule(live.causal)

@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from qtune.distributed import lockstep
+
 
 def autocast(device: str, compute_dtype: str) -> torch.autocast:
     """The context every forward pass runs in; float32 means no casting at all."""
@@ -43,6 +45,11 @@ class Loaded:
     def as_base(self) -> AbstractContextManager[None]:
         """Within it the base answers, where there is one beside the tuned model."""
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+
+    def passes_together(self) -> AbstractContextManager[None]:
+        """Within it passes are run; of a model of which other ranks hold parts, all of theirs, too: it ends when none
+        of them wants one any more. All enter it at the same places of the story. Raises RankLost."""
+        return lockstep.passes_together(self.without_peft)
 
     @property
     def without_peft(self) -> Any:

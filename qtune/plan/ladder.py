@@ -180,10 +180,15 @@ class Ladder:
             is_begun = TECHNIQUES[step.technique].fills_host and step.is_on(
                 techniques
             )  # what is moved out is, once for all
-            if higher is not None and not is_begun:
+            if higher is not None and not is_begun and not self._is_for_all(step, techniques):
                 techniques = higher
                 above.append(Reserve(step.name, techniques))
         return tuple(above)
+
+    def _is_for_all(self, step: Step, techniques: Techniques) -> bool:
+        """Whether all ranks would have to climb it at once, which one that runs out of memory cannot have them do."""
+        technique = TECHNIQUES[step.technique]
+        return technique.needs_ranks or (technique.moves_layers and techniques.sharded_layers > 0)
 
     def _split(self, techniques: Techniques, micro_batch: int) -> int:
         """The largest divisor of `micro_batch`, less than it, that fits; 1 where none does."""

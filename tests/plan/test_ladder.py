@@ -358,3 +358,12 @@ def test_what_parts_cost_follows_from_the_link() -> None:
     assert cost(on, replace(known, link_bytes=size)) == SHARE_BEHIND  # twice the half, in the time of the pass
     assert cost(on, replace(known, link_bytes=size / 4)) == pytest.approx(SHARE_BEHIND + 3)
     assert cost(on, replace(STANDING, ranks=2)) == EXCHANGES
+
+
+def test_what_all_ranks_have_to_climb_at_once_is_in_no_reserve() -> None:
+    """A rank that streamed a layer by itself would wait for parts that nobody hands out."""
+    ladder = ladder_of_ranks(2, within(ROOMY))
+    for techniques, is_streamed in ((Techniques(LAYERS), True), (Techniques(LAYERS, sharded_layers=2), False)):
+        reserve = ladder.reserve(ladder.stay(techniques, 1))
+        assert any(rung.techniques.streamed_layers for rung in reserve) == is_streamed
+        assert {rung.techniques.sharded_layers for rung in reserve} == {techniques.sharded_layers}

@@ -98,6 +98,7 @@ class Technique:
     steps: tuple[Step, ...]
     needs_layers = False  # whether it is refused where the decoder layers of a model cannot be found
     needs_ranks = False  # whether there is nothing in it for a process that is alone
+    moves_layers = False  # whether layers are elsewhere then; ranks with parts of them have them in the same places
     fills_host = False  # whether as much of it is taken as host memory has room for
     is_as_loaded = False  # whether it begins as the base is loaded, and lasts when there is nothing left to train
 

@@ -19,7 +19,7 @@ class ShardedLayers(Technique):
     key, setting = "shard_layers", auto_or_count(0)
     description = "Frozen layers of which every rank holds a part; of one process they stay in host memory."
     needs_layers = needs_ranks = True
-    fills_host = True
+    moves_layers = fills_host = True
     is_as_loaded = True
     steps = (
         Step(

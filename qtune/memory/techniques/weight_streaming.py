@@ -23,7 +23,7 @@ class StreamedLayers(Technique):
     key, setting = "stream_layers", auto_or_count(0)
     description = "Frozen layers that stay in host memory and visit the device; costs copies, not accuracy."
     needs_layers = True
-    fills_host = True
+    moves_layers = fills_host = True
     is_as_loaded = True
     steps = (
         Step(
