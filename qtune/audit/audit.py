@@ -27,7 +27,7 @@ from qtune.data.row_stream import Encoding, Parsed, UnknownColumns, format_of, p
 from qtune.data.rows import Cut, RawRow
 from qtune.data.sources import Source, Tell
 from qtune.data.stop_tokens import StopChain, stop_chain
-from qtune.data.text_files import FileFault
+from qtune.data.text_files import FileFault, kind_of
 from qtune.data.tokenize import Encoder
 from qtune.data.unused_columns import Unused, unused_of
 from qtune.evaluate.metrics import FaultOf
@@ -137,14 +137,14 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         return
     try:
         read_file(path)
-        is_text = path.suffix.lower() in TEXT_SUFFIXES
+        is_text = kind_of(path) in TEXT_SUFFIXES
         written = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
     except FileFault as fault:
         _group_file_fault(fault, groups)
         yield None
         return
-    progress.lines = written.lines if path.suffix.lower() == ".jsonl" else None
-    is_sheet = path.suffix.lower() in SUFFIXES
+    progress.lines = written.lines if kind_of(path) == ".jsonl" else None
+    is_sheet = kind_of(path) in SUFFIXES
     if is_sheet and written.probably == WESTERN:  # read as such
         yield source
         return

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtune.data.encodings import WESTERN, called, encoding_of, is_utf8
-from qtune.data.text_files import FileFault, refuse_bad_bytes, start_of
+from qtune.data.text_files import FileFault, kind_of, open_bytes, refuse_bad_bytes, start_of
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}
 PARTED_BY = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -32,7 +32,7 @@ class Sheet:
     def of(cls, path: Path) -> "Sheet":
         """Raises FileFault for a file that is neither UTF-8 nor cp1252."""
         encoding, guessed = _encoding(path)
-        usual = SUFFIXES[path.suffix.lower()]
+        usual = SUFFIXES[kind_of(path)]
         delimiter = _delimiter(start_of(path, encoding)[0], usual)
         told = [guessed] if guessed else []
         if delimiter != usual:
@@ -60,7 +60,7 @@ def _excerpt(path: Path, bad: int) -> str:
     Raises FileFault where a line is none of it after all, or UTF-8 among lines that are not.
     """
     word = ""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             if line.isascii():
                 continue

@@ -13,6 +13,8 @@ import charset_normalizer
 import ftfy
 from ftfy.badness import is_bad
 
+from qtune.data.text_files import open_bytes, unpacked_name
+
 WESTERN = "cp1252"
 IN_USE = [  # what programs write that do not write UTF-8; guessed among all there are, German is a DOS of the Baltic
     *(WESTERN, "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "koi8_r"),
@@ -45,7 +47,7 @@ def encoding_of(path: Path) -> FileEncoding:
     sample = bytearray()
     number = 0
     has_bom = False
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, start=1):
             has_bom = has_bom or (number == 1 and line.startswith(codecs.BOM_UTF8))
             if not line.isascii() and not is_utf8(line):
@@ -89,15 +91,15 @@ def called(encoding: str | None) -> str:
 
 @contextlib.contextmanager
 def as_utf8(path: Path, written: FileEncoding) -> Iterator[Path]:
-    """A copy of the file with the same name whose bad lines are decoded as what they probably are, for as long as the
-    context lasts; `path` itself where no line is bad."""
+    """A copy of the file, unpacked, whose bad lines are decoded as what they probably are, for as long as the context
+    lasts; `path` itself where no line is bad."""
     if not written.bad_lines:
         yield path
         return
     folder = tempfile.mkdtemp(prefix="qtune-check-")
     try:
-        copy = Path(folder, path.name)
-        with path.open("rb") as source, copy.open("wb") as target:
+        copy = Path(folder, unpacked_name(path))
+        with open_bytes(path) as source, copy.open("wb") as target:
             for line in source:
                 target.write(line if is_utf8(line) else line.decode(written.probably or "utf-8", "replace").encode())
         yield copy

@@ -18,18 +18,29 @@ import pyarrow
 import pyarrow.parquet
 
 from qtune.data.csv_dialect import Sheet
+from qtune.data.encodings import TEXT_SUFFIXES
 from qtune.data.formats import RowFault
 from qtune.data.rows import NAME_CHARACTERS, Dropped, RawRow, seem_a_row
-from qtune.data.text_files import BLOCK_BYTES, FileFault, blocks_of, lines_of, refuse_bad_bytes, start_of
+from qtune.data.text_files import (
+    BLOCK_BYTES,
+    COMPRESSED,
+    FileFault,
+    blocks_of,
+    kind_of,
+    lines_of,
+    open_bytes,
+    refuse_bad_bytes,
+    start_of,
+)
 from qtune.units import GIB, format_bytes
 
 MAGIC = (
     (b"PK\x03\x04", "an Excel workbook or zip archive. Save the sheet as CSV"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook. Save the sheet as CSV"),
-    (b"\x1f\x8b", "compressed with gzip. Unpack it first, with gunzip"),
-    (b"BZh91AY&", "compressed with bzip2. Unpack it first, with bunzip2"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd. Unpack it first, with unzstd"),
-    (b"\xfd7zXZ", "compressed with xz. Unpack it first, with unxz"),
+    (b"\x1f\x8b", "compressed with gzip. Have its name end in .gz"),
+    (b"BZh91AY&", "compressed with bzip2. Have its name end in .bz2"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd. Have its name end in .zst"),
+    (b"\xfd7zXZ", "compressed with xz. Have its name end in .xz"),
     (b"PAR1", "a Parquet file. Name it .parquet"),
     (b"\xff\xfe", "UTF-16 text. Save it as UTF-8"),
     (b"\xfe\xff", "UTF-16 text. Save it as UTF-8"),
@@ -49,12 +60,14 @@ csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv modul
 
 def read_file(path: Path) -> Iterator[RawRow | Dropped]:
     """The rows of a file, by its suffix. Raises FileFault for a file that cannot be read as what it is named."""
-    reader = READERS.get(path.suffix.lower())
+    kind = kind_of(path)
+    if path.suffix.lower() in COMPRESSED and kind in READERS and kind not in TEXT_SUFFIXES:
+        raise FileFault(path, f"is a compressed {kind}. Unpack it first.")
     _refuse_unreadable(path)
-    if reader is None:
-        instead = INSTEAD.get(path.suffix.lower(), f"It reads {', '.join(READERS)}.")
-        raise FileFault(path, f"qtune does not read {path.suffix or 'files without a suffix'}. {instead}")
-    return reader(path)
+    if kind not in READERS:
+        instead = INSTEAD.get(kind, f"It reads {', '.join(READERS)}, and these as {', '.join(COMPRESSED)}.")
+        raise FileFault(path, f"qtune does not read {kind or 'files without a suffix'}. {instead}")
+    return READERS[kind](path)
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -64,7 +77,7 @@ def _refuse_unreadable(path: Path) -> None:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
         raise FileFault(path, f"there is no such file.{f' Did you mean {near[0]}?' if near else ''}")
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             start = file.read(8)
     except OSError as fault:
         raise FileFault(path, f"cannot be read ({fault.strerror}).") from None
@@ -156,7 +169,7 @@ def _read_json(path: Path) -> Iterator[RawRow | Dropped]:
             f" one object a line: jq -c '.[]' {path.name} > {path.stem}.jsonl.",
         )
     refuse_bad_bytes(path)
-    value = _json_document(path, path.read_bytes().decode("utf-8-sig"))
+    value = _json_document(path, b"".join(blocks_of(path)).decode("utf-8-sig"))
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     elif isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):

@@ -115,7 +115,7 @@ def test_a_column_that_the_first_row_lacks_is_found_further_down(tmp_path: Path)
         ("rows.jsonl", b'[\n{"question": "q"},\n', "rows.jsonl", "over several lines"),
         ("rows.json", b'[{"question": "q"}', "rows.json:1", "not JSON"),
         ("rows.jsonl", b"", "rows.jsonl", "empty"),
-        ("rows.txt.gz", b"\x1f\x8b..", "rows.txt.gz", "gzip"),
+        ("rows.txt.gz", b"\x1f\x8b..", "rows.txt.gz", "no whole"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_finding(
