@@ -24,11 +24,15 @@ TRAIN = {"max_steps": 2, "learning_rate": 1e-2}
 UNSCORED = {"metric": "none", "general": "none"}
 
 
-@pytest.mark.parametrize("kind", ["gemma3", pytest.param("qwen3.5", marks=pytest.mark.long)])
+OTHERS = ("gemma4", "llama4", "mistral3", "qwen3.5")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", *(pytest.param(kind, marks=pytest.mark.long) for kind in OTHERS)])
 def test_it_is_tuned_and_a_whole_model_again(kind: str, tmp_path: Path) -> None:
     """From data to merge; a whole run and its merge take four seconds."""
     base, run, merged = make(kind, tmp_path / "base"), tmp_path / "run", tmp_path / "merged"
-    apart = [path for path in base.glob("*.safetensors") if not any(map(TextPart(True, 2).name, _names(base, path)))]
+    text = TextPart.of(read_json(base / "config.json"))
+    apart = [path for path in base.glob("*.safetensors") if not any(map(text.name, _names(base, path)))]
     assert apart
     aside = tmp_path / "aside"
     aside.mkdir()
@@ -50,7 +54,9 @@ def test_it_is_tuned_and_a_whole_model_again(kind: str, tmp_path: Path) -> None:
     assert (base / "config.json").read_bytes() == (merged / "config.json").read_bytes()
     lock = read_json(run / "lock.json")
     assert lock["base"]["has_towers"]
-    assert not [name for name in lock["quantized_modules"] if not name.startswith("model.layers.")]
+    assert not [
+        name for name in lock["quantized_modules"] if not name.startswith(("model.layers.", "model.per_layer_"))
+    ]
 
     whole, told = type(KINDS[kind]()).from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
     assert not told["missing_keys"]

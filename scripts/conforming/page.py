@@ -74,9 +74,9 @@ examples of 2,048 tokens, rank 16, 64 GiB of host memory and the bases' publishe
 
 | base | 8 GiB | 12 GiB | 24 GiB |
 |---|---|---|---|
-| Qwen3.5-4B | 27 of 32 layers recomputed | 22 recomputed | 6 recomputed |
-| Qwen3.5-9B | 31 of 32 recomputed, checkpoints and embedding in host memory | 29 recomputed | 14 recomputed |
-| Qwen3.5-27B | also 56 of 64 layers streamed | also 35 streamed | 62 of 64 recomputed |
+| Qwen3.5-4B | 22 of 32 layers recomputed | 9 recomputed | nothing needed |
+| Qwen3.5-9B | 31 of 32 recomputed, embedding in host memory | 25 recomputed | nothing needed |
+| Qwen3.5-27B | all recomputed, 51 of 64 streamed, embedding in host memory | 31 streamed | 59 recomputed |
 
 | model type | bases | outcome | loss | techniques | forecast | merge | GGUF |
 |---|---|---|---|---|---|---|---|

@@ -11,6 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -52,6 +58,30 @@ GEMMA_TOWER = {
     "image_size": 16,
     "patch_size": 4,
 }
+SMALL_TOWER = {**GEMMA_TOWER, "head_dim": 16}
+SHARED_KEYS = {  # and an embedding of every layer's own
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 64,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 262,
+    "global_head_dim": 32,
+}
+EXPERTS = {
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "intermediate_size_mlp": 128,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "attention_chunk_size": 64,
+}
+LLAMA_TOWER = {
+    **GEMMA_TOWER,
+    "intermediate_size": 128,  # of four patches in one
+    "vision_output_dim": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3.5": lambda: Qwen3_5ForConditionalGeneration(
@@ -60,8 +90,26 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma3": lambda: Gemma3ForConditionalGeneration(
         Gemma3Config(text_config={**SHAPE, **WINDOWS}, vision_config=GEMMA_TOWER, mm_tokens_per_image=4)
     ),
+    "gemma4": lambda: Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config={**SHAPE, **SHARED_KEYS}, vision_config=SMALL_TOWER, audio_config=None)
+    ),
+    "llama4": lambda: Llama4ForConditionalGeneration(
+        Llama4Config(text_config={**SHAPE, **EXPERTS}, vision_config=LLAMA_TOWER)
+    ),
+    "mistral3": lambda: Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={**SHAPE, "model_type": "mistral"},
+            vision_config={**SMALL_TOWER, "model_type": "pixtral"},
+        )
+    ),
 }
-TOWERS = {"qwen3.5": "model.visual.", "gemma3": "vision_tower."}
+TOWERS = {
+    "qwen3.5": "model.visual.",
+    "gemma3": "vision_tower.",
+    "gemma4": "model.vision_tower.",
+    "llama4": "vision_model.",
+    "mistral3": "vision_tower.",
+}
 AHEAD = "mtp.layers.0.mlp.up_proj.weight"
 
 
