@@ -23,30 +23,33 @@ from qtune.recipe.schema import Data
 
 SHOWN_FAULTS = 3
 COMPRESSED_TIMES = 4  # text by gzip, zstd and the rest: 3 to 6 times smaller
+DOWNLOADED_BYTES = 10**10  # of a hub dataset at the most; the tokens of a larger one are kept alone
 TIMEOUT_SECONDS = 10  # for the hub to answer
 Tell = Callable[[str, int, int | None], None]  # what is being done, rows done, rows in all where they are known
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file (an absolute path) or a hub dataset (a name, loaded once), whose rows can be read again and again."""
+    """A file (an absolute path) or a hub dataset (a name), whose rows can be read again and again."""
 
     name: str
     dataset: Iterable[dict[str, Any]] | None = None
 
     @classmethod
-    def open(cls, name: str, split: str = "train", subset: str | None = None) -> "Source":
+    def open(cls, name: str, split: str = "train", subset: str | None = None, streaming: str = "auto") -> "Source":
         """Raises DataError and MachineError for a hub dataset that cannot be had; files are looked at when read."""
-        return cls(name) if Path(name).is_absolute() else cls(name, _load_dataset(name, split, subset))
+        return cls(name) if Path(name).is_absolute() else cls(name, _load_dataset(name, split, subset, streaming))
 
     @classmethod
     def of_train(cls, data: Data) -> "Source":
-        return cls.open(data.train, data.train_split, data.subset)
+        return cls.open(data.train, data.train_split, data.subset, data.streaming)
 
     @classmethod
     def of_held_out(cls, data: Data) -> "Source | None":
         """None where the held-out rows are some of data.train."""
-        return None if data.held_out is None else cls.open(data.held_out, data.held_out_split, data.subset)
+        return (
+            None if data.held_out is None else cls.open(data.held_out, data.held_out_split, data.subset, data.streaming)
+        )
 
     def read(self, max_rows: int | None = None) -> Iterator[RawRow | Dropped]:
         """The rows one by one, `max_rows` of them at the most. Raises DataError for a file that cannot be read."""
@@ -130,8 +133,28 @@ def refuse_bad_rows(first: Sequence[Dropped], rows: int) -> None:
     raise DataError("\n".join([*named, f'{more}Mend them, or skip them with data.on_bad_row = "drop".']))
 
 
-def _load_dataset(name: str, split: str, subset: str | None) -> Iterable[dict[str, Any]]:
-    """The rows of one split, downloaded once and then taken from the cache.
+@dataclass(frozen=True)
+class Streamed:
+    """A hub dataset whose rows come over the network each time that it is read; `_fingerprint` is as `datasets` has
+    one for what it downloaded."""
+
+    name: str
+    rows: Iterable[dict[str, Any]]
+    _fingerprint: str
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Raises MachineError where the hub does not give the next row, which `datasets` has asked for many times."""
+        try:
+            yield from self.rows
+        except Exception as fault:
+            raise MachineError(
+                f"{self.name}: the Hugging Face hub gave no more rows ({type(fault).__name__}: {fault}). Start again,"
+                ' or download it first with data.streaming = "never".'
+            ) from fault
+
+
+def _load_dataset(name: str, split: str, subset: str | None, streaming: str) -> Iterable[dict[str, Any]]:
+    """The rows of one split: downloaded once and then taken from the cache, or streamed where they are many.
 
     Raises DataError for a dataset, subset or split that is not there, MachineError where the hub cannot give it.
     """
@@ -143,6 +166,11 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Iterable[dict[st
     try:
         if not _answers(name):
             datasets.config.HF_HUB_OFFLINE = True
+        elif streaming != "never":
+            builder = datasets.load_dataset_builder(name, subset)
+            if streaming == "always" or (_bytes_of(builder.info, split) or 0) > DOWNLOADED_BYTES:
+                rows = builder.as_streaming_dataset(split)
+                return Streamed(name, rows, f"{builder.hash} {builder.config.name} {split}")
         return datasets.load_dataset(name, subset, split=split)
     except (HFValidationError, RepositoryNotFoundError, DatasetNotFoundError):
         raise DataError(
@@ -156,6 +184,12 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Iterable[dict[st
             f"{name}: is no file here, and the Hugging Face hub cannot give it ({type(fault).__name__}). Download it"
             ' where there is a network, and name the local file: train = "rows.jsonl".'
         ) from None
+
+
+def _bytes_of(info: Any, split: str) -> int | None:
+    """Of one split as `datasets` keeps it on the disk; None where a dataset does not say."""
+    of_split = (info.splits or {}).get(split)
+    return of_split.num_bytes if of_split and of_split.num_bytes else info.dataset_size or info.download_size
 
 
 def _answers(name: str) -> bool:

@@ -109,7 +109,10 @@ def key_of(recipe: Recipe, sources: Sequence[Source], tokenizer: PreTrainedToken
     if tokenizer_facts is None or dates is None or None in contents:
         return None
     names = [Path(source.name).name if source.dataset is None else source.name for source in sources]
-    settings = recipe.data.model_dump(mode="json", exclude={"check"}) | {"train": names[0], "held_out": names[1:]}
+    settings = recipe.data.model_dump(mode="json", exclude={"check", "streaming"}) | {
+        "train": names[0],
+        "held_out": names[1:],
+    }
     planted = [recipe.evaluate.canaries, recipe.evaluate.canary_repeats]
     versions = [platform.python_version(), *map(importlib.metadata.version, LIBRARIES)]
     facts = [contents, settings, planted, recipe.train.seed, tokenizer_facts, dates, versions, _code_sha256()]

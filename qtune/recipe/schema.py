@@ -174,6 +174,11 @@ class Data(Table):
     )
     train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")
     subset: NonEmpty | None = Field(None, description="Configuration of a hub dataset; unset takes its only one.")
+    streaming: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether a hub dataset is read over the network without being downloaded; auto does so over 10 GB."
+        " The tokens are kept either way.",
+    )
     held_out: NonEmpty | None = Field(
         None,
         description="A file (or hub dataset) never trained on; unset takes held_out_fraction of the training rows.",
