@@ -5,6 +5,7 @@
     ├── OutOfMemory            a step or a loss that does not fit, whatever was tried; the last whole step is kept
     ├── DiskFull               a disk with no room left; what was there stays as it was
     ├── RankLost               another process of the same run failed, ended or did not come in time
+    ├── RanksDiffer            processes of one run whose adapters are no longer equal
     ├── DoesNotFit             exit 3: a run that the forecast says cannot fit, with the changes that would
     ├── VerificationFailed     a merge that is not the model that was trained
     └── UserError              exit 2: something the user wrote, named or has; the message says what would work
@@ -45,6 +46,10 @@ class RankLost(QtuneError):
     def __init__(self, sentence: str, rank: int = 0, exit_code: int = 1):
         super().__init__(sentence)
         self.rank, self.exit_code = rank, exit_code
+
+
+class RanksDiffer(QtuneError):
+    """The processes of one run have different adapters, though each is to take every step alike."""
 
 
 class DoesNotFit(QtuneError):

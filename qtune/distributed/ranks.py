@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,6 +76,18 @@ class Ranks:
     def broadcast(self, value: T) -> T:
         """That of rank 0. Raises RankLost."""
         return self.gather(value if self.is_first else None)[0] if self._wire is not None else value  # type: ignore
+
+    def share(self, dealt: Sequence[T]) -> list[T]:
+        """Every N-th of what is dealt out, from that of this rank's number on."""
+        return list(dealt[self.rank :: self.size])
+
+    def in_order(self, ours: Sequence[T]) -> list[T]:
+        """What all ranks made of their shares, in the order in which it was dealt out. Raises RankLost."""
+        parts = self.gather(list(ours))
+        whole = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            whole[rank :: self.size] = part  # type: ignore[assignment]
+        return whole  # type: ignore[return-value]
 
     def sum_in_order(self, flat: "torch.Tensor") -> "torch.Tensor":
         """The sum over all ranks of one (n,) tensor, added up from rank 0 on, so that all get the same to the bit.
@@ -190,7 +202,7 @@ class Wire:
 
         ours = torch.frombuffer(bytearray(message.ljust(length, b"\0")), dtype=torch.uint8)
         all_of_them = ours.new_empty(self._place.size, length)
-        torch.distributed.all_gather_into_tensor(all_of_them.view(-1), ours)
+        _gather_into(all_of_them.view(-1), ours)
         return [each.numpy().tobytes() for each in all_of_them]
 
     def summed(self, flat: "torch.Tensor") -> "torch.Tensor":
@@ -209,15 +221,14 @@ class Wire:
             total, *others = of_all.view(size, part)
             for each in others:
                 total = total + each
-            torch.distributed.all_gather_into_tensor(ours, total)
+            _gather_into(ours, total)
         return ours[: flat.numel()]
 
     def exchanged(self, whole: "torch.Tensor") -> "Parts":
-        import torch
 
         own = whole.view(self._place.size, -1)[self._place.rank]
         with self._call():
-            return Parts(torch.distributed.all_gather_into_tensor(whole, own, async_op=True), self)
+            return Parts(_gather_into(whole, own, async_op=True), self)
 
     def dealt(self, owner: int, whole: "torch.Tensor | None", part: "torch.Tensor") -> None:
         import torch
@@ -338,6 +349,14 @@ class Parts:
             self._work.wait()
         except RuntimeError as fault:
             raise self._wire.lost(fault) from fault
+
+
+def _gather_into(target: "torch.Tensor", ours: "torch.Tensor", async_op: bool = False) -> Any:
+    """`ours` of all ranks, one behind the other."""
+    import torch.distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    return gather(target, ours, async_op=async_op)
 
 
 def _store(launched: Launched, is_kept_here: bool, limit: float) -> Any:

@@ -22,6 +22,7 @@ from qtune.train.callbacks import Reporter
 from qtune.train.checkpoint_files import FORMAT, Checkpoint
 from qtune.train.lr_schedule import wind
 from qtune.train.optimizer_state import put_optimizer_back, take_optimizer, take_random
+from qtune.train.replicas import refuse_unlike
 from qtune.train.stop_signals import Stop
 from qtune.train.trainer import Meter, MeteredTrainer
 from qtune.units import parse_seconds
@@ -49,10 +50,15 @@ class Saver(TrainerCallback):
             self._put_back(self._trainer.going_on_from)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raises RanksDiffer where the ranks of the run have not taken the same steps."""
+        trained = ((name, weight) for weight, name in self._names.items() if weight.requires_grad)
+        refuse_unlike(self._trainer.shared.ranks, trained, state.global_step)
         self.save()
 
     def save(self) -> None:
-        """A checkpoint of the step that was just done. Raises DiskFull; older checkpoints stay."""
+        """A checkpoint of the step that was just done, by the first rank. Raises DiskFull; older checkpoints stay."""
+        if not self._trainer.shared.ranks.is_first:
+            return
         start, step = time.perf_counter(), self._trainer.state.global_step
         if self._reporter.best_step == step:
             self._best = checkpoint_files.NAME.format(step)
@@ -99,7 +105,10 @@ class Saver(TrainerCallback):
         }
 
     def save_adapter(self) -> None:
-        """The adapter as it stands, for answering, merging and serving, in place of an older one. Raises DiskFull."""
+        """The adapter as it stands, for answering, merging and serving, in place of an older one; by the first rank.
+        Raises DiskFull."""
+        if not self._trainer.shared.ranks.is_first:
+            return
         start = time.perf_counter()
         with atomic_files.filled_in_place(self._run.adapter) as folder:
             size = adapter.save(self._trainer.model, folder, self._recipe.model.base)
@@ -132,10 +141,14 @@ class SaveWhen(TrainerCallback):
         self.every, self.request = _interval(every), run.checkpoint_request
         self.reporter, self.stop = reporter, stop
         self.saved_at = time.monotonic()
+        self._shared = reporter.trainer.shared
+        self._shared.asks["save"] = lambda: (
+            self._shared.ranks.is_first and (self.request.exists() or self._is_overdue())
+        )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         is_last = state.global_step >= state.max_steps or self.stop.is_asked
-        if is_last or self._is_due(state.global_step) or self.request.exists():
+        if is_last or self._is_due(state.global_step) or self._shared.any_says("save"):
             self.request.unlink(missing_ok=True)
             self._save(control)
 
@@ -149,9 +162,11 @@ class SaveWhen(TrainerCallback):
 
     def _is_due(self, step: int) -> bool:
         """An `every` that is whole counts steps, any other seconds."""
-        if isinstance(self.every, int):
-            return step % self.every == 0
-        return time.monotonic() - self.saved_at >= self.every
+        return isinstance(self.every, int) and step % self.every == 0
+
+    def _is_overdue(self) -> bool:
+        is_first = self._shared.ranks.is_first  # whose clock counts
+        return is_first and not isinstance(self.every, int) and time.monotonic() - self.saved_at >= self.every
 
 
 def _interval(every: int | str) -> int | float:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from trl import SFTConfig
 
 from qtune.data.packing import collate, seq_lengths
+from qtune.distributed.ranks import ALONE, Ranks
+from qtune.errors import RankLost
 from qtune.events import Finished, Listener, Started
 from qtune.memory.oom_recovery import refusing
 from qtune.memory.split_batch import split_batch
@@ -47,7 +49,8 @@ class TrainingSession:
     """Everything that a training takes; `run` trains the adapter of `learner` in place.
 
     With `kept_in`, checkpoints and the adapter are written to that folder. One that goes on does so `going_on_from` a
-    checkpoint of it, as if it had never been stopped.
+    checkpoint of it, as if it had never been stopped. Of several `ranks` each has a session of its own, and trains what
+    one would; the first writes.
     """
 
     recipe: Recipe
@@ -57,6 +60,7 @@ class TrainingSession:
     listen: Listener
     kept_in: RunDir | None = None
     going_on_from: Checkpoint | None = None
+    ranks: Ranks = ALONE
 
     def run(self, stop: threading.Event | None = None, catches_signals: bool = False) -> Fitted:
         """Train to the end, or until `stop` is set, by whichever thread: then the step under way is the last.
@@ -64,14 +68,15 @@ class TrainingSession:
         With `catches_signals` Ctrl-C and SIGTERM do as much; they can be caught on the main thread alone. The largest
         batch is rehearsed first, unless a checkpoint shows that it fits. Where memory runs out all the same, the step
         is done again with less (`memory.oom_recovery`). Raises TrainingDiverged before a step on a loss or gradient
-        that is not finite, OutOfMemory for a step that does not fit and DiskFull for a checkpoint that does not: the
-        weights are those of the last whole step.
+        that is not finite, RankLost where another rank is gone, OutOfMemory for a step that does not fit and DiskFull
+        for a checkpoint that does not: the weights are those of the last whole step.
         """
         checkpoint = self.going_on_from
         optimizer = OPTIMIZERS[self.recipe.train.optimizer]
-        trainer = MeteredTrainer(self.learner, self._settings(), optimizer, self.rows, checkpoint)
+        trainer = MeteredTrainer(self.learner, self._settings(), optimizer, self.rows, checkpoint, self.ranks)
         use_master_dtype(trainer.model, self.recipe.lora.master_dtype)
-        tracker = TrackerCallback(self.recipe.report.to, trainer, self.listen) if self.recipe.report.to else None
+        told = self.recipe.report.to if self.ranks.is_first else None
+        tracker = TrackerCallback(told, trainer, self.listen) if told else None
         reporter = Reporter(trainer, self.rows.held_out, self.listen, tracker)
         stopping = Stop(trainer, self.listen, stop or threading.Event())
         saver = Saver(self.recipe, self.kept_in, trainer, reporter, self.listen) if self.kept_in else None
@@ -92,10 +97,16 @@ class TrainingSession:
             steps = trainer.state.global_step
             if saver is not None:
                 saver.save_last_whole_step()
+        except RankLost:
+            if saver is not None:
+                saver.save_last_whole_step()
+            raise
         finally:  # the weights are those of the last whole step, whatever ended training
             if saver is not None and trainer.has_begun:
                 saver.save_adapter()
-        fitted = Fitted(steps, trainer.seconds, stopping.is_asked, stopping.caught)
+        caught = next((number for number in self.ranks.gather(stopping.caught) if number is not None), None)
+        was_stopped = stopping.is_asked or caught is not None
+        fitted = Fitted(steps, trainer.seconds, was_stopped, None if caught is None else signal.Signals(caught))
         self.listen(Finished(fitted.steps, fitted.seconds))
         return fitted
 

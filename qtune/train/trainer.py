@@ -14,10 +14,12 @@ from trl import SFTConfig, SFTTrainer
 from qtune import accelerator
 from qtune.data.packing import collate
 from qtune.data.rows import NOT_TRAINED
+from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import TrainingDiverged
 from qtune.hardware import Device
 from qtune.memory import fused_cross_entropy
 from qtune.memory.oom_recovery import Batch, OpenStep
+from qtune.model.adapter import trained_parameters
 from qtune.recipe.schema import Recipe
 from qtune.train.atomic_step import keep_steps_whole
 from qtune.train.checkpoint_files import Checkpoint
@@ -25,6 +27,7 @@ from qtune.train.learner import Learner
 from qtune.train.lr_schedule import warming_from_first_step, wind
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
 from qtune.train.optimizers import OPTIMIZERS, Optimizer
+from qtune.train.replicas import SharedSteps, draw_own_random, empty_batch, is_empty, share_of, tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
 
@@ -95,9 +98,9 @@ class Meter:
     loss: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
-    def count(self, inputs: dict[str, Any]) -> None:
-        self.tokens += inputs["input_ids"].numel()
-        self.trained_tokens += int((inputs["labels"] != NOT_TRAINED).sum())
+    def count(self, tokens: int, trained_tokens: int) -> None:
+        self.tokens += tokens
+        self.trained_tokens += trained_tokens
 
     def as_json(self) -> dict[str, Any]:
         """The same, and how long ago `since` was, which means nothing to another process."""
@@ -113,7 +116,8 @@ class MeteredTrainer(SFTTrainer):
     """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all.
 
     `has_begun` once the adapter is another than it was, `may_drop` while what is under way can be given up and done
-    again: a step's passes, or an evaluation. `standing` is what the passes that come next will change.
+    again: a step's passes, or an evaluation. What is left of the passes of one that
+    `drops_step` is not run. `standing` is what the passes that come next will change.
     """
 
     control: TrainerControl
@@ -127,6 +131,7 @@ class MeteredTrainer(SFTTrainer):
         optimizer: Optimizer,
         rows: TrainingRows,
         going_on_from: Checkpoint | None,
+        ranks: Ranks = ALONE,
     ):
         super().__init__(
             model=learner.loaded.model,
@@ -140,8 +145,8 @@ class MeteredTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.train_dataset = rows.packs
         self.learner, self.places, self.going_on_from = learner, rows.places, going_on_from
-        self.order = rows.order(settings.seed)
-        self.has_begun, self.may_drop = False, True
+        self.order, self.shared = rows.order(settings.seed), SharedSteps(ranks)
+        self.has_begun, self.may_drop, self.drops_step = False, True, False
         self.standing: tuple[Meter, Tensors, dict[str, Any]] | None = None
         self.start_clock(0.0)
 
@@ -154,7 +159,7 @@ class MeteredTrainer(SFTTrainer):
 
     @property
     def seconds(self) -> float:
-        """Since training began, breaks not counted."""
+        """Since training began, breaks not tokens_in."""
         return time.perf_counter() - self._began
 
     @property
@@ -187,12 +192,31 @@ class MeteredTrainer(SFTTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step."""
-        start = time.perf_counter()
-        samples, tokens = super().get_batch_samples(*args, **kwargs)
-        self.meter.wait_seconds += time.perf_counter() - start
+        start, waited_before = time.perf_counter(), self.shared.waited_seconds
+        samples, tokens = (
+            self._share_of_step(*args) if self.shared.are_shared else super().get_batch_samples(*args, **kwargs)
+        )
+        self.meter.wait_seconds += time.perf_counter() - start - (self.shared.waited_seconds - waited_before)
         self.begin_step(self.step_under_way)
         self.has_begun = True
         return samples, tokens
+
+    def _share_of_step(self, batches: Any, count: int, device: torch.device) -> tuple[list[Batch], Any]:
+        """This rank's batches of the next optimizer step, and the labelled tokens of all ranks'.
+
+        Of the `count` batches that one process would have, the last ones are empty.
+        """
+        step, ranks, size = self.state.global_step + 1, self.shared.ranks, self.args.per_device_train_batch_size
+        rows = self.order.of_step(step, size, self.args.gradient_accumulation_steps)
+        ours = share_of(rows, self.train_dataset, ranks, size)
+        tokens, trained_tokens = self.shared.total(tokens_in(ours))
+        self.meter.count(tokens, trained_tokens)
+        draw_own_random(self.args.seed, step, ranks)
+        takes_tokens = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        return (
+            ours + [empty_batch()] * (count - len(ours)),
+            torch.tensor(trained_tokens, device=device) if takes_tokens else None,
+        )
 
     def begin_step(self, where: str) -> None:
         """Have the passes that come belong to one optimizer step, called `where` in what is told of it."""
@@ -223,8 +247,21 @@ class MeteredTrainer(SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The batch's share of the step's loss, its gradient added; in pieces, and again, where memory asks for it."""
-        self.meter.count(inputs)
+        """The batch's share of the step's loss, its gradient added; in pieces, and again, where memory asks for it.
+
+        After the last batch of a step that is shared out, gradients and loss are those of all ranks.
+        """
+        if not self.shared.are_shared:
+            self.meter.count(*tokens_in([inputs]))
+        is_left_out = self.drops_step or is_empty(inputs)
+        loss = self.step_loss.new_zeros(()) if is_left_out else self._loss_added(model, inputs, num_items_in_batch)
+        if self.shared.are_shared and self.accelerator.sync_gradients:
+            self.step_loss = self.shared.add_up(list(trained_parameters(self.model)), self.step_loss)
+        return loss
+
+    def _loss_added(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
+    ) -> torch.Tensor:
         if num_items_in_batch is None:  # a model of the user's own that takes no such argument
             num_items_in_batch = (inputs["labels"][:, 1:] != NOT_TRAINED).sum()
 
@@ -298,4 +335,5 @@ class MeteredTrainer(SFTTrainer):
     def _load_rng_state(self, *args: Any, **kwargs: Any) -> None:
         """Called once the batches of the first step are fetched, or before an epoch that begins."""
         assert self.going_on_from is not None, "nothing else is resumed"
-        put_random_back(self.args.device, *self.going_on_from.random())
+        if self.shared.ranks.is_first:  # the others' follow from the step
+            put_random_back(self.args.device, *self.going_on_from.random())

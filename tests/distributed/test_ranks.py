@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from made_ranks import all_well, free_port, launch
+from made_ranks import TORCHRUNS, all_well, free_port, launch
 
 from qtune.distributed.launched import Launched, first_host
 from qtune.distributed.ranks import ALONE, Ranks
@@ -46,7 +46,7 @@ def every_call(ranks: Ranks, folder: str) -> None:
         "first": ranks.broadcast({"seed": 7 + ranks.rank}),
         "sums": sums,
         "order": order,
-        "environment": sorted(name for name in os.environ if "RANK" in name or "MASTER" in name),
+        "environment": sorted(name for name in TORCHRUNS if name in os.environ),
     }
     (place / f"{ranks.rank}.json").write_text(json.dumps(told))
 

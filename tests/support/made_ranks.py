@@ -83,7 +83,7 @@ def launch(size: int, task: Callable[..., Any], *given: Any, **env: str) -> Laun
     here = Path(__file__).parent
     paths = [str(file.parent), str(here), str(here.parent)]
     code = PREAMBLE.format(paths=paths, module=file.stem, name=task.__name__, given=json.dumps(given))
-    return Launch(size, ["-c", code], env=env)
+    return Launch(size, ["-c", code], env={"QTUNE_RANKS_LIMIT": "60s", **env})
 
 
 def all_well(launched: Launch) -> None:

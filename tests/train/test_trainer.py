@@ -27,6 +27,7 @@ from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
 from qtune.train.callbacks import Reporter
 from qtune.train.learner import Learner
 from qtune.train.optimizers import OPTIMIZERS
+from qtune.train.replicas import tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.trainer import Meter, MeteredTrainer, sft_config
 
@@ -46,7 +47,7 @@ def test_a_meter_is_the_same_in_another_process_but_for_the_clock() -> None:
 def test_a_meter_counts_all_tokens_and_those_with_a_label() -> None:
     meter = Meter()
     for pack in PACKS[:2]:
-        meter.count(collate([pack]))
+        meter.count(*tokens_in([collate([pack])]))
     assert (meter.tokens, meter.trained_tokens) == (8, 6)
 
 

@@ -1,0 +1,84 @@
+"""Real ranks over gloo, each with a share of every step: what they train is what one process trains."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from made_bases import make_base
+from made_ranks import all_well, launch
+from test_loop import losses, recipe_for, session_of
+
+from qtune.distributed.ranks import ALONE, Ranks
+from qtune.model.adapter import trained_parameters
+from qtune.train.trainer import MeteredTrainer
+
+# By name: what of the recipe differs, how many packs, whether documents go apart. The last step of 7 packs has 3.
+CASES = {
+    "llama": ({"gradient_accumulation": 4}, 7, False),
+    "llama clipped in micro-batches": (
+        {"micro_batch": 2, "gradient_accumulation": 2, "max_grad_norm": 0.01},
+        7,
+        False,
+    ),
+    "llama apart": ({"gradient_accumulation": 4}, 7, True),
+    "qwen3_5_text": ({"gradient_accumulation": 3}, 5, False),
+    "qwen3_moe": ({"gradient_accumulation": 2}, 3, False),
+}
+BASES = {"llama": {}, "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]}, "qwen3_moe": {}}
+
+
+def train_all(ranks: Ranks, folder: str) -> None:
+    """Every case, and on the first rank once more by itself."""
+    for name in CASES:
+        kept = trained(ranks, Path(folder), name)
+        torch.save(kept, Path(folder, f"{name}-{ranks.rank}.pt"))
+        if ranks.is_first:
+            torch.save(trained(ALONE, Path(folder), name), Path(folder, f"{name}-alone.pt"))
+
+
+def trained(ranks: Ranks, folder: Path, name: str) -> dict[str, object]:
+    """Losses, the gradient of every step before it is clipped, and the adapter, which hardly moves: of two that differ
+    by rounding, gradients differ by more."""
+    train, packs, is_apart = CASES[name]
+    model = {"quantization": "none", "compute_dtype": "float32"}
+    often = {"max_steps": 2, "max_grad_norm": 1e9, "learning_rate": 1e-6, "eval_every": 2, "optimizer": "adamw"}
+    recipe = recipe_for(folder / name.split()[0], model, **{**often, **train})
+    session, events = session_of(recipe, packs)
+    if is_apart:
+        session = dataclasses.replace(session, plan=session.plan.with_documents_apart("of a test"))
+        session.learner.recovery.pieces = sys.maxsize
+    gradients, clip = [], MeteredTrainer._clip_grad_norm
+
+    def noting(trainer: MeteredTrainer, *args: object) -> object:
+        parameters = list(trained_parameters(trainer.model))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in parameters if weight.grad is not None]).clone())
+        return clip(trainer, *args)
+
+    MeteredTrainer._clip_grad_norm = noting
+    try:
+        dataclasses.replace(session, ranks=ranks).run()
+    finally:
+        MeteredTrainer._clip_grad_norm = clip
+    adapter = [weight.detach().clone() for weight in trained_parameters(session.learner.loaded.model)]
+    tokens = [event.tokens for event in events if type(event).__name__ == "StepDone"]
+    return {"losses": losses(events), "gradients": gradients, "adapter": adapter, "tokens": tokens}
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
+def test_several_ranks_train_what_one_process_would(tmp_path, size) -> None:
+    for kind, shape in BASES.items():
+        make_base(tmp_path / kind, kind, num_hidden_layers=2, **shape)
+    all_well(launch(size, train_all, str(tmp_path)))
+    for name in CASES:
+        alone = torch.load(tmp_path / f"{name}-alone.pt")
+        ranks = [torch.load(tmp_path / f"{name}-{rank}.pt") for rank in range(size)]
+        assert len(alone["losses"]) == len(alone["gradients"]) == 2
+        for each in ranks:
+            assert each["losses"] == ranks[0]["losses"], name
+            assert each["tokens"] == alone["tokens"], name
+            assert all(map(torch.equal, each["adapter"], ranks[0]["adapter"])), name
+        assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6), name
+        for ours, exact in zip(ranks[0]["gradients"], alone["gradients"], strict=True):
+            assert (ours - exact).norm() <= 1e-6 * exact.norm(), name
