@@ -55,14 +55,24 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
     key = token_cache.key_of(recipe, sources, tokenizer) if cache_dir.root() else None
     cached = token_cache.load(key) if key else None
-    if cached is not None:
-        return Prepared.from_cache(cached, data.train)
+    if cached is None:
+        with token_cache.being_made(
+            key, lambda: tell("waiting for another process with these rows", 0, None)
+        ) as waited:
+            cached = token_cache.load(key) if key and waited else None
+            if cached is None:
+                return _made(recipe, sources, encoder, key, tell)
+    return Prepared.from_cache(cached, data.train)
+
+
+def _made(recipe: Recipe, sources: Sequence[Source], encoder: Encoder, key: str | None, tell: Tell) -> Prepared:
+    """Made now, and kept under `key`."""
     with token_cache.staged() as folder:
-        if data.max_rows is None:
+        if recipe.data.max_rows is None:
             token_cache.refuse_without_room(folder, sources)
         writer = ExampleWriter(folder)
         prepared = _prepare(recipe, sources, encoder, writer, tell)
-        if key and writer.folder and key == token_cache.key_of(recipe, sources, tokenizer):  # it may be past midnight
+        if key and writer.folder and key == token_cache.key_of(recipe, sources, encoder.tokenizer):  # past midnight?
             what = " and ".join(Path(source.name).name for source in sources)
             token_cache.keep(key, writer.folder, *prepared.for_cache(), what)
     return prepared

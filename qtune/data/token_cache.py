@@ -4,6 +4,7 @@ template, date, and this code (`key_of`).
 They stand under "tokens" in the machine's `cache_dir`, an entry a folder.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -12,8 +13,8 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from datetime import time as time_of_day
@@ -61,6 +62,32 @@ def staged() -> Iterator[Path | None]:
     finally:
         if path is not None:
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def being_made(key: str | None, say_waiting: Callable[[], None]) -> Iterator[bool]:
+    """While the entry `key` is made here; whether another process was at it, which was waited for.
+
+    So the ranks of a run on one machine tokenise once. Of those that waited none waits again, as there may be no entry
+    in the end.
+    """
+    home = cache_dir.folder(KIND)
+    with ExitStack() as held:
+        has_waited = False
+        with suppress(OSError):  # a cache that cannot be written, or a file system without locks
+            if key is not None and home is not None:
+                home.mkdir(parents=True, exist_ok=True)
+                path = home / f"{key}.lock"
+                lock = held.enter_context(path.open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held.callback(path.unlink, missing_ok=True)
+                except BlockingIOError:
+                    say_waiting()
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    held.close()
+                    has_waited = True
+        yield has_waited
 
 
 def refuse_without_room(folder: Path | None, sources: Sequence[Source]) -> None:

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import threading
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -129,6 +131,44 @@ def test_a_file_that_changes_while_it_is_read_is_refused(source, home) -> None:
     recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=str(source)))
     with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
         prepare(recipe, byte_tokenizer(), lambda *words: source.write_text('{"question": "a?", "answer": "b"}\n' * 60))
+    assert list(home.iterdir()) == []
+
+
+def at_once(source: Path) -> list[list[str]]:
+    """What three processes are told that begin with the same rows, the second and third while the first is at it."""
+    heard: list[list[str]] = [[], [], []]
+    recipe = Recipe(name="t", model=Model(base="demo"), data=Data(train=str(source)))
+    others = [threading.Thread(target=lambda i=i: prepare(recipe, byte_tokenizer(), told(i))) for i in (1, 2)]
+
+    def told(number: int):
+        def tell(what: str, done: int, total: int | None) -> None:
+            heard[number].append(what)
+            if number == 0 and len(heard[0]) == 1:
+                for other in others:
+                    other.start()
+                while not (heard[1] and heard[2]):
+                    time.sleep(0.01)
+
+        return tell
+
+    first = prepare(recipe, byte_tokenizer(), told(0))
+    for other in others:
+        other.join()
+    assert len(first.train) > 50
+    return [list(dict.fromkeys(words)) for words in heard]
+
+
+def test_processes_that_begin_together_make_rows_once(source, home) -> None:
+    """Every rank of a run would tokenise the same file."""
+    waiting = "waiting for another process with these rows"
+    assert at_once(source) == [["tokenising"], [waiting], [waiting]]
+    assert [path.name for path in home.iterdir()] == [entry_of(home).name]
+
+
+def test_where_nothing_is_kept_they_wait_for_one_and_not_for_each_other(source, home, monkeypatch) -> None:
+    monkeypatch.setenv(cache_dir.SIZE_VARIABLE, "1KB")
+    waiting = "waiting for another process with these rows"
+    assert at_once(source) == [["tokenising"], [waiting, "tokenising"], [waiting, "tokenising"]]
     assert list(home.iterdir()) == []
 
 
