@@ -95,6 +95,7 @@ KEPT_FRACTION, KEPT_BYTES = (
     0.03,
     GIB // 4,
 )  # by the driver: torch reports 23.65 of 24 GiB (RTX 4090), 5.79 of 6 (RTX 2060)
+MOST_CARDS = 1024  # chosen: more than anybody types by hand
 FILLERS = re.compile(r"nvidia|geforce|tesla|quadro|gpu|generation|sxm\d?|pcie|hbm\de?|mobile(?=.)|[^a-z0-9]")
 
 
@@ -130,6 +131,21 @@ def model_of(text: str) -> GpuModel:
         hint = f". Did you mean {_card(near[0])}?" if near else ""
         raise ValueError(f"must be a size such as 8GiB or a card such as RTX 4090, and is {text}{hint}")
     return GpuModel(_found_on(name, _one_size(name, given)), name, capability_of(name))
+
+
+def models_of(text: str) -> list[GpuModel]:
+    """Several cards, as `2x24GiB`, `8GiB+16GiB` or `2xRTX-3090+RTX-4070`, each as `model_of` has it.
+
+    Raises ValueError with what would do instead, as a clause.
+    """
+    models: list[GpuModel] = []
+    for part in text.split("+"):
+        counted = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(.+)", part)
+        count, name = (int(counted[1]), counted[2]) if counted else (1, part)
+        if not 1 <= count <= MOST_CARDS:
+            raise ValueError(f"must be 1 to {MOST_CARDS} cards of a kind, and is {part.strip()}")
+        models += count * [model_of(name)]
+    return models
 
 
 def capability_of(name: str) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """A plan without a run: for this machine or for a card that is not here, and the longest context that fits."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from qtune.data.prepare import prepare
 from qtune.hardware import Device
@@ -11,7 +13,9 @@ from qtune.plan.max_context import STEP_TOKENS, Longest
 from qtune.plan.plan import Plan
 from qtune.plan.planner import decide, longest_on
 from qtune.plan.suggestions import refuse_unless_it_fits
+from qtune.plan.throughput import GRADIENT_BYTES
 from qtune.plan.workload import Work
+from qtune.plan.world import ALONE, World, dealt
 from qtune.ready import finding_base, work_of
 from qtune.recipe.schema import Recipe
 from qtune.report.progress_line import Doing
@@ -23,18 +27,49 @@ def plan_without_downloads(recipe: Recipe, device: Device, doing: Doing) -> Plan
 
     Raises a UserError for anything that could not be trained on.
     """
+    return plans_of_cards(recipe, [device], ALONE, doing)[0]
+
+
+def plans_of_cards(recipe: Recipe, devices: Sequence[Device], world: World, doing: Doing) -> list[Plan]:
+    """The plan of each of `devices`, which are the ranks of one `world`: what it holds, and how fast it would be if all
+    were like it. Raises as `plan_without_downloads` does."""
     base.quiet_libraries()
     with finding_base(recipe, doing):
         config = base.read_config_alone(recipe.model)
     sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
     is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
-    if not is_here:
-        doing("planning")
-        return decide(recipe, device, config, Work.of_full_sequences(recipe.data.max_tokens), weighs_all=True)
-    doing(f"reading {recipe.data.train}")
-    prepared = prepare(recipe, load_tokenizer(recipe.model), doing.rows)
+    if is_here:
+        doing(f"reading {recipe.data.train}")
+        work = work_of(prepare(recipe, load_tokenizer(recipe.model), doing.rows))
+    else:
+        work = Work.of_full_sequences(recipe.data.max_tokens)
     doing("planning")
-    return decide(recipe, device, config, work_of(prepared), weighs_all=True)
+    kinds = dict.fromkeys(devices)
+    plans = {kind: decide(recipe, kind, config, work, weighs_all=True, world=world) for kind in kinds}
+    return [plans[device] for device in devices]
+
+
+def together(recipe: Recipe, plans: Sequence[Plan], world: World) -> dict[str, Any]:
+    """What the ranks of one `world`, whose `plans` are these, do together, as JSON: a step's packs dealt by speed, and
+    how long it takes; None where a card's speed is not known."""
+    packs = recipe.train.micro_batch * recipe.train.gradient_accumulation
+    seconds = [plan.speed.pack_seconds for plan in plans]
+    known = [each for each in seconds if each is not None]
+    is_known = len(known) == len(plans)
+    dealing = dealt(packs, known if is_known else [1.0] * len(plans))
+    counts = [dealing.count(rank) for rank in range(world.size)]
+    summing = world.sum_seconds(GRADIENT_BYTES * plans[0].trained_parameters)
+    step = max(count * each for count, each in zip(counts, known, strict=True)) + summing if is_known else None
+    return {
+        "link": asdict(world.link),
+        "packs": packs,
+        "steps": plans[0].steps,
+        "is_assumed": plans[0].is_assumed,
+        "sum_seconds": summing,
+        "step_seconds": step,
+        "total_seconds": None if step is None else step * plans[0].steps,
+        "cards": [{"packs": count, "plan": plan.as_json()} for count, plan in zip(counts, plans, strict=True)],
+    }
 
 
 def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) -> list[tuple[Device, Longest]]:

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 from qtune import gpu_choice
 from qtune.commands.arguments import positive
 from qtune.errors import UserError
+from qtune.units import counted
 
 if TYPE_CHECKING:
     from qtune.recipe.schema import Recipe
@@ -78,14 +79,24 @@ def launch_ranks(options: Namespace, recipe_of: Callable[[], "Recipe"]) -> int |
 
 
 def _as_many_as_packs(count: int, recipe: "Recipe", is_asked: bool) -> int:
-    packs = recipe.train.micro_batch * recipe.train.gradient_accumulation
-    if count > packs and is_asked:
+    if is_asked:
+        refuse_more_than_packs(count, recipe)
+    return min(count, _packs_of_a_step(recipe))
+
+
+def _packs_of_a_step(recipe: "Recipe") -> int:
+    return recipe.train.micro_batch * recipe.train.gradient_accumulation
+
+
+def refuse_more_than_packs(count: int, recipe: "Recipe") -> None:
+    """Raises UserError for more cards than a step has packs."""
+    packs = _packs_of_a_step(recipe)
+    if count > packs:
         raise UserError(
-            f"--cards {count}: a step of this recipe is {packs} pack{'s' if packs > 1 else ''} (train.micro_batch times"
-            f" train.gradient_accumulation), and each card needs one. Give --cards {packs}, or raise"
+            f"--cards: {count} are too many, as a step of this recipe is {counted(packs, 'pack')} (train.micro_batch"
+            f" times train.gradient_accumulation) and each card needs one. Take {packs}, or raise"
             " train.gradient_accumulation."
         )
-    return min(count, packs)
 
 
 def fork_ranks(count: int) -> int | None:

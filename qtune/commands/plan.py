@@ -3,7 +3,9 @@
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from qtune.commands import arguments, terminal
+from qtune.commands.launcher import refuse_more_than_packs
 from qtune.commands.verb import Verb
+from qtune.errors import UserError
 from qtune.units import GIB
 
 CARDS_GIB = (6, 8, 12, 16, 24, 48, 80)  # the sizes that consumer and rented cards come in
@@ -15,6 +17,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--device-memory", type=_card, metavar="SIZE", help='plan for a card with this much, as 8GiB or "RTX 4090"'
     )
     parser.add_argument("--host-memory", type=arguments.size, metavar="SIZE", help="and a host with this much")
+    parser.add_argument(
+        "--cards", type=_cards, metavar="CARDS", help='plan for several, as 2x24GiB, 8GiB+16GiB or "2xRTX 3090"'
+    )
+    parser.add_argument(
+        "--link",
+        type=_link,
+        metavar="LINK",
+        help="what joins them: nvlink4, pcie4 (default), 10gbe ..., or 5GB a second",
+    )
     parser.add_argument("--longest", action="store_true", help="the longest context that fits, by card size")
 
 
@@ -29,8 +40,40 @@ def _card(text: str) -> str:
         raise ArgumentTypeError(str(fault)) from None
 
 
+def _cards(text: str) -> str:
+    """Several cards."""
+    from qtune import gpu_models
+
+    try:
+        gpu_models.models_of(text)
+        return text
+    except ValueError as fault:
+        raise ArgumentTypeError(str(fault)) from None
+
+
+def _link(text: str) -> str:
+    """A link by its name, or bytes a second."""
+    from qtune.plan.world import link_of
+
+    try:
+        link_of(text)
+        return text
+    except ValueError as fault:
+        raise ArgumentTypeError(str(fault)) from None
+
+
+def refuse(options: Namespace) -> None:
+    if options.cards and (options.device_memory or options.longest):
+        raise UserError("--cards has a plan for each card; --device-memory and --longest are of one. Give one of them.")
+    if options.link and not options.cards:
+        raise UserError("--link joins several cards. Say which, as --cards 2x24GiB.")
+
+
 def act(options: Namespace) -> None:
-    _longest(options) if options.longest else _plan(options)
+    if options.cards:
+        _plan_together(options)
+    else:
+        _longest(options) if options.longest else _plan(options)
 
 
 def _plan(options: Namespace) -> None:
@@ -47,6 +90,31 @@ def _plan(options: Namespace) -> None:
     else:
         doing.console.print(plan_table.whole_plan(plan.as_json()))
     refuse_unless_it_fits(recipe, plan)
+
+
+def _plan_together(options: Namespace) -> None:
+    with terminal.doing_of(options) as doing:
+        recipe, _ = arguments.load_recipe(options, needs_weights=False)
+        with terminal.importing(doing):
+            from qtune import hardware
+            from qtune.gpu_models import models_of
+            from qtune.plan.suggestions import refuse_unless_it_fits
+            from qtune.plan.world import World, link_of
+            from qtune.planning import plans_of_cards, together
+            from qtune.report import plan_table
+
+        here, models = hardware.find_device(), models_of(options.cards)
+        refuse_more_than_packs(len(models), recipe)
+        devices = [hardware.imagined_card(model, options.host_memory, here) for model in models]
+        world = World(len(devices), len(devices), link_of(options.link or "pcie4"))
+        plans = plans_of_cards(recipe, devices, world, doing)
+        told = together(recipe, plans, world)
+    if options.json:
+        terminal.print_json(told)
+    else:
+        doing.console.print(plan_table.cards_table(told))
+    for plan in plans:
+        refuse_unless_it_fits(recipe, plan)
 
 
 def _longest(options: Namespace) -> None:
@@ -83,6 +151,7 @@ VERB = Verb(
     name="plan",
     help="will it fit, how, and what it costs; nothing is downloaded or trained",
     arguments=add_arguments,
+    refuse=refuse,
     act=act,
     said=arguments.said_by_line,
     order=30,

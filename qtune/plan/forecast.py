@@ -15,6 +15,8 @@ from qtune.units import KIB, MIB
 SLACK_FRACTION = 0.04  # of what the allocator has handed out: freed blocks that fit nothing else; not measured yet
 NOT_ALLOCATED = ("context", "slack", PAGED_OPTIMIZER)
 FORWARD, LOSS, FIRST_BACKWARD, LAST_BACKWARD, STEP = "forward", "loss", "backward first", "backward last", "step"
+EXCHANGE = "exchange"  # between several ranks, before the step
+EXCHANGED_BYTES = 12  # of a trained weight: float32 in one buffer, in parts for the ranks, and theirs (train.replicas)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Forecaster:
             near_the_end = self._near_the_end(phases[LAST_BACKWARD], standing, techniques)
             phases[LAST_BACKWARD] = max(phases[LAST_BACKWARD], near_the_end, key=lambda parts: sum(parts.values()))
         phases[STEP] = {**standing, "layer workspace": self.standing.optimizer_workspace_bytes}
+        if self.standing.ranks > 1:
+            phases[EXCHANGE] = {**standing, "layer workspace": self._exchanged_bytes}
         sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
         highest = max(sums, key=lambda phase: sums[phase])
         device = _only_filled(phases[highest])
@@ -110,12 +114,17 @@ class Forecaster:
 
     def least_bytes(self, techniques: Techniques) -> int:
         """What the device has to hold whatever the batch: the optimizer's step and loading. It needs no trace."""
-        step = sum(self._standing(techniques).values()) + self.standing.optimizer_workspace_bytes
+        workspace = max(self.standing.optimizer_workspace_bytes, self._exchanged_bytes)
+        step = sum(self._standing(techniques).values()) + workspace
         outside = round(SLACK_FRACTION * step) + self.context_bytes if self.is_card else 0
         return max(step + outside, self._loading_bytes(techniques))
 
     def _standing(self, techniques: Techniques) -> Parts:
         return {**techniques.on_device(self.standing), "matmul workspaces": matmul_workspaces(self.card)}
+
+    @property
+    def _exchanged_bytes(self) -> int:
+        return EXCHANGED_BYTES * self.standing.trained_parameters if self.standing.ranks > 1 else 0
 
     def _loading_bytes(self, techniques: Techniques) -> int:
         return techniques.while_loading(self.standing) + self.context_bytes

@@ -56,6 +56,7 @@ class Plan:
     remedies: tuple[str, ...]
     choices: tuple[Choice, ...]
     documents_apart: bool = False
+    trained_parameters: int = 0
     cache_bytes: int = 0  # of the base in 4 bits, kept for the next run
 
     def with_documents_apart(self, reason: str) -> "Plan":

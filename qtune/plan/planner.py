@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -19,6 +19,7 @@ from qtune.plan.plan import Choice, Plan, Settled
 from qtune.plan.rung_report import Rung, rungs
 from qtune.plan.suggestions import remedies
 from qtune.plan.workload import BatchShape, Work
+from qtune.plan.world import ALONE, World
 from qtune.recipe.schema import HOST_FRACTION, Recipe
 from qtune.units import MIB, counted, format_count, format_percent, parse_bytes
 
@@ -33,8 +34,10 @@ def decide(
     work: Work,
     settled: Settled | None = None,
     weighs_all: bool = False,
+    world: World = ALONE,
 ) -> Plan:
-    """The plan for training on `work` with `device`, here or imagined; a run that goes on has `settled` how.
+    """The plan for training on `work` with `device`, here or imagined; a run that goes on has `settled` how. Of several
+    ranks it is the plan of one that has this device; steps and packs are those of all.
 
     `weighs_all`: the plan says of techniques that are off, too, what they would save, which takes seconds. It does so
     of one that does not fit in any case.
@@ -45,9 +48,16 @@ def decide(
     compute_dtype, why_compute = _compute_dtype(recipe, device)
 
     def forecaster_of(recipe: Recipe) -> Forecaster:
-        return _forecaster(recipe, device, config, compute_dtype)
+        forecaster = _forecaster(recipe, device, config, compute_dtype)
+        if not world.are_several:
+            return forecaster
+        seconds = throughput.pass_seconds(forecaster.standing, work, recipe.train.micro_batch, device)
+        standing = replace(
+            forecaster.standing, ranks=world.size, link_bytes=world.link.bytes_per_second, pass_seconds=seconds
+        )
+        return replace(forecaster, standing=standing)
 
-    ladder = Ladder(forecaster_of(recipe), work, budget_of(recipe, device))
+    ladder = Ladder(forecaster_of(recipe), work, budget_of(recipe, device, world))
     refuse_impossible(ladder.forecaster, work.heaviest(1), ladder.budget.host_bytes)
     climb = ladder.climb() if settled is None else ladder.stay(settled.techniques, settled.micro_batch)
     told = tuple(rungs(ladder, climb, weighs_all or not climb.fits))
@@ -69,9 +79,10 @@ def decide(
         forecast=climb.forecast,
         rungs=told,
         reserve=ladder.reserve(climb),
-        speed=throughput.estimate(ladder, _overhead(told), device, compute_dtype, pace.steps),
+        speed=throughput.estimate(ladder, _overhead(told), device, compute_dtype, pace.steps, world),
         remedies=() if climb.fits else remedies(ladder, climb, forecaster_of),
         disk_bytes=_disk_bytes(recipe, ladder.standing),
+        trained_parameters=ladder.standing.trained_parameters,
         cache_bytes=_cache_bytes(recipe, ladder.standing),
         choices=(
             Choice("device", device.label, device.why),
@@ -141,12 +152,15 @@ def _forecaster(recipe: Recipe, device: Device, config: PreTrainedConfig, comput
     return activation_memory.forecaster(config, recipe, compute_dtype, device.capability, device.outside_bytes)
 
 
-def budget_of(recipe: Recipe, device: Device) -> Budget:
-    """What the recipe allows, and no more than is free; else what is free, of the host's memory 80 %."""
+def budget_of(recipe: Recipe, device: Device, world: World = ALONE) -> Budget:
+    """What the recipe allows, and no more than is free; else what is free, of the host's memory 80 %. What the host has
+    is for all ranks on it, and each may take its part."""
+    free = device.host_free_bytes // world.on_a_machine
     asked, asked_host = parse_bytes(recipe.memory.budget), parse_bytes(recipe.memory.host_budget)
+    host = asked_host // world.on_a_machine if asked_host else round(HOST_FRACTION * free)
     return Budget(
         min(asked or device.free_bytes, device.free_bytes),
-        min(asked_host or round(HOST_FRACTION * device.host_free_bytes), device.host_free_bytes),
+        min(host, free),
     )
 
 

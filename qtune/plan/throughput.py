@@ -23,7 +23,9 @@ from qtune.hardware import Device
 from qtune.memory.techniques.standing import ATTENTION_PASSES, Standing
 from qtune.plan.ladder import Ladder
 from qtune.plan.workload import Work
+from qtune.plan.world import ALONE, World
 
+GRADIENT_BYTES = 4  # of a trained weight: ranks add up float32
 LOGIT_BYTES = 44  # read and written of one logit, counted in fused_cross_entropy.of_weight: float32 in place
 TRIED_ROWS, TRIED_HEADS, TRIED_HEAD_DIM = (
     2048,
@@ -43,6 +45,7 @@ class Speed:
     step_seconds: float | None
     total_seconds: float | None
     overhead_fraction: float
+    pack_seconds: float | None = None  # of one sequence
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,30 @@ class Rates:
     moved_bytes: float
 
 
-def estimate(ladder: Ladder, overhead: float, device: Device, compute_dtype: str, steps: int) -> Speed:
-    """`overhead`, of one, is what the techniques add to a step that had memory to spare."""
+def estimate(
+    ladder: Ladder, overhead: float, device: Device, compute_dtype: str, steps: int, world: World = ALONE
+) -> Speed:
+    """`overhead`, of one, is what the techniques add to a step that had memory to spare. Of several ranks all have such
+    a device, and none ends its step before the one with most packs."""
     train, work = ladder.recipe.train, ladder.work
-    step_tokens = work.mean_tokens * train.micro_batch * train.gradient_accumulation
+    packs = train.micro_batch * train.gradient_accumulation
     if device.operations_per_second is None:
         return Speed(None, None, None, overhead)
     if device.is_card:
         plain = _operations(ladder.standing, work) / device.operations_per_second
     else:
         plain = _processor_seconds(ladder, device.operations_per_second, compute_dtype)
-    rate = work.tokens / (plain * (1 + overhead))
-    return Speed(rate, step_tokens / rate, steps * step_tokens / rate, overhead)
+    pack_seconds = plain * (1 + overhead) / len(work.sequences)
+    step = world.share(packs) * pack_seconds + world.sum_seconds(GRADIENT_BYTES * ladder.standing.trained_parameters)
+    return Speed(packs * work.mean_tokens / step, step, steps * step, overhead, pack_seconds)
+
+
+def pass_seconds(standing: Standing, work: Work, micro_batch: int, device: Device) -> float:
+    """Of a card's arithmetic for a batch, forward and backward, with memory to spare; 0 where that is not known."""
+    if not device.is_card or device.operations_per_second is None:
+        return 0.0
+    batches = len(work.sequences) / micro_batch
+    return _operations(standing, work) / device.operations_per_second / batches
 
 
 def _operations(standing: Standing, work: Work) -> float:

@@ -291,3 +291,33 @@ def test_kinds_of_layers_that_cannot_be_set_are_left_as_they_are(workplace: Path
     write_config(config, architectures=["BambaForCausalLM"])
     status, _, err = plan(capsys, *CARD)
     assert status == 0, err
+
+
+def test_several_cards_each_with_its_plan(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    several = ("--cards", "RTX 3090+RTX 4060", "--link", "1gbe", "--host-memory", "32GiB")
+    write_recipe(extra="[train]\ngradient_accumulation = 8\n")
+    status, out, _ = plan(capsys, *several)
+    assert status == 0
+    assert re.search(r"1 +6 +fits .* on RTX 3090", out)
+    assert re.search(r"1 +2 +fits .* on RTX 4060", out)
+    assert "8 packs a step over 1gbe" in out
+    told = json.loads(plan(capsys, *several, "--json")[1])
+    seconds = [card["packs"] * card["plan"]["speed"]["pack_seconds"] for card in told["cards"]]
+    assert told["step_seconds"] == pytest.approx(max(seconds) + told["sum_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--cards", "3x8GiB"), "--cards: 3 are too many, as a step of this recipe is 2 packs"),
+        (("--cards", "2x8GiB", "--longest"), "--cards has a plan for each card"),
+        (("--link", "1gbe"), "--link joins several cards"),
+    ],
+)
+def test_cards_that_cannot_be_planned_for(
+    workplace: Path, capsys: pytest.CaptureFixture, arguments: tuple[str, ...], said: str
+) -> None:
+    write_recipe(extra="[train]\ngradient_accumulation = 2\n")
+    status, _, err = plan(capsys, *arguments)
+    assert status == 2
+    assert said in " ".join(err.split())

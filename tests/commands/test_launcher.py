@@ -188,7 +188,9 @@ def test_more_cards_than_there_are(forked: list[int]) -> None:
 def test_a_card_without_a_pack_is_not_used_unless_it_is_asked_for(forked: list[int]) -> None:
     assert launched(None, accumulation=1) is None
     assert gpu_choice.VISIBLE not in os.environ  # the one is chosen as ever
-    with pytest.raises(UserError, match=r"^--cards 2: a step of this recipe is 1 pack .* Give --cards 1, or raise"):
+    with pytest.raises(
+        UserError, match=r"^--cards: 2 are too many, as a step of this recipe is 1 pack .* Take 1, or raise"
+    ):
         launched(2, accumulation=1)
     assert forked == []
 

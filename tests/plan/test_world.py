@@ -1,0 +1,89 @@
+"""Plans for several ranks: what each may take and holds, how fast they are together, and what joins them."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from arithmetic import STANDING, ladder_of
+from real_steps import recipe_for
+
+from qtune.gpu_models import models_of
+from qtune.hardware import Device
+from qtune.plan import throughput
+from qtune.plan.forecast import EXCHANGE, STEP
+from qtune.plan.planner import budget_of
+from qtune.plan.workload import BatchShape, Work
+from qtune.plan.world import ALONE, LINKS, Link, World, dealt, link_of
+from qtune.units import GIB
+
+CARD = Device("cuda:0", "a card", 8 * GIB, 8 * GIB, "bfloat16", "a test", 32 * GIB, operations_per_second=1e12)
+PACKS = Work(4 * (BatchShape.of_one_document(100),))
+
+
+def test_a_host_is_shared_by_the_ranks_on_it() -> None:
+    recipe = recipe_for("demo")
+    assert budget_of(recipe, CARD, World(4, 2)).host_bytes == round(0.8 * CARD.host_free_bytes / 2)
+    asked = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"host_budget": "8GiB"})})
+    assert budget_of(asked, CARD, World(4, 2)).host_bytes == 4 * GIB
+    assert budget_of(asked, CARD, ALONE).host_bytes == 8 * GIB
+
+
+def test_a_sum_sends_two_parts_of_n_less_one() -> None:
+    link = Link("a link", bytes_per_second=100.0, seconds=0.5)
+    assert World(4, 4, link).sum_seconds(1000) == 2 * (0.5 + 3 / 4 * 1000 / 100)
+    assert ALONE.sum_seconds(1000) == 0
+
+
+def test_gradients_are_thrice_there_before_the_step_of_several() -> None:
+    ladder = ladder_of(PACKS)
+    several = replace(ladder.forecaster, standing=replace(STANDING, ranks=2))
+    alone = ladder.forecaster.forecast(ladder.foot, PACKS.heaviest(1)).phases
+    phases = several.forecast(ladder.foot, PACKS.heaviest(1)).phases
+    assert phases[EXCHANGE] == alone[STEP] - STANDING.optimizer_workspace_bytes + 12 * STANDING.trained_parameters
+    assert EXCHANGE not in alone
+
+
+@pytest.mark.parametrize(("packs", "most"), [(8, 4), (7, 4), (2, 1), (1, 1)])
+def test_a_step_takes_as_long_as_the_rank_with_most_packs(packs: int, most: int) -> None:
+    ladder = ladder_of(PACKS, gradient_accumulation=packs, micro_batch=1)
+    world = World(2, 2, Link("a link", 1e6, 0.25))
+    alone = throughput.estimate(ladder, 0.1, CARD, "bfloat16", steps=3)
+    both = throughput.estimate(ladder, 0.1, CARD, "bfloat16", 3, world)
+    summing = 2 * (0.25 + 4 * STANDING.trained_parameters / 2 / 1e6)
+    assert both.pack_seconds == alone.pack_seconds is not None
+    assert both.step_seconds == pytest.approx(most * alone.pack_seconds + summing)
+    assert both.tokens_per_second == pytest.approx(packs * 100 / both.step_seconds)
+
+
+def test_cards_are_read_as_people_write_them() -> None:
+    assert [model.bytes for model in models_of("2x8GiB+16GiB")] == [8 * GIB, 8 * GIB, 16 * GIB]
+    assert [model.name for model in models_of("2xRTX-3090+4090")] == ["RTX 3090", "RTX 3090", "RTX 4090"]
+    for wrong in ("0x8GiB", "2x", "8GiB+", "2xRTX 9999", ""):
+        with pytest.raises(ValueError, match="must be"):
+            models_of(wrong)
+
+
+def test_links_have_names_and_speeds() -> None:
+    assert link_of("10GbE") == LINKS["10gbe"]
+    assert link_of("5GB/s").bytes_per_second == 5e9
+    with pytest.raises(ValueError, match=r"^must be one of nvlink4, .*, or bytes a second such as 5GB/s, and is wifi$"):
+        link_of("wifi")
+
+
+def test_ranks_of_one_speed_take_turns() -> None:
+    assert dealt(7, [0.3, 0.3, 0.3]) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_one_that_is_twice_as_fast_takes_twice_as_many() -> None:
+    dealing = dealt(12, [1.0, 2.0])
+    assert [dealing.count(rank) for rank in (0, 1)] == [8, 4]
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 1.7), (1.0, 2.5, 0.4), (3.0, 1.0, 1.0)])
+def test_no_other_dealing_ends_sooner(seconds: tuple[float, ...]) -> None:
+    """Packs that are all as long: greedy is as good as any of all ways."""
+    packs = 7
+    of_all = itertools.product(range(packs + 1), repeat=len(seconds))
+    ends = [max(map(lambda n, s: n * s, counts, seconds)) for counts in of_all if sum(counts) == packs]
+    dealing = dealt(packs, seconds)
+    assert max(dealing.count(rank) * each for rank, each in enumerate(seconds)) == pytest.approx(min(ends))
