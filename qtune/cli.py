@@ -55,45 +55,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb.refuse(options)
         return verb.act(options) or 0
     except UserError as fault:
-        print(verb.said(fault, options), file=sys.stderr)
-        return fault.exit_code
+        return _told(options, verb.said(fault, options), fault.exit_code)
     except QtuneError as fault:
-        print(fault, file=sys.stderr)
-        return fault.exit_code
+        return _told(options, str(fault), fault.exit_code)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "Stopped.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _told(options, str(stop) or "Stopped.", 128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as fault:
-        return _machines_fault(fault) or _our_fault(fault)
+        said = _machines_fault(fault)
+        return _told(options, said, UserError.exit_code) if said else _told(options, _our_fault(fault), 1)
+
+
+def _told(options: argparse.Namespace, sentence: str, exit_code: int) -> int:
+    """Say why this ends, unless another rank of the same run says it; returns the exit code."""
+    ranks = getattr(options, "ranks", None)
+    if ranks is None or ranks.fail(sentence, exit_code):
+        print(sentence, file=sys.stderr)
+    return exit_code
 
 
 def _terminate(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _machines_fault(fault: Exception) -> int | None:
-    """Say that a card fell out in the middle, where it did."""
+def _machines_fault(fault: Exception) -> str | None:
+    """That a card fell out in the middle, where it did."""
     if "torch" not in sys.modules:
         return None
     from qtune import card_faults
 
     said = card_faults.why_gone(fault)
-    if said is None:
-        return None
-    print(card_faults.told("The card", said), file=sys.stderr)
-    return UserError.exit_code
+    return None if said is None else card_faults.told("The card", said)
 
 
-def _our_fault(fault: Exception) -> int:
+def _our_fault(fault: Exception) -> str:
     """Keep the traceback in a file, and say where; bytes run out for everyone, so that is said plainly."""
     with tempfile.NamedTemporaryFile("w", prefix="qtune-", suffix=".txt", delete=False, encoding="utf-8") as file:
         traceback.print_exception(fault, file=file)
     kind = type(fault).__name__
-    print(f"qtune failed, and the fault is ours: {kind}: {fault}\nThe details are in {file.name}.", file=sys.stderr)
-    return 1
+    return f"qtune failed, and the fault is ours: {kind}: {fault}\nThe details are in {file.name}."
 
 
 def build_parser() -> argparse.ArgumentParser:

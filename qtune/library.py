@@ -314,7 +314,7 @@ class Run:
         with quick_imports():
             from qtune import resume
             from qtune import run as story
-            from qtune.ready import get_ready_again
+            from qtune.ready import folder_again, get_ready_again
             from qtune.report.progress_line import Doing
 
         resume.refuse_without_checkpoints(self.folder)
@@ -324,6 +324,7 @@ class Run:
             with at_work(*sources(recipe)):
                 ready, going_on = get_ready_again(self.folder, recipe, allow_change, Doing())
                 resume.remember(self.folder, _as_texts(overrides))
+                folder_again(ready, self.folder)
                 listen, is_main = on_event or _printed(ready.plan.steps), _is_on_main_thread()
                 story.run(ready, self.folder, listen, going_on, catches_signals=is_main)
         return Run(self.folder)

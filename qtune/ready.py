@@ -18,8 +18,8 @@ from qtune import __version__, logs
 from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.distributed import agreement
-from qtune.distributed.ranks import Ranks
-from qtune.errors import MachineError
+from qtune.distributed.ranks import ALONE, Ranks
+from qtune.errors import MachineError, RunFolderError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import find_device
@@ -34,7 +34,7 @@ from qtune.recipe.schema import Recipe
 from qtune.recipe.text_part import TextPart
 from qtune.report.progress_line import Doing
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
-from qtune.rundir import RunDir, default_path, leaves, write_json
+from qtune.rundir import RunDir, default_path, leaves, read_json, write_json
 from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.units import format_bytes
@@ -156,18 +156,51 @@ def work_of(prepared: Prepared) -> Work:
     return Work.of_packs(prepared.train_packs, train.tokens, train.trained_tokens)
 
 
-def start_folder(ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None) -> RunDir:
-    """A new run folder that says what was asked for and what was settled, before anything can fail.
+def start_folder(
+    ready: Ready, recipe_text: str, invocation: Invocation, output: Path | None, ranks: Ranks = ALONE
+) -> RunDir:
+    """A new run folder that says what was asked for and what was settled, before anything can fail; of further ranks
+    one in the folder of the first.
 
-    Raises MachineError where the run does not fit in memory, or what it leaves not on the disk.
+    Raises MachineError where the run does not fit in memory, or what it leaves not on the disk, and RunFolderError
+    where not all ranks see it.
     """
-    path = output or default_path(ready.recipe.name, datetime.now())
+    path = Path(ranks.broadcast(str(output or default_path(ready.recipe.name, datetime.now()))))
     refuse_unless_it_fits(ready.recipe, ready.plan)
-    refuse_full_disk(path, ready.plan.disk_bytes)
-    run = RunDir.create(path, recipe_text, dataclasses.asdict(invocation))
+    asked = dataclasses.asdict(invocation)
+    if ranks.is_first:
+        refuse_full_disk(path, ready.plan.disk_bytes)
+        RunDir.create(path, recipe_text, asked)
+    try:
+        agreement.refuse_unshared(ranks, path)
+    except RunFolderError:
+        if ranks.is_first:
+            shutil.rmtree(path)
+        raise
+    run = RunDir(path) if ranks.is_first else RunDir.create(RunDir(path).of_rank(ranks.rank).path, recipe_text, asked)
     logs.write_to(run.log)
     _describe(ready, run)
     return run
+
+
+def folder_again(ready: Ready, run: RunDir, ranks: Ranks = ALONE) -> RunDir:
+    """The folder in which this rank of a run goes on: the first in the run's own, each other in a new one.
+
+    Raises RunFolderError where not all ranks see it.
+    """
+    agreement.refuse_unshared(ranks, run.path)
+    if ranks.is_first:
+        shutil.rmtree(run.ranks, ignore_errors=True)
+    ranks.gather("those of before are gone")
+    folder = run.of_rank(ranks.rank)
+    if not ranks.is_first:
+        RunDir.create(folder.path, run.recipe.read_text(encoding="utf-8"), read_json(run.invocation))
+        for file in (run.lock, run.base_score):
+            if file.is_file():
+                shutil.copy(file, folder.path)
+    logs.write_to(folder.log)
+    _describe(ready, folder)
+    return folder
 
 
 def _describe(ready: Ready, run: RunDir) -> None:
@@ -176,7 +209,9 @@ def _describe(ready: Ready, run: RunDir) -> None:
     write_json(run.probe, [example.input_ids for example in ready.prepared.held_out[:PROBE_ROWS]])
 
 
-def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str], doing: Doing) -> tuple[Ready, GoingOn]:
+def get_ready_again(
+    run: RunDir, recipe: Recipe, allowed: Sequence[str], doing: Doing, ranks: Ranks = ALONE
+) -> tuple[Ready, GoingOn]:
     """What a run that was stopped needs to go on.
 
     Raises RunFolderError where it no longer is what it was and that was not `allowed`, field by field, and where all
@@ -184,10 +219,13 @@ def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str], doing: 
     """
     doing("looking for the newest whole checkpoint")
     path, why = checkpoint_files.choose(run.checkpoints)
+    agreement.refuse_unlike(ranks, {"checkpoint": path and path.name})
     checkpoint = None if path is None else Checkpoint.read(path)
     is_replanned = any(field.startswith("memory.") for field in allowed)
     settled = None if checkpoint is None or is_replanned else Settled(checkpoint.techniques, checkpoint.micro_batch)
-    ready = get_ready(recipe, settled, doing)
+    with ranks.one_before_others("rows"):
+        ready = get_ready(recipe, settled, doing)
+    refuse_unlike_ranks(ranks, ready)
     refuse_unless_it_fits(recipe, ready.plan)
     if run.lock.is_file():
         doing(f"hashing {recipe.model.base}")
@@ -195,9 +233,9 @@ def get_ready_again(run: RunDir, recipe: Recipe, allowed: Sequence[str], doing: 
         now = ready.lock(before.quantized_modules)
         refuse_changes(run, changes(before, now), allowed)
         refuse_full_disk(run.path, ready.plan.disk_bytes)
-        run.write_lock(now)
-    logs.write_to(run.log)
-    _describe(ready, run)
+        ranks.gather("all have read the lock")
+        if ranks.is_first:
+            run.write_lock(now)
     if checkpoint is not None and checkpoint.warms_otherwise(ready.plan.warmup_steps):
         why += " Its warm-up began at nought; the rest of it is a step ahead of that."
     return ready, GoingOn(checkpoint, Resumed(checkpoint.step if checkpoint else 0, why))

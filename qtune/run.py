@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qtune import accelerator, card_faults
 from qtune.data.packing import PackedRow, packed_rows
-from qtune.errors import MachineError, UserError
+from qtune.distributed.ranks import ALONE, Ranks
+from qtune.errors import MachineError, RankLost, UserError
 from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised_told
@@ -52,8 +53,11 @@ def run(
     going_on: GoingOn | None = None,
     stop: threading.Event | None = None,
     catches_signals: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Fitted:
     """Load, score, train, score again; everything worth keeping is in `folder` when this returns.
+
+    Of several `ranks` each does so in a folder of its own; the first one's is the run.
 
     `listen` hears every event, one at a time; of a run that is `going_on`, as if it had never been stopped, what its
     folder has first. Training ends after the step in which `stop` is set, or a signal comes if it `catches_signals`,
@@ -61,14 +65,14 @@ def run(
     """
     checkpoint = going_on.checkpoint if going_on else None
     tell = Teller(folder, listen, repeats=checkpoint is not None)
-    folder.wind_back(checkpoint.journal_bytes if checkpoint else {})
+    folder.wind_back(checkpoint.journal_bytes if checkpoint and ranks.is_first else {})
     for event in folder.events():
         listen(event)
     if going_on is not None:
         tell(going_on.told)
     locking = accelerator.when_locking_is_refused(lambda: tell(Notice(UNLOCKED)))
     with locking, _naming_what_is_kept(ready.plan.device, folder):
-        return _told(ready, folder, tell, checkpoint, stop, catches_signals)
+        return _told(ready, folder, tell, checkpoint, stop, catches_signals, ranks)
 
 
 def _told(
@@ -78,6 +82,7 @@ def _told(
     checkpoint: Checkpoint | None,
     stop: threading.Event | None,
     catches_signals: bool,
+    ranks: Ranks,
 ) -> Fitted:
     """What `run` does, told as it happens."""
     prepare(ready.plan.device, ready.plan.budget.device_bytes)
@@ -93,7 +98,7 @@ def _told(
     tell(learner.measure("eval", 0))
     tell.repeats = False
     rows = _rows(ready, learner)
-    session = TrainingSession(ready.recipe, ready.plan, learner, rows, tell, folder, checkpoint)
+    session = TrainingSession(ready.recipe, ready.plan, learner, rows, tell, folder, checkpoint, ranks)
     fitted = session.run(stop, catches_signals)
     tell(learner.measure("save", fitted.steps))
     if not fitted.was_stopped:
@@ -102,8 +107,9 @@ def _told(
         if before is not None and after is not None:
             scores = compare(before, after, ready.held_out, ready.recipe.evaluate, ready.recipe.train.seed)
             write_json(folder.scores, {**scores, "memorised": dataclasses.asdict(told) if told else None})
-    summary.write_summary(folder)
-    model_card.write_card(folder)
+    if ranks.is_first:
+        summary.write_summary(folder)
+        model_card.write_card(folder)
     return fitted
 
 
@@ -158,9 +164,9 @@ def _leaving_no_folder(folder: RunDir) -> Iterator[None]:
     """A run that the user must put right before it can start leaves no folder, unless it has begun already."""
     try:
         yield
-    except UserError:
-        if not folder.checkpoints.exists():
-            shutil.rmtree(folder.path)
+    except (UserError, RankLost) as fault:
+        if fault.exit_code == UserError.exit_code and not folder.checkpoints.exists():
+            shutil.rmtree(folder.path, ignore_errors=True)  # a rank's is gone with that of the first
         raise
 
 

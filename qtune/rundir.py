@@ -9,7 +9,7 @@ memory.jsonl     bytes by part, one step a line          merge.json      the ver
 history.jsonl    checkpoints, interruptions, resumes     checkpoints/    to go on from, the newest and the best
 invocation.json  the command line, to resume with        base_score.json the score before training
 report.html      the run as a page, where asked for      export*.json    proofs of what was exported
-eval-*.json      scores of `qtune eval`
+eval-*.json      scores of `qtune eval`                  ranks/           what each further rank of several tells
 
 metrics.jsonl is the same for a run that was interrupted and one that was not; what differs is kept in history.jsonl.
 """
@@ -34,6 +34,7 @@ from qtune.lock import Lock
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
 HELD = ".held"  # locked by the process that is at work in a folder
+RANKS = "ranks"
 RUNS = Path("runs")  # where a run goes that is given no --output
 _NAME_BY_EVENT = {event: name for name, event in EVENT_BY_NAME.items()}
 T = TypeVar("T")
@@ -80,6 +81,19 @@ class RunDir:
             return cls.open(path)
         _refuse_links(path)
         return run
+
+    def of_rank(self, rank: int) -> "RunDir":
+        """Where a rank keeps what it tells; the first has the run's own folder."""
+        return self if rank == 0 else RunDir(self.ranks / f"{rank:04}", self.base)
+
+    @property
+    def whole_run(self) -> "RunDir":
+        """The run of which this is a rank's folder, or the whole."""
+        return RunDir(self.path.parent.parent, self.base) if self.path.parent.name == RANKS else self
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / RANKS
 
     @property
     def recipe(self) -> Path:

@@ -31,6 +31,7 @@ LANES: dict[str, tuple[str, int]] = {  # id: module, cases
     "R5": ("changed_fields", 1),
     "R7": ("matrix", 48),
     "R9": ("signals", 100),
+    "R10": ("rank_kills", 200),
     "O1": ("out_of_memory", 1),
     "L1": ("cross_entropy", 100),
     "L2": ("factorings", 6),

@@ -1,9 +1,8 @@
 """The ranks of one run on one machine, one a card: forked here before anything heavy is imported, then watched.
 
-A rank finds in its environment what torchrun would have set, and cannot tell who launched it. Rank 0 has this terminal;
-what another rank prints is kept, and shown where rank 0 did not live to say it. Signals are passed on to every rank,
-but for Ctrl-C, which a terminal gives to all by itself. When a rank ends that should not have, the others have time to
-find out, to save and to say so, and are killed after it.
+A rank finds in its environment what torchrun would have set, and cannot tell who launched it. Signals are passed on to
+every rank, but for Ctrl-C, which a terminal gives to all by itself. When a rank ends that should not have, the others
+have time to find out, to save and to say so, and are killed after it.
 """
 
 import contextlib
@@ -13,11 +12,10 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from qtune import gpu_choice
 from qtune.commands.arguments import positive
@@ -105,12 +103,11 @@ def fork_ranks(count: int) -> int | None:
     watched = {*FORWARDED, signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    kept: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115  # closed with this process
-    ranks, parent = Ranks(kept), os.getpid()
+    ranks, parent = _Watched(), os.getpid()
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
-            _become(rank, count, environment, kept[rank], parent)
+            _become(rank, count, environment, parent)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return None
         ranks.pids.append(pid)
@@ -132,7 +129,7 @@ def _threads(count: int) -> Mapping[str, str]:
     return {"OMP_NUM_THREADS": given or str(max(1, (os.cpu_count() or 1) // count))}
 
 
-def _become(rank: int, count: int, environment: Mapping[str, str], kept: IO[bytes], parent: int) -> None:
+def _become(rank: int, count: int, environment: Mapping[str, str], parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):  # Linux alone has it; elsewhere ranks find out by themselves
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGTERM)
         if os.getppid() != parent:
@@ -142,16 +139,13 @@ def _become(rank: int, count: int, environment: Mapping[str, str], kept: IO[byte
     os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
     if rank > 0:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(kept.fileno(), 1)
-        os.dup2(kept.fileno(), 2)
 
 
-class Ranks:
-    """Processes by rank; `kept` is what those print that have no terminal."""
+class _Watched:
+    """Processes by rank."""
 
-    def __init__(self, kept: Sequence[IO[bytes]]):
+    def __init__(self) -> None:
         self.pids: list[int] = []
-        self._kept = kept
         self._codes: dict[int, int] = {}  # by rank; -9 of one that SIGKILL ended
         self._late: list[int] = []  # whom we killed
         self._until = math.inf  # when
@@ -194,10 +188,3 @@ class Ranks:
             elif code < 0:
                 hint = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
                 print(f"Rank {rank} was ended by {signal.Signals(-code).name}{hint}.", file=sys.stderr)
-        if self._codes[0] <= 0:
-            self._show_what_another_said()
-
-    def _show_what_another_said(self) -> None:
-        for rank in [rank for rank in sorted(self._codes) if rank and self._codes[rank] > 0][:1]:
-            self._kept[rank].seek(0)
-            sys.stderr.write(self._kept[rank].read().decode(errors="replace"))

@@ -1,10 +1,13 @@
 """`qtune resume`: go on with a run that was stopped."""
 
 from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from qtune.commands import arguments, launcher, terminal
 from qtune.commands.verb import Verb
+from qtune.distributed.launched import Launched
+from qtune.distributed.ranks import Ranks
 from qtune.errors import RecipeError, RunFolderError, UserError
 from qtune.train import trackers
 
@@ -43,25 +46,32 @@ def act(options: Namespace) -> int:
     if code is not None:
         return code
     logs.hold()
-    with folder.held(), terminal.going_on_told(folder):
-        return _go_on(folder, options)
+    launched = terminal.launched_here()
+    is_first = launched is None or launched.rank == 0
+    with folder.held() if is_first else nullcontext(), terminal.going_on_told(folder):
+        return _go_on(folder, options, launched)
 
 
-def _go_on(folder: "RunDir", options: Namespace) -> int:
+def _go_on(run: "RunDir", options: Namespace, launched: Launched | None) -> int:
     from qtune import resume
 
     with terminal.doing_of(options, is_log=True) as doing:
-        recipe = resume.recipe_of(folder, options.set)
+        recipe = resume.recipe_of(run, options.set)
         trackers.make_ready(recipe.report.to)
         arguments.stay_offline_when_local(recipe)
-        with terminal.importing(doing):
-            from qtune import run  # noqa: F401  (for `drawn`)
-            from qtune.ready import get_ready_again
+        with terminal.importing(doing, launched):
+            import qtune.run  # noqa: F401  (for `drawn`)
+            from qtune import ready as readiness
 
-        ready, going_on = get_ready_again(folder, recipe, options.allow_change, doing)
+        options.ranks = ranks = Ranks.join(launched)
+        readiness.refuse_unlike_recipes(ranks, recipe)
+        ready, going_on = readiness.get_ready_again(run, recipe, options.allow_change, doing, ranks)
     console = doing.console
-    resume.remember(folder, options.set)
-    return terminal.told(folder, terminal.drawn(ready, folder, console, going_on), console, options.json)
+    if ranks.is_first:
+        resume.remember(run, options.set)
+    folder = readiness.folder_again(ready, run, ranks)
+    fitted = terminal.drawn(ready, folder, console, going_on, ranks)
+    return terminal.told(folder, fitted, console, options.json, ranks)
 
 
 def said(fault: UserError, options: Namespace) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qtune.commands import arguments, launcher, terminal
 from qtune.commands.verb import Verb
+from qtune.distributed.ranks import Ranks
 from qtune.train import trackers
 
 
@@ -28,23 +29,30 @@ def act(options: Namespace) -> int:
 
 
 def _run(options: Namespace) -> int:
+    launched = terminal.launched_here()
     with terminal.doing_of(options, is_log=True) as doing:
         recipe, path = arguments.load_recipe(options)
         trackers.make_ready(recipe.report.to)
-        with terminal.importing(doing):
+        with terminal.importing(doing, launched):
             from qtune import ready as readiness
             from qtune import run  # noqa: F401  (for `drawn`)
         from qtune.recipe.load import given_anywhere
         from qtune.report import plan_table
         from qtune.resume import Invocation
 
-        ready = readiness.get_ready(recipe, doing=doing)
+        options.ranks = ranks = Ranks.join(launched)
+        readiness.refuse_unlike_recipes(ranks, recipe)
+        with ranks.one_before_others("rows"):
+            ready = readiness.get_ready(recipe, doing=doing)
+        readiness.refuse_unlike_ranks(ranks, ready)
     console = doing.console
     plan_table.show(console, recipe, asdict(ready.prepared.report), ready.plan.as_json())
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)
-    folder = readiness.start_folder(ready, path.read_text(encoding="utf-8-sig"), invocation, options.output)
-    with folder.held(), terminal.going_on_told(folder):
-        return terminal.told(folder, terminal.drawn(ready, folder, console), console, options.json)
+    text = path.read_text(encoding="utf-8-sig")
+    folder = readiness.start_folder(ready, text, invocation, options.output, ranks)
+    with folder.held(), terminal.going_on_told(folder.whole_run):
+        fitted = terminal.drawn(ready, folder, console, ranks=ranks)
+        return terminal.told(folder, fitted, console, options.json, ranks)
 
 
 VERB = Verb(

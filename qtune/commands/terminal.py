@@ -3,12 +3,15 @@
 import argparse
 import gc
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
-from qtune.errors import UserError
+from qtune.distributed.launched import Launched
+from qtune.distributed.ranks import ALONE, Ranks
+from qtune.errors import RankLost, UserError
 from qtune.fast_imports import quick_imports
 from qtune.gpu_choice import let_segments_grow, narrow_own_process
 
@@ -44,10 +47,10 @@ def _lines_to(console: "Console", is_log: bool) -> IO[str] | None:
 
 
 @contextmanager
-def importing(doing: "Doing") -> Iterator[None]:
+def importing(doing: "Doing", launched: Launched | None = None) -> Iterator[None]:
     """For what takes seconds to import."""
     doing("importing libraries")
-    narrow_own_process()
+    narrow_own_process(launched)
     let_segments_grow()
     with quick_imports():
         yield
@@ -68,13 +71,26 @@ def is_agreed(question: str, done: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def drawn(ready: "Ready", folder: "RunDir", console: "Console", going_on: "GoingOn | None" = None) -> "Fitted":
+def launched_here() -> Launched | None:
+    """Which rank of several this process is, if it is one; the first alone has the terminal. Raises MachineError."""
+    launched = Launched.taken()
+    if launched is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of each wait, which is asked again
+    if launched is not None and launched.rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process
+    return launched
+
+
+def drawn(
+    ready: "Ready", folder: "RunDir", console: "Console", going_on: "GoingOn | None" = None, ranks: Ranks = ALONE
+) -> "Fitted":
     """The run, drawn on the terminal while it runs."""
     from qtune import run as story
 
-    story.get_weights(ready, folder, lambda said: console.print(said, style="dim", markup=False))
+    with ranks.one_before_others("weights"):
+        story.get_weights(ready, folder, lambda said: console.print(said, style="dim", markup=False))
     with listener_for(console, ready.title, ready.plan.steps) as dashboard:
-        return story.run(ready, folder, dashboard, going_on, catches_signals=True)
+        return story.run(ready, folder, dashboard, going_on, catches_signals=True, ranks=ranks)
 
 
 def listener_for(console: "Console", title: str, steps: int) -> "Dashboard | PlainLines":
@@ -90,7 +106,7 @@ def listener_for(console: "Console", title: str, steps: int) -> "Dashboard | Pla
 
 @contextmanager
 def going_on_told(folder: "RunDir") -> Iterator[None]:
-    """A run that is broken off outside of its steps says how to go on with it."""
+    """A run that is broken off outside of its steps, or by another rank, says how to go on with it."""
     from qtune.report.tables import NextCommands
 
     stopped = f"Stopped. Go on with it:\n  {NextCommands.of(folder).resume}"
@@ -98,16 +114,21 @@ def going_on_told(folder: "RunDir") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(stopped) from None
+    except RankLost as lost:
+        is_refused = lost.exit_code == UserError.exit_code
+        raise RankLost(str(lost) if is_refused else f"{lost}\n{stopped}", lost.rank, lost.exit_code) from lost
     except SystemExit:
         print(stopped, file=sys.stderr)
         raise
 
 
-def told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool) -> int:
-    """The end of a run, shown; returns the exit code."""
+def told(folder: "RunDir", fitted: "Fitted", console: "Console", as_json: bool, ranks: Ranks = ALONE) -> int:
+    """The end of a run, shown by the first rank; returns the exit code."""
     from qtune.report import summary, tables
 
-    console.print(tables.end_of_run(folder), crop=False)
-    if as_json:
+    if ranks.is_first:
+        console.print(tables.end_of_run(folder), crop=False)
+    if ranks.is_first and as_json:
         print_json(summary.as_json(folder))
+    ranks.leave()
     return 0 if fitted.stopped_by is None else 128 + fitted.stopped_by
