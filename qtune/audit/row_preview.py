@@ -11,9 +11,9 @@ from qtune.audit.row_locations import parted
 from qtune.data.chat_template import ChatTemplate, special_tokens
 from qtune.data.chunking import fitted
 from qtune.data.row_stream import format_of
-from qtune.data.rows import Dropped, Example, RawRow, parse_row
+from qtune.data.rows import Dropped, Example, RawRow, as_learned, parse_row
 from qtune.data.sources import Source
-from qtune.data.tokenize import Encoder, Stretch, stretches, tokenize
+from qtune.data.tokenize import Encoder, Stretch, stretches, tokenize, with_thoughts
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
 
@@ -51,7 +51,7 @@ def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTo
         return _left_out(number, row, "", data)
     form = format_of(source, data)
     assert form is not None, "a row that can be read has columns"
-    item = parse_row(row, form, data.columns.mapped, data.system)
+    item = as_learned(parse_row(row, form, data.columns.mapped, data.system), data)
     if isinstance(item, Dropped):
         return _left_out(number, item, form.name, data)
     template = None if form.is_text else ChatTemplate.of(tokenizer)
@@ -114,7 +114,7 @@ def _shown(
         place=row.place,
         number=number,
         format=form,
-        stretches=stretches(row, len(row.input_ids) if is_whole else data.max_tokens, tokenizer),
+        stretches=with_thoughts(stretches(row, len(row.input_ids) if is_whole else data.max_tokens, tokenizer)),
         tokens=len(row.input_ids),
         trained_tokens=kept,
         cut_trained_tokens=row.trained_tokens - kept,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qtune.data.formats import Call, Message
+from qtune.data.formats import Call, Message, thoughts
 from qtune.data.formats.tool_calls import json_text
 from qtune.data.template_process import Asked, Renderer, Spelling, Untraceable
 from qtune.errors import ModelError
@@ -46,18 +46,6 @@ TOOLS = json_text(
     ]
 )
 GIVE_ANOTHER = 'choose a base whose template does, or name one: [model] chat_template = "template.jinja"'
-# What thoughts stand between, as templates and sets of rows have it.
-THOUGHT_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|channel|>analysis<|message|>", "<|end|>"),
-)
-EMPTY_THOUGHT = re.compile(r"\s*(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}" for a, b in THOUGHT_TAGS) + r")\s*")
-BEGIN_OF_THOUGHT = re.compile(r"(?:" + "|".join(re.escape(begin) for begin, _ in THOUGHT_TAGS) + r")\s*$")
-END_OF_THOUGHT = re.compile(r"(?:" + "|".join(re.escape(end) for _, end in THOUGHT_TAGS) + r")\s*")
 TRAINED_THOUGHTS = ("train", "train_all")
 Chat = tuple[Sequence[Message], str]
 """Messages, and the JSON text of their tools, "" for none."""
@@ -200,7 +188,9 @@ class ChatTemplate:
         for message, opening, answer, after in zip(messages, openings, answers, frame[1:], strict=True):
             end = self.end_of_turn if after.startswith(self.end_of_turn) else ""
             opening = opening if answer.startswith(opening) else ""
-            is_opened = message.is_trained and (not EMPTY_THOUGHT.fullmatch(opening) or message.thoughts == "train_all")
+            is_opened = message.is_trained and (
+                not thoughts.OPENED_EMPTY.fullmatch(opening) or message.thoughts == "train_all"
+            )
             told = _without_empty_thought(answer.removeprefix(opening) + end, message)
             pieces += [Piece(before, False), Piece(opening, is_opened), *told]
             before = after.removeprefix(end)
@@ -252,7 +242,7 @@ class ChatTemplate:
             return header + len(self.turns.header)
         before = marked[:first]
         if before.endswith(THOUGHT):
-            return len(BEGIN_OF_THOUGHT.sub("", before.removesuffix(THOUGHT)))
+            return max((begin.start() for begin in thoughts.BEGIN.finditer(before)), default=first)
         lead = self.turns.lead.replace(CALL.calls[0].name, message.calls[0].name) if message.calls else ""
         return first - len(lead) if lead and before.endswith(lead) else first
 
@@ -303,7 +293,7 @@ def _says_all(turn: str, written: str, message: Message, number: int) -> bool:
     """Whether a turn as the template wrote it holds what the message says: one that looks like the template's own frame
     within must not be cut there."""
     marker = MARKER.format(number)
-    said = END_OF_THOUGHT.split(message.content)[-1].strip()  # the template may drop a thought of an earlier turn
+    said = thoughts.END.split(message.content)[-1].strip()  # the template may drop a thought of an earlier turn
     is_written = written.count(marker) - written.count(THOUGHT + marker) > 2 * len(message.calls)
     called = [text for call in message.calls for text in (call.name, *_texts_in(call.arguments))]
     return (not is_written or said in turn) and all(text in turn or json_text(text)[1:-1] in turn for text in called)
@@ -340,13 +330,13 @@ def _thought_in(turn: str, written: tuple[str, str, str], thought: str) -> str:
     at = turn.find(thought, len(before))
     if not marker or not turn.startswith(before) or at < 0:
         return ""
-    end = END_OF_THOUGHT.search(turn, at + len(thought))
+    end = thoughts.END.search(turn, at + len(thought))
     return turn[: end.end()] if end else turn[: at + len(thought)]
 
 
 def _without_empty_thought(said: str, message: Message) -> list[Piece]:
     """What is said, an empty thinking block before it apart: that is a habit, and learned where all is asked for."""
-    block = EMPTY_THOUGHT.match(said)
+    block = thoughts.EMPTY.match(said)
     if block is None or message.thoughts == "train_all":
         return [Piece(said, message.is_trained)]
     return [Piece(block[0], False), Piece(said[block.end() :], message.is_trained)]
@@ -383,7 +373,7 @@ def _header(asked: str, plain: str, answered: str, special: Sequence[str]) -> st
     beginning of a thought."""
     shared = _shared(asked, answered)
     if asked != plain:
-        return re.split("|".join(re.escape(begin) for begin, _ in THOUGHT_TAGS), shared.removeprefix(plain))[0]
+        return thoughts.BEGIN.split(shared.removeprefix(plain))[0]
     # There is no generation prompt, or always one (Command R7B): the special tokens behind that which ends a question.
     tokens = re.finditer("|".join(map(re.escape, special)), asked)
     ends = [token.end() for token in tokens if token.end() <= len(shared)]
@@ -414,10 +404,8 @@ def _spelling(renderer: Renderer) -> tuple[Spelling, bool]:
     texts = renderer.render([Asked(chat, tools=TOOLS, spelling=each) for chat in chats for each in every])
     fitting = [each for each, text in zip([*every, *every], texts, strict=True) if _has_call(text)]
     thinking = dataclasses.replace(ANSWER, thought=THOUGHT)
-    thoughts = renderer.render(
-        [Asked([QUESTION, thinking], spelling=Spelling(thought_key=key)) for key in THOUGHT_KEYS]
-    )
-    known = [key for key, text in zip(THOUGHT_KEYS, thoughts, strict=True) if isinstance(text, str) and THOUGHT in text]
+    texts = renderer.render([Asked([QUESTION, thinking], spelling=Spelling(thought_key=key)) for key in THOUGHT_KEYS])
+    known = [key for key, text in zip(THOUGHT_KEYS, texts, strict=True) if isinstance(text, str) and THOUGHT in text]
     spelling = fitting[0] if fitting else Spelling()
     return dataclasses.replace(spelling, thought_key=known[0] if known else ""), bool(fitting)
 

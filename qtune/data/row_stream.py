@@ -12,7 +12,17 @@ from typing import Generic, TypeVar
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.chunking import fitted
 from qtune.data.formats import DataFormat
-from qtune.data.rows import Conversation, Document, Dropped, EncodedRow, Example, RawRow, parse_row, recognise
+from qtune.data.rows import (
+    Conversation,
+    Document,
+    Dropped,
+    EncodedRow,
+    Example,
+    RawRow,
+    as_learned,
+    parse_row,
+    recognise,
+)
 from qtune.data.sources import Source
 from qtune.data.tokenize import Encoder, batches_of, characters_of, tokenize
 from qtune.data.worker_pool import spread
@@ -57,7 +67,7 @@ def parsed_rows(source: Source, form: DataFormat, data: Data) -> Iterator[Parsed
     """
     mapped = data.columns.mapped
     for row in source.read(data.max_rows):
-        yield row if isinstance(row, Dropped) else parse_row(row, form, mapped, data.system)
+        yield row if isinstance(row, Dropped) else as_learned(parse_row(row, form, mapped, data.system), data)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a row is on its way: raw as its file has it, then a conversation or a document, then tokens; or left out."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from qtune.data.formats import FORMATS, BadRow, DataFormat, Message, RowFault, Values, held
+from qtune.data.formats.thoughts import parted
 from qtune.errors import DataError
+from qtune.recipe.schema import Data
 
 NOT_TRAINED = -100  # the label that torch's and every other cross-entropy leaves out
 SHOWN_COLUMNS, COLUMN_CHARACTERS = 12, 40  # of columns that no format fits; those of a file without a header are rows
@@ -122,6 +125,30 @@ def parse_row(
         return _parsed(row, form, mapped, system)
     except BadRow as bad:
         return Dropped(row.place, bad.fault, str(bad))
+
+
+def as_learned(item: Conversation | Document | Dropped, data: Data) -> Conversation | Document | Dropped:
+    """The conversation with its thoughts and its answers trained as data.thoughts and data.train_on have it."""
+    if not isinstance(item, Conversation):
+        return item
+    messages = [_thinking(each, data.thoughts) if each.role == "assistant" else each for each in item.messages]
+    if any(each.role == "assistant" and not each.content and not each.calls for each in messages):
+        return Dropped(item.place, RowFault.EMPTY_TEXT, "an answer is nothing but a thought")
+    if data.train_on == "last":
+        messages = [
+            dataclasses.replace(each, is_trained=each.is_trained and at == item.last_trained)
+            for at, each in enumerate(messages)
+        ]
+    return dataclasses.replace(item, messages=tuple(messages))
+
+
+def _thinking(message: Message, mode: str) -> Message:
+    """An answer whose thought is trained, only read, or left out. One within the content stays where it is trained."""
+    if mode in ("train", "train_all"):
+        return message if mode == message.thoughts else dataclasses.replace(message, thoughts=mode)
+    within, answer = parted(message.content)
+    thought = "" if mode == "drop" else message.thought or within
+    return dataclasses.replace(message, content=answer, thought=thought, thoughts=mode)
 
 
 def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: str | None) -> Conversation | Document:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from qtune.data.chat_template import ChatTemplate, Piece, special_tokens
-from qtune.data.formats import Message, RowFault
+from qtune.data.formats import Message, RowFault, thoughts
 from qtune.data.formats.tool_calls import as_text
 from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
 from qtune.data.template_process import Untraceable
@@ -86,11 +87,13 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Text of tokens in a row that share a fate; `is_cut` where they stand behind data.max_tokens."""
+    """Text of tokens in a row that share a fate; `is_cut` where they stand behind data.max_tokens, `is_thought` where
+    `with_thoughts` saw one."""
 
     text: str
     is_trained: bool
     is_cut: bool
+    is_thought: bool = False
 
 
 def stretches(row: Example, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Stretch, ...]:
@@ -103,6 +106,21 @@ def stretches(row: Example, max_tokens: int, tokenizer: PreTrainedTokenizerBase)
         Stretch(tokenizer.decode([row.input_ids[position] for position in positions]), *shared)
         for shared, positions in groupby(range(len(row.input_ids)), fate)
     )
+
+
+def with_thoughts(every: Sequence[Stretch]) -> tuple[Stretch, ...]:
+    """The same, cut where thoughts begin and end, by the tags around them."""
+    whole = "".join(stretch.text for stretch in every)
+    spans = [match.span() for match in thoughts.ANY.finditer(whole)]
+    borders, parts, at = {border for span in spans for border in span}, [], 0
+    for stretch in every:
+        end = at + len(stretch.text)
+        cuts = sorted({at, end, *(border for border in borders if at < border < end)})
+        for start, until in itertools.pairwise(cuts):
+            is_thought = any(first <= start < last for first, last in spans)
+            parts.append(dataclasses.replace(stretch, text=whole[start:until], is_thought=is_thought))
+        at = end
+    return tuple(parts)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,9 +7,9 @@ from qtune.units import counted
 
 # Names under which data hold what another trainer learns, leaves out or shows, and what is to be known of each. Other
 # columns (an id, a source) are there to be ignored.
-THOUGHTS = "The answer is learned without it; what is to be learned belongs into the content."
+THOUGHTS = "The answer is learned without it; a column named in data.columns.thought is learned before the answer."
 TOOLS = "The model is shown no tools."
-MASKS = "It leaves nothing out: every answer is learned. What leaves one out is its `weight`, 0."
+MASKS = "It leaves nothing out: every answer is learned. What leaves one out is its `weight`, 0, or `train`, false."
 PREFERENCES = "qtune does not train on preferences: every answer is learned as a good one."
 MATTERS = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think"), THOUGHTS),

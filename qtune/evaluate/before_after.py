@@ -3,11 +3,12 @@
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
 
+from qtune.data.formats.thoughts import parted
 from qtune.data.rows import Example
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
@@ -105,9 +106,10 @@ def marked(
     metric: str,
     seconds: float,
 ) -> Score:
-    """The score of answers to `asked`, by the metric of that name."""
+    """The score of answers to `asked`, by the metric of that name; thoughts before them are not scored."""
     chosen = METRICS.get(metric)
-    marks = [chosen.marks(a, e) for a, e in zip(answers, asked, strict=True)] if chosen else []
+    pairs = [(parted(a)[1], replace(e, answer=parted(e.answer)[1])) for a, e in zip(answers, asked, strict=True)]
+    marks = [chosen.marks(*pair) for pair in pairs] if chosen else []
     scores = tuple(mark.score for mark in marks)
     return Score(who, loss, tuple(answers), scores, seconds, mean_parts(marks), general)
 

@@ -248,8 +248,9 @@ def _with_demo(values: Values, demo: Demo) -> Values:
 def _faults_of_paths(values: Values, origin: Origin, demo: bool, needs_weights: bool) -> Iterator[Fault]:
     """Of the names that this run will use: with --demo, those of [demo] unless an override says otherwise."""
     runs_code = conflicts.value_of(values, conflicts.TRUST_REMOTE_CODE) is True
-    for key in (paths.MODELS[0], paths.TEMPLATE, *paths.DATA[:2]):
-        replaced = demo and key != paths.TEMPLATE and origin.override(key) is None
+    for key in (paths.MODELS[0], paths.TEMPLATES[0], *paths.DATA[:2]):
+        stays = key == paths.TEMPLATES[0] and conflicts.value_of(values, paths.TEMPLATES[1]) is None
+        replaced = demo and not stays and origin.override(key) is None
         source = ("demo", *key) if replaced else key
         value = conflicts.value_of(values, source)
         if key == paths.MODELS[0] and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value):

@@ -10,7 +10,7 @@ from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
 
 MODELS: tuple[Key, ...] = (("model", "base"), ("demo", "model", "base"))
-TEMPLATE: Key = ("model", "chat_template")
+TEMPLATES: tuple[Key, ...] = (("model", "chat_template"), ("demo", "model", "chat_template"))
 DATA: tuple[Key, ...] = (
     ("data", "train"),
     ("data", "held_out"),
@@ -43,7 +43,7 @@ def fault_of(key: Key, value: Any) -> Fault | None:
     """What is wrong with what a setting names, after `made_absolute`; None where it is there or is a hub's name."""
     if key == GENERAL and value in GENERAL_WORDS:
         return None
-    if key not in (*MODELS, TEMPLATE, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
+    if key not in (*MODELS, *TEMPLATES, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
         return None
     kind = "folder" if key in MODELS else "file"
     if not os.path.isabs(value):
@@ -57,7 +57,7 @@ def fault_of(key: Key, value: Any) -> Fault | None:
 
 def _is_path(key: Key, value: str, folder: Path) -> bool:
     """Whether a name is a path: it looks like one, or something of that name lies in `folder`."""
-    if key == TEMPLATE:
+    if key in TEMPLATES:
         return bool(value)
     if key == GENERAL:
         return bool(value) and value not in GENERAL_WORDS

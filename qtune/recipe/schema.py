@@ -127,6 +127,8 @@ class Columns(Table):
     system: NonEmpty | None = Field(None, description="Column with the row's own system prompt.")
     messages: NonEmpty | None = Field(None, description="Column with the list of messages.")
     text: NonEmpty | None = Field(None, description="Column with plain text.")
+    thought: NonEmpty | None = Field(None, description="Column with what is thought before the completion.")
+    tools: NonEmpty | None = Field(None, description="Column with the tools at hand.")
     check: NonEmpty | None = Field(
         None, description="Column with what a metric holds the answer against, such as tests; never shown to the model."
     )
@@ -195,6 +197,14 @@ class Data(Table):
     )
     columns: Columns = Field(Columns(), description="Maps this data's column names to the ones qtune knows.")
     system: NonEmpty | None = Field(None, description="A system prompt put before every row that has none of its own.")
+    thoughts: Literal["train", "train_all", "show", "drop"] = Field(
+        "train",
+        description="What becomes of thoughts before an answer: trained, only read, or left out. An empty thinking"
+        " block is trained with train_all alone, as it teaches not to think.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="Which answers of a conversation are trained: all, as each is right, or the last alone."
+    )
     max_rows: int | None = Field(None, ge=1, le=MAX_COUNT, description="Read at most this many rows; unset reads all.")
     max_tokens: int = Field(
         2048,
@@ -338,6 +348,7 @@ class DemoModel(Table):
     """What --demo puts in [model]."""
 
     base: NonEmpty = Field("demo", description="Base used by --demo.")
+    chat_template: NonEmpty | None = Field(None, description="A Jinja file; unset keeps what the recipe or base has.")
 
 
 class DemoData(Table):

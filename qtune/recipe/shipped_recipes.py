@@ -100,7 +100,7 @@ def _values(path: Path) -> dict[str, Any]:
 def _files_named(recipe: Path) -> list[str]:
     """The files beside a recipe that its settings name, as they are written; a file named twice is there once."""
     values = _values(recipe)
-    named = (conflicts.value_of(values, key) for key in (paths.TEMPLATE, *paths.DATA))
+    named = (conflicts.value_of(values, key) for key in (*paths.TEMPLATES, *paths.DATA))
     return list(dict.fromkeys(name for name in named if name and (recipe.parent / name).is_file()))
 
 

@@ -15,7 +15,7 @@ from qtune.units import counted
 if TYPE_CHECKING:
     from qtune.audit.row_preview import ShownRow
 
-READ_STYLE, SPECIAL_STYLE, CUT_STYLE = "", "cyan", "dim strike"
+READ_STYLE, SPECIAL_STYLE, CUT_STYLE, THOUGHT_STYLE = "", "cyan", "dim strike", "underline"
 
 
 def row_table(row: "ShownRow") -> RenderableType:
@@ -35,7 +35,11 @@ def row_table(row: "ShownRow") -> RenderableType:
         named = ", ".join(f"`{one_line(field)}`" for field in row.unused)
         parts.append(Text(f"of this row nobody reads {named}", WARNING_STYLE))
     if row.stretches:
-        parts += [Text.assemble(("»this«", TRAINED_STYLE), (" is trained, the rest is only read", "dim")), Text()]
+        thought = (", thoughts are underlined", "dim") if any(each.is_thought for each in row.stretches) else ""
+        parts += [
+            Text.assemble(("»this«", TRAINED_STYLE), (" is trained, the rest is only read", "dim"), thought),
+            Text(),
+        ]
         parts += _text(row)
     return Group(*parts)
 
@@ -54,6 +58,7 @@ def _joined(stretches: list[Stretch], special_tokens: tuple[str, ...]) -> Text:
     for stretch in stretches:
         shown = visible(stretch.text)
         style = TRAINED_STYLE if stretch.is_trained else READ_STYLE
+        style = f"{style} {THOUGHT_STYLE}".strip() if stretch.is_thought else style
         text.append(f"»{shown}«" if stretch.is_trained else shown, CUT_STYLE if stretch.is_cut else style)
     for token in special_tokens:
         text.highlight_regex(re.escape(token), SPECIAL_STYLE)

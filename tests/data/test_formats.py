@@ -255,7 +255,7 @@ def test_a_weight_that_is_not_known_says_what_works(weight: object, reason: str)
     ("values", "unused"),
     [
         ({"question": "q", "answer": "a"}, ()),
-        ({"question": "q", "answer": "a", "thinking": "hm", "id": 3, "note": "", "tags": []}, ("thinking", "id")),
+        ({"question": "q", "answer": "a", "thinking": "hm", "id": 3, "note": "", "tags": []}, ("id",)),
         ({"question": "q", "answer": "a", "input": "lost"}, ("input",)),
         ({"instruction": "q", "response": "a", "context": "c", "category": "x"}, ("category",)),
         ({"prompt": "q", "chosen": "a", "completion": "a", "rejected": "b"}, ("chosen", "rejected")),
@@ -270,7 +270,7 @@ def test_a_weight_that_is_not_known_says_what_works(weight: object, reason: str)
                 "tools": [{"name": "f"}],
                 "system": "another",
             },
-            ("name", "cache_control", "reasoning_content", "system"),
+            ("name", "cache_control", "system"),
         ),
         (
             {"conversations": [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a"}]},

@@ -2,13 +2,19 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import byte_tokenizer, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from qtune.data.chat_template import ChatTemplate
+from qtune.data.formats import FORMATS
+from qtune.data.packing import collate
+from qtune.data.rows import RawRow, as_learned, parse_row
+from qtune.data.tokenize import Encoder, tokenize
 from qtune.memory import chunked_cross_entropy, fused_cross_entropy, head_logits
 from qtune.memory.fused_cross_entropy import positions_before_labels, summed_loss
 from qtune.memory.head_logits import MadeOf
 from qtune.memory.memory_tracker import LiveBytes
+from qtune.recipe.schema import Data
 
 SHAPE = {
     "vocab_size": 262,
@@ -193,3 +199,37 @@ def test_scaled_and_capped_logits_have_the_loss_and_gradient_of_float64(made: Ma
         assert nats.item() == pytest.approx(exact.item(), rel=1e-6)
     for mine in (ours.grad[0, :-1], gradient):
         torch.testing.assert_close(mine.double(), right[0, :-1], atol=1e-6 * float(right.abs().max()) * 10, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "learned"),
+    [({}, ["second<|end|>", "third<|end|>", "alone<|end|>"]), ({"train_on": "last"}, ["third<|end|>", "alone<|end|>"])],
+)
+def test_the_loss_is_the_mean_over_the_answers_that_are_to_be_learned(settings: dict, learned: list[str]) -> None:
+    """From rows with `train` and `weight` to the loss, against a loop in float64 over texts that are named by hand."""
+    answers = [("first", {"train": False}), ("second", {"weight": 1}), ("off", {"loss_weight": 0}), ("third", {})]
+    turns = [
+        turn
+        for number, (answer, marks) in enumerate(answers)
+        for turn in ({"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": answer, **marks})
+    ]
+    tokenizer = byte_tokenizer()
+    values = [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": "alone"}]}]
+    read = [parse_row(RawRow(row, f"r:{i}"), FORMATS["messages"], {}, None) for i, row in enumerate(values)]
+    items = [as_learned(item, Data(train="x", **settings)) for item in read]
+    rows = tokenize(items, ChatTemplate.of(tokenizer), Encoder.of(tokenizer))
+    batch = collate([{"input_ids": r.input_ids, "labels": r.labels, "seq_lengths": [len(r.input_ids)]} for r in rows])
+    ids = batch["input_ids"][0].tolist()
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, len(ids), 16, dtype=torch.double), torch.randn(len(tokenizer), 16).double()
+    loss = summed_loss(hidden.float(), head_of(weight), batch["labels"])
+    nats, count, at = 0.0, 0, 0
+    for text in learned:
+        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+        at = next(i for i in range(at, len(ids)) if ids[i : i + len(wanted)] == wanted)
+        for place in range(at, at + len(wanted)):
+            logits = hidden[0, place - 1] @ weight.T
+            nats += float(logits.logsumexp(0) - logits[ids[place]])
+            count += 1
+    assert int(loss.tokens) == count
+    assert float(loss.nats) / count == pytest.approx(nats / count, rel=1e-6)

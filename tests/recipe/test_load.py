@@ -398,3 +398,12 @@ def test_a_mutated_override_is_taken_or_named(folder: Path) -> None:
         text = mutated(rng, rng.choice(["train.epochs=2", 'data.columns={prompt = "q"}', "model.base=org/model"]))
         found = faults_of_mutation(folder, GOOD, [text])
         assert all(fault.startswith("--set ") for fault in found), found
+
+
+def test_a_demo_may_have_a_chat_template_of_its_own(folder: Path) -> None:
+    (folder / "demo.jinja").write_text("{{ messages }}")
+    text = GOOD.replace("[demo.data]", '[demo.model]\nchat_template = "demo.jinja"\n\n[demo.data]')
+    assert read(folder, text, demo=True).model.chat_template == str(folder / "demo.jinja")
+    assert read(folder, text).model.chat_template is None
+    (folder / "demo.jinja").unlink()
+    assert "demo.model.chat_template" in faults(folder, text, demo=True)[0]

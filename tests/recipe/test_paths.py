@@ -34,6 +34,7 @@ def folder(tmp_path: Path) -> Path:
         (BASE, ".", ""),
         (("demo", "model", "base"), "../x", "../x"),
         (TEMPLATE, "chat.jinja", "chat.jinja"),
+        (("demo", *TEMPLATE), "chat.jinja", "chat.jinja"),
         (TRAIN, "~/rows", "~/rows"),
         (TRAIN, "/data/rows.txt", "/data/rows.txt"),
     ],

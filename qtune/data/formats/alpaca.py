@@ -1,7 +1,7 @@
 """An instruction with an optional input, and the output; earlier turns as `history`."""
 
 from qtune.data.formats import DataFormat
-from qtune.data.formats.prompt_completion import read_pair
+from qtune.data.formats.prompt_completion import THOUGHTS, read_pair
 
 ALPACA = DataFormat(
     name="alpaca",
@@ -12,6 +12,7 @@ ALPACA = DataFormat(
         "input": ("input", "context"),
         "system": ("system",),
         "history": ("history",),
+        "thought": THOUGHTS,
         "check": (),
     },
     needed=("prompt", "completion"),

@@ -26,6 +26,8 @@ ROLE_BY_NAME = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response"), "tool"),
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_PARTS = ("thinking", "reasoning")  # types of parts of a content
 CALL_ROLES = ("function_call", "tool_call")
 WEIGHTS = ("weight", "loss_weight")
 ID_DIGITS = 9  # of ids that a row does not have: Mistral's templates refuse any other number of characters
@@ -154,17 +156,33 @@ def _answer(number: int, name: str, turn: Values, content: Any, calls_tools: boo
     is_trained, where = _is_trained(number, turn), f"message {number}"
     if name in CALL_ROLES:
         return Message("assistant", "", is_trained, calls_of(content, where))
+    thought, content = _thought(number, turn, content)
     calls: tuple[Call, ...] = ()
     if turn.get("tool_calls"):
         calls = calls_of(turn["tool_calls"], where)
     elif turn.get("function_call"):
         calls = (call_of(turn["function_call"], where),)
     if calls and content in (None, "", []):
-        return Message("assistant", "", is_trained, calls)
+        return Message("assistant", "", is_trained, calls, thought=thought)
     text = _content(number, content)
     if calls_tools and not calls:
         text, calls = calls_in_text(text, where)
-    return Message("assistant", text, is_trained, calls)
+    return Message("assistant", text, is_trained, calls, thought=thought)
+
+
+def _thought(number: int, turn: Values, content: Any) -> tuple[str, Any]:
+    """What is thought before an answer, in a field of its own or in parts of the content, and what is left of that."""
+    told = next((turn[key] for key in THOUGHTS if turn.get(key)), "")
+    parts = content if isinstance(content, list) else []
+    thinking = [part for part in parts if isinstance(part, dict) and part.get("type") in THOUGHT_PARTS]
+    if not told and thinking:
+        told = _content(
+            number, [{"text": part.get(part["type"], part.get("text", part.get("value")))} for part in thinking]
+        )
+        content = [part for part in parts if part not in thinking]
+    if not isinstance(told, str):
+        raise BadRow(RowFault.WRONG_SHAPE, f"the thought of message {number} is {kind_of(told)}, not text")
+    return told if told.strip() else "", content
 
 
 def _results(number: int, turn: Values, content: Any) -> list[Message]:
@@ -227,13 +245,13 @@ def unread_of_turns(values: Values) -> Iterator[str]:
             yield "weight of a question"
         for part in turn[content] if isinstance(turn.get(content), list) else ():
             if isinstance(part, dict):
-                yield from held(part, ("type", "text" if "text" in part else "value"))
+                yield from held(part, ("type", "text" if "text" in part else "value", *THOUGHT_PARTS))
 
 
 def _read_of(turn: Values) -> tuple[str, ...]:
     """The fields that are read beside the role and the content."""
     if _is_answer(turn):
-        return (*WEIGHTS, "train", "tool_calls", "function_call")
+        return (*WEIGHTS, "train", "tool_calls", "function_call", *THOUGHTS)
     is_result = ROLE_BY_NAME.get(str(turn.get("role", turn.get("from")))) == "tool"
     return (*WEIGHTS, "name", "tool_call_id") if is_result else WEIGHTS
 

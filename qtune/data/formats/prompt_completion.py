@@ -4,6 +4,8 @@ from typing import Any
 
 from qtune.data.formats import BadRow, DataFormat, Message, RowFault, Values, kind_of, system_of, text_of
 
+THOUGHTS = ("reasoning_content", "thinking")
+
 
 def read_pair(values: Values, system: str | None) -> tuple[Message, ...]:
     """Prompt, optional input under it, and completion."""
@@ -12,7 +14,10 @@ def read_pair(values: Values, system: str | None) -> tuple[Message, ...]:
     if extra:
         prompt = f"{prompt}\n\n{extra}"
     completion = text_of(values.get("completion"), "answer", RowFault.MISSING_ANSWER)
-    turns = [Message("user", prompt), Message("assistant", completion)]
+    thought = values.get("thought") or ""
+    if not isinstance(thought, str):
+        raise BadRow(RowFault.WRONG_SHAPE, f"the thought is {kind_of(thought)}, not text")
+    turns = [Message("user", prompt), Message("assistant", completion, thought=thought.strip())]
     return (*system_of(values, system), *_history(values.get("history") or []), *turns)
 
 
@@ -41,6 +46,7 @@ PROMPT_COMPLETION = DataFormat(
         "completion": ("completion", "response"),
         "input": (),
         "system": ("system",),
+        "thought": THOUGHTS,
         "check": (),
     },
     needed=("prompt", "completion"),

@@ -1,7 +1,7 @@
 """A question and its answer, under the names that they have in most tables."""
 
 from qtune.data.formats import DataFormat
-from qtune.data.formats.prompt_completion import read_pair
+from qtune.data.formats.prompt_completion import THOUGHTS, read_pair
 
 QUESTION_ANSWER = DataFormat(
     name="question-answer",
@@ -11,6 +11,7 @@ QUESTION_ANSWER = DataFormat(
         "completion": ("answer", "response", "output"),
         "input": (),
         "system": ("system",),
+        "thought": THOUGHTS,
         "check": (),
     },
     needed=("prompt", "completion"),

@@ -33,6 +33,8 @@ FITS: dict[str, tuple[type, ...]] = {
     "null": (type(None),),
 }
 IN_TEXT = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+CALLED = re.compile(r"\s*\[\s*[\w./ -]+\(.*\)\s*\]\s*", re.DOTALL)  # as Python does, in a list
+CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 
 
 def bad_call(reason: str) -> BadRow:
@@ -161,6 +163,51 @@ def read_literal(text: str) -> Any:
         if isinstance(value, dict | list):
             return value
     return None
+
+
+def python_calls(said: str, where: str) -> list[Call]:
+    """`[A name(city="Paris"), other(n=[1, 2])]`: names may have spaces, so the calls are parted by hand."""
+    inner = said.strip()[1:-1]
+    calls, start, depth, quote = [], 0, 0, ""
+    for at, character in enumerate(inner):
+        if quote:
+            quote = "" if character == quote and inner[at - 1] != "\\" else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+            if depth == 0:
+                calls.append(_call(inner[start : at + 1], where))
+                start = at + 1
+    if not calls or depth or inner[start:].strip(" ,\n"):
+        raise bad_call(f"the call in {where} cannot be read: {said.strip()[:60]!r}")
+    return calls
+
+
+def _call(text: str, where: str) -> Call:
+    name, _, arguments = text.strip(" ,\n").partition("(")
+    try:
+        tree = ast.parse(f"f({arguments}", mode="eval").body
+        assert isinstance(tree, ast.Call)
+        if tree.args:
+            raise ValueError
+        given = {argument.arg: _value(argument.value) for argument in tree.keywords if argument.arg}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise bad_call(f"the call in {where} cannot be read: {text.strip()[:60]!r}") from None
+    return Call(name.strip(), json_text(given))
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal of Python, in which `true`, `false` and `null` may stand as JSON has them. Raises ValueError."""
+    if isinstance(node, ast.Name) and node.id.lower() in CONSTANTS:
+        return CONSTANTS[node.id.lower()]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(each) for each in node.elts]
+    if isinstance(node, ast.Dict):
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    return ast.literal_eval(node)
 
 
 def as_text(call: Call) -> str:

@@ -1,18 +1,15 @@
 """Turns whose system prompt lists tools, and calls as Python writes them, `[name(city="Paris")]`: ToolACE's shape."""
 
-import ast
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from qtune.data.formats import BadRow, Call, DataFormat, Message, RowFault, Values, kind_of
+from qtune.data.formats import BadRow, DataFormat, Message, RowFault, Values, kind_of
 from qtune.data.formats.messages import read_turns, unread_of_turns
-from qtune.data.formats.tool_calls import bad_call, json_text, tools_text
+from qtune.data.formats.tool_calls import CALLED, bad_call, json_text, python_calls, tools_text
 
 LISTED = re.compile(r"list of functions in JSON format that you can invoke:\s*(?=\[)")
-CALLED = re.compile(r"\s*\[\s*[\w./ -]+\(.*\)\s*\]\s*", re.DOTALL)
-CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 
 
 def _read(values: Values, system: str | None) -> tuple[Message, ...]:
@@ -29,7 +26,7 @@ def _plain_turns(turns: list[Any]) -> Iterator[Any]:
         said = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         if role in ("assistant", "gpt") and isinstance(said, str) and CALLED.fullmatch(said):
-            calls = _calls(said, f"message {number}")
+            calls = python_calls(said, f"message {number}")
             names = [call.name for call in calls]
             functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
             yield {"role": "assistant", "tool_calls": functions}
@@ -47,51 +44,6 @@ def _results(said: str, names: list[str]) -> list[str]:
         return [said]
     is_each = isinstance(listed, list) and len(listed) == len(names) > 1
     return [json_text(result) for result in listed] if is_each else [said]
-
-
-def _calls(said: str, where: str) -> list[Call]:
-    """`[A name(city="Paris"), other(n=[1, 2])]`: names may have spaces, so the calls are parted by hand."""
-    inner = said.strip()[1:-1]
-    calls, start, depth, quote = [], 0, 0, ""
-    for at, character in enumerate(inner):
-        if quote:
-            quote = "" if character == quote and inner[at - 1] != "\\" else quote
-        elif character in "\"'":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth == 0:
-                calls.append(_call(inner[start : at + 1], where))
-                start = at + 1
-    if not calls or depth or inner[start:].strip(" ,\n"):
-        raise bad_call(f"the call in {where} cannot be read: {said.strip()[:60]!r}")
-    return calls
-
-
-def _call(text: str, where: str) -> Call:
-    name, _, arguments = text.strip(" ,\n").partition("(")
-    try:
-        tree = ast.parse(f"f({arguments}", mode="eval").body
-        assert isinstance(tree, ast.Call)
-        if tree.args:
-            raise ValueError
-        given = {argument.arg: _value(argument.value) for argument in tree.keywords if argument.arg}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise bad_call(f"the call in {where} cannot be read: {text.strip()[:60]!r}") from None
-    return Call(name.strip(), json_text(given))
-
-
-def _value(node: ast.expr) -> Any:
-    """A literal of Python, in which `true`, `false` and `null` may stand as JSON has them. Raises ValueError."""
-    if isinstance(node, ast.Name) and node.id.lower() in CONSTANTS:
-        return CONSTANTS[node.id.lower()]
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_value(each) for each in node.elts]
-    if isinstance(node, ast.Dict):
-        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
-    return ast.literal_eval(node)
 
 
 def _tools(values: Values) -> str:
