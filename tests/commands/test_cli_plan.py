@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer, tiny_config
+from made_once import unweighed
 from transformers import AutoConfig
 
-from qtune import cli
+from qtune import cli, planning
 
 ROW = '{"question": "Which class of drug is captopril?", "answer": "ACE inhibitor"}\n'
 CARD = ("--device-memory", "8GiB", "--host-memory", "32GiB")
@@ -42,8 +43,11 @@ def write_config(config: object = None, **changes: object) -> None:
     Path("base/config.json").write_text(json.dumps(kept))
 
 
-def plan(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    status = cli.main(["plan", "t.toml", *arguments])
+def plan(capsys: pytest.CaptureFixture, *arguments: str, weighs_all: bool = False) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if not weighs_all:
+            patch.setattr(planning, "decide", unweighed)
+        status = cli.main(["plan", "t.toml", *arguments])
     return status, *capsys.readouterr()
 
 
@@ -65,10 +69,11 @@ def test_a_config_is_enough(workplace: Path, capsys: pytest.CaptureFixture) -> N
 
 
 def test_as_json_it_is_the_whole_plan(workplace: Path, capsys: pytest.CaptureFixture) -> None:
-    status, out, err = plan(capsys, *CARD, "--json")
+    status, out, err = plan(capsys, *CARD, "--json", weighs_all=True)
     found = json.loads(out)
     assert (status, err) == (0, "")
     assert found["fits"]
+    assert all(rung["saved_bytes"] is not None for rung in found["rungs"])
     assert found["budget"] == {"device_bytes": 8 * 1024**3, "host_bytes": round(0.8 * 32 * 1024**3)}
     assert found["techniques"]["recomputed_layers"] == 0
     assert sum(found["forecast"]["device"].values()) < 600 * 1024**2

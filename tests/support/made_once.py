@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qtune.plan import activation_memory
+from qtune.plan.plan import Plan
+from qtune.plan.planner import decide
 from qtune.recipe.schema import Recipe
 
 RUN_THROUGH = ("qtune.accelerator", "qtune.memory", "qtune.model", "qtune.plan", "qtune.train.optimizers")
@@ -23,6 +25,11 @@ def install() -> None:
     """Have the planner ask for traces, and for what stands beside them, here."""
     for function in (activation_memory.trace, activation_memory.count):
         setattr(activation_memory, function.__name__, once(function))
+
+
+def unweighed(*asked: Any, weighs_all: bool = False) -> Plan:
+    """`decide`, but not of what each technique that is off would save, which takes a trace each."""
+    return decide(*asked)
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
