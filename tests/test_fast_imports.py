@@ -1,18 +1,12 @@
 """What a verb imports, and in how little time: torch's compiler waits until a kernel is first run."""
 
-import subprocess
-import sys
-
+import forked
 import torch
 
 from qtune.fast_imports import compiled_when_called
 
-PROGRAM = """
-import gc, sys
-from qtune.fast_imports import quick_imports
-with quick_imports():
-    from qtune import run
-import torch
+AS_IMPORTED = """
+import gc, sys, torch
 assert gc.isenabled()
 assert "put_off" not in torch.compile.__qualname__
 print("torch._inductor.compile_fx" in sys.modules)
@@ -20,9 +14,9 @@ print("torch._inductor.compile_fx" in sys.modules)
 
 
 def test_a_run_is_imported_without_torchs_compiler() -> None:
-    """bitsandbytes decorates kernels with torch.compile, which loaded all of it: a second of every verb's start."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    """bitsandbytes decorates kernels with torch.compile, which loaded all of it: a second of every verb's start. What
+    is forked has imported a run in `quick_imports`, and nothing else of qtune."""
+    assert forked.run(["-c", AS_IMPORTED]).stdout == "False\n"
 
 
 def test_a_function_is_compiled_when_it_is_first_called() -> None:

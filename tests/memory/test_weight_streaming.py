@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from arithmetic import STANDING
+from crossed import crossed
 from made_models import (
     LAYERS,
     adapted,
@@ -58,18 +59,20 @@ def bits(model: PeftModel) -> list[torch.Tensor]:
     return [tensor.clone() for layer in find_layers(model) for tensor, _ in frozen_tensors(layer)]
 
 
-@pytest.mark.parametrize("streamed", [1, 2, 3, LAYERS])
 @pytest.mark.parametrize(
-    ("kind", "dtype", "nf4", "autocast"),
-    [
-        ("llama", torch.float64, None, None),
-        ("gemma3", torch.float32, "double", None),
-        ("qwen2", torch.float32, "single", None),
-        ("phi3", torch.bfloat16, "double", torch.bfloat16),
-        ("qwen3 moe", torch.float32, "double", None),
-    ],
+    ("streamed", "kind", "dtype", "nf4", "autocast"),
+    crossed(
+        [1, 2, 3, LAYERS],
+        [
+            ("llama", torch.float64, None, None),
+            ("gemma3", torch.float32, "double", None),
+            ("qwen2", torch.float32, "single", None),
+            ("phi3", torch.bfloat16, "double", torch.bfloat16),
+            ("qwen3 moe", torch.float32, "double", None),
+        ],
+    ),
 )
-def test_equal_to_the_bit_and_nothing_is_worn_out(kind, dtype, nf4, autocast, streamed) -> None:
+def test_equal_to_the_bit_and_nothing_is_worn_out(streamed, kind, dtype, nf4, autocast) -> None:
     plain, ours = adapted(base(kind, dtype, nf4)), adapted(base(kind, dtype, nf4))
     Engine(plain)
     before = bits(ours)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BOS, END, PAD, byte_tokenizer
+from crossed import crossed
 from made_models import SHAPE
 from made_runs import edit_json, kept_run, token_rows
 from peft import PeftModel
@@ -65,9 +66,9 @@ def run_of(folder: Path, path: Path, targets: str | tuple[str, ...], **model: st
 
 
 @pytest.mark.parametrize(
-    ("targets", "onto"),
-    [("all-linear", "dequantised"), (EXPERTS, "dequantised"), (EXPERTS, "original")],
-    ids=["linears", "experts", "experts onto the original"],
+    ("base_folder", "targets", "onto"),
+    crossed([*KINDS], [("all-linear", "dequantised"), (EXPERTS, "dequantised"), (EXPERTS, "original")]),
+    indirect=["base_folder"],
 )
 def test_a_merged_mixture_is_the_trained_one(base_folder, tmp_path, targets, onto) -> None:
     """The lock said nothing of experts, which were folded into as they are before 4 bits: a KL of 0.005 to 0.4."""

@@ -131,7 +131,13 @@ def test_attention_kept_and_run_again(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "accumulates"), [("adamw", True), ("adamw", False), ("adamw_8bit", False), ("paged_adamw_8bit", True)]
+    ("optimizer", "accumulates"),
+    [
+        pytest.param("adamw", True, marks=pytest.mark.long),
+        ("adamw", False),
+        pytest.param("adamw_8bit", False, marks=pytest.mark.long),
+        ("paged_adamw_8bit", True),
+    ],
 )
 def test_every_optimizer(qwen3: Path, optimizer: str, accumulates: bool) -> None:
     """Without accumulation the forecast has the gradients of the layer whose pass is the peak: not yet made there."""
@@ -200,7 +206,7 @@ def test_only_rows_for_a_card_pass_through_page_locked_memory(qwen3: Path, techn
         pytest.param("demo", 6, 2, "bfloat16", marks=pytest.mark.long),
         ("stories260K-llama", 5, 2, "float32"),
         pytest.param("TinyStories-656K-llama", 2, 1, "bfloat16", marks=pytest.mark.long),
-        ("TinyStories-656K-llama", 2, 1, "float32"),
+        pytest.param("TinyStories-656K-llama", 2, 1, "float32", marks=pytest.mark.long),
     ],
 )
 def test_real_trained_models(request: pytest.FixtureRequest, name: str, layers: int, groups: int, dtype: str) -> None:
