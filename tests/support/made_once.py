@@ -27,9 +27,9 @@ def install() -> None:
         setattr(activation_memory, function.__name__, once(function))
 
 
-def unweighed(*asked: Any, weighs_all: bool = False) -> Plan:
+def unweighed(*asked: Any, weighs_all: bool = False, **named: Any) -> Plan:
     """`decide`, but not of what each technique that is off would save, which takes a trace each."""
-    return decide(*asked)
+    return decide(*asked, **named)
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
