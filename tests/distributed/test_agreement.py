@@ -1,9 +1,12 @@
 """Ranks that would not train one adapter are refused, field by field, before they begin."""
 
 import json
+import os
 from pathlib import Path
 
-from made_ranks import all_well, launch
+from forked import Forked
+from made_ranks import all_well, environment, free_port, launch
+from stopped_runs import write_recipe
 
 from qtune.distributed import agreement
 from qtune.distributed.agreement import refuse_unlike, refuse_unshared
@@ -55,6 +58,23 @@ def test_ranks_that_differ_are_named_by_field(tmp_path: Path) -> None:
     assert said["unshared"].startswith(f"{tmp_path / 'own'}")
     assert "rank 1 cannot see what rank 0 writes there." in said["unshared"]
     assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_a_run_of_ranks_with_different_recipes_is_refused_once(tmp_path: Path, tiny_base: Path) -> None:
+    """As under a launcher, where all ranks print to one terminal."""
+    write_recipe(tmp_path, tiny_base)
+    port = free_port()
+    with open(os.devnull) as nothing, (tmp_path / "told").open("w+") as told:
+        streams = [nothing.fileno(), told.fileno(), told.fileno()]
+        words = ["-m", "qtune", "run", "t.toml", "--output", "refused", "--set"]
+        both = [
+            Forked([*words, f"train.learning_rate=1e-{3 + rank}"], streams, tmp_path, environment(rank, 2, port))
+            for rank in range(2)
+        ]
+        assert [process.wait(120) for process in both] == [2, 2]
+    said = (tmp_path / "told").read_text()
+    assert said.count("train.learning_rate: 0.001 on rank 0; 0.0001 on rank 1") == 1
+    assert not (tmp_path / "refused").exists()
 
 
 def test_one_process_agrees_with_itself(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_machines import FIRST, Machine, two_machines
+from made_machines import Machine, two_machines
 from stopped_runs import ADAPTER, write_recipe
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")]
 ROOT = Path(__file__).resolve().parent.parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
-C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{FIRST}:29400", "--rdzv-id", "x")
+C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29500", "--rdzv-id", "my")
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 
 
 def started(machine: Machine, place: Path, *words: str | Path, before: str = "") -> subprocess.Popen:
-    arguments = (*TORCHRUN, *C10D, "--local-addr", machine.address, "-m", "qtune", *words)
+    arguments = (*TORCHRUN, *C10D, "-m", "qtune", *words)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QTUNE_RANKS_LIMIT": "60s"}
     return machine.start(arguments, place, before, **environment)
 

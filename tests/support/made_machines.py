@@ -1,4 +1,4 @@
-"""Two machines of one: network namespaces with a wire between them, and a host name each."""
+"""Two machines of one: network namespaces with a wire between them, and a host name each; the first is `node0`, too."""
 
 import contextlib
 import os
@@ -24,9 +24,11 @@ class Machine:
 
     def start(self, arguments: Sequence[str | Path], folder: Path, before: str = "", **env: str) -> subprocess.Popen:
         """Python there, with a network and a host name of its own; `before` is a line of shell, as root."""
-        command = f'hostname {self.name}; {before or ":"}; exec "$@"'
+        hosts = folder / f"hosts of {self.wire}"
+        hosts.write_text(f"127.0.0.1 localhost\n{FIRST} node0\n{self.address} {self.name}\n", encoding="utf-8")
+        command = f'hostname {self.name}; mount --bind "{hosts}" /etc/hosts; {before or ":"}; exec "$@"'
         words = ["ip", "netns", "exec", self.name, "unshare", "--uts", "--mount", "sh", "-c", command, "sh"]
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": self.wire, **env}
+        environment = {**os.environ, **env}
         out = subprocess.PIPE
         words += [sys.executable, *map(str, arguments)]
         return subprocess.Popen(words, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, text=True)
