@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qtune.memory.mixture_of_experts import install
-from qtune.memory.packed_experts import is_packed, pack, refusal, stacked_names
+from qtune.memory.packed_experts import is_expert_parameter, is_packed, pack
 
 TABLE_KEY = "bitsandbytes_4bit"
 
@@ -78,13 +78,6 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         install(model)
         return super()._process_model_after_weight_loading(model, **kwargs)
-
-
-def is_expert_parameter(model: PreTrainedModel, name: str) -> bool:
-    """Whether the parameter `name` of `model` is a stack of experts that can be packed."""
-    owner, _, own_name = name.rpartition(".")
-    experts = model.get_submodule(owner)
-    return hasattr(experts, "_apply_gate") and own_name in stacked_names(experts) and refusal(experts) is None
 
 
 JOININGS = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])

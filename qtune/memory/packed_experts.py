@@ -99,6 +99,13 @@ def refusal(experts: Any) -> str | None:
     return why and f"the experts of {type(experts).__name__} stay in 16 bits: {why}"
 
 
+def is_expert_parameter(model: torch.nn.Module, name: str) -> bool:
+    """Whether the parameter `name` of `model` is a stack of experts that can be packed."""
+    owner, _, own_name = name.rpartition(".")
+    experts = model.get_submodule(owner)
+    return hasattr(experts, "_apply_gate") and own_name in stacked_names(experts) and refusal(experts) is None
+
+
 def refusals(model: torch.nn.Module) -> tuple[str, ...]:
     """Every reason for which experts of `model` stay in 16 bits, once each."""
     return tuple(dict.fromkeys(why for experts in expert_modules(model) if (why := refusal(experts)) is not None))

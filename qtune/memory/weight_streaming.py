@@ -24,7 +24,7 @@ from qtune.accelerator import Copy, CopyStream
 from qtune.distributed import agreement
 from qtune.distributed.lockstep import Lockstep
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.memory import memory_tracker
+from qtune.memory import dealt_layers, memory_tracker
 from qtune.memory.memory_tracker import Side
 from qtune.memory.techniques import LiveModel, Techniques
 from qtune.memory.techniques.weight_streaming import spread
@@ -300,11 +300,17 @@ class LayerStream:
         if not in_parts:
             return before or WholeHome(self._packed(index, accelerator.page_locked(size, torch.uint8)))
         length = part_bytes(size, self._ranks.size)
+        owner = dealt_layers.owner_of(self.layers[index])
+
+        def packed() -> torch.Tensor:
+            return self._packed(index, torch.zeros(self._ranks.size * length, dtype=torch.uint8))
+
         if isinstance(before, SharedHome):
             part = before.part
+        elif owner is not None:
+            part = dealt_layers.deal(self.layers[index], self._ranks, owner, packed, length)
         else:
-            whole = torch.zeros(self._ranks.size * length, dtype=torch.uint8)
-            part = self._packed(index, whole)[part_of(self._ranks, length)]
+            part = packed()[part_of(self._ranks, length)]
         room = shared_bytes(size, self._ranks.size)
         if on_host:
             return SharedHome.of(part, self._ranks, accelerator.page_locked(room, torch.uint8))

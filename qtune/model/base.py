@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qtune import accelerator, card_faults, logs
+from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import MachineError, ModelError, QtuneError
 from qtune.lock import Quantization
 from qtune.memory import (
@@ -32,10 +33,12 @@ from qtune.memory import (
     packed_attention,
     packed_mixers,
 )
+from qtune.memory.dealt_layers import Deal
 from qtune.memory.expert_loading import quantized_experts
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.packed_experts import is_packed
 from qtune.memory.techniques import Techniques
+from qtune.memory.techniques.weight_streaming import spread
 from qtune.model import base_files, nf4_cache, untrusted_folder
 from qtune.model.checkpoint import BaseCheckpoint
 from qtune.recipe import base_kind
@@ -144,11 +147,14 @@ def _refuse_unfit(folder: Path, described: dict[str, Any], trust_remote_code: bo
         raise ModelError(f"model.base: {folder} {fault}")
 
 
-def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None) -> PreTrainedModel:
+def load_base(
+    model: Model, device: str, compute_dtype: str, techniques: Techniques | None = None, ranks: Ranks = ALONE
+) -> PreTrainedModel:
     """The base on `device`, every parameter frozen; its linears in NF4 where the recipe says so.
 
     What `techniques` keep in host memory is left there, for `memory.engine.Engine` to take up. Attention keeps
-    packed documents apart without a mask (`memory.packed_attention`). Raises ModelError for weights that cannot be
+    packed documents apart without a mask (`memory.packed_attention`). Of layers that `ranks` will hold in parts each of
+    them reads some. Raises ModelError for weights that cannot be
     read, MachineError where memory runs out.
     """
     config = read_config(model)
@@ -164,12 +170,16 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
     def lives_on_host(weight: str) -> bool:
         return any(each.stays_on_host(weight, planned, text) for each in planned.on())
 
+    in_parts = () if given or ranks.size == 1 else spread(planned.sharded_layers, text.num_hidden_layers)
+    deal = Deal(ranks, tuple(in_parts), model.double_quantization)
     folder = base_folder(model)
     place = nf4_cache.place_of(model, folder, device, quantization) if quantization else None
     entry = place.find() if place else None
     with contextlib.ExitStack() as stack:
         if quantization:
             stack.enter_context(quantized_experts(lives_on_host))
+        if deal.layers:
+            stack.enter_context(deal.own_layers_alone(nf4_cache.put))
         if entry:
             stack.enter_context(nf4_cache.weights_from(entry, device, lives_on_host))
         with _refusing(folder, device, "4 bits" if quantization else compute_dtype):
@@ -187,7 +197,7 @@ def load_base(model: Model, device: str, compute_dtype: str, techniques: Techniq
         _leave_the_files(loaded)
     if given:
         _compute_in(loaded, dtype, folder)
-    if place and not entry:
+    if place and not entry and not deal.layers:
         place.keep(loaded)
     nf4.keep_weights_as_quantised(loaded)
     packed_attention.install(loaded)

@@ -99,8 +99,9 @@ def weights_from(entry: Path, device: str, lives_on_host: Callable[[str], bool])
 
     def load(model: PreTrainedModel, _: Any, __: Any, *settings: Any, **others: Any) -> Any:
         loading, offloaded = original(model, {}, None, *settings, **others)  # of no files: all is missing
-        for name, weight in _weights_in(entry, lambda each: "cpu" if lives_on_host(each) else device):
-            _put(model, name, weight)
+        missing = frozenset(loading.missing_keys)
+        for name, weight in _weights_in(entry, lambda each: "cpu" if lives_on_host(each) else device, missing):
+            put(model, name, weight)
             loading.missing_keys.discard(name)
         return loading, offloaded
 
@@ -111,8 +112,10 @@ def weights_from(entry: Path, device: str, lives_on_host: Callable[[str], bool])
         PreTrainedModel._load_pretrained_model = staticmethod(original)
 
 
-def _weights_in(entry: Path, place_of: Callable[[str], str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and weight, where it belongs, of all in an entry."""
+def _weights_in(
+    entry: Path, place_of: Callable[[str], str], missing: frozenset[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and weight, where it belongs, of those in an entry that are `missing`."""
     index = base_kind.read_index(entry / base_kind.INDEX_NAME)["weight_map"]
     with ExitStack() as stack:
         files = {name: stack.enter_context(safe_open(entry / name, "pt")) for name in sorted(set(index.values()))}
@@ -125,7 +128,7 @@ def _weights_in(entry: Path, place_of: Callable[[str], str]) -> Iterator[tuple[s
         states = {name: [key for key in index if key.startswith(f"{name}.")] for name in packed}
         of_states = {key for keys in states.values() for key in keys}
         for name in index:
-            if name in of_states:
+            if name in of_states or name not in missing:
                 continue
             device = place_of(name)
             if name not in packed:
@@ -135,7 +138,7 @@ def _weights_in(entry: Path, place_of: Callable[[str], str]) -> Iterator[tuple[s
             yield name, Params4bit.from_prequantized(read(name, device), state, device=device)
 
 
-def _put(model: PreTrainedModel, name: str, weight: Any) -> None:
+def put(model: PreTrainedModel, name: str, weight: Any) -> None:
     """Set a parameter or buffer of `model`, and keep transformers from initialising it."""
     path, _, own_name = name.rpartition(".")
     module = model.get_submodule(path)
