@@ -51,7 +51,7 @@ def probe(loaded: Loaded, vocabulary: Sequence[int], loss_of: Callable[[Sequence
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), loaded.autocast():
+        with torch.no_grad(), loaded.autocast(), loaded.passes_together():
             alone = _logits(model, [document], device)
             behind = [_logits(model, [neighbour, document], device) for neighbour in neighbours]
             with own_attention(model):

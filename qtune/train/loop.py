@@ -131,7 +131,8 @@ class TrainingSession:
 
         most = plan.budget.device_bytes - plan.device.outside_bytes
         recovery = learner.recovery
-        fits, climbed = dry_run.rehearse_until_it_fits(run_once, most, recovery.climb, recovery.forget_pass)
+        with learner.loaded.passes_together():
+            fits, climbed = dry_run.rehearse_until_it_fits(run_once, most, recovery.climb, recovery.forget_pass)
         dry_run.tell(self.listen, plan, fits, climbed)
         if self.rows.held_out is not None:
             self.rows.held_out.of_largest()

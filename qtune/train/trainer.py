@@ -254,7 +254,8 @@ class MeteredTrainer(SFTTrainer):
         if not self.shared.are_shared:
             self.meter.count(*tokens_in([inputs]))
         is_left_out = self.drops_step or is_empty(inputs)
-        loss = self.step_loss.new_zeros(()) if is_left_out else self._loss_added(model, inputs, num_items_in_batch)
+        with self.learner.loaded.passes_together():
+            loss = self.step_loss.new_zeros(()) if is_left_out else self._loss_added(model, inputs, num_items_in_batch)
         if self.shared.are_shared and self.accelerator.sync_gradients:
             self.step_loss = self.shared.add_up(list(trained_parameters(self.model)), self.step_loss)
         return loss
