@@ -14,7 +14,7 @@ Letters: N ranks.
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from qtune.distributed.ranks import Ranks
-from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.nf4 import BLOCK, OUTER_BLOCK
 from qtune.memory.packed_experts import is_expert_parameter
 
@@ -70,7 +69,6 @@ class Deal:
                 if name in loading.missing_keys:
                     put(model, name, _stand_in(model, name, parameter, self.double))
                     loading.missing_keys.discard(name)
-            self._say_whose(model)
             return loading, offloaded
 
         PreTrainedModel._load_pretrained_model = staticmethod(load)  # of 5.17 and 5.23 alike: private, and tested
@@ -83,9 +81,10 @@ class Deal:
         named = list(model.named_parameters())
         return [(name, each) for name, each in named if each.ndim > 1 and self.is_elsewhere(name)]
 
-    def _say_whose(self, model: PreTrainedModel) -> None:
+    def say_whose(self, model: PreTrainedModel, layers: Sequence[torch.nn.Module]) -> None:
+        """Have `owner_of` know of each of the layers of `model`, in their order."""
         names = {id(module): name for name, module in model.named_modules()}
-        for number, layer in enumerate(find_layers(model)):
+        for number, layer in enumerate(layers):
             if IN_A_LAYER.search(f"{names[id(layer)]}."):
                 vars(layer)["owner"] = self.owner(number)
 

@@ -35,6 +35,7 @@ from qtune.memory import (
 )
 from qtune.memory.dealt_layers import Deal
 from qtune.memory.expert_loading import quantized_experts
+from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.oom_recovery import is_out_of_memory, let_go
 from qtune.memory.packed_experts import is_packed
 from qtune.memory.techniques import Techniques
@@ -193,6 +194,8 @@ def load_base(
                 attn_implementation=packed_attention.implementation_for(config),
             )
     loaded.requires_grad_(False)
+    if deal.layers:
+        deal.say_whose(loaded, find_layers(loaded))
     if (quantization or given) and not entry:
         _leave_the_files(loaded)
     if given:

@@ -1,5 +1,7 @@
 """Each rank reads and quantises the layers that are its turn, and no rank ever has them all."""
 
+import ctypes
+import gc
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from qtune.memory.weight_streaming import frozen_tensors
 from qtune.model import adapter, nf4_cache
 from qtune.model.base import load_base
 from qtune.recipe.schema import Lora, Model
+from qtune.units import MIB
 
 IN_PARTS = Techniques(recomputed_layers=LAYERS, sharded_layers=LAYERS)
 
@@ -105,30 +108,37 @@ def test_more_ranks(tmp_path, size, double) -> None:
 
 
 def own_memory(field: str = "RssAnon") -> int:
-    """Bytes of this process that are no file's."""
+    """Bytes of this process that are no file's, and that its allocator has not merely kept."""
+    ctypes.CDLL(None).malloc_trim(0)
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measured(ranks: Ranks, folder: str, told: str, is_alone: bool) -> None:
-    """Bytes that a model of 100 MB in 4 bits takes: the most while it is loaded, and when it is there."""
+    """Bytes that a model of 156 MB in 4 bits takes: the most while it is loaded, and when it is there."""
+    tiny = loaded(folder.replace("base", "llama"), ALONE)  # whatever is imported for it
+    tiny = Engine(tiny)
+    del tiny
+    gc.collect()
     start, most, is_there = own_memory(), [0], threading.Event()
 
     def watch() -> None:
-        while not is_there.wait(0.005):
+        while not is_there.wait(0.02):
             most[0] = max(most[0], own_memory() - start)
 
     threading.Thread(target=watch, daemon=True).start()
     ours = ALONE if is_alone else ranks
-    model = load_base(Model(base=folder), "cpu", "float32", Techniques() if is_alone else IN_PARTS, ours)
+    layers = 8
+    in_parts = Techniques(recomputed_layers=layers, sharded_layers=layers, streamed_layers=layers)
+    model = load_base(Model(base=folder), "cpu", "bfloat16", Techniques() if is_alone else in_parts, ours)
     tuned = adapter.attach(model, Lora(rank=1, targets=("q_proj",)), seed=0)
     engine = Engine(tuned, ours)
     if not is_alone:
-        engine.switch_to(Techniques(recomputed_layers=LAYERS, sharded_layers=LAYERS, streamed_layers=LAYERS))
+        engine.switch_to(in_parts)
     is_there.set()
     time.sleep(0.1)
-    slots = engine.runner.stream.slots if engine.runner.stream else []
+    gc.collect()
     held = storage_sizes([*engine.runner.stream.homes("host")]) if engine.runner.stream else layer_bytes(tuned)
-    result = {"most": most[0], "held": own_memory() - start, "layers": held, "slots": storage_sizes(slots)}
+    result = {"most": most[0], "held": own_memory() - start, "layers": held}
     Path(told).joinpath(f"{ranks.rank}-{is_alone}.json").write_text(json.dumps(result))
     ranks.gather(0)
 
@@ -136,17 +146,17 @@ def measured(ranks: Ranks, folder: str, told: str, is_alone: bool) -> None:
 @pytest.mark.long
 def test_memory_of_real_processes(tmp_path) -> None:
     """Of 4 ranks each holds 0.25 of the layers, and has at no time much more."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 5120, "num_hidden_layers": 8, "num_attention_heads": 8}
+    sizes = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 8, "num_attention_heads": 12}
     torch.manual_seed(0)
-    config = LlamaConfig(**{**tiny_config().to_dict(), **sizes, "num_key_value_heads": 8, "head_dim": 128})
+    config = LlamaConfig(**{**tiny_config().to_dict(), **sizes, "num_key_value_heads": 12, "head_dim": 128})
+    bases(tmp_path, "llama")
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     alone = launch(1, measured, str(tmp_path / "base"), str(tmp_path), True)
     all_well(alone)
     all_well(launch(4, measured, str(tmp_path / "base"), str(tmp_path), False))
     whole = json.loads((tmp_path / "0-True.json").read_text())
     parts = [json.loads((tmp_path / f"{rank}-False.json").read_text()) for rank in range(4)]
-    print(whole, *parts, sep="\n")
     for each in parts:
         assert each["layers"] <= 0.27 * whole["layers"]
-        assert each["held"] - each["slots"] <= 0.27 * whole["held"] + 16 * 2**20  # what Python took meanwhile
-        assert each["most"] <= 0.6 * whole["most"]
+        assert each["held"] <= 0.27 * whole["held"] + 8 * MIB  # and what else was made meanwhile
+        assert each["most"] <= whole["most"] - 0.7 * whole["layers"]  # beside the matrices on their way to 4 bits
