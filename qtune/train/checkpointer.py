@@ -100,6 +100,7 @@ class Saver(TrainerCallback):
             "meter": trainer.meter.as_json(),
             "reporter": self._reporter.standing(),
             "best": self._best,
+            "shares": trainer.shared.shares.of_ranks,
             "train_seconds": trainer.seconds,
             "journal_bytes": self._run.journal_bytes(),
         }
@@ -127,6 +128,9 @@ class Saver(TrainerCallback):
         trainer.meter = Meter.from_json(values["meter"])
         self._reporter.resume(values["reporter"])
         self._best = values["best"]
+        shares = trainer.shared.shares
+        if shares.are_measured and len(values.get("shares", ())) == len(shares.of_ranks):
+            shares.of_ranks = values["shares"]
 
     def _wind_schedule(self, steps: int) -> None:
         """The schedule of the recipe as it is now, `steps` steps on; with what was saved a new rate would not count."""

@@ -26,6 +26,7 @@ from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.checkpointer import Saver, SaveWhen, train_from
 from qtune.train.learner import Learner
 from qtune.train.optimizers import OPTIMIZERS
+from qtune.train.replicas import Shares
 from qtune.train.rows import TrainingRows
 from qtune.train.stop_signals import StepDropped, Stop
 from qtune.train.trainer import MeteredTrainer, sft_config
@@ -74,6 +75,7 @@ class TrainingSession:
         checkpoint = self.going_on_from
         optimizer = OPTIMIZERS[self.recipe.train.optimizer]
         trainer = MeteredTrainer(self.learner, self._settings(), optimizer, self.rows, checkpoint, self.ranks)
+        trainer.shared.shares = self._shares()
         use_master_dtype(trainer.model, self.recipe.lora.master_dtype)
         told = self.recipe.report.to if self.ranks.is_first else None
         tracker = TrackerCallback(told, trainer, self.listen) if told else None
@@ -109,6 +111,12 @@ class TrainingSession:
         fitted = Fitted(steps, trainer.seconds, was_stopped, None if caught is None else signal.Signals(caught))
         self.listen(Finished(fitted.steps, fitted.seconds))
         return fitted
+
+    def _shares(self) -> Shares:
+        """Ranks are alike that have such a card, and what the plan switches on."""
+        plan = self.plan
+        kind, waits = f"{plan.device.label}, {plan.techniques}", plan.techniques.sharded_layers > 0
+        return Shares.agreed(self.ranks, kind, plan.speed.pack_seconds, waits)
 
     def _settings(self) -> SFTConfig:
         folder = self.kept_in.path if self.kept_in else Path(tempfile.gettempdir(), "qtune")  # nothing is written there

@@ -1,6 +1,7 @@
 """Ranks that hold the whole model each, take a share of every step's rows, and together train what one would.
 
-A step is the same rows on any number of ranks: rank r of N takes every N-th of them. Before the passes the labelled
+A step is the same rows on any number of ranks: rank r of N takes every N-th of them, or where ranks are not alike a
+share by its speed: as forecast, and after some steps as measured, which all are told. Before the passes the labelled
 tokens of all shares are added up, as a loss is a mean over them; after the last pass the gradients and the nats are,
 always in the order of the ranks, so that all clip, step and stay equal to the bit. No hook hangs on a gradient (DDP):
 backward passes run inside backward passes here, and add to a gradient once a tile.
@@ -14,6 +15,7 @@ Refuses: adapters that are not equal to the bit at a checkpoint. Where one does 
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy
 import torch
@@ -24,15 +26,62 @@ from qtune.data.rows import NOT_TRAINED
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import RanksDiffer
 from qtune.memory.oom_recovery import Batch
+from qtune.train.sampler import dealt
+
+MEASURED_STEPS = 8  # chosen: enough for one slow step not to count much
 
 
-def share_of(rows: Sequence[int], packs: Sequence[PackedRow], ranks: Ranks, micro_batch: int) -> list[Batch]:
-    """The micro-batches that this rank makes of the `rows` of a step."""
-    ours = ranks.share(rows)
+def in_batches(rows: Sequence[int], packs: Sequence[PackedRow], micro_batch: int) -> list[Batch]:
+    """The micro-batches that a rank makes of its `rows` of a step."""
     return [
-        collate([packs[number] for number in ours[start : start + micro_batch]])
-        for start in range(0, len(ours), micro_batch)
+        collate([packs[number] for number in rows[start : start + micro_batch]])
+        for start in range(0, len(rows), micro_batch)
     ]
+
+
+@dataclass
+class Shares:
+    """Of a step's tokens, what each rank takes, by its speed; the same on all ranks.
+
+    Those of ranks that are alike, or wait for each other in every layer, stay equal. Others are `measured` from time to
+    time: so many tokens in so many seconds of passes, since the last time.
+    """
+
+    of_ranks: list[float]
+    are_measured: bool = False
+    steps: int = 0
+    tokens: list[int] = field(init=False)
+    seconds: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._begin()
+
+    @classmethod
+    def agreed(cls, ranks: Ranks, kind: str, pack_seconds: float | None, in_lockstep: bool) -> "Shares":
+        """To begin with, as forecast; `kind` is what ranks must have in common to be alike."""
+        of_all = ranks.gather([kind, pack_seconds, in_lockstep])
+        kinds, seconds, locksteps = zip(*of_all, strict=True)
+        if len(set(kinds)) == 1 or any(locksteps):
+            return cls([1 / ranks.size] * ranks.size)
+        return cls(_shares([1 / each for each in seconds] if all(seconds) else [1.0] * ranks.size), True)
+
+    def measured(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+        """A step's, of every rank."""
+        self.tokens = [before + each for before, each in zip(self.tokens, tokens, strict=True)]
+        self.seconds = [before + each for before, each in zip(self.seconds, seconds, strict=True)]
+        self.steps += 1
+        if self.are_measured and self.steps >= MEASURED_STEPS:
+            if all(self.tokens) and all(self.seconds):
+                speeds = [each / taken for each, taken in zip(self.tokens, self.seconds, strict=True)]
+                self.of_ranks = _shares(speeds)
+            self._begin()
+
+    def _begin(self) -> None:
+        self.steps, self.tokens, self.seconds = 0, [0] * len(self.of_ranks), [0.0] * len(self.of_ranks)
+
+
+def _shares(speeds: Sequence[float]) -> list[float]:
+    return [each / sum(speeds) for each in speeds]
 
 
 def empty_batch() -> Batch:
@@ -72,7 +121,9 @@ class SharedSteps:
     def __init__(self, ranks: Ranks = ALONE):
         self.ranks, self.waited_seconds = ranks, 0.0
         self.asks: dict[str, Callable[[], bool]] = {}
-        self._answers: list[dict[str, bool]] = []
+        self.shares = Shares([1 / ranks.size] * ranks.size)
+        self._began, self._tokens = time.perf_counter(), 0
+        self._answers: Sequence[dict[str, bool]] = ()
 
     @property
     def are_shared(self) -> bool:
@@ -84,6 +135,14 @@ class SharedSteps:
         if not self.are_shared:
             return self.asks[name]()
         return any(answers[name] for answers in self._answers)
+
+    def ours_of(self, rows: Sequence[int], packs: Sequence[PackedRow]) -> list[int]:
+        """This rank's rows of a step."""
+        return dealt(rows, lambda row: len(packs[row]["input_ids"]), self.shares.of_ranks)[self.ranks.rank]
+
+    def begin_passes(self, tokens: int) -> None:
+        """Over so many of this rank's; `add_up` ends them."""
+        self._began, self._tokens = time.perf_counter(), tokens
 
     def total(self, counts: Sequence[int]) -> list[int]:
         """Each of `counts` over all ranks."""
@@ -102,10 +161,11 @@ class SharedSteps:
         start = time.perf_counter()
         answers = {name: bool(ask()) for name, ask in self.asks.items()}
         has_gradient = "".join("-+"[weight.grad is not None] for weight in trained)
-        said = self.ranks.gather((answers, has_gradient))
+        said = self.ranks.gather((answers, has_gradient, self._tokens, start - self._began))
         self.waited_seconds += time.perf_counter() - start
-        self._answers = [answers for answers, _ in said]
-        anywhere = ["+" in of_ranks for of_ranks in zip(*(each for _, each in said), strict=True)]
+        self._answers, have_gradients, tokens, seconds = zip(*said, strict=True)
+        self.shares.measured(tokens, seconds)
+        anywhere = ["+" in of_ranks for of_ranks in zip(*have_gradients, strict=True)]
         summed = [weight for weight, is_there in zip(trained, anywhere, strict=True) if is_there]
         total = self.ranks.sum_in_order(torch.cat([loss.float().view(1), *map(_flat_gradient, summed)]))
         _, *parts = total.split([1, *(weight.numel() for weight in summed)])

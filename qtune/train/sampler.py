@@ -1,7 +1,7 @@
 """In which order rows are trained on: a function of the seed and the epoch, and of nothing else."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -42,3 +42,20 @@ class DataOrder(torch.utils.data.Sampler[int]):
             generator = torch.Generator().manual_seed(self.seed + epoch)
             self._drawn = epoch, torch.randperm(self.rows, generator=generator)
         return self._drawn[1]
+
+
+def dealt(rows: Sequence[int], tokens_of: Callable[[int], int], shares: Sequence[float]) -> list[list[int]]:
+    """The rows of a step for each of N ranks, which take these shares of its tokens: every N-th where all are equal.
+
+    Otherwise the longest row goes first, each to the rank that would be done with it soonest (longest processing time
+    first on machines of unlike speed: Gonzalez, Ibarra and Sahni 1977). A rank has its rows in the order of the step.
+    """
+    ranks = range(len(shares))
+    if len(set(shares)) == 1:
+        return [list(rows[rank :: len(shares)]) for rank in ranks]
+    tokens = [tokens_of(row) for row in rows]
+    taken, owners = [0] * len(shares), [0] * len(rows)
+    for place in sorted(range(len(rows)), key=lambda place: -tokens[place]):
+        owners[place] = min(ranks, key=lambda rank: (taken[rank] + tokens[place]) / shares[rank])
+        taken[owners[place]] += tokens[place]
+    return [[row for row, owner in zip(rows, owners, strict=True) if owner == rank] for rank in ranks]

@@ -27,7 +27,7 @@ from qtune.train.learner import Learner
 from qtune.train.lr_schedule import warming_from_first_step, wind
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
 from qtune.train.optimizers import OPTIMIZERS, Optimizer
-from qtune.train.replicas import SharedSteps, draw_own_random, empty_batch, is_empty, share_of, tokens_in
+from qtune.train.replicas import SharedSteps, draw_own_random, empty_batch, in_batches, is_empty, tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
 
@@ -208,10 +208,12 @@ class MeteredTrainer(SFTTrainer):
         """
         step, ranks, size = self.state.global_step + 1, self.shared.ranks, self.args.per_device_train_batch_size
         rows = self.order.of_step(step, size, self.args.gradient_accumulation_steps)
-        ours = share_of(rows, self.train_dataset, ranks, size)
-        tokens, trained_tokens = self.shared.total(tokens_in(ours))
+        ours = in_batches(self.shared.ours_of(rows, self.train_dataset), self.train_dataset, size)
+        counts = tokens_in(ours)
+        tokens, trained_tokens = self.shared.total(counts)
         self.meter.count(tokens, trained_tokens)
         draw_own_random(self.args.seed, step, ranks)
+        self.shared.begin_passes(counts[0])
         takes_tokens = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         return (
             ours + [empty_batch()] * (count - len(ours)),

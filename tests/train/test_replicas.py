@@ -1,7 +1,7 @@
 """Real ranks over gloo, each with a share of every step: what they train is what one process trains."""
 
-import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,12 @@ from test_loop import losses, recipe_for, session_of
 
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.model.adapter import trained_parameters
+from qtune.train import replicas
+from qtune.train.replicas import SharedSteps
 from qtune.train.trainer import MeteredTrainer
 
 # By name: what of the recipe differs, how many packs, whether documents go apart. The last step of 7 packs has 3.
+UNLIKE = "llama on unlike cards"  # the second rank is said to be four times as slow as the first, then measured
 CASES = {
     "llama": ({"gradient_accumulation": 4}, 7, False),
     "llama clipped in micro-batches": (
@@ -23,6 +26,7 @@ CASES = {
         False,
     ),
     "llama apart": ({"gradient_accumulation": 4}, 7, True),
+    UNLIKE: ({"gradient_accumulation": 5}, 9, False),
     "qwen3_5_text": ({"gradient_accumulation": 3}, 5, False),
     "qwen3_moe": ({"gradient_accumulation": 2}, 3, False),
 }
@@ -47,8 +51,19 @@ def trained(ranks: Ranks, folder: Path, name: str) -> dict[str, object]:
     recipe = recipe_for(folder / name.split()[0], model, **{**often, **train})
     session, events = session_of(recipe, packs)
     if is_apart:
-        session = dataclasses.replace(session, plan=session.plan.with_documents_apart("of a test"))
+        session = replace(session, plan=session.plan.with_documents_apart("of a test"))
         session.learner.recovery.pieces = sys.maxsize
+    if name == UNLIKE:
+        plan, slower = session.plan, 4.0**ranks.rank
+        device, speed = replace(plan.device, label=f"card {ranks.rank}"), replace(plan.speed, pack_seconds=slower)
+        session = replace(session, plan=replace(plan, device=device, speed=speed))
+    shares, ours = [], SharedSteps.ours_of
+
+    def noting_share(self: SharedSteps, rows: list[int], packs: object) -> list[int]:
+        shares.append((self.shares.of_ranks, len(ours(self, rows, packs))))
+        return ours(self, rows, packs)
+
+    replicas.MEASURED_STEPS, SharedSteps.ours_of = 1, noting_share
     gradients, clip = [], MeteredTrainer._clip_grad_norm
 
     def noting(trainer: MeteredTrainer, *args: object) -> object:
@@ -58,12 +73,12 @@ def trained(ranks: Ranks, folder: Path, name: str) -> dict[str, object]:
 
     MeteredTrainer._clip_grad_norm = noting
     try:
-        dataclasses.replace(session, ranks=ranks).run()
+        replace(session, ranks=ranks).run()
     finally:
-        MeteredTrainer._clip_grad_norm = clip
+        MeteredTrainer._clip_grad_norm, SharedSteps.ours_of = clip, ours
     adapter = [weight.detach().clone() for weight in trained_parameters(session.learner.loaded.model)]
     tokens = [event.tokens for event in events if type(event).__name__ == "StepDone"]
-    return {"losses": losses(events), "gradients": gradients, "adapter": adapter, "tokens": tokens}
+    return {"losses": losses(events), "gradients": gradients, "adapter": adapter, "tokens": tokens, "shares": shares}
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long)])
@@ -82,3 +97,12 @@ def test_several_ranks_train_what_one_process_would(tmp_path, size) -> None:
         assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-6), name
         for ours, exact in zip(ranks[0]["gradients"], alone["gradients"], strict=True):
             assert (ours - exact).norm() <= 1e-6 * exact.norm(), name
+    slow = [each["shares"] for each in map(torch.load, (tmp_path / f"{UNLIKE}-{rank}.pt" for rank in range(size)))]
+    for step, told in enumerate(zip(*slow, strict=True)):
+        shares = [each for each, _ in told]
+        assert shares.count(shares[0]) == size  # all know the same
+        assert sum(rows for _, rows in told) == (5, 4)[step]
+    begun = [4.0**-rank for rank in range(size)]
+    assert slow[0][0][0] == pytest.approx([each / sum(begun) for each in begun])
+    assert slow[0][1][0] != slow[0][0][0]  # measured: they are as fast as each other
+    assert slow[0][0][1] > slow[1][0][1]

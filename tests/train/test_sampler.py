@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from qtune.train.sampler import DataOrder
+from qtune.train.sampler import DataOrder, dealt
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -45,3 +45,26 @@ def test_the_rows_of_its_steps_are_those_of_the_epoch(rows: int, micro_batch: in
         found = [order.of_step(step, micro_batch, accumulation) for step in steps]
         assert [row for rows_of_step in found for row in rows_of_step] == order.of_epoch(epoch)
         assert all(len(rows_of_step) == micro_batch * accumulation for rows_of_step in found[:-1])
+
+
+def test_equal_shares_are_every_nth_row() -> None:
+    assert dealt([7, 3, 5, 1, 2], int, [0.5, 0.5]) == [[7, 5, 2], [3, 1]]
+
+
+def test_a_rank_with_a_larger_share_gets_more_tokens_in_the_order_of_the_step() -> None:
+    tokens = dict(enumerate([90, 100, 80, 100, 30, 100, 100]))
+    fast, slow = dealt([4, 1, 0, 5, 2, 6, 3], tokens.__getitem__, [0.75, 0.25])
+    assert sorted([*fast, *slow]) == list(range(7))
+    assert fast == [row for row in [4, 1, 0, 5, 2, 6, 3] if row in fast]
+    assert sum(map(tokens.get, fast)) == 470
+    assert sum(map(tokens.get, slow)) == 130  # a quarter of 600 would be 150, which no rows are
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.9, 0.1), (0.4, 0.35, 0.25)])
+def test_ranks_end_together_but_for_a_row(shares: tuple[float, ...]) -> None:
+    tokens = [100 + 7 * (row % 13) for row in range(40)]
+    ends = [
+        sum(tokens[row] for row in rows) / share
+        for rows, share in zip(dealt(range(40), tokens.__getitem__, shares), shares, strict=True)
+    ]
+    assert max(ends) - min(ends) <= max(tokens) / min(shares)
