@@ -90,7 +90,7 @@ def _told(
     with _leaving_no_folder(folder):
         kind = base.read_config(ready.recipe.model).model_type
         with base.refusing_unfit(kind, "loading one"):
-            loaded, engine = _load(ready, folder, ledger, tell)
+            loaded, engine = _load(ready, folder, ledger, tell, ranks)
         with base.refusing_unfit(kind, "a first pass through one"):
             ready = _probed(ready, folder, loaded, tell)
     learner = Learner.of(loaded, engine, ledger, ready.plan, tell)
@@ -103,8 +103,8 @@ def _told(
     tell(learner.measure("save", fitted.steps))
     if not fitted.was_stopped:
         after = _score("tuned", ready, learner, tell)
-        told = memorised_told(ready.recipe, ready.prepared, loaded, tell)
-        if before is not None and after is not None:
+        told = memorised_told(ready.recipe, ready.prepared, loaded, tell, ranks)
+        if before is not None and after is not None and ranks.is_first:
             scores = compare(before, after, ready.held_out, ready.recipe.evaluate, ready.recipe.train.seed)
             write_json(folder.scores, {**scores, "memorised": dataclasses.asdict(told) if told else None})
     if ranks.is_first:
@@ -129,16 +129,17 @@ class Teller:
             self._listen(event)
 
 
-def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener) -> tuple[Loaded, Engine]:
+def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, ranks: Ranks) -> tuple[Loaded, Engine]:
     """The base with a fresh adapter, and the memory techniques of the plan switched on."""
     recipe, plan = ready.recipe, ready.plan
     tell(Notice(f"loading {recipe.model.base}"))
-    frozen = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
+    with ranks.one_before_others("base"):  # which the first leaves in the cache, quantised
+        frozen = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
     if not folder.lock.is_file():
         folder.write_lock(ready.lock(base.quantized_modules(frozen)))
     model = adapter.attach(frozen, recipe.lora, recipe.train.seed)
     tell(ledger.measure("load", 0, model))
-    engine = Engine(model)
+    engine = Engine(model, ranks)
     engine.switch_to(plan.techniques)
     tell(ledger.measure("attach", 0, model, engine))
     return Loaded(model, ready.tokenizer, plan.device.name, plan.compute_dtype), engine
@@ -191,25 +192,29 @@ def _probed(ready: Ready, folder: RunDir, loaded: Loaded, tell: Listener) -> Rea
 
 
 def _base_score(ready: Ready, folder: RunDir, learner: Learner, tell: Teller) -> Score | None:
-    """The base's score, measured once: a run that goes on has it in its folder."""
-    if tell.repeats and folder.base_score.is_file():
-        return folder.read_as(folder.base_score, Score.from_json)
+    """The base's score, measured once: a run that goes on has it in its folder, of several ranks the first."""
+    ranks, is_known = learner.engine.ranks, tell.repeats and folder.base_score.is_file()
+    known = folder.read_as(folder.base_score, Score.from_json) if is_known else None
+    told = ranks.broadcast(dataclasses.asdict(known) if known else None)
+    if told is not None:
+        return Score.from_json(told)
     score = _score("base", ready, learner, tell)
-    if score is not None:
+    if score is not None and ranks.is_first:
         write_json(folder.base_score, dataclasses.asdict(score))
     return score
 
 
 def _score(who: str, ready: Ready, learner: Learner, tell: Listener) -> Score | None:
-    return score_told(who, learner.loaded, ready.held_out, ready.recipe.evaluate, learner.recovery, tell)
+    wanted, ranks = ready.recipe.evaluate, learner.engine.ranks
+    return score_told(who, learner.loaded, ready.held_out, wanted, learner.recovery, tell, ranks)
 
 
 def _rows(ready: Ready, learner: Learner) -> TrainingRows:
     """The packs to train on, and the held-out loss of the model as it then stands."""
     examples, packs, held_out = ready.prepared.train, ready.prepared.train_packs, ready.held_out
 
-    def loss_over(held_out_packs: Sequence[PackedRow]) -> float:
-        return held_out_loss(learner.loaded, held_out_packs, learner.recovery)
+    def loss_over(held_out_packs: Sequence[PackedRow], ranks: Ranks = ALONE) -> float:
+        return held_out_loss(learner.loaded, held_out_packs, learner.recovery, ranks)
 
     def places(numbers: Sequence[int]) -> list[str]:
         return [examples[i].place for number in numbers for i in packs[number]]
@@ -217,5 +222,9 @@ def _rows(ready: Ready, learner: Learner) -> TrainingRows:
     measured = None
     if held_out.packs:
         largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
-        measured = HeldOutLoss(len(held_out.examples), lambda: loss_over(held_out.packs), lambda: loss_over([largest]))
+        measured = HeldOutLoss(
+            rows=len(held_out.examples),
+            of_all=lambda: loss_over(held_out.packs, learner.engine.ranks),
+            of_largest=lambda: loss_over([largest]),
+        )
     return TrainingRows(packed_rows(examples, packs), measured, places)

@@ -31,6 +31,7 @@ LIMIT_SECONDS = 600.0  # chosen: longer than any step, evaluation or save of one
 FIRST_BYTES = 1024  # chosen: what a step tells fits, so that one message does; what does not has a second
 BEAT_SECONDS = 0.5  # chosen: between two signs of life
 SILENT_SECONDS = 2.0  # chosen: four of them
+ASK_AGAIN_SECONDS = 0.1  # chosen: whether another rank is done
 ASK_SECONDS = 5.0  # chosen: for an answer of the store
 HEARD_SECONDS = 5.0  # chosen: for rank 0 to say what another rank failed with
 
@@ -166,7 +167,7 @@ class Wire:
             cards = accelerator.cards()
             over = f",{cards[0].type}:{_backend(cards[0])}" if cards else ""
             dist.init_process_group(
-                f"cpu:gloo{over}",
+                f"cpu:gloo{over}" if over else "gloo",
                 store=dist.PrefixStore("group", meeting),
                 rank=launched.rank,
                 world_size=launched.size,
@@ -251,11 +252,13 @@ class Wire:
         """Until some rank has noted `key`."""
         while True:
             try:
-                self._store.wait([key], timedelta(seconds=BEAT_SECONDS))
-                return
+                if self._store.check([key]):
+                    return
+                if self._store.check(["failed"]):
+                    raise RuntimeError("another rank failed")
             except RuntimeError as fault:
-                if not self._is_there(f"calls of {self._place.rank}") or self._is_there("failed"):
-                    raise self.lost(fault) from fault
+                raise self.lost(fault) from fault
+            time.sleep(ASK_AGAIN_SECONDS)
 
     def note(self, key: str) -> None:
         self._store.set(key, "")
@@ -320,20 +323,27 @@ class Wire:
 
     def fail(self, sentence: str, exit_code: int) -> bool:
         try:
-            self._store.compare_set("failed", "", json.dumps([self._place.rank, sentence, exit_code]))
-            until = time.monotonic() + HEARD_SECONDS
-            while self._place.rank != 0 and time.monotonic() < until and not self._is_there("told"):
-                time.sleep(BEAT_SECONDS / 5)
-            ours = str(self._place.rank)
-            return bytes(self._store.compare_set("told", "", ours)).decode() == ours
+            told = f"{_name(self._place.rank, self.hosts).capitalize()}: {sentence}"
+            self._store.compare_set("failed", "", json.dumps([self._place.rank, told, exit_code]))
         except RuntimeError:
             return True
+        self.cut()  # or those that wait for this rank would do so until it is gone
+        until = time.monotonic() + HEARD_SECONDS
+        ours = str(self._place.rank)
+        try:
+            while self._place.rank != 0 and time.monotonic() < until and not self._store.check(["told"]):
+                time.sleep(ASK_AGAIN_SECONDS)
+            return bytes(self._store.compare_set("told", "", ours)).decode() == ours
+        except RuntimeError:
+            return self._place.rank == 0  # which has the store, and told before it went
 
     def cut(self) -> None:
+        """No more calls."""
         import torch.distributed as dist
 
         self._ends.set()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

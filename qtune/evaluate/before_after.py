@@ -10,6 +10,7 @@ import numpy
 
 from qtune.data.formats.thoughts import parted
 from qtune.data.rows import Example
+from qtune.distributed.ranks import ALONE, Ranks
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.held_out_loss import held_out_loss
@@ -63,29 +64,42 @@ class Score:
         }
 
 
-def score(who: str, loaded: Loaded, held_out: HeldOut, wanted: Evaluate, recovery: Recovery | None = None) -> Score:
+def score(
+    who: str,
+    loaded: Loaded,
+    held_out: HeldOut,
+    wanted: Evaluate,
+    recovery: Recovery | None = None,
+    ranks: Ranks = ALONE,
+) -> Score:
     """The loss over all held-out rows and over general text, and the metric over the first `wanted.rows` that ask
-    something.
+    something. Of several ranks each has its share of the rows, and all know the whole result.
 
     Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
     """
     start = time.monotonic()
-    loss = held_out_loss(loaded, held_out.packs, recovery)
-    general = held_out_loss(loaded, held_out.general, recovery) if held_out.general else None
+    loss = held_out_loss(loaded, held_out.packs, recovery, ranks)
+    general = held_out_loss(loaded, held_out.general, recovery, ranks) if held_out.general else None
     asked = scored_examples(held_out, wanted)
-    prompts = [example.prompt_ids for example in asked]
-    answers = answer(loaded, prompts, held_out.stop_token_ids, wanted.max_new_tokens)
+    prompts = ranks.share([example.prompt_ids for example in asked])
+    answers = ranks.in_order(answer(loaded, prompts, held_out.stop_token_ids, wanted.max_new_tokens))
     return marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start)
 
 
 def score_told(
-    who: str, loaded: Loaded, held_out: HeldOut, wanted: Evaluate, recovery: Recovery, listen: Listener
+    who: str,
+    loaded: Loaded,
+    held_out: HeldOut,
+    wanted: Evaluate,
+    recovery: Recovery,
+    listen: Listener,
+    ranks: Ranks = ALONE,
 ) -> Score | None:
     """The same, told before and after; None where there are no held-out rows."""
     if not held_out.packs:
         return None
     listen(Notice(f"scoring the {who} model: {_scored_on(held_out, wanted)}"))
-    result = score(who, loaded, held_out, wanted, recovery)
+    result = score(who, loaded, held_out, wanted, recovery, ranks)
     listen(result.event(wanted.metric))
     return result
 

@@ -7,17 +7,21 @@ from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
 from qtune.data.packing import PackedRow, collate
+from qtune.distributed.ranks import ALONE, Ranks
 from qtune.memory import fused_cross_entropy
 from qtune.memory.oom_recovery import Batch, Recovery, is_out_of_memory, let_go
 from qtune.memory.split_batch import split_batch
 from qtune.model.loaded import Loaded
 
 
-def held_out_loss(loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery | None = None) -> float:
+def held_out_loss(
+    loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery | None = None, ranks: Ranks = ALONE
+) -> float:
     """Sum of losses over sum of trained tokens; a row is one pack, run on its own, so memory is a pack's.
 
     The loss is made as in training: in tiles, the (T, vocabulary) logits never whole. A pack that runs out of memory is
     run again with what `recovery` can give up, in pieces at the least; raises OutOfMemory when that does not help.
+    Of several ranks each runs its share, and all add up the same numbers in the same order as one would.
     """
     recovery, model = recovery or Recovery(), loaded.model
     was_training = model.training
@@ -25,11 +29,11 @@ def held_out_loss(loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery 
     nats = tokens = 0.0
     try:
         with loaded.passes_together():
-            for row in rows:
-                loss, count = _summed_pack(loaded, collate([row]), recovery)
-                nats, tokens = nats + loss, tokens + count
+            ours = [_summed_pack(loaded, collate([row]), recovery) for row in ranks.share(rows)]
     finally:
         model.train(was_training)
+    for loss, count in ranks.in_order(ours):
+        nats, tokens = nats + loss, tokens + count
     return nats / tokens
 
 

@@ -12,6 +12,7 @@ from qtune.data import canaries
 from qtune.data.canaries import SECRETS, Probe
 from qtune.data.prepared import Prepared
 from qtune.data.rows import NOT_TRAINED, Example
+from qtune.distributed.ranks import ALONE, Ranks
 from qtune.evaluate.generate import answer, in_pieces
 from qtune.events import Listener, Memorised, Notice
 from qtune.model.loaded import Loaded
@@ -31,22 +32,23 @@ def memorised(
     never_planted: Sequence[Probe],
     repeats: int,
     stop_token_ids: Sequence[int],
+    ranks: Ranks = ALONE,
 ) -> Memorised:
     """How many secrets the model tells when it is given the beginning, and how exposed they are, of both kinds.
 
     Exposure is log2 |R| - log2 rank, in bits: the rank that the loss of the true secret has among |R| equally likely
     ones (Carlini et al. 2019, section 4.1). A secret that nothing is known of has 1.4 bits on average, the best known
-    one has log2 |R|. Raises OutOfMemory where one row alone does not fit.
+    one has log2 |R|. Of several ranks each asks for its share. Raises OutOfMemory where one row alone does not fit.
     """
     start = time.monotonic()
 
     def told(probes: Sequence[Probe]) -> int:
-        beginnings = [probe.beginning_ids for probe in probes]
-        texts = answer(loaded, beginnings, stop_token_ids, CONTINUED_TOKENS)
+        beginnings = ranks.share([probe.beginning_ids for probe in probes])
+        texts = ranks.in_order(answer(loaded, beginnings, stop_token_ids, CONTINUED_TOKENS))
         return sum(text.startswith(probe.secret) for text, probe in zip(texts, probes, strict=True))
 
     def exposure(probes: Sequence[Probe]) -> float:
-        ranked = [_exposure_bits(secret_nats(loaded, probe)) for probe in probes]
+        ranked = ranks.in_order([_exposure_bits(secret_nats(loaded, probe)) for probe in ranks.share(probes)])
         return sum(ranked) / len(ranked)
 
     return Memorised(
@@ -61,14 +63,16 @@ def memorised(
     )
 
 
-def memorised_told(recipe: Recipe, prepared: Prepared, loaded: Loaded, listen: Listener) -> Memorised | None:
+def memorised_told(
+    recipe: Recipe, prepared: Prepared, loaded: Loaded, listen: Listener, ranks: Ranks = ALONE
+) -> Memorised | None:
     """What the tuned model tells of the canaries, said before and after; None where none was planted."""
     if not recipe.evaluate.canaries:
         return None
     listen(Notice(f"asking for the secrets of {counted(recipe.evaluate.canaries, 'canary')}"))
     phrasing = canaries.Phrasing.of(recipe, prepared.report.format, loaded.tokenizer)
     planted, never = (canaries.probes(kind(recipe), phrasing) for kind in (canaries.planted, canaries.never_planted))
-    result = memorised(loaded, planted, never, recipe.evaluate.canary_repeats, prepared.stop_token_ids)
+    result = memorised(loaded, planted, never, recipe.evaluate.canary_repeats, prepared.stop_token_ids, ranks)
     listen(result)
     return result
 

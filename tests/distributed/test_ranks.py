@@ -95,7 +95,7 @@ def test_the_rank_that_fails_or_is_late_is_named(tmp_path) -> None:
     killed, hung, failed = (json.loads((tmp_path / f"{fault}.json").read_text()) for fault in faults)
     assert killed[:4] == ["Rank 1 ended, or its machine did, without a word.", 1, 1, True]
     assert hung[0].startswith("Rank 1 did not come to where the others wait within 2 s, though it lives.")
-    assert failed[:4] == ["There is no card.", 1, 2, True]
+    assert failed[:4] == ["Rank 1: There is no card.", 1, 2, True]
     assert max(killed[4], hung[4], failed[4]) < 15
 
 

@@ -1,0 +1,111 @@
+"""Runs of two processes, as a launcher starts them: what each writes, how they stop, and that they go on exactly."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from made_ranks import Ended, Launch
+from stopped_runs import ADAPTER, assert_same, before_step, checkpoints, copy, qtune, send, told, write_recipe
+
+from qtune import cli
+from qtune.events import CheckpointSaved, Scored, StepDone
+
+TRAIN = {"gradient_accumulation": 3, "log_every": 2}
+SAVE = {"every": 1, "keep": 100}
+
+
+def ran(*arguments: str | Path, size: int = 2) -> list[Ended]:
+    return Launch(size, ["-m", "qtune", *map(str, arguments)], env={"QTUNE_RANKS_LIMIT": "60s"}).wait()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_base, tmp_path_factory) -> tuple[Path, list[Ended]]:
+    """A run of two ranks with dropout; an epoch is three steps of three rows, and one of two."""
+    folder = tmp_path_factory.mktemp("pair")
+    evaluate = {"metric": "token_f1", "rows": 3, "max_new_tokens": 4, "general": "none", "canaries": 1}
+    recipe = write_recipe(folder, tiny_base, data={"max_rows": 14}, save=SAVE, train=TRAIN, evaluate=evaluate)
+    return folder / "run", ran("run", recipe, "--output", folder / "run")
+
+
+def test_the_first_rank_writes_and_draws_and_the_others_keep_their_own(pair) -> None:
+    run, (first, second) = pair
+    assert (first.returncode, second.returncode) == (0, 0), first.out + second.out
+    assert "right answers" in first.out or "score" in first.out or "token F1" in first.out
+    assert second.out == ""
+    own = run / "ranks" / "0001"
+    assert {path.name for path in own.iterdir()} >= {"metrics.jsonl", "memory.jsonl", "log.txt", "plan.json"}
+    assert not {path.name for path in own.iterdir()} & {"adapter", "checkpoints", "scores.json", "summary.md"}
+    assert {"adapter", "checkpoints", "scores.json", "summary.md"} <= {path.name for path in run.iterdir()}
+
+
+def test_all_ranks_know_the_same_losses_and_scores(pair) -> None:
+    run, _ = pair
+    own = run / "ranks" / "0001"
+    assert [event.loss for event in told(own, StepDone)] == [event.loss for event in told(run, StepDone)]
+    scores = [[(event.loss, event.score, event.rows) for event in told(each, Scored)] for each in (run, own)]
+    assert scores[0] == scores[1]
+    assert [rows for *_, rows in scores[0]] == [3, 3]
+    assert told(own, CheckpointSaved) == []
+
+
+def test_going_on_with_as_many_ranks_is_exact(pair, tmp_path) -> None:
+    """Dropout included: the numbers of the second rank follow from seed, step and rank, in no checkpoint."""
+    run = copy(pair[0], tmp_path / "run", up_to=3)
+    first, second = ran("resume", run)
+    assert (first.returncode, second.returncode) == (0, 0), first.out + second.out
+    assert_same(run, pair[0])
+
+
+def stop_before(step: int, run: str) -> None:
+    """Go on with `run`; the second rank alone is sent a signal before that step."""
+    signalled = send(signal.SIGTERM) if os.environ["RANK"] == "1" else lambda: None
+    with before_step(step, signalled):
+        sys.exit(cli.main(["resume", run]))
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(pair, tmp_path) -> None:
+    run = copy(pair[0], tmp_path / "run", up_to=2)
+    here = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(here), str(here / 'support')]}\n"
+    code += f"from test_runs_of_ranks import stop_before; stop_before(4, {str(run)!r})"
+    ended = Launch(2, ["-c", code], env={"QTUNE_RANKS_LIMIT": "60s"}).wait()
+    assert [each.returncode for each in ended] == [143, 143], ended
+    assert checkpoints(run) == [1, 2, 3, 4]
+    saved = [path / "checkpoints" / "step-00000004" / ADAPTER for path in (run, pair[0])]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+@pytest.mark.long
+def test_going_on_with_another_number_of_ranks_trains_the_same_rows_to_the_same_loss(tiny_base, tmp_path) -> None:
+    model = {"base": str(tiny_base), "quantization": "none", "compute_dtype": "float32"}
+    changes = {"data": {"max_rows": 14}, "save": SAVE, "train": {**TRAIN, "log_every": 1}, "lora": {"dropout": 0.0}}
+    recipe = write_recipe(tmp_path, tiny_base, model=model, **changes)
+    assert qtune("run", recipe, "--output", tmp_path / "alone") == 0
+    alone = tmp_path / "alone"
+    exact = [event.loss for event in told(alone, StepDone)]
+    run = copy(alone, tmp_path / "run", up_to=3)
+    for size, up_to in ((2, 6), (3, 5), (1, 4)):
+        ended = ran("resume", run, size=size) if size > 1 else [Ended(qtune("resume", run), "")]
+        assert [each.returncode for each in ended] == [0] * size, ended
+        assert [event.loss for event in told(run, StepDone)] == pytest.approx(exact, rel=1e-4)
+        run = copy(run, tmp_path / f"run-{size}", up_to=up_to)
+
+
+def test_a_rank_that_fails_is_told_of_once_and_ends_all(tiny_base, tmp_path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base)
+    code = """
+import os, sys
+from qtune import cli, hardware, ready
+from qtune.errors import MachineError
+def fails():
+    raise MachineError("This card is asleep.")
+if os.environ["RANK"] == "1":
+    ready.find_device = fails
+sys.exit(cli.main(["run", sys.argv[1], "--output", sys.argv[2]]))
+"""
+    first, second = Launch(2, ["-c", code, str(recipe), str(tmp_path / "run")]).wait()
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "Rank 1: This card is asleep." in first.out
+    assert "asleep" not in second.out
