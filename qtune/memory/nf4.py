@@ -3,11 +3,13 @@
 import inspect
 import math
 import re
+import warnings
 from typing import Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from torch.library import Library, get_kernel
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from qtune.lock import Quantization
@@ -66,6 +68,31 @@ def multiplied_by_hand(kind: Any) -> frozenset[str]:
         return frozenset()
     own = [rf"\bself\.(\w+) = {kind}\(" for kind in re.findall(REGROUPED, code, re.MULTILINE | re.DOTALL)]
     return frozenset(name for pattern in (*BY_HAND, *own) for name in re.findall(pattern, code))
+
+
+def _read_rows_by_blocks() -> Library:
+    """Have bitsandbytes' processor kernel restore any matrix, in whatever calls it.
+
+    It takes every row to begin a block (bitsandbytes 0.50, backends/cpu/ops.py), and misreads rows that are no whole
+    number of them: of 96 wide ones most weights come out with another block's scale. Read flat they come out right.
+    """
+    name = "bitsandbytes::dequantize_4bit"
+    theirs = get_kernel(name, "CPU")
+
+    def restore(
+        keys: Any, packed: torch.Tensor, absmax: torch.Tensor, block: int, kind: str, shape: Any, dtype: Any
+    ) -> Any:
+        if shape[-1] % block == 0:
+            return theirs.call_boxed(keys, packed, absmax, block, kind, shape, dtype)
+        return theirs.call_boxed(keys, packed, absmax, block, kind, [math.prod(shape)], dtype).view(shape)
+
+    library = Library("bitsandbytes", "IMPL")
+    with warnings.catch_warnings(action="ignore"):  # that a kernel is overridden, which is meant
+        library.impl(name, restore, "CPU", with_keyset=True)
+    return library
+
+
+_restoring = _read_rows_by_blocks()  # which ends with what is returned
 
 
 def keep_weights_as_quantised(model: torch.nn.Module) -> None:

@@ -48,6 +48,16 @@ def test_parts_of_widths_that_bitsandbytes_misreads_on_the_cpu_are_right(columns
     assert torch.equal(weight_rows(linear, slice(64, 192), torch.float32), whole(linear)[64:192])
 
 
+@pytest.mark.parametrize("columns", [16, 48, 96])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_products_of_such_widths_are_right_whoever_calls_the_kernel(columns, is_trained) -> None:
+    """Such a base was trained, scored and merged with other weights on the CPU than a card has, and nothing said so."""
+    linear = packed(64, columns, True)
+    x = torch.randn(3, columns, requires_grad=is_trained)
+    torch.testing.assert_close(linear(x), x @ whole(linear).T)
+    assert torch.equal(dequantize_4bit(linear.weight.data, linear.weight.quant_state), whole(linear))
+
+
 def test_a_part_comes_in_the_dtype_asked_for() -> None:
     linear = packed(128, 64, True, torch.bfloat16)
     assert weight_rows(linear, slice(0, 128), torch.float32).dtype == torch.float32
