@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -167,6 +167,13 @@ def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_all(files: Sequence[Path]) -> str:
+    """SHA-256 of a file; of several, of their names and digests."""
+    if len(files) == 1:
+        return digest_of(files[0])
+    return hashlib.sha256("".join(f"{digest_of(path)}  {path.name}\n" for path in files).encode()).hexdigest()
 
 
 def glance_at(path: Path) -> str:

@@ -137,7 +137,7 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         return
     try:
         read_file(path)
-        is_text = kind_of(path) in TEXT_SUFFIXES
+        is_text = kind_of(path) in TEXT_SUFFIXES and path.is_file()
         written = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
     except FileFault as fault:
         _group_file_fault(fault, groups)

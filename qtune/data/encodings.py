@@ -24,7 +24,7 @@ LETTER = "[A-Za-zÀ-ÖØ-öø-ÿŒœŸŠšŽž]"
 # What text of the west seldom has and other code pages have as letters: a sign amid a word, õ but in õe, and ð, þ, ý.
 NOT_WESTERN = re.compile(f"{LETTER}[¡-¶¸-¿×÷]{LETTER}|[Õõ](?![Ee])|[ÐÝÞðýþ]")
 WORDS = re.compile(r"[^\W\d_]{2,}")
-TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt")
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".md")
 SAMPLE_BYTES = 1 << 16
 EXCERPT_CHARACTERS = 24
 NOT_ASCII = re.compile(r"[^\x00-\x7f]{3,}")

@@ -8,13 +8,15 @@ that continue one another. The exception is `.json`: one document has no rows un
 """
 
 import csv
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from qtune.data.csv_dialect import Sheet
@@ -32,6 +34,7 @@ from qtune.data.text_files import (
     refuse_bad_bytes,
     start_of,
 )
+from qtune.recipe.data_files import SAVED, files_in
 from qtune.units import GIB, format_bytes
 
 MAGIC = (
@@ -46,13 +49,10 @@ MAGIC = (
     (b"\xfe\xff", "UTF-16 text. Save it as UTF-8"),
     (b"%PDF", "a PDF document. Turn it into text first"),
 )
-INSTEAD = {
-    ".md": "A plain text is named .txt.",
-    ".arrow": "datasets writes it as Parquet: Dataset.from_file('rows.arrow').to_parquet('rows.parquet').",
-}
-PARQUET_BATCH_ROWS = 64
+ARROW_BATCH_ROWS = 64
 MOST_DOCUMENT_BYTES = GIB  # of a .json file, whose values take five times as much of memory
 TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
+ARROW_FILE = b"ARROW1"  # what a file begins with that is no stream
 KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
 
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv module stops at 128 KiB unless told
@@ -60,19 +60,19 @@ csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv modul
 
 def read_file(path: Path) -> Iterator[RawRow | Dropped]:
     """The rows of a file, by its suffix. Raises FileFault for a file that cannot be read as what it is named."""
+    if path.is_dir():
+        return _read_folder(path)
     kind = kind_of(path)
     if path.suffix.lower() in COMPRESSED and kind in READERS and kind not in TEXT_SUFFIXES:
         raise FileFault(path, f"is a compressed {kind}. Unpack it first.")
     _refuse_unreadable(path)
     if kind not in READERS:
-        instead = INSTEAD.get(kind, f"It reads {', '.join(READERS)}, and these as {', '.join(COMPRESSED)}.")
-        raise FileFault(path, f"qtune does not read {kind or 'files without a suffix'}. {instead}")
+        reads = f"It reads {', '.join(READERS)}, and texts as {', '.join(COMPRESSED)}"
+        raise FileFault(path, f"qtune does not read {kind or 'files without a suffix'}. {reads}.")
     return READERS[kind](path)
 
 
 def _refuse_unreadable(path: Path) -> None:
-    if path.is_dir():
-        raise FileFault(path, "is a folder. Name a file in it.")
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1)
         raise FileFault(path, f"there is no such file.{f' Did you mean {near[0]}?' if near else ''}")
@@ -233,12 +233,57 @@ def _read_parquet(path: Path) -> Iterator[RawRow | Dropped]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES) as file:
-            for batch in file.iter_batches(PARQUET_BATCH_ROWS):
+            for batch in file.iter_batches(ARROW_BATCH_ROWS):
                 for values in batch.to_pylist():
                     number += 1
                     yield _row_or_dropped(values, f"{path.name} row {number:,}")
     except (pyarrow.ArrowException, OSError, ValueError) as fault:
         raise FileFault(path, f"is not readable as Parquet ({str(fault).splitlines()[0]}).") from None
+
+
+def _read_arrow(path: Path) -> Iterator[RawRow | Dropped]:
+    return _arrow_rows([path], path.name)
+
+
+def _arrow_rows(files: Sequence[Path], name: str) -> Iterator[RawRow | Dropped]:
+    """Of files in Arrow's format for streams, which `datasets` writes, or for files, counted through all of them."""
+    number = 0
+    for path in files:
+        try:
+            with pyarrow.OSFile(str(path)) as file:  # a mapped one would count as memory held
+                is_stream = file.read(len(ARROW_FILE)) != ARROW_FILE
+                file.seek(0)
+                for batch in pyarrow.ipc.open_stream(file) if is_stream else _batches_of_file(file):
+                    for at in range(0, len(batch), ARROW_BATCH_ROWS):
+                        for values in batch.slice(at, ARROW_BATCH_ROWS).to_pylist():
+                            number += 1
+                            yield _row_or_dropped(values, f"{name} row {number:,}")
+        except (pyarrow.ArrowException, OSError, ValueError) as fault:
+            raise FileFault(path, f"is not readable as Arrow ({str(fault).splitlines()[0]}).") from None
+
+
+def _batches_of_file(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
+    reader = pyarrow.ipc.open_file(file)
+    return map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _read_folder(folder: Path) -> Iterator[RawRow | Dropped]:
+    """A dataset that `datasets` saved, or texts: each a row, or several where it is long, in the order of names."""
+    files = files_in(folder)
+    if not files:
+        raise FileFault(folder, "is a folder, and neither one of texts nor one that save_to_disk wrote. Name a file.")
+    return _arrow_rows(files, folder.name) if (folder / SAVED).is_file() else _texts_of(folder, files)
+
+
+def _texts_of(folder: Path, files: Sequence[Path]) -> Iterator[RawRow | Dropped]:
+    for path in files:
+        within = path.parent.relative_to(folder)
+        rows = 0
+        for row in read_file(path) if path.stat().st_size else ():
+            rows += 1
+            yield dataclasses.replace(row, place=str(within / row.place))
+        if not rows:
+            yield Dropped(str(within / f"{path.name}:1"), RowFault.EMPTY_TEXT, "is a file without a text")
 
 
 def _read_txt(path: Path) -> Iterator[RawRow | Dropped]:
@@ -273,5 +318,7 @@ READERS: dict[str, Callable[[Path], Iterator[RawRow | Dropped]]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".txt": _read_txt,
+    ".md": _read_txt,
 }

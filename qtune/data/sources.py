@@ -19,6 +19,7 @@ from qtune.data.file_readers import read_file
 from qtune.data.rows import Dropped, RawRow
 from qtune.data.text_files import COMPRESSED, count_lines, kind_of
 from qtune.errors import DataError, MachineError
+from qtune.recipe.data_files import files_in
 from qtune.recipe.schema import Data
 
 SHOWN_FAULTS = 3
@@ -89,19 +90,24 @@ class Source:
         if self.dataset is not None:
             return getattr(self.dataset, "_fingerprint", None)
         try:
-            return atomic_files.digest_of(Path(self.name)) if self.standing else None
+            return atomic_files.digest_of_all(self._files) if self.standing else None
         except OSError:
             return None
 
     @cached_property
     def standing(self) -> tuple[int, ...] | None:
         """What changes when a file is written to, as it was when this was first asked for."""
-        return _standing(Path(self.name)) if self.dataset is None else None
+        return _standing(self._files) if self.dataset is None else None
+
+    @property
+    def _files(self) -> list[Path]:
+        path = Path(self.name)
+        return files_in(path) if path.is_dir() else [path]
 
     @property
     def bytes(self) -> int:
         """The size of a file, unpacked as far as can be told; 0 for what is no file."""
-        size = self.standing[0] if self.standing else 0
+        size = sum(self.standing[::3]) if self.standing else 0
         return size * (COMPRESSED_TIMES if Path(self.name).suffix.lower() in {*COMPRESSED, ".parquet"} else 1)
 
     @contextlib.contextmanager
@@ -109,19 +115,20 @@ class Source:
         """Raises DataError where a file that is read within is no longer as it was when its `standing` was noted."""
         before = self.standing
         yield
-        if before and _standing(Path(self.name)) != before:
+        if before and _standing(self._files) != before:
             raise DataError(
                 f"{self.name}: changed while it was read, so some rows are of one file and some of another. Start again"
                 " once nothing writes to it."
             )
 
 
-def _standing(path: Path) -> tuple[int, ...] | None:
+def _standing(files: Sequence[Path]) -> tuple[int, ...] | None:
+    """Size, time and number of each; None where one is not there."""
     try:
-        status = path.stat()
+        every = [path.stat() for path in files]
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return tuple(number for each in every for number in (each.st_size, each.st_mtime_ns, each.st_ino))
 
 
 def refuse_bad_rows(first: Sequence[Dropped], rows: int) -> None:

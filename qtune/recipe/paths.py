@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from qtune.recipe.data_files import DATA_SUFFIXES, SAVED, SAVED_SPLITS, files_in
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
 
@@ -19,7 +20,6 @@ DATA: tuple[Key, ...] = (
 )
 GENERAL: Key = ("evaluate", "general")
 GENERAL_WORDS = ("builtin", "none")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 FILES_OF_MODELS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # no folder, and no name on the hub either
 SHOWN_FILES = 3
 PATH_STARTS = ("./", "../", "/", "~")
@@ -51,6 +51,8 @@ def fault_of(key: Key, value: Any) -> Fault | None:
         wrong = f"{shown(value)} is neither a {kind} beside the recipe nor a hub name such as owner/name."
         return None if fits else (key, f"{dotted(key)}: {wrong}")
     if os.path.isdir(value) if kind == "folder" else os.path.isfile(value):
+        return None
+    if key in DATA and files_in(Path(value)):
         return None
     return key, f"{dotted(key)}: {_what_is_there(Path(value), kind)}"
 
@@ -87,21 +89,15 @@ def _what_is_there(path: Path, kind: str) -> str:
 def _file_of(folder: Path) -> str:
     """How the rows in a folder become one file, as a sentence behind a space; nothing where it holds none."""
     names = _names_in(folder)
-    if "dataset_dict.json" in names or "state.json" in names:
-        split = '["train"]' if "dataset_dict.json" in names else ""
-        return (
-            " It was written by save_to_disk of datasets; in Python,"
-            f' datasets.load_from_disk({str(folder)!r}){split}.to_parquet("rows.parquet") makes a file of it.'
-        )
+    if SAVED_SPLITS in names:
+        splits = sorted(name for name in names if (folder / name / SAVED).is_file())
+        return f" It holds splits that save_to_disk wrote: name one, such as {folder / splits[0]}." if splits else ""
     found = sorted(
         str(Path(inner, name))
         for inner in ("", "data")
         for name in _names_in(folder / inner)
-        if name.lower().endswith((*DATA_SUFFIXES, ".md")) and name not in ("README.md", "dataset_infos.json")
+        if name.lower().endswith(DATA_SUFFIXES) and name not in ("README.md", "dataset_infos.json")
     )
-    if len(found) > 1 and all(name.lower().endswith((".txt", ".md")) for name in found):
-        row = '{"text": "..."}'
-        return f" It holds {len(found):,} texts; to train on all, make each a row of one .jsonl file, {row}."
     more = ", …" if len(found) > SHOWN_FILES else ""
     return f" It holds {', '.join(found[:SHOWN_FILES])}{more}: name one file." if found else ""
 

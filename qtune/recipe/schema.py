@@ -170,8 +170,8 @@ class Data(Table):
     """What is learned from."""
 
     train: NonEmpty = Field(
-        description="A .jsonl, .json, .csv, .tsv, .parquet or .txt file, also compressed (.jsonl.gz), or a hub"
-        " dataset's name.",
+        description="A .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file, also compressed (.jsonl.gz); a"
+        " folder of texts, or one that save_to_disk of datasets wrote; or a hub dataset's name.",
         examples=["data/train.jsonl"],
     )
     train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qtune.recipe.data_files import files_in
 from qtune.recipe.paths import fault_of, made_absolute
 from qtune.recipe.toml_reader import Key
 
@@ -103,12 +104,8 @@ def test_odd_names_are_faults_or_paths_and_nothing_worse(value: str, folder: Pat
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        (
-            ("dataset_info.json", "state.json", "data-00000-of-00001.arrow"),
-            "It was written by save_to_disk of datasets",
-        ),
-        (("dataset_dict.json",), ')["train"].to_parquet("rows.parquet")'),
-        (("a.txt", "b.md", "c.txt"), "It holds 3 texts; to train on all, make each a row of one .jsonl file"),
+        (("dataset_dict.json", "test/state.json", "train/state.json"), "It holds splits that save_to_disk wrote: name"),
+        (("a.txt", "rows.csv"), "It holds a.txt, rows.csv: name one file."),
         (("README.md", "data/a.parquet", "data/b.parquet"), "It holds data/a.parquet, data/b.parquet: name one file."),
         (("a.jsonl",), "It holds a.jsonl: name one file."),
         (("x.bin",), "and a file is needed."),
@@ -122,3 +119,33 @@ def test_a_folder_of_data_says_how_it_becomes_a_file(files: tuple[str, ...], tol
     assert fault is not None
     assert told in fault[1]
     assert fault[1].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (("b.md", "a.txt", "in/c.TXT", "d.txt.gz", ".git/e.md", "f.png"), ["a.txt", "b.md", "d.txt.gz", "in/c.TXT"]),
+        (("README.md", "chapter.md"), ["README.md", "chapter.md"]),
+        (("README.md",), []),
+        (("a.txt", "rows.jsonl.gz"), []),
+        (("state.json", "other.arrow", "x.arrow"), ["x.arrow"]),
+    ],
+)
+def test_what_is_read_of_a_folder(files: tuple[str, ...], read: list[str], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"_data_files": [{"filename": "x.arrow"}]}')
+    assert files_in(tmp_path) == [tmp_path / name for name in read]
+    assert (fault_of(TRAIN, str(tmp_path)) is None) == bool(read)
+
+
+@pytest.mark.parametrize("state", ["", "[]", '{"_data_files": 3}', '{"_data_files": [{}]}'])
+def test_a_saved_dataset_without_its_list_of_files_is_refused(state: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(state)
+    assert fault_of(TRAIN, str(tmp_path)) is not None
+
+
+def test_a_compressed_file_that_is_not_there_is_no_name_on_the_hub(folder: Path) -> None:
+    fault = fault_of(TRAIN, made(TRAIN, "rosw.jsonl.gz", folder))
+    assert fault is not None
+    assert "there is no file rosw.jsonl.gz" in fault[1]
