@@ -1,4 +1,4 @@
-"""The sample rows of the medical, support and style demos: made by their scripts, and held out in earnest."""
+"""The sample rows of the medical, support, style and tools demos: made by their scripts, and held out in earnest."""
 
 import json
 import re
@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from qtune.data.rows import Example
+from qtune.data.formats import FORMATS
+from qtune.data.formats.tool_calls import faults_of
+from qtune.data.rows import Conversation, Example, RawRow, parse_row
+from qtune.data.tokenize import answer_of
 from qtune.evaluate.metrics import METRICS
 from qtune.recipe.load import load
 
@@ -20,14 +23,17 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import build_medical_data  # noqa: E402
 import build_style_data  # noqa: E402
 import build_support_data  # noqa: E402
+import build_tools_data  # noqa: E402
 
 Rows = list[dict[str, Any]]
 MAKERS: dict[str, Callable[[], tuple[Rows, Rows]]] = {
     "medical": build_medical_data.rows,
     "support": build_support_data.rows,
     "style": build_style_data.rows,
+    "tools": build_tools_data.rows,
 }
-LARGEST_BYTES = 200_000
+LARGEST_BYTES = {"tools": 600_000}  # tools stand in every row
+OTHERS_BYTES = 200_000
 
 
 def demo_files(domain: str) -> tuple[Path, Path]:
@@ -37,6 +43,11 @@ def demo_files(domain: str) -> tuple[Path, Path]:
 
 
 def asked(row: dict[str, Any], place: str) -> Example:
+    if "messages" in row:
+        item = parse_row(RawRow(row, place), FORMATS["messages"], {}, None)
+        assert isinstance(item, Conversation), item
+        question = next(message.content for message in reversed(item.messages) if message.role == "user")
+        return Example([1, 2], [-100, 2], [1], question, answer_of(item.messages[-1]), place)
     prompt, answer = row.get("prompt", row.get("question", "")), row.get("completion", row.get("answer", ""))
     return Example([1, 2], [-100, 2], [1], prompt, answer, place, json.dumps(row["check"]) if "check" in row else "")
 
@@ -49,7 +60,7 @@ def words(text: str) -> set[str]:
 def test_the_files_are_what_the_script_makes(domain: str) -> None:
     for path, made in zip(demo_files(domain), MAKERS[domain](), strict=True):
         assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == made
-        assert path.stat().st_size <= LARGEST_BYTES
+        assert path.stat().st_size <= LARGEST_BYTES.get(domain, OTHERS_BYTES)
 
 
 @pytest.mark.parametrize("domain", MAKERS)
@@ -59,8 +70,9 @@ def test_references_score_1_and_empty_answers_and_copies_of_the_question_0(domai
         example = asked(row, f"{domain}:{number}")
         assert metric.fault_of is None or metric.fault_of(example) is None
         assert metric.marks(example.answer, example).score == 1.0
-        assert metric.marks("", example).score == 0.0
-        assert metric.marks(example.prompt_text, example).score == 0.0
+        is_silent = domain == "tools" and "<tool_call>" not in example.answer  # who calls nothing is right
+        assert metric.marks("", example).score == is_silent
+        assert metric.marks(example.prompt_text, example).score == is_silent
 
 
 def test_what_the_medical_questions_are_about_is_new() -> None:
@@ -148,3 +160,20 @@ def test_a_plain_sentence_has_none_of_the_heavy_words() -> None:
     for row in build_style_data.rows()[1]:
         assert not heavy & words(row["completion"])
         assert heavy & words(row["prompt"])
+
+
+def test_the_orders_and_frames_of_calls_are_new_and_every_call_fits_its_tools() -> None:
+    train, held_out = build_tools_data.rows()
+    assert not {row["messages"][0]["content"] for row in train} & {row["messages"][0]["content"] for row in held_out}
+    orders = [
+        {number for row in part for number in re.findall(r"\d{3}", row["messages"][0]["content"])}
+        for part in (train, held_out)
+    ]
+    assert len(orders[1]) > 90
+    assert not orders[0] & orders[1]
+    for row in (*train, *held_out):
+        item = parse_row(RawRow(row, "r:1"), FORMATS["messages"], {}, None)
+        assert isinstance(item, Conversation), item
+        assert not [told for message in item.messages for told in faults_of(message.calls, item.tools)]
+    silent = sum(not row["messages"][-1].get("tool_calls") for row in held_out)
+    assert 40 <= silent <= 50

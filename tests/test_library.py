@@ -113,7 +113,7 @@ def test_a_recipe_is_made_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-@pytest.mark.parametrize("name", ["medical", "support", "style", "code"])
+@pytest.mark.parametrize("name", ["medical", "support", "style", "code", "tools"])
 @pytest.mark.parametrize("demo", [True, False])
 def test_a_recipe_as_a_file_says_the_same(name: str, demo: bool, tmp_path: Path) -> None:
     recipe = qtune.load_recipe(name, {"train.epochs": 2, "data.system": 'Say "yes"\n\\'}, demo)

@@ -132,7 +132,7 @@ def test_data_alone_says_what_there_is(capsys: pytest.CaptureFixture) -> None:
     assert "show" in out
 
 
-@pytest.mark.parametrize("recipe", ["medical", "support", "code", "style"])
+@pytest.mark.parametrize("recipe", ["medical", "support", "code", "style", "tools"])
 def test_the_shipped_samples_have_no_fault(recipe: str, capsys: pytest.CaptureFixture) -> None:
     status, out, err = data(capsys, "check", recipe, "--demo")
     assert (status, err) == (0, ""), out

@@ -1,12 +1,19 @@
 """Rows that call tools: every public shape read the same, and what is wrong with one said."""
 
+import copy
 import json
+import random
+from collections import Counter
+from typing import Any
 
 import pytest
 
+from qtune.audit.row_checks import look_at
 from qtune.data.formats import FORMATS, Call
 from qtune.data.formats.tool_calls import faults_of, tools_text
-from qtune.data.rows import Conversation, Dropped, RawRow, parse_row, recognise
+from qtune.data.rows import Conversation, Dropped, RawRow, as_learned, parse_row, recognise
+from qtune.errors import DataError
+from qtune.recipe.schema import Data
 
 SCHEMA = {
     "type": "object",
@@ -221,3 +228,71 @@ def test_published_calls_are_read_without_a_mapping(material) -> None:
     assert sum(bool(message.calls) for item in items for message in item.messages) > 100
     faults = [told for item in items for m in item.messages for told in faults_of(m.calls, item.tools)]
     assert len(faults) < len(items) / 20, faults[:3]
+
+
+THINKING = {"role": "assistant", "content": "<think>hm</think>a", "reasoning_content": "x", "train": True, "weight": 1}
+GOOD = (
+    {"messages": OPENAI, "tools": [TOOL]},
+    {"messages": OPENAI, "tools": json.dumps([TOOL])},
+    {"conversations": SHAREGPT, "tools": json.dumps([FUNCTION])},
+    {"conversations": HERMES},
+    GLAIVE,
+    TOOLACE,
+    {"query": "q", "tools": [FUNCTION], "answers": [CALLED]},
+    {"messages": [OPENAI[0], THINKING]},
+    {"question": "q", "answer": "a", "thinking": "hm"},
+)
+JUNK = (
+    *(None, "", 0, 1.5, True, [], {}, "x", [1], {"a": 1}, "{", "[]", "</think>", "<tool_call>", "\ud800", float("nan")),
+    *(-1, 10**30, [[["x"]]], {"type": {"a": 1}}, [{"a": 1}]),
+)
+
+
+def places_in(value: object, above: tuple = ()) -> list[tuple]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [above, *(place for key, each in inner for place in places_in(each, (*above, key)))]
+
+
+def broken(rng: random.Random, values: dict) -> dict:
+    """A row with one to three things in it that are another, gone, or there twice."""
+    values = copy.deepcopy(values)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = [place for place in places_in(values) if place]
+        *above, key = rng.choice(places) if places else ("x",)
+        inner: Any = values
+        for each in above:
+            inner = inner[each]
+        if not places or rng.random() < 0.6:
+            inner[key] = copy.deepcopy(rng.choice(JUNK))
+        elif rng.random() < 0.5:
+            del inner[key]
+        elif isinstance(inner[key], str) and inner[key]:
+            at = rng.randrange(len(inner[key]))
+            inner[key] = inner[key][:at] + rng.choice("\"}<\\(' ") + inner[key][at + 1 :]
+        elif isinstance(inner, list):
+            inner.insert(key, copy.deepcopy(rng.choice(inner)))
+    return values
+
+
+@pytest.mark.parametrize("rows", [400, pytest.param(10_000, marks=pytest.mark.long)])
+def test_a_broken_row_is_read_or_said_to_be_broken(rows: int) -> None:
+    """A tool whose `required` held an object ended the check of all rows."""
+    rng, settings = random.Random(0), [Data(train="x", thoughts=each) for each in ("train", "show", "drop")]
+    kinds: Counter[str] = Counter()
+    for _ in range(rows):
+        row = RawRow(broken(rng, rng.choice(GOOD)), "r:1")
+        try:
+            form = recognise("auto", [row], {})
+        except DataError:
+            continue
+        item = as_learned(parse_row(row, form, {}, None), rng.choice(settings))
+        kinds[type(item).__name__] += 1
+        if isinstance(item, Conversation):
+            look_at([item])
+    assert kinds["Conversation"] > rows / 10
+    assert kinds["Dropped"] > rows / 10
+
+
+def test_a_schema_that_is_none_is_no_fault_of_a_call() -> None:
+    tools = tools_text([{"name": "f", "parameters": {"type": "object", "properties": {}, "required": [{"a": 1}]}}])
+    assert not list(faults_of((Call("f", "{}"),), tools))

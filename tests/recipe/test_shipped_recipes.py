@@ -10,7 +10,7 @@ from qtune.errors import RecipeError
 from qtune.recipe import shipped_recipes
 from qtune.recipe.load import json_schema, load
 
-NAMES = ["code", "medical", "style", "support"]
+NAMES = ["code", "medical", "style", "support", "tools"]
 
 
 def test_the_shipped_recipes_are_listed() -> None:
@@ -60,7 +60,7 @@ def test_an_unknown_name_gets_the_nearest(
     if near:
         assert f"Did you mean {near}?" in str(found.value)
     if name not in ("", "a\0b"):
-        assert "Shipped recipes: code, medical, style, support." in str(found.value)
+        assert "Shipped recipes: code, medical, style, support, tools." in str(found.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -238,7 +238,7 @@ def _misfits(arguments: Values, schema: Values) -> Iterator[str]:
     properties = schema.get("properties")
     needed = schema.get("required")
     for name in needed if isinstance(needed, list) else ():
-        if name not in arguments:
+        if isinstance(name, str) and name not in arguments:
             yield f"without {name}, which it needs"
     if not isinstance(properties, dict):
         return
