@@ -21,7 +21,7 @@ def test_a_metric_from_one_file_scores_a_run(with_shouting: Run, finished: Path,
     (_, schema), (_, in_json), (_, in_words) = verbs(with_shouting, "schema", f"{asked} --json", asked)
     metric = json.loads(schema)["$defs"]["Evaluate"]["properties"]["metric"]
     assert metric["enum"][-1] == "shouting"
-    assert metric["description"].endswith("style for rewriting, shouting for capitals.")
+    assert metric["description"].endswith("tool_calls for rows that call tools, shouting for capitals.")
     scores = json.loads(in_json)
     assert (scores["metric"], scores["rows"], set(scores["tuned"]["parts"])) == ("shouting", 3, {"heard"})
     assert "loudness on 3 rows" in in_words

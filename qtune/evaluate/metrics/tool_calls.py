@@ -116,5 +116,5 @@ METRIC = Metric(
     use="for rows that call tools",
     label=Label("right calls", "the tool and the arguments, and no call where none is due"),
     marks=tool_calls,
-    order=6,
+    order=7,
 )
