@@ -24,12 +24,14 @@ from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import find_device
 from qtune.lock import Lock, LockedBase
+from qtune.memory.techniques import TECHNIQUES
 from qtune.model import base, fingerprint
 from qtune.plan.fake_model import refuse_unknown_targets
 from qtune.plan.plan import Plan, Settled
 from qtune.plan.planner import decide
 from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work
+from qtune.plan.world import World
 from qtune.recipe.schema import Recipe
 from qtune.recipe.text_part import TextPart
 from qtune.report.progress_line import Doing
@@ -39,6 +41,7 @@ from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.units import format_bytes
 
+MOVING = tuple(name for name, each in TECHNIQUES.items() if each.moves_layers)
 LOCKED_PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "trl", "datasets", "accelerate")
 PROBE_ROWS = 64
 
@@ -121,8 +124,10 @@ def refuse_unlike_ranks(ranks: Ranks, ready: Ready) -> None:
     agreement.refuse_unlike(ranks, told)
 
 
-def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | None = None) -> Ready:
-    """Read the data, settle the plan; `doing` hears how far that is.
+def get_ready(
+    recipe: Recipe, settled: Settled | None = None, doing: Doing | None = None, ranks: Ranks = ALONE
+) -> Ready:
+    """Read the data, settle the plan of this one of the `ranks`, alone; `doing` hears how far that is.
 
     Raises a UserError for anything that could not be trained on, or not be scored afterwards.
     """
@@ -134,8 +139,27 @@ def get_ready(recipe: Recipe, settled: Settled | None = None, doing: Doing | Non
     doing(f"reading {recipe.data.train}")
     read = read_rows(recipe, doing.rows)
     doing("planning")
-    plan = decide(recipe, find_device(), config, work_of(read.prepared), settled)
+    plan = decide(recipe, find_device(), config, work_of(read.prepared), settled, world=_world_of(ranks))
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
+
+
+def _world_of(ranks: Ranks) -> World:
+    return World(ranks.size, ranks.hosts.count(ranks.hosts[ranks.rank]))
+
+
+def agree_on_layers(ranks: Ranks, ready: Ready) -> Ready:
+    """`ready`, with a plan in which as many layers are elsewhere as in those of all `ranks`, where any has layers in
+    parts: a part is handed out by every rank, or it is waited for."""
+    ours = [getattr(ready.plan.techniques, name) for name in MOVING]
+    of_all = ranks.gather(ours)
+    most = [max(counts) for counts in zip(*of_all, strict=True)]
+    if not most[MOVING.index("sharded_layers")] or all(each == most for each in of_all):
+        return ready
+    asked = {TECHNIQUES[name].key: count for name, count in zip(MOVING, most, strict=True)}
+    memory = ready.recipe.memory.model_copy(update={"keep_layers": "auto", **asked})
+    recipe, config = ready.recipe.model_copy(update={"memory": memory}), base.read_config_alone(ready.recipe.model)
+    plan = decide(recipe, find_device(), config, work_of(ready.prepared), world=_world_of(ranks))
+    return dataclasses.replace(ready, plan=plan)
 
 
 def finding_base(recipe: Recipe, doing: Doing) -> contextlib.AbstractContextManager[None]:
@@ -224,8 +248,9 @@ def get_ready_again(
     is_replanned = any(field.startswith("memory.") for field in allowed)
     settled = None if checkpoint is None or is_replanned else Settled(checkpoint.techniques, checkpoint.micro_batch)
     with ranks.one_before_others("rows"):
-        ready = get_ready(recipe, settled, doing)
+        ready = get_ready(recipe, settled, doing, ranks)
     refuse_unlike_ranks(ranks, ready)
+    ready = agree_on_layers(ranks, ready)
     refuse_unless_it_fits(recipe, ready.plan)
     if run.lock.is_file():
         doing(f"hashing {recipe.model.base}")

@@ -133,8 +133,8 @@ def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, ranks: R
     """The base with a fresh adapter, and the memory techniques of the plan switched on."""
     recipe, plan = ready.recipe, ready.plan
     tell(Notice(f"loading {recipe.model.base}"))
-    with ranks.one_before_others("base"):  # which the first leaves in the cache, quantised
-        frozen = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques)
+    with ranks.one_before_others("base"):  # which the first leaves in the cache, quantised, where it reads it whole
+        frozen = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques, ranks)
     if not folder.lock.is_file():
         folder.write_lock(ready.lock(base.quantized_modules(frozen)))
     model = adapter.attach(frozen, recipe.lora, recipe.train.seed)

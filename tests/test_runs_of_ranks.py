@@ -1,5 +1,6 @@
 """Runs of two processes, as a launcher starts them: what each writes, how they stop, and that they go on exactly."""
 
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from qtune.events import CheckpointSaved, Scored, StepDone
 
 TRAIN = {"gradient_accumulation": 3, "log_every": 2}
 SAVE = {"every": 1, "keep": 100}
+EVALUATE = {"metric": "token_f1", "rows": 3, "max_new_tokens": 4, "general": "none", "canaries": 1}
+OF_PAIR = {"data": {"max_rows": 14}, "save": SAVE, "train": TRAIN, "evaluate": EVALUATE}
 
 
 def ran(*arguments: str | Path, size: int = 2) -> list[Ended]:
@@ -24,8 +27,7 @@ def ran(*arguments: str | Path, size: int = 2) -> list[Ended]:
 def pair(tiny_base, tmp_path_factory) -> tuple[Path, list[Ended]]:
     """A run of two ranks with dropout; an epoch is three steps of three rows, and one of two."""
     folder = tmp_path_factory.mktemp("pair")
-    evaluate = {"metric": "token_f1", "rows": 3, "max_new_tokens": 4, "general": "none", "canaries": 1}
-    recipe = write_recipe(folder, tiny_base, data={"max_rows": 14}, save=SAVE, train=TRAIN, evaluate=evaluate)
+    recipe = write_recipe(folder, tiny_base, **OF_PAIR)
     return folder / "run", ran("run", recipe, "--output", folder / "run")
 
 
@@ -48,6 +50,20 @@ def test_all_ranks_know_the_same_losses_and_scores(pair) -> None:
     assert scores[0] == scores[1]
     assert [rows for *_, rows in scores[0]] == [3, 3]
     assert told(own, CheckpointSaved) == []
+
+
+def test_a_base_of_which_each_has_a_part_is_the_same_run(pair, tiny_base, tmp_path) -> None:
+    """Three packs a step, three rows: one rank has always less to do. It is probed and rehearsed, too."""
+    recipe = write_recipe(tmp_path, tiny_base, **OF_PAIR, memory={"shard_layers": 2, "rehearse": True})
+    first, second = ran("run", recipe, "--output", tmp_path / "run")
+    assert (first.returncode, second.returncode) == (0, 0), first.out + second.out
+    planned = json.loads((tmp_path / "run" / "plan.json").read_text())["techniques"]
+    assert planned["sharded_layers"] == 2
+    for kind in (StepDone, Scored):
+        ours, theirs = ([event.loss for event in told(run, kind)] for run in (tmp_path / "run", pair[0]))
+        assert ours == theirs
+    saved = [run / "adapter" / "adapter_model.safetensors" for run in (tmp_path / "run", pair[0])]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
 def test_going_on_with_as_many_ranks_is_exact(pair, tmp_path) -> None:

@@ -43,8 +43,9 @@ def _run(options: Namespace) -> int:
         options.ranks = ranks = Ranks.join(launched)
         readiness.refuse_unlike_recipes(ranks, recipe)
         with ranks.one_before_others("rows"):
-            ready = readiness.get_ready(recipe, doing=doing)
+            ready = readiness.get_ready(recipe, doing=doing, ranks=ranks)
         readiness.refuse_unlike_ranks(ranks, ready)
+        ready = readiness.agree_on_layers(ranks, ready)
     console = doing.console
     plan_table.show(console, recipe, asdict(ready.prepared.report), ready.plan.as_json())
     invocation = Invocation(str(path.resolve().parent), tuple(given_anywhere(options.set)), options.demo)

@@ -48,7 +48,9 @@ def memorised(
         return sum(text.startswith(probe.secret) for text, probe in zip(texts, probes, strict=True))
 
     def exposure(probes: Sequence[Probe]) -> float:
-        ranked = ranks.in_order([_exposure_bits(secret_nats(loaded, probe)) for probe in ranks.share(probes)])
+        with loaded.passes_together():
+            ours = [_exposure_bits(secret_nats(loaded, probe)) for probe in ranks.share(probes)]
+        ranked = ranks.in_order(ours)
         return sum(ranked) / len(ranked)
 
     return Memorised(

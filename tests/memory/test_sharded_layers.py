@@ -71,3 +71,13 @@ def test_two_ranks(tmp_path) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_more_ranks_and_other_kinds(kind, size) -> None:
     all_well(launch(size, in_parts, kind, list(WAYS)))
+
+
+def test_in_one_process_they_are_streamed() -> None:
+    """A run that goes on alone, or answers, has the plan of several."""
+    plain, ours = adapted(base("llama", nf4="double")), adapted(base("llama", nf4="double"))
+    Engine(plain)
+    engine = Engine(ours)
+    engine.switch_to(WAYS["some of each"])
+    assert_equal(one_pass(ours, batch()), one_pass(plain, batch()))
+    assert_as_forecast(ours, engine, adapted(base("llama", nf4="double")))

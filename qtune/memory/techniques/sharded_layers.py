@@ -5,7 +5,7 @@ from typing import Any
 
 from qtune.memory.techniques import LiveModel, Side, Step, Technique, Techniques, auto_or_count
 from qtune.memory.techniques.standing import Parts, Standing
-from qtune.memory.techniques.weight_streaming import STREAMED_LAYERS, spread
+from qtune.memory.techniques.weight_streaming import STREAMED_LAYERS, is_in, spread
 
 EXCHANGES = 0.05  # of a step's time, for all layers, where the link is not known: an estimate, not measured on a card
 SHARE_BEHIND = 0.02  # of a step's time, for what is exchanged while it computes: an estimate, not measured on a card
@@ -65,12 +65,12 @@ class ShardedLayers(Technique):
         shared, streamed = _layers_of(techniques, standing)
         visits = [ranks * part_bytes(layers[i].packed_bytes, ranks) for i in shared]
         visits += [layers[i].packed_bytes for i in streamed - shared]
-        here = shared - streamed
+        counted = set(spread(techniques.streamed_layers, len(layers)))  # by the other technique
         return {
             **parts,
-            "base": parts["base"] - sum(layers[i].resident_bytes for i in here),
+            "base": parts["base"] - sum(layers[i].resident_bytes for i in (shared | streamed) - counted),
             "streamed layers": min(2, len(visits)) * block_bytes(max(visits, default=0)),
-            "sharded layers": sum(block_bytes(shared_bytes(layers[i].packed_bytes, ranks)) for i in here),
+            "sharded layers": sum(block_bytes(shared_bytes(layers[i].packed_bytes, ranks)) for i in shared - streamed),
         }
 
     def on_host(self, standing: Standing, techniques: Techniques) -> Parts:
@@ -84,6 +84,10 @@ class ShardedLayers(Technique):
 
     def is_in_a_pass(self, techniques: Techniques) -> bool:
         return False
+
+    def stays_on_host(self, weight: str, techniques: Techniques, text: Any) -> bool:
+        """Until it is dealt out, or for good in one process."""
+        return is_in(spread(techniques.sharded_layers, text.num_hidden_layers), weight)
 
     def switch_on(self, live: LiveModel, wanted: Techniques) -> None:
         STREAMED_LAYERS.switch_on(live, wanted)

@@ -16,6 +16,12 @@ def spread(streamed: int, layers: int) -> list[int]:
     return [(2 * i + 1) * layers // (2 * streamed) for i in range(streamed)]
 
 
+def is_in(layers: list[int], weight: str) -> bool:
+    """Whether the weight of that name is a matrix of one of `layers`."""
+    layer = OF_A_LAYER.search(weight)
+    return layer is not None and "norm" not in weight and int(layer[1]) in layers
+
+
 class StreamedLayers(Technique):
     """Counts decoder layers. Each of them is recomputed, and the others with them."""
 
@@ -76,10 +82,7 @@ class StreamedLayers(Technique):
         return False
 
     def stays_on_host(self, weight: str, techniques: Techniques, text: Any) -> bool:
-        layer = OF_A_LAYER.search(weight)
-        if layer is None or "norm" in weight:
-            return False
-        return int(layer[1]) in spread(techniques.streamed_layers, text.num_hidden_layers)
+        return is_in(spread(techniques.streamed_layers, text.num_hidden_layers), weight)
 
     def switch_on(self, live: LiveModel, wanted: Techniques) -> None:
         from qtune.memory.weight_streaming import move_out
