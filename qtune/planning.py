@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.data.prepare import prepare
+from qtune.errors import UserError
 from qtune.hardware import Device
 from qtune.model import base
 from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
@@ -52,6 +53,7 @@ def plans_of_cards(recipe: Recipe, devices: Sequence[Device], world: World, doin
 def together(recipe: Recipe, plans: Sequence[Plan], world: World) -> dict[str, Any]:
     """What the ranks of one `world`, whose `plans` are these, do together, as JSON: a step's packs dealt by speed, and
     how long it takes; None where a card's speed is not known."""
+    _refuse_unlike_arithmetic(plans)
     packs = recipe.train.micro_batch * recipe.train.gradient_accumulation
     seconds = [plan.speed.pack_seconds for plan in plans]
     known = [each for each in seconds if each is not None]
@@ -70,6 +72,17 @@ def together(recipe: Recipe, plans: Sequence[Plan], world: World) -> dict[str, A
         "total_seconds": None if step is None else step * plans[0].steps,
         "cards": [{"packs": count, "plan": plan.as_json()} for count, plan in zip(counts, plans, strict=True)],
     }
+
+
+def _refuse_unlike_arithmetic(plans: Sequence[Plan]) -> None:
+    """Raises UserError for cards of which a run would refuse one for another's arithmetic."""
+    by_dtype = {plan.compute_dtype: plan.device.label for plan in plans}
+    if len(by_dtype) > 1:
+        each = " and ".join(f"{label} in {dtype}" for dtype, label in by_dtype.items())
+        raise UserError(
+            f"--cards: these compute differently, {each}, and would not train one adapter. Set"
+            ' model.compute_dtype = "float16", which all of them have.'
+        )
 
 
 def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) -> list[tuple[Device, Longest]]:

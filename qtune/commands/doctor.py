@@ -117,7 +117,7 @@ def examine(recipe: "Recipe | None" = None) -> list[Examined]:
     if device.is_card:
         with hardware.as_it_was():
             hardware.prepare(device)
-            examined += [*_driver(device), _allocator(), _paged_memory(device)]
+            examined += [*_driver(device), *_several(), _allocator(), _paged_memory(device)]
             examined.append(_tried("memory limit", lambda: _limit(device)))
             examined.append(_tried("page-locked memory", lambda: _copies(device)))
             examined.append(_tried("attention", lambda: _attention(device, recipe)))
@@ -230,6 +230,23 @@ def _driver(device: "Device") -> list[Examined]:
         return [Examined("driver", card.driver, for_cuda)]
     alone = f"the card is in compute mode {card.compute_mode}: a run and a chat cannot share it"
     return [Examined("driver", card.driver, f"{for_cuda}; {alone}")]
+
+
+def _several() -> list[Examined]:
+    """All cards where there are more than one, which of them a run uses, and what they talk over."""
+    import torch.distributed
+
+    from qtune import gpu_choice
+
+    cards = gpu_choice.ask_driver()
+    if len(cards) < 2:
+        return []
+    found, used = ", ".join(card.told for card in cards), len(gpu_choice.alike(cards))
+    which = f"a run uses {used}, which are alike" if used > 1 else "a run uses the one with most free memory"
+    unlike = f"; --cards {len(cards)} uses all, each by its speed" if used < len(cards) else ""
+    has_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    over = "NCCL; the link between them is not measured" if has_nccl else "NCCL, which this torch has not: --cards 1"
+    return [Examined("several cards", found, f"{which}{unlike}; they talk over {over}", is_fine=has_nccl or used == 1)]
 
 
 def _limit(device: "Device") -> Examined:

@@ -67,6 +67,12 @@ class World:
             return 0.0
         return 2 * (self.link.seconds + self.sent_fraction * size_bytes / self.link.bytes_per_second)
 
+    def pass_seconds(self, forward: float, backward: float, layers: int, size_bytes: int) -> float:
+        """Of a pass whose arithmetic takes so long, and whose layers, of that size in all, lie in parts: each comes
+        while the one before it computes, and the first when there is nothing to compute yet."""
+        gathering = layers * self.link.seconds + self.sent_fraction * size_bytes / self.link.bytes_per_second
+        return max(forward, gathering) + max(backward, gathering) + gathering / layers
+
     def share(self, packs: int) -> int:
         """Of a step's packs, those of the rank that has most."""
         return -(-packs // self.size)

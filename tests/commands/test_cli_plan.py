@@ -317,6 +317,7 @@ def test_several_cards_each_with_its_plan(workplace: Path, capsys: pytest.Captur
         (("--cards", "3x8GiB"), "--cards: 3 are too many, as a step of this recipe is 2 packs"),
         (("--cards", "2x8GiB", "--longest"), "--cards has a plan for each card"),
         (("--link", "1gbe"), "--link joins several cards"),
+        (("--cards", "T4+RTX 3070"), "T4 in float16 and RTX 3070 in bfloat16, and would not train one adapter"),
     ],
 )
 def test_cards_that_cannot_be_planned_for(

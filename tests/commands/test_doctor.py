@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -197,3 +198,18 @@ def test_torchs_segments(settings: str | None, found: str, monkeypatch: pytest.M
 def test_what_has_no_effect_is_refused(arguments: list[str], told: str, capsys) -> None:
     assert cli.main(["doctor", *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_nccl", [True, False])
+def test_several_cards_are_told_with_what_they_talk_over(has_nccl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    name, total = RTX_4090
+    one = gpu_choice.DriverCard("GPU-1", name, total, total, "580", gpu_choice.SHARED, False)
+    small = replace(one, uuid="GPU-2", name=RTX_3060[0], free_bytes=RTX_3060[1])
+    monkeypatch.setattr(gpu_choice, "ask_driver", lambda: (one, replace(one, uuid="GPU-3"), small))
+    (row,) = doctor._several()
+    said = "a run uses 2, which are alike; --cards 3 uses all, each by its speed; they talk over NCCL"
+    assert row.meaning.startswith(said)
+    assert ("not measured" in row.meaning, row.is_fine) == (has_nccl, has_nccl)
+    monkeypatch.setattr(gpu_choice, "ask_driver", lambda: (one,))
+    assert doctor._several() == []
