@@ -126,6 +126,7 @@ def prepare_imports() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "QTUNE_CACHE": "off",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     sys.path[:0] = [
         str(REPOSITORY / folder) for folder in ("", "scripts", "tests", "tests/support", "tests/recipe", "tests/memory")
