@@ -15,7 +15,7 @@ from fault_lab.workshop import Child, Ended, Workshop, difference, left_over
 from qtune.data import template_process
 from qtune.rundir import RunDir
 
-WHAT = "one of two or three ranks killed or stopped at a random time; gone on with on as many, or on another number"
+WHAT = "a rank of two or three killed or stopped; gone on with on as many or another number"
 COUNTS = (2, 3)
 HANGS = 0.15  # share of the cases in which the rank is stopped, not killed
 LIMIT_SECONDS = 30  # how long ranks wait for one, also for each other to begin
