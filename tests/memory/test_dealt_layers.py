@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtune import cache_dir
 from qtune.distributed.ranks import ALONE, Ranks
+from qtune.memory import packed_attention
 from qtune.memory.engine import Engine
 from qtune.memory.gradient_checkpointing import find_layers
 from qtune.memory.memory_tracker import storage_sizes
@@ -60,6 +61,7 @@ def dealt(ranks: Ranks, folders: list[str], double: bool) -> None:
 
 
 def bases(tmp_path: Path, *kinds: str) -> list[str]:
+    packed_attention.register()
     for kind in kinds:
         torch.manual_seed(0)
         made(kind).save_pretrained(tmp_path / kind)

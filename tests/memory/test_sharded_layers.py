@@ -67,7 +67,7 @@ def test_two_ranks(tmp_path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["qwen3 moe", "gated delta net", "gemma3"])
+@pytest.mark.parametrize("kind", ["gated delta net", "gemma3"])  # of experts: test_dealt_layers
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_more_ranks_and_other_kinds(kind, size) -> None:
     all_well(launch(size, in_parts, kind, list(WAYS)))
