@@ -138,6 +138,16 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class RanksStanding:
+    """Of several ranks, in their order, at `step`: the most bytes that each has held on its device, and how long it has
+    waited for the others since the last such event."""
+
+    step: int
+    peak_bytes: tuple[int, ...]
+    waited_seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Stopping:
     """A signal asked training to end: with the step under way, or, where it `drops` that one, with the step before it.
     `by` is what would drop it, `Ctrl-C` or `SIGTERM`. It is said, and not kept."""
@@ -159,6 +169,7 @@ Event = (
     | StepDone
     | Evaluated
     | MemoryMeasured
+    | RanksStanding
     | Rehearsed
     | Scored
     | Memorised
@@ -175,6 +186,7 @@ EVENT_BY_NAME = {
     "step": StepDone,
     "held_out": Evaluated,
     "memory": MemoryMeasured,
+    "ranks": RanksStanding,
     "rehearsed": Rehearsed,
     "score": Scored,
     "memorised": Memorised,

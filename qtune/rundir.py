@@ -29,7 +29,16 @@ from typing import Any, TypeVar
 
 from qtune import __version__, atomic_files
 from qtune.errors import RunFolderError
-from qtune.events import EVENT_BY_NAME, CheckpointSaved, Event, MemoryMeasured, Rehearsed, Resumed, Stopping
+from qtune.events import (
+    EVENT_BY_NAME,
+    CheckpointSaved,
+    Event,
+    MemoryMeasured,
+    RanksStanding,
+    Rehearsed,
+    Resumed,
+    Stopping,
+)
 from qtune.lock import Lock
 
 MERGE_REPORT = "merge_report.json"  # in a merged model's folder, what merge.json is in the run's
@@ -227,7 +236,7 @@ class RunDir:
         history.jsonl, the rest to metrics.jsonl. Raises DiskFull."""
         if isinstance(event, Stopping):
             return
-        if isinstance(event, MemoryMeasured | Rehearsed):
+        if isinstance(event, MemoryMeasured | Rehearsed | RanksStanding):
             self._append(self.memory, event)
         elif isinstance(event, CheckpointSaved | Resumed):
             self._append(self.history, event)
@@ -317,6 +326,8 @@ def _event_of(line: str) -> Event:
     if kind is MemoryMeasured:
         values["parts"] = tuple((name, size) for name, size in values["parts"])
         values.setdefault("is_rehearsal", values.get("phase", "").startswith("rehearsed "))  # as older runs said it
+    if kind is RanksStanding:
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if kind is Rehearsed:
         values["climbed"] = tuple(values["climbed"])
     return kind(**values)

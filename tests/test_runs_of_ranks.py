@@ -11,7 +11,7 @@ from made_ranks import Ended, Launch
 from stopped_runs import ADAPTER, assert_same, before_step, checkpoints, copy, qtune, send, told, write_recipe
 
 from qtune import cli
-from qtune.events import CheckpointSaved, Scored, StepDone
+from qtune.events import CheckpointSaved, RanksStanding, Scored, StepDone
 
 TRAIN = {"gradient_accumulation": 3, "log_every": 2}
 SAVE = {"every": 1, "keep": 100}
@@ -64,6 +64,16 @@ def test_a_base_of_which_each_has_a_part_is_the_same_run(pair, tiny_base, tmp_pa
         assert ours == theirs
     saved = [run / "adapter" / "adapter_model.safetensors" for run in (tmp_path / "run", pair[0])]
     assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_each_log_line_has_the_memory_and_the_waiting_of_every_rank(pair) -> None:
+    run, (first, _) = pair
+    standing = told(run, RanksStanding)
+    assert [event.step for event in standing] == [event.step for event in told(run, StepDone)]
+    assert all(len(event.peak_bytes) == len(event.waited_seconds) == 2 for event in standing)
+    assert all(min(event.peak_bytes) > 0 <= min(event.waited_seconds) for event in standing)
+    assert max(max(event.waited_seconds) for event in standing) > 0
+    assert "  ranks " in first.out
 
 
 def test_going_on_with_as_many_ranks_is_exact(pair, tmp_path) -> None:

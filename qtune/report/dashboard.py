@@ -17,7 +17,7 @@ from rich.text import Text
 from qtune.events import Event
 from qtune.report import braille_plot, memory_bar
 from qtune.report.dashboard_state import View, advance
-from qtune.report.wording import finite, format_duration, format_loss, format_norm, one_line
+from qtune.report.wording import by_rank, finite, format_duration, format_loss, format_norm, one_line
 from qtune.units import counted, format_count, format_percent, format_rate
 
 LEAST_PAUSE_SECONDS = 0.25
@@ -165,6 +165,8 @@ def _numbers(view: View, now: datetime | None) -> list[tuple[str, Text]]:
     ]
     if view.wait_fraction >= LEAST_WAIT_FRACTION:
         numbers.append(("waiting for data", Text(format_percent(view.wait_fraction), "yellow")))
+    if view.ranks is not None:
+        numbers += [(f"rank {rank}", Text(told)) for rank, told in enumerate(by_rank(view.ranks))]
     return numbers
 
 

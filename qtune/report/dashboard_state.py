@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Started, StepDone, Stopping
+from qtune.events import Evaluated, Event, Finished, MemoryMeasured, RanksStanding, Started, StepDone, Stopping
 from qtune.report.wording import best_held_out, sentence
 
 PACE_EVENTS = 20
@@ -27,6 +27,7 @@ class View:
     held_out: tuple[Evaluated, ...] = ()
     recent: tuple[StepDone, ...] = ()
     memory: MemoryMeasured | None = None
+    ranks: RanksStanding | None = None
     eval_seconds: float = 0.0
     messages: tuple[tuple[int, str], ...] = ()
     finished: Finished | None = None
@@ -110,6 +111,8 @@ def advance(view: View, event: Event, now: datetime) -> View:
         case MemoryMeasured():
             is_higher = view.memory is None or event.peak_bytes >= view.memory.peak_bytes
             return replace(view, memory=event) if event.phase in TRAINING_PHASES and is_higher else view
+        case RanksStanding():
+            return replace(view, ranks=event)
     text = sentence(event, view.held_out, view.steps)
     step = event.step if isinstance(event, Evaluated) else view.step
     if text is not None:

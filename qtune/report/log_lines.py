@@ -8,7 +8,7 @@ from qtune.events import Event, StepDone
 from qtune.report.dashboard_state import View, advance
 from qtune.report.memory_bar import peak_of_total
 from qtune.report.progress_line import say
-from qtune.report.wording import finite, format_duration, format_loss, format_norm
+from qtune.report.wording import by_rank, finite, format_duration, format_loss, format_norm
 from qtune.units import format_count, format_rate
 
 
@@ -50,6 +50,8 @@ def step_line(view: View) -> str:
         facts.append(f"{finite(format_count, pace)} tok/s")
     if view.memory is not None:
         facts.append(f"peak {peak_of_total(view.memory)}")
+    if view.ranks is not None:
+        facts.append(f"ranks {', '.join(by_rank(view.ranks))}")
     if (left := view.seconds_left) is not None:
         facts.append(f"left {format_duration(left)}")
     return "  ".join(facts)

@@ -12,6 +12,7 @@ from qtune.events import (
     Finished,
     Memorised,
     Notice,
+    RanksStanding,
     Rehearsed,
     Resumed,
     Saved,
@@ -20,6 +21,8 @@ from qtune.events import (
     Stopping,
 )
 from qtune.units import counted, format_bytes, format_percent, format_seconds
+
+LEAST_WAITED_SECONDS = 0.1  # chosen: below it nobody would do anything about it
 
 # Zero-width and direction marks: nothing is seen of them, and a model learns them all the same. The joiners U+200C
 # and U+200D stay as they are, since scripts and emoji need them.
@@ -162,3 +165,12 @@ def canaries_told(event: Memorised) -> str:
 def best_held_out(losses: tuple[Evaluated, ...]) -> Evaluated | None:
     """The lowest finite held-out loss; the earliest of equals."""
     return min((each for each in losses if math.isfinite(each.loss)), key=lambda each: each.loss, default=None)
+
+
+def by_rank(standing: RanksStanding) -> list[str]:
+    """`820 MiB`, and of a rank that stood waiting for others `790 MiB waited 1.2 s`."""
+    told = []
+    for peak, seconds in zip(standing.peak_bytes, standing.waited_seconds, strict=True):
+        waited = f" waited {format_seconds(seconds)}" if seconds >= LEAST_WAITED_SECONDS else ""
+        told.append(f"{format_bytes(peak)}{waited}")
+    return told

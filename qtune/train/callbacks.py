@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from qtune.events import Evaluated, Listener, Notice, StepDone
+from qtune.events import Evaluated, Listener, Notice, RanksStanding, StepDone
 from qtune.model.adapter import trained_parameters
 from qtune.train.rows import HeldOutLoss
 from qtune.train.trackers import TRACKERS, nobody_to_ask
@@ -31,7 +31,7 @@ class Reporter(TrainerCallback):
         self.trainer, self.held_out, self.listen, self.tracker = trainer, held_out, listen, tracker
         self.best_loss, self.best_step, self.measured_at = math.inf, 0, 0.0
         self.first_loss: float | None = None
-        self.has_warned = False
+        self.has_warned, self.peak_bytes = False, 0
 
     def standing(self) -> dict[str, Any]:
         """What a resumed run has to know of the steps before it, as JSON."""
@@ -52,7 +52,9 @@ class Reporter(TrainerCallback):
         now = time.monotonic()
         if now - self.measured_at >= SECONDS_BETWEEN_LEDGERS or state.global_step == 0:
             self.measured_at = now
-            self.listen(self.trainer.learner.measure("step", state.global_step + 1, self.trainer.optimizer))
+            measured = self.trainer.learner.measure("step", state.global_step + 1, self.trainer.optimizer)
+            self.peak_bytes = max(self.peak_bytes, measured.peak_bytes)
+            self.listen(measured)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.meter.steps += 1
@@ -79,6 +81,8 @@ class Reporter(TrainerCallback):
                 wait_seconds=meter.wait_seconds,
             )
         )
+        if self.trainer.shared.are_shared:
+            self.listen(RanksStanding(state.global_step, *self.trainer.shared.standing(self.peak_bytes)))
         self._warn_of_rise(loss, state.global_step)
 
     def _warn_of_rise(self, loss: float, step: int) -> None:

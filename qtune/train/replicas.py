@@ -151,6 +151,12 @@ class SharedSteps:
         self.waited_seconds += time.perf_counter() - start
         return [sum(each) for each in zip(*of_all, strict=True)]
 
+    def standing(self, peak_bytes: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Of every rank its `peak_bytes`, and how long it has waited since this was asked before."""
+        waited, self.waited_seconds = self.waited_seconds, 0.0
+        of_all = self.ranks.gather((peak_bytes, round(waited, 3)))
+        return tuple(peak for peak, _ in of_all), tuple(seconds for _, seconds in of_all)
+
     @torch.no_grad()
     def add_up(self, trained: Sequence[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
         """Make every gradient of `trained` the sum of all ranks', and return that of `loss`, a scalar.

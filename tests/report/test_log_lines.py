@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from made_events import events_of_a_run, halfway
 
-from qtune.events import Event, StepDone
+from qtune.events import Event, RanksStanding, StepDone
 from qtune.report.dashboard_state import View
 from qtune.report.log_lines import PlainLines, step_line
 
@@ -41,6 +41,11 @@ def test_a_step_is_one_line_that_grep_can_use(half_view: View) -> None:
         "step 176/282  loss 1.310  held-out 1.248  lr 6.2e-5  grad 0.42  4,133 tok/s  peak 4.8 GiB of 8.0 GiB"
         "  left 7 min"
     )
+
+
+def test_several_ranks_are_told_with_what_they_hold_and_wait(half_view: View) -> None:
+    view = replace(half_view, ranks=RanksStanding(176, (2**30, 3 * 2**29), (0.04, 1.25)))
+    assert "  ranks 1.0 GiB, 1.5 GiB waited 1.2 s  left 7 min" in step_line(view)
 
 
 def test_a_run_in_lines(run_events: list[Event]) -> None:
