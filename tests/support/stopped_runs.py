@@ -119,10 +119,10 @@ def plans_made_once() -> Iterator[None]:
     kept: dict[str, Any] = {}
 
     @functools.wraps(decide)
-    def decide_once(recipe: Any, device: Any, config: Any, work: Any, settled: Any = None) -> Any:
-        key = f"{recipe.model_dump_json(exclude={'name', 'about'})} {settled}"
+    def decide_once(recipe: Any, device: Any, config: Any, work: Any, settled: Any = None, **several: Any) -> Any:
+        key = f"{recipe.model_dump_json(exclude={'name', 'about'})} {settled} {several}"
         if key not in kept:
-            kept[key] = decide(recipe, device, config, work, settled)
+            kept[key] = decide(recipe, device, config, work, settled, **several)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
