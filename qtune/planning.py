@@ -16,10 +16,11 @@ from qtune.plan.planner import decide, longest_on
 from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.throughput import GRADIENT_BYTES
 from qtune.plan.workload import Work
-from qtune.plan.world import ALONE, World, dealt
+from qtune.plan.world import ALONE, World
 from qtune.ready import finding_base, work_of
 from qtune.recipe.schema import Recipe
 from qtune.report.progress_line import Doing
+from qtune.train.sampler import dealt
 from qtune.units import counted
 
 
@@ -58,8 +59,8 @@ def together(recipe: Recipe, plans: Sequence[Plan], world: World) -> dict[str, A
     seconds = [plan.speed.pack_seconds for plan in plans]
     known = [each for each in seconds if each is not None]
     is_known = len(known) == len(plans)
-    dealing = dealt(packs, known if is_known else [1.0] * len(plans))
-    counts = [dealing.count(rank) for rank in range(world.size)]
+    shares = [1 / each for each in known] if is_known else [1.0] * len(plans)
+    counts = [len(rows) for rows in dealt(range(packs), lambda row: 1, shares)]
     summing = world.sum_seconds(GRADIENT_BYTES * plans[0].trained_parameters)
     step = max(count * each for count, each in zip(counts, known, strict=True)) + summing if is_known else None
     return {

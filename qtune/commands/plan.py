@@ -106,7 +106,8 @@ def _plan_together(options: Namespace) -> None:
         here, models = hardware.find_device(), models_of(options.cards)
         refuse_more_than_packs(len(models), recipe)
         devices = [hardware.imagined_card(model, options.host_memory, here) for model in models]
-        world = World(len(devices), len(devices), link_of(options.link or "pcie4"))
+        link = link_of(options.link or "pcie4")
+        world = World(len(devices), 1 if link.joins_machines else len(devices), link)
         plans = plans_of_cards(recipe, devices, world, doing)
         told = together(recipe, plans, world)
     if options.json:

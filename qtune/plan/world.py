@@ -6,7 +6,6 @@ twice (Patarasuk and Yuan 2009), and of what is gathered once. Nothing of it was
 one machine the tests hold it against what they take.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtune.units import parse_bytes
@@ -21,6 +20,11 @@ class Link:
     name: str
     bytes_per_second: float
     seconds: float
+
+    @property
+    def joins_machines(self) -> bool:
+        """Whether it is a network, so that those it joins need not share a host's memory."""
+        return self.name.endswith("gbe")
 
 
 def _published(name: str, bytes_per_second: float, seconds: float) -> Link:
@@ -79,23 +83,6 @@ class World:
 
 
 ALONE = World()
-
-
-def dealt(packs: int, pack_seconds: Sequence[float]) -> list[int]:
-    """Of each of a step's `packs` the rank, where rank r takes `pack_seconds[r]` for one: each goes to the rank that
-    would be done with it first. Ranks of one speed take turns.
-
-    Greedy list scheduling on machines of unlike speed (Graham 1969), of packs that are all about as long: no rank ends
-    later than it must by more than one pack.
-    """
-    ranks = range(len(pack_seconds))
-    taken = [0] * len(pack_seconds)
-    dealing = []
-    for _ in range(packs):
-        rank = min(ranks, key=lambda rank: ((taken[rank] + 1) * pack_seconds[rank], rank))
-        taken[rank] += 1
-        dealing.append(rank)
-    return dealing
 
 
 def link_of(text: str) -> Link:

@@ -116,8 +116,8 @@ class MeteredTrainer(SFTTrainer):
     """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all.
 
     `has_begun` once the adapter is another than it was, `may_drop` while what is under way can be given up and done
-    again: a step's passes, or an evaluation. What is left of the passes of one that
-    `drops_step` is not run. `standing` is what the passes that come next will change.
+    again: a step's passes, or an evaluation. What is left of the passes of one that `drops_step` is not run. `standing`
+    is what the passes that come next will change.
     """
 
     control: TrainerControl
@@ -159,7 +159,7 @@ class MeteredTrainer(SFTTrainer):
 
     @property
     def seconds(self) -> float:
-        """Since training began, breaks not tokens_in."""
+        """Since training began, breaks not counted."""
         return time.perf_counter() - self._began
 
     @property

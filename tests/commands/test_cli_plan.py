@@ -309,6 +309,8 @@ def test_several_cards_each_with_its_plan(workplace: Path, capsys: pytest.Captur
     told = json.loads(plan(capsys, *several, "--json")[1])
     seconds = [card["packs"] * card["plan"]["speed"]["pack_seconds"] for card in told["cards"]]
     assert told["step_seconds"] == pytest.approx(max(seconds) + told["sum_seconds"])
+    host = {card["plan"]["budget"]["host_bytes"] for card in told["cards"]}
+    assert host == {round(0.8 * 32 * 2**30)}  # a machine each, as a network joins them
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Plans for several ranks: what each may take and holds, how fast they are together, and what joins them."""
 
 import importlib.util
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from qtune.plan import throughput
 from qtune.plan.forecast import EXCHANGE, STEP
 from qtune.plan.planner import budget_of
 from qtune.plan.workload import BatchShape, Work
-from qtune.plan.world import ALONE, LINKS, Link, World, dealt, link_of
+from qtune.plan.world import ALONE, LINKS, Link, World, link_of
 from qtune.units import GIB
 
 CARD = Device("cuda:0", "a card", 8 * GIB, 8 * GIB, "bfloat16", "a test", 32 * GIB, operations_per_second=1e12)
@@ -78,25 +77,6 @@ def test_links_have_names_and_speeds() -> None:
     assert link_of("5GB/s").bytes_per_second == 5e9
     with pytest.raises(ValueError, match=r"^must be one of nvlink4, .*, or bytes a second such as 5GB/s, and is wifi$"):
         link_of("wifi")
-
-
-def test_ranks_of_one_speed_take_turns() -> None:
-    assert dealt(7, [0.3, 0.3, 0.3]) == [0, 1, 2, 0, 1, 2, 0]
-
-
-def test_one_that_is_twice_as_fast_takes_twice_as_many() -> None:
-    dealing = dealt(12, [1.0, 2.0])
-    assert [dealing.count(rank) for rank in (0, 1)] == [8, 4]
-
-
-@pytest.mark.parametrize("seconds", [(1.0, 1.7), (1.0, 2.5, 0.4), (3.0, 1.0, 1.0)])
-def test_no_other_dealing_ends_sooner(seconds: tuple[float, ...]) -> None:
-    """Packs that are all as long: greedy is as good as any of all ways."""
-    packs = 7
-    of_all = itertools.product(range(packs + 1), repeat=len(seconds))
-    ends = [max(map(lambda n, s: n * s, counts, seconds)) for counts in of_all if sum(counts) == packs]
-    dealing = dealt(packs, seconds)
-    assert max(dealing.count(rank) * each for rank, each in enumerate(seconds)) == pytest.approx(min(ends))
 
 
 def test_parts_come_while_the_layer_before_them_computes() -> None:

@@ -1,5 +1,6 @@
 """The order of rows: a function of seed and epoch, whatever else draws random numbers."""
 
+import itertools
 import random
 
 import numpy
@@ -68,3 +69,13 @@ def test_ranks_end_together_but_for_a_row(shares: tuple[float, ...]) -> None:
         for rows, share in zip(dealt(range(40), tokens.__getitem__, shares), shares, strict=True)
     ]
     assert max(ends) - min(ends) <= max(tokens) / min(shares)
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 0.6), (1.0, 0.4, 2.5), (1.0, 3.0, 3.0)])
+def test_of_rows_that_are_all_as_long_no_other_dealing_ends_sooner(speeds: tuple[float, ...]) -> None:
+    rows = 7
+    of_all = itertools.product(range(rows + 1), repeat=len(speeds))
+    ends = [max(n / speed for n, speed in zip(counts, speeds, strict=True)) for counts in of_all if sum(counts) == rows]
+    shares = [speed / sum(speeds) for speed in speeds]
+    counts = [len(ours) for ours in dealt(range(rows), lambda row: 1, shares)]
+    assert max(n / speed for n, speed in zip(counts, speeds, strict=True)) == pytest.approx(min(ends))
