@@ -136,7 +136,7 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         yield source
         return
     try:
-        read_file(path)
+        read_file(path, source.table)
         is_text = kind_of(path) in TEXT_SUFFIXES and path.is_file()
         written = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
     except FileFault as fault:
@@ -153,7 +153,7 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
     for line in written.bad_lines:
         groups.add("not-utf8", f"{path.name}:{line:,}", f"is not UTF-8 but {encodings.called(written.probably)}")
     with encodings.as_utf8(path, written) as copy:
-        yield Source(str(copy))
+        yield Source(str(copy), table=source.table)
 
 
 def _recognise(source: Source, data: Data, groups: Groups) -> DataFormat | None:

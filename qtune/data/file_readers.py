@@ -7,9 +7,11 @@ Files are read piece by piece, so memory holds a row or a batch of them, never t
 that continue one another. The exception is `.json`: one document has no rows until its end is known, and is read whole.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,7 +36,7 @@ from qtune.data.text_files import (
     refuse_bad_bytes,
     start_of,
 )
-from qtune.recipe.data_files import SAVED, files_in
+from qtune.recipe.data_files import DATABASE_SUFFIXES, SAVED, files_in
 from qtune.units import GIB, format_bytes
 
 MAGIC = (
@@ -53,21 +55,28 @@ ARROW_BATCH_ROWS = 64
 MOST_DOCUMENT_BYTES = GIB  # of a .json file, whose values take five times as much of memory
 TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
 ARROW_FILE = b"ARROW1"  # what a file begins with that is no stream
+SQLITE_FILE = b"SQLite format 3\0"
+UNWRITTEN = ("-wal", "-journal")  # beside a database: what a program has yet to write into it, or to take back
 KINDS = {dict: "an empty object", list: "an array", type(None): "null", str: "a string", bool: "true or false"}
 
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv module stops at 128 KiB unless told
 
 
-def read_file(path: Path) -> Iterator[RawRow | Dropped]:
-    """The rows of a file, by its suffix. Raises FileFault for a file that cannot be read as what it is named."""
+def read_file(path: Path, table: str | None = None) -> Iterator[RawRow | Dropped]:
+    """The rows of a file, by its suffix; of a database, those of `table`, or of its only one.
+
+    Raises FileFault for a file that cannot be read as what it is named.
+    """
     if path.is_dir():
         return _read_folder(path)
     kind = kind_of(path)
     if path.suffix.lower() in COMPRESSED and kind in READERS and kind not in TEXT_SUFFIXES:
         raise FileFault(path, f"is a compressed {kind}. Unpack it first.")
     _refuse_unreadable(path)
+    if path.suffix.lower() in DATABASE_SUFFIXES:
+        return _read_database(path, table)
     if kind not in READERS:
-        reads = f"It reads {', '.join(READERS)}, and texts as {', '.join(COMPRESSED)}"
+        reads = f"It reads {', '.join((*READERS, *DATABASE_SUFFIXES))}, and texts as {', '.join(COMPRESSED)}"
         raise FileFault(path, f"qtune does not read {kind or 'files without a suffix'}. {reads}.")
     return READERS[kind](path)
 
@@ -265,6 +274,76 @@ def _arrow_rows(files: Sequence[Path], name: str) -> Iterator[RawRow | Dropped]:
 def _batches_of_file(file: pyarrow.NativeFile) -> Iterator[pyarrow.RecordBatch]:
     reader = pyarrow.ipc.open_file(file)
     return map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _read_database(path: Path, table: str | None) -> Iterator[RawRow | Dropped]:
+    """The rows of one table or view of a SQLite file: of a table in the order of rowid, of a view in its own.
+
+    The file is opened so that nothing is written to it or beside it.
+    """
+    _refuse_no_database(path)
+    number = 0
+    try:
+        address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(address, uri=True, check_same_thread=False)) as database:
+            database.execute("PRAGMA trusted_schema = OFF")  # a view of somebody's file calls no function but SQLite's
+            database.text_factory = _text_or_bytes
+            name = _chosen_table(path, database, table)
+            rows = _rows_of_table(database, name)
+            columns = [column[0] for column in rows.description]
+            for cells in rows:
+                number += 1
+                place = f"{path.name}:{name} row {number:,}"
+                blob = next((column for column, cell in zip(columns, cells, strict=True) if type(cell) is bytes), None)
+                if blob is None:
+                    yield RawRow(dict(zip(columns, cells, strict=True)), place)
+                else:
+                    told = f"column {blob[:NAME_CHARACTERS]!r} holds bytes: a BLOB, or text that is not UTF-8"
+                    yield Dropped(place, RowFault.UNREADABLE, told)
+    except sqlite3.Error as fault:
+        where = f" after {number:,} rows" if number else ""
+        raise FileFault(path, f"is not readable as a SQLite database{where} ({fault}).") from None
+
+
+def _refuse_no_database(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(len(SQLITE_FILE))
+    if start != SQLITE_FILE:
+        raise FileFault(path, "is no SQLite database, or an encrypted one. Export its table as CSV.")
+    for suffix in UNWRITTEN:
+        beside = Path(f"{path}{suffix}")
+        if beside.is_file() and beside.stat().st_size:
+            raise FileFault(path, f"has unwritten changes in {beside.name}. Close the program that writes to it.")
+
+
+def _text_or_bytes(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _chosen_table(path: Path, database: sqlite3.Connection, table: str | None) -> str:
+    query = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+    names = [name for (name,) in database.execute(f"{query} ORDER BY name")]
+    if not names:
+        raise FileFault(path, "is a SQLite database without a table.")
+    if table is None and len(names) > 1:
+        raise FileFault(path, f"has several tables: {', '.join(names)}. Name one with data.subset.")
+    if table is not None and table not in names:
+        raise FileFault(path, f"has no table {table!r}, which data.subset names. It has {', '.join(names)}.")
+    return table or names[0]
+
+
+def _rows_of_table(database: sqlite3.Connection, name: str) -> sqlite3.Cursor:
+    every = 'SELECT * FROM "{}"'.format(name.replace('"', '""'))
+    (kind,) = database.execute("SELECT type FROM sqlite_master WHERE name = ?", [name]).fetchone()
+    if kind == "view":  # whose rowid is NULL or none, by the version of SQLite
+        return database.execute(every)
+    try:
+        return database.execute(f"{every} ORDER BY rowid")
+    except sqlite3.OperationalError:  # WITHOUT ROWID: it lies in the order of its primary key
+        return database.execute(every)
 
 
 def _read_folder(folder: Path) -> Iterator[RawRow | Dropped]:

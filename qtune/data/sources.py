@@ -31,15 +31,19 @@ Tell = Callable[[str, int, int | None], None]  # what is being done, rows done, 
 
 @dataclass(frozen=True)
 class Source:
-    """A file (an absolute path) or a hub dataset (a name), whose rows can be read again and again."""
+    """A file (an absolute path) or a hub dataset (a name), whose rows can be read again and again; `table` is which
+    one of a database."""
 
     name: str
     dataset: Iterable[dict[str, Any]] | None = None
+    table: str | None = None
 
     @classmethod
     def open(cls, name: str, split: str = "train", subset: str | None = None, streaming: str = "auto") -> "Source":
         """Raises DataError and MachineError for a hub dataset that cannot be had; files are looked at when read."""
-        return cls(name) if Path(name).is_absolute() else cls(name, _load_dataset(name, split, subset, streaming))
+        if Path(name).is_absolute():
+            return cls(name, table=subset)
+        return cls(name, _load_dataset(name, split, subset, streaming))
 
     @classmethod
     def of_train(cls, data: Data) -> "Source":
@@ -55,7 +59,7 @@ class Source:
     def read(self, max_rows: int | None = None) -> Iterator[RawRow | Dropped]:
         """The rows one by one, `max_rows` of them at the most. Raises DataError for a file that cannot be read."""
         rows = 0
-        for item in read_file(Path(self.name)) if self.dataset is None else self._of_dataset(self.dataset):
+        for item in read_file(Path(self.name), self.table) if self.dataset is None else self._of_dataset(self.dataset):
             if max_rows is not None and rows >= max_rows:
                 return
             rows += isinstance(item, RawRow)

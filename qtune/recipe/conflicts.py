@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qtune.recipe.data_files import DATABASE_SUFFIXES
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
 
@@ -59,8 +60,8 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
         candidates.append(Idle(HELD_OUT_FRACTION, HELD_OUT, "beside data.held_out"))
     if _is_file(held_out):
         candidates.append(Idle(HELD_OUT_SPLIT, HELD_OUT, "on a file, which has no splits"))
-    if _is_file(train) and (held_out is None or _is_file(held_out)):
-        candidates.append(Idle(SUBSET, TRAIN, "on files"))
+    if not any(map(_has_subsets, (train, train if held_out is None else held_out))):
+        candidates.append(Idle(SUBSET, TRAIN, "on files other than SQLite databases"))
     if value_of(values, ROWS) == 0 and value_of(values, METRIC) != "none":
         candidates.append(Idle(METRIC, ROWS, "with evaluate.rows = 0, which answers nothing"))
     if not value_of(values, CANARIES):
@@ -114,6 +115,10 @@ def unpinned_code(values: dict[str, Any]) -> Iterator[Fault]:
             "model.trust_remote_code = true runs code from the hub, so model.revision must be the commit you have read,"
             f" 40 of 0-9 and a-f, and {found}. Add it, or name a local folder.",
         )
+
+
+def _has_subsets(source: Any) -> bool:
+    return not _is_file(source) or source.lower().endswith(DATABASE_SUFFIXES)
 
 
 def _is_file(source: Any) -> bool:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 TEXT_SUFFIXES, PACKED_SUFFIXES = (".txt", ".md"), (".gz", ".xz", ".bz2", ".zst")
-ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", *DATABASE_SUFFIXES)
 DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES, *PACKED_SUFFIXES)
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk of `datasets` writes beside its files
 

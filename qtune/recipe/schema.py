@@ -171,11 +171,14 @@ class Data(Table):
 
     train: NonEmpty = Field(
         description="A .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file, also compressed (.jsonl.gz); a"
-        " folder of texts, or one that save_to_disk of datasets wrote; or a hub dataset's name.",
+        " SQLite database (.db, .sqlite, .sqlite3); a folder of texts, or one that save_to_disk of datasets wrote; or a"
+        " hub dataset's name.",
         examples=["data/train.jsonl"],
     )
     train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")
-    subset: NonEmpty | None = Field(None, description="Configuration of a hub dataset; unset takes its only one.")
+    subset: NonEmpty | None = Field(
+        None, description="Configuration of a hub dataset, or table of a SQLite database; unset takes its only one."
+    )
     streaming: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Whether a hub dataset is read over the network without being downloaded; auto does so over 10 GB."

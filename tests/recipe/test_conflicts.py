@@ -25,6 +25,8 @@ HUB = {"base": "org/model"}
         ({}, {"held_out": "/x.csv", "held_out_split": "test"}, ["data.held_out_split"]),
         ({}, {"train": "/x.csv", "train_split": "train", "subset": "a"}, ["data.train_split", "data.subset"]),
         ({}, {"train": "/x.csv", "held_out": "org/other", "subset": "a"}, []),
+        ({}, {"train": "/x.csv", "held_out": "/x.db", "subset": "a"}, []),
+        ({}, {"train": "/x.SQLITE", "subset": "a"}, []),
         ({}, {"train_split": "train", "subset": "a"}, []),
     ],
 )
