@@ -19,7 +19,7 @@ from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.distributed import agreement
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.errors import MachineError, RunFolderError
+from qtune.errors import MachineError, RecipeError, RunFolderError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import find_device
@@ -138,6 +138,11 @@ def get_ready(
     refuse_unknown_targets(config, recipe)
     doing(f"reading {recipe.data.train}")
     read = read_rows(recipe, doing.rows)
+    if recipe.save.result == "best" and not read.held_out.packs:
+        raise RecipeError(
+            'save.result: is "best", and no row is held out to tell which step that is. Name a file in data.held_out,'
+            ' or raise data.held_out_fraction; "last" needs none.'
+        )
     doing("planning")
     plan = decide(recipe, find_device(), config, work_of(read.prepared), settled, world=_world_of(ranks))
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)

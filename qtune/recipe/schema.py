@@ -305,6 +305,10 @@ class Save(Table):
         le=1000,
         description="Newest checkpoints kept, beside that of the best held-out loss; 2 survive a bad one.",
     )
+    result: Literal["last", "best"] = Field(
+        "last",
+        description="Which step's adapter is scored, merged and exported: the last, or that of the best held-out loss.",
+    )
 
 
 class Evaluate(Table):

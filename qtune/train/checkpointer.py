@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune import atomic_files
-from qtune.events import CheckpointSaved, Listener, Saved
+from qtune.errors import RunFolderError
+from qtune.events import CheckpointSaved, Listener, Notice, Saved
 from qtune.model import adapter
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
@@ -76,6 +77,25 @@ class Saver(TrainerCallback):
         if self._trainer.standing is not None and self._saved_step != self._trainer.state.global_step:
             self._trainer.put_standing_back()
             self.save()
+
+    def go_to_best(self) -> None:
+        """Give the adapter the weights that it had at the best held-out loss, on every rank.
+
+        Raises RunFolderError where the checkpoint that holds them is gone or broken.
+        """
+        trainer = self._trainer
+        best, before = self._best, trainer.going_on_from
+        if best is None and before is not None:  # a run whose steps were all done puts no standing back
+            best = before.values["best"]
+        path = trainer.shared.ranks.broadcast(None if best is None else str((self._run.checkpoints / best).absolute()))
+        if path is None:  # no held-out loss was a number
+            self._listen(Notice("no held-out loss was a number: the adapter is that of the last step"))
+            return
+        if broken := atomic_files.what_is_broken(Path(path)):
+            raise RunFolderError(f'{path}: {broken}, and save.result = "best" takes the adapter from there.')
+        checkpoint = Checkpoint.read(Path(path))
+        put_adapter_back(trainer, checkpoint)
+        self._listen(Notice(f"the adapter is that of step {checkpoint.step:,}, whose held-out loss is the best"))
 
     def _fill(self, folder: Path) -> None:
         adapter.save(self._trainer.model, folder / checkpoint_files.ADAPTER, self._recipe.model.base)

@@ -95,6 +95,8 @@ class TrainingSession:
         try:
             with watched, refusing(lambda: trainer.step_under_way):
                 steps = train_from(trainer)
+            if saver is not None and self.recipe.save.result == "best" and not stopping.is_asked:
+                saver.go_to_best()
         except StepDropped:
             steps = trainer.state.global_step
             if saver is not None:
@@ -103,7 +105,7 @@ class TrainingSession:
             if saver is not None:
                 saver.save_last_whole_step()
             raise
-        finally:  # the weights are those of the last whole step, whatever ended training
+        finally:  # the weights are those of a whole step, whatever ended training
             if saver is not None and trainer.has_begun:
                 saver.save_adapter()
         caught = next((number for number in self.ranks.gather(stopping.caught) if number is not None), None)

@@ -1,5 +1,6 @@
 """Checkpoints of real runs: when they are written, what is in them, which stay, and that going on from one is exact."""
 
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from stopped_runs import (
 from qtune import atomic_files
 from qtune.errors import RunFolderError
 from qtune.events import CheckpointSaved, Evaluated, Finished, Notice, Resumed, StepDone
+from qtune.train import loop
 from qtune.train.callbacks import Reporter
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.trainer import MeteredTrainer
@@ -284,3 +286,44 @@ def test_a_checkpoint_of_another_version_is_not_guessed_at(alone, tmp_path) -> N
     (path / "state.json").write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(RunFolderError, match="was written by another version of qtune"):
         Checkpoint.read(path)
+
+
+@pytest.fixture(scope="module")
+def of_best(tiny_base, tmp_path_factory) -> Path:
+    """A run whose held-out loss is said to be best after four steps of eight."""
+    folder = tmp_path_factory.mktemp("of_best")
+    save = {"every": 100, "keep": 1, "result": "best"}
+    recipe = write_recipe(folder, tiny_base, data={"max_rows": 14}, save=save, train={**TRAIN, "eval_every": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        said = iter([4.0, 2.0, 3.0, 2.5])
+        measured = loop.Reporter.evaluate
+
+        def evaluate(reporter: Reporter, step: int) -> None:
+            reporter.held_out = dataclasses.replace(reporter.held_out, of_all=lambda: next(said))
+            measured(reporter, step)
+
+        patch.setattr(loop.Reporter, "evaluate", evaluate)
+        assert qtune("run", recipe, "--output", folder / "run") == 0
+    return folder / "run"
+
+
+def test_the_result_may_be_the_adapter_of_the_best_held_out_loss(of_best: Path) -> None:
+    weights = load_file(of_best / ADAPTER)
+    best, last = (load_file(of_best / "checkpoints" / f"step-{step:08}" / ADAPTER) for step in (4, STEPS))
+    assert all(torch.equal(weights[name], best[name]) for name in best)
+    assert not all(torch.equal(weights[name], last[name]) for name in last)
+    assert [notice.text for notice in told(of_best, Notice) if "of step 4," in notice.text]
+
+
+def test_a_run_that_is_done_and_gone_on_with_has_the_best_again(of_best: Path, tmp_path: Path) -> None:
+    run = copy(of_best, tmp_path / "run", up_to=STEPS)
+    assert qtune("resume", run) == 0
+    assert (run / ADAPTER).read_bytes() == (of_best / ADAPTER).read_bytes()
+
+
+def test_the_best_is_refused_where_no_row_is_held_out(tiny_base, tmp_path: Path, capsys) -> None:
+    data = {"held_out_fraction": 0.0}
+    recipe = write_recipe(tmp_path, tiny_base, data=data, save={"result": "best"}, evaluate={"rows": 0})
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 2
+    assert "data.held_out_fraction" in "".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
