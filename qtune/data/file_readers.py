@@ -10,8 +10,10 @@ that continue one another. The exception is `.json`: one document has no rows un
 import contextlib
 import csv
 import dataclasses
+import datetime
 import json
 import sqlite3
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,12 +38,12 @@ from qtune.data.text_files import (
     refuse_bad_bytes,
     start_of,
 )
-from qtune.recipe.data_files import DATABASE_SUFFIXES, SAVED, files_in
+from qtune.recipe.data_files import DATABASE_SUFFIXES, SAVED, TABLES_SUFFIXES, WORKBOOK_SUFFIX, files_in
 from qtune.units import GIB, format_bytes
 
 MAGIC = (
-    (b"PK\x03\x04", "an Excel workbook or zip archive. Save the sheet as CSV"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook. Save the sheet as CSV"),
+    (b"PK\x03\x04", "an Excel workbook or zip archive. Have a workbook's name end in .xlsx"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook, or one with a password. Save it as .xlsx without one"),
     (b"\x1f\x8b", "compressed with gzip. Have its name end in .gz"),
     (b"BZh91AY&", "compressed with bzip2. Have its name end in .bz2"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd. Have its name end in .zst"),
@@ -51,6 +53,7 @@ MAGIC = (
     (b"\xfe\xff", "UTF-16 text. Save it as UTF-8"),
     (b"%PDF", "a PDF document. Turn it into text first"),
 )
+OWN_MAGIC = {".parquet": b"PAR1", WORKBOOK_SUFFIX: b"PK\x03\x04"}
 ARROW_BATCH_ROWS = 64
 MOST_DOCUMENT_BYTES = GIB  # of a .json file, whose values take five times as much of memory
 TEXT_CHARACTERS = 1 << 20  # of a .txt file held at once; some 250,000 tokens, and many times what a model reads
@@ -63,7 +66,8 @@ csv.field_size_limit(2**31 - 1)  # a cell may be a whole document; the csv modul
 
 
 def read_file(path: Path, table: str | None = None) -> Iterator[RawRow | Dropped]:
-    """The rows of a file, by its suffix; of a database, those of `table`, or of its only one.
+    """The rows of a file, by its suffix; of a database those of `table` or of its only one, of a workbook those of the
+    sheet `table` or of the first.
 
     Raises FileFault for a file that cannot be read as what it is named.
     """
@@ -75,8 +79,10 @@ def read_file(path: Path, table: str | None = None) -> Iterator[RawRow | Dropped
     _refuse_unreadable(path)
     if path.suffix.lower() in DATABASE_SUFFIXES:
         return _read_database(path, table)
+    if path.suffix.lower() == WORKBOOK_SUFFIX:
+        return _read_workbook(path, table)
     if kind not in READERS:
-        reads = f"It reads {', '.join((*READERS, *DATABASE_SUFFIXES))}, and texts as {', '.join(COMPRESSED)}"
+        reads = f"It reads {', '.join((*READERS, *TABLES_SUFFIXES))}, and texts as {', '.join(COMPRESSED)}"
         raise FileFault(path, f"qtune does not read {kind or 'files without a suffix'}. {reads}.")
     return READERS[kind](path)
 
@@ -93,7 +99,7 @@ def _refuse_unreadable(path: Path) -> None:
     if not start:
         raise FileFault(path, "is empty.")
     for magic, meaning in MAGIC:
-        if start.startswith(magic) and not (magic == b"PAR1" and path.suffix.lower() == ".parquet"):
+        if start.startswith(magic) and OWN_MAGIC.get(path.suffix.lower()) != magic:
             raise FileFault(path, f"is {meaning}.")
 
 
@@ -344,6 +350,72 @@ def _rows_of_table(database: sqlite3.Connection, name: str) -> sqlite3.Cursor:
         return database.execute(f"{every} ORDER BY rowid")
     except sqlite3.OperationalError:  # WITHOUT ROWID: it lies in the order of its primary key
         return database.execute(every)
+
+
+def _read_workbook(path: Path, sheet: str | None) -> Iterator[RawRow | Dropped]:
+    """The rows below the first of a sheet, all cells as text; a formula is the value that was saved with it.
+
+    Of the file, memory holds the texts that its sheets share.
+    """
+    try:
+        import openpyxl  # an extra: most rows come in other files
+    except ImportError:
+        told = "is a workbook, which openpyxl reads: pip install openpyxl. Or save the sheet as CSV."
+        raise FileFault(path, told) from None
+    warnings.filterwarnings("ignore", module="openpyxl")  # of styles and other things that are not read
+    try:
+        with contextlib.closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+            names = [each.title for each in book.worksheets]
+            if sheet is not None and sheet not in names:
+                raise FileFault(path, f"has no sheet {sheet!r}, which data.subset names. It has {', '.join(names)}.")
+            name = sheet or names[0]
+            book[name].reset_dimensions()  # which some programs write wrongly
+            yield from _rows_of_sheet(path, name, book[name].iter_rows())
+    except FileFault:
+        raise
+    except Exception as fault:  # openpyxl passes on what zip, XML and its own classes raise
+        raise FileFault(path, f"is not readable as a workbook ({type(fault).__name__}: {fault}).") from None
+
+
+def _rows_of_sheet(path: Path, name: str, rows: Iterator[Sequence[Any]]) -> Iterator[RawRow | Dropped]:
+    header: list[str] = []
+    for number, cells in enumerate(rows, start=1):
+        values = [_cell_text(cell.value) for cell in cells]
+        while values and values[-1] is None:
+            values.pop()
+        place = f"{path.name}:{name}:{number:,}"
+        if not values:
+            continue
+        error = next((cell.value for cell in cells if cell.value is not None and cell.data_type == "e"), None)
+        if not header:
+            header = _sheet_header(path, name, values)
+        elif error is not None:
+            yield Dropped(place, RowFault.UNREADABLE, f"has a cell with the error {error}")
+        elif len(values) > len(header):
+            told = f"has a value in column {len(values)} where the header has {len(header)}"
+            yield Dropped(place, RowFault.UNREADABLE, told)
+        else:
+            yield RawRow(dict(zip(header, values + [None] * (len(header) - len(values)), strict=True)), place)
+
+
+def _sheet_header(path: Path, name: str, values: Sequence[str | None]) -> list[str]:
+    if None in values:
+        told = f"column {values.index(None) + 1} of sheet {name!r} has no name. Give every column one, and unmerge the"
+        raise FileFault(path, f"{told} first row's cells: merged, they are one name for several columns.")
+    return _checked_header(path, [value or "" for value in values])
+
+
+def _cell_text(value: Any) -> str | None:
+    """As Excel shows it without a format: 15 digits of a number, a day without a time where it is midnight."""
+    if value is None or isinstance(value, str):
+        return value or None
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(" ").removesuffix(" 00:00:00")
+    return str(value)
 
 
 def _read_folder(folder: Path) -> Iterator[RawRow | Dropped]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qtune.recipe.data_files import DATABASE_SUFFIXES
+from qtune.recipe.data_files import TABLES_SUFFIXES
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
 
@@ -61,7 +61,7 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
     if _is_file(held_out):
         candidates.append(Idle(HELD_OUT_SPLIT, HELD_OUT, "on a file, which has no splits"))
     if not any(map(_has_subsets, (train, train if held_out is None else held_out))):
-        candidates.append(Idle(SUBSET, TRAIN, "on files other than SQLite databases"))
+        candidates.append(Idle(SUBSET, TRAIN, "on files other than SQLite databases and workbooks"))
     if value_of(values, ROWS) == 0 and value_of(values, METRIC) != "none":
         candidates.append(Idle(METRIC, ROWS, "with evaluate.rows = 0, which answers nothing"))
     if not value_of(values, CANARIES):
@@ -118,7 +118,7 @@ def unpinned_code(values: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _has_subsets(source: Any) -> bool:
-    return not _is_file(source) or source.lower().endswith(DATABASE_SUFFIXES)
+    return not _is_file(source) or source.lower().endswith(TABLES_SUFFIXES)
 
 
 def _is_file(source: Any) -> bool:

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 TEXT_SUFFIXES, PACKED_SUFFIXES = (".txt", ".md"), (".gz", ".xz", ".bz2", ".zst")
-DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
-ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", *DATABASE_SUFFIXES)
+DATABASE_SUFFIXES, WORKBOOK_SUFFIX = (".db", ".sqlite", ".sqlite3"), ".xlsx"
+TABLES_SUFFIXES = (*DATABASE_SUFFIXES, WORKBOOK_SUFFIX)  # of files that may hold several tables
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", *TABLES_SUFFIXES)
 DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES, *PACKED_SUFFIXES)
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk of `datasets` writes beside its files
 

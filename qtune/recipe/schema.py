@@ -171,13 +171,15 @@ class Data(Table):
 
     train: NonEmpty = Field(
         description="A .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file, also compressed (.jsonl.gz); a"
-        " SQLite database (.db, .sqlite, .sqlite3); a folder of texts, or one that save_to_disk of datasets wrote; or a"
-        " hub dataset's name.",
+        " SQLite database (.db, .sqlite, .sqlite3) or Excel workbook (.xlsx); a folder of texts, or one that"
+        " save_to_disk of datasets wrote; or a hub dataset's name.",
         examples=["data/train.jsonl"],
     )
     train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")
     subset: NonEmpty | None = Field(
-        None, description="Configuration of a hub dataset, or table of a SQLite database; unset takes its only one."
+        None,
+        description="Configuration of a hub dataset, table of a SQLite database or sheet of a workbook; unset takes the"
+        " only one, of a workbook the first.",
     )
     streaming: Literal["auto", "always", "never"] = Field(
         "auto",

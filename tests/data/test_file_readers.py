@@ -215,7 +215,7 @@ def test_bad_bytes_are_named_wherever_a_block_ends(tmp_path, monkeypatch) -> Non
 def test_a_zip_named_csv_is_not_read_as_text(tmp_path) -> None:
     with zipfile.ZipFile(tmp_path / "a.csv", "w") as file:
         file.writestr("x", "y")
-    with pytest.raises(DataError, match="Save the sheet as CSV"):
+    with pytest.raises(DataError, match="an Excel workbook or zip archive"):
         read_rows(str(tmp_path / "a.csv"))
 
 

@@ -26,6 +26,7 @@ HUB = {"base": "org/model"}
         ({}, {"train": "/x.csv", "train_split": "train", "subset": "a"}, ["data.train_split", "data.subset"]),
         ({}, {"train": "/x.csv", "held_out": "org/other", "subset": "a"}, []),
         ({}, {"train": "/x.csv", "held_out": "/x.db", "subset": "a"}, []),
+        ({}, {"train": "/x.xlsx", "subset": "a"}, []),
         ({}, {"train": "/x.SQLITE", "subset": "a"}, []),
         ({}, {"train_split": "train", "subset": "a"}, []),
     ],
