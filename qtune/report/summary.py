@@ -97,6 +97,8 @@ def pace(found: Record) -> str:
         facts.append(f"{format_count(found.tokens_per_second)} tokens/s")
     if found.best is not None:
         facts.append(f"best held-out {format_loss(found.best.loss)} at step {found.best.step:,}")
+        if found.lock and found.lock.recipe.get("save", {}).get("result") == "best" and not found.stopped:
+            facts.append("which the adapter is of")
     return ", ".join(facts)
 
 

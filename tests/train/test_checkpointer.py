@@ -313,6 +313,7 @@ def test_the_result_may_be_the_adapter_of_the_best_held_out_loss(of_best: Path) 
     assert all(torch.equal(weights[name], best[name]) for name in best)
     assert not all(torch.equal(weights[name], last[name]) for name in last)
     assert [notice.text for notice in told(of_best, Notice) if "of step 4," in notice.text]
+    assert "best held-out 2.000 at step 4, which the adapter is of" in (of_best / "summary.md").read_text()
 
 
 def test_a_run_that_is_done_and_gone_on_with_has_the_best_again(of_best: Path, tmp_path: Path) -> None:
