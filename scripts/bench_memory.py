@@ -53,7 +53,7 @@ from qtune.hardware import find_device
 from qtune.memory import fused_cross_entropy
 from qtune.memory.memory_parts import standing_parts
 from qtune.memory.memory_tracker import LiveBytes, storage_sizes
-from qtune.memory.techniques import STEPS, Techniques
+from qtune.memory.techniques import STEPS, TECHNIQUES, Techniques
 from qtune.model import base
 from qtune.plan import activation_memory
 from qtune.plan.forecast import Forecaster
@@ -97,7 +97,7 @@ class Row:
 def trials_of(forecaster: Forecaster) -> tuple[list[Trial], list[str]]:
     """The rows for a model, and a sentence on each technique that it refuses."""
     refused = forecaster.standing.refusals
-    steps = [step for step in STEPS if step.technique not in refused]
+    steps = [step for step in STEPS if not (step.technique in refused or TECHNIQUES[step.technique].needs_ranks)]
     plain = Trial("no technique", "no technique", Techniques())
     ladder, techniques = [plain], plain.techniques
     for rung in steps:

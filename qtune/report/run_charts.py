@@ -100,7 +100,7 @@ def part_style(name: str) -> str:
     fill = memory_bar.FILLS.get(name, memory_bar.UNKNOWN)
     alike = [each for each in memory_bar.FILLS if memory_bar.FILLS[each].style == fill.style]
     shade = alike.index(name) if name in alike else len(alike)
-    return f"part {fill.style} shade-{min(shade, 3)}"
+    return f"part {fill.style} shade-{min(shade, 4)}"
 
 
 def _parts(series: Sequence[MemoryMeasured], x: Axis, y: Axis) -> list[Shape]:

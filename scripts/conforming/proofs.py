@@ -316,7 +316,7 @@ def _continued(model: Any, ids: torch.Tensor) -> torch.Tensor | Exception:
 
 
 def each_alone(layers: int) -> dict[str, Techniques]:
-    """By name, each memory technique on alone; one that rests on another with that."""
+    """By name, each memory technique of one process on alone; one that rests on another with that."""
     alone: dict[str, dict[str, Any]] = {
         "recomputed_layers": {"recomputed_layers": layers},
         "recomputed_attention": {"recomputed_layers": layers, "recomputed_attention": layers},
@@ -393,7 +393,7 @@ def resumed(work: Trained) -> Finding:
 def _planned(plan: Plan) -> Iterator[None]:
     """Inside, planning takes no time: it is two thirds of what going on with a tiny run takes."""
     decide = readiness.decide
-    readiness.decide = lambda *given: plan
+    readiness.decide = lambda *given, **named: plan
     try:
         yield
     finally:

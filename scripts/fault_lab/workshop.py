@@ -195,10 +195,12 @@ _plans: dict[str, Plan] = {}
 
 
 @functools.wraps(decide)
-def _decide_once(recipe: Any, device: Any, config: Any, work: Any, settled: Settled | None = None) -> Plan:
-    key = f"{recipe.model_dump_json()} {settled}"
+def _decide_once(
+    recipe: Any, device: Any, config: Any, work: Any, settled: Settled | None = None, **several: Any
+) -> Plan:
+    key = f"{recipe.model_dump_json()} {settled} {several}"
     if key not in _plans:
-        _plans[key] = decide(recipe, device, config, work, settled)
+        _plans[key] = decide(recipe, device, config, work, settled, **several)
     return _plans[key]
 
 

@@ -115,14 +115,14 @@ def test_a_general_text_that_is_none_is_refused_by_the_check_too(
 def test_an_answer_of_weight_0_is_shown_as_read_only(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     turns = [("user", "q"), ("assistant", "bad"), ("user", "again"), ("assistant", "good")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    messages[1] |= {"weight": 0, "reasoning_content": "hm"}  # type: ignore[dict-item]
+    messages[1] |= {"weight": 0, "mood": "hm"}  # type: ignore[dict-item]
     Path("rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     Path("rows.toml").write_text(RECIPE + 'train = "rows.jsonl"\n')
     status, out, _ = data(capsys, "show", "rows.toml")
     assert status == 0
     assert "»good<|end|>«" in out
     assert out.count("»") == 2
-    assert "nobody reads `reasoning_content`" in out
+    assert "nobody reads `mood`" in out
 
 
 def test_data_alone_says_what_there_is(capsys: pytest.CaptureFixture) -> None:

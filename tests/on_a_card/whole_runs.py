@@ -48,9 +48,9 @@ def plans_made_once() -> Iterator[None]:
     """A plan takes longer than all else, and those of these runs differ in nothing that is looked at."""
     plans: list[Plan] = []
 
-    def decide_once(recipe: Recipe, device: Device, *others: Any) -> Plan:
+    def decide_once(recipe: Recipe, device: Device, *others: Any, **named: Any) -> Plan:
         if not plans:
-            plans.append(decide(recipe, device, *others))
+            plans.append(decide(recipe, device, *others, **named))
         return replace(plans[0], device=device)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -104,5 +104,6 @@ def test_several_ranks_train_what_one_process_would(tmp_path, size) -> None:
         assert sum(rows for _, rows in told) == (5, 4)[step]
     begun = [4.0**-rank for rank in range(size)]
     assert slow[0][0][0] == pytest.approx([each / sum(begun) for each in begun])
-    assert slow[0][1][0] != slow[0][0][0]  # measured: they are as fast as each other
+    is_measured = all(rows for _, rows in (told[0] for told in slow))  # who had no row says nothing of its speed
+    assert (slow[0][1][0] != slow[0][0][0]) == is_measured
     assert slow[0][0][1] > slow[1][0][1]
