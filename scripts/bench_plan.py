@@ -53,6 +53,7 @@ SHORT = {
     "streamed_layers": "stream",
     "head_groups": "head groups",
     "recomputed_attention": "attention again",
+    "sharded_layers": "parts",
 }
 
 
