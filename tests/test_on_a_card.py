@@ -8,7 +8,11 @@ import pytest
 FOLDER = Path(__file__).resolve().parent / "on_a_card"
 
 
-@pytest.mark.parametrize("file", [path.name for path in sorted(FOLDER.glob("[!_]*.py"))])
+LONG = ("whole_runs.py",)  # each step of a run is in passes.py, too
+FILES = [path.name for path in sorted(FOLDER.glob("[!_]*.py"))]
+
+
+@pytest.mark.parametrize("file", [pytest.param(each, marks=[pytest.mark.long] * (each in LONG)) for each in FILES])
 def test_on_a_card(request: pytest.FixtureRequest, file: str) -> None:
     asked = ["--all"] if request.config.getoption("--all") else []
     ended = forked.run([FOLDER / "__main__.py", FOLDER / file, *asked])

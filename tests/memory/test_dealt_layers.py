@@ -68,6 +68,7 @@ def bases(tmp_path: Path, *kinds: str) -> list[str]:
     return [str(tmp_path / kind) for kind in kinds]
 
 
+@pytest.mark.long  # a whole run of ranks with parts is in tests/test_runs_of_ranks.py
 def test_layers_are_read_by_turns(tmp_path) -> None:
     all_well(launch(2, dealt, bases(tmp_path, "llama", "qwen3 moe"), True))
 

@@ -204,7 +204,7 @@ def test_only_rows_for_a_card_pass_through_page_locked_memory(qwen3: Path, techn
     ("name", "layers", "groups", "dtype"),
     [
         pytest.param("demo", 6, 2, "bfloat16", marks=pytest.mark.long),
-        ("stories260K-llama", 5, 2, "float32"),
+        pytest.param("stories260K-llama", 5, 2, "float32", marks=pytest.mark.long),
         pytest.param("TinyStories-656K-llama", 2, 1, "bfloat16", marks=pytest.mark.long),
         pytest.param("TinyStories-656K-llama", 2, 1, "float32", marks=pytest.mark.long),
     ],

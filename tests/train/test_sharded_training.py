@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 from made_bases import make_base
 from made_ranks import all_well, launch
@@ -47,6 +48,7 @@ def trained(
     return losses(events), [weight.detach().clone() for weight in trained_parameters(session.learner.loaded.model)]
 
 
+@pytest.mark.long  # a whole run of ranks with parts is in tests/test_runs_of_ranks.py
 def test_two_ranks_train_on_parts_what_they_train_on_the_whole(tmp_path) -> None:
     make_base(tmp_path / "llama", "llama", num_hidden_layers=2)
     all_well(launch(2, train_both, str(tmp_path)))
