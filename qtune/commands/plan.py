@@ -1,6 +1,7 @@
 """`qtune plan`: will it fit, how, and what it costs."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 
 from qtune.commands import arguments, terminal
 from qtune.commands.launcher import refuse_more_than_packs
@@ -31,35 +32,32 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def _card(text: str) -> str:
     """A size, or a card by its name."""
-    from qtune import gpu_models
+    from qtune.gpu_models import model_of
 
-    try:
-        gpu_models.model_of(text)
-        return text
-    except ValueError as fault:
-        raise ArgumentTypeError(str(fault)) from None
+    return _read_by(model_of, text)
 
 
 def _cards(text: str) -> str:
     """Several cards."""
-    from qtune import gpu_models
+    from qtune.gpu_models import models_of
 
-    try:
-        gpu_models.models_of(text)
-        return text
-    except ValueError as fault:
-        raise ArgumentTypeError(str(fault)) from None
+    return _read_by(models_of, text)
 
 
 def _link(text: str) -> str:
     """A link by its name, or bytes a second."""
     from qtune.plan.world import link_of
 
+    return _read_by(link_of, text)
+
+
+def _read_by(read: Callable[[str], object], text: str) -> str:
+    """`text`, which `read` can make something of."""
     try:
-        link_of(text)
-        return text
+        read(text)
     except ValueError as fault:
         raise ArgumentTypeError(str(fault)) from None
+    return text
 
 
 def refuse(options: Namespace) -> None:
@@ -99,14 +97,14 @@ def _plan_together(options: Namespace) -> None:
             from qtune import hardware
             from qtune.gpu_models import models_of
             from qtune.plan.suggestions import refuse_unless_it_fits
-            from qtune.plan.world import World, link_of
+            from qtune.plan.world import USUAL, World, link_of
             from qtune.planning import plans_of_cards, together
             from qtune.report import plan_table
 
         here, models = hardware.find_device(), models_of(options.cards)
         refuse_more_than_packs(len(models), recipe)
         devices = [hardware.imagined_card(model, options.host_memory, here) for model in models]
-        link = link_of(options.link or "pcie4")
+        link = link_of(options.link) if options.link else USUAL
         world = World(len(devices), 1 if link.joins_machines else len(devices), link)
         plans = plans_of_cards(recipe, devices, world, doing)
         told = together(recipe, plans, world)

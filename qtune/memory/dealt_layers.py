@@ -12,6 +12,7 @@ Refuses: nothing. Every rank reads all layers of files that are in 4 bits alread
 Letters: N ranks.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +23,30 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import quantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from qtune.distributed.ranks import Ranks
 from qtune.memory.nf4 import BLOCK, OUTER_BLOCK
-from qtune.memory.packed_experts import is_expert_parameter
+from qtune.memory.packed_experts import is_expert_parameter, packed_parameter
 
 IN_A_LAYER = re.compile(r"\blayers\.(\d+)\.")
 Put = Callable[[PreTrainedModel, str, Any], None]
+Load = Callable[..., Any]
+
+
+@contextmanager
+def files_read_by(load: Load) -> Iterator[None]:
+    """Inside, `from_pretrained` reads the weights of its files by `load`, which is given transformers' own function and
+    what that is called with."""
+    original = PreTrainedModel._load_pretrained_model
+    ours = functools.partial(load, original)
+    PreTrainedModel._load_pretrained_model = staticmethod(ours)  # of 5.17 and 5.23 alike: private, and tested
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(original)
 
 
 @dataclass(frozen=True)
@@ -56,9 +71,8 @@ class Deal:
     def own_layers_alone(self, put: Put) -> Iterator[None]:
         """Inside, `from_pretrained` reads no matrix of a layer that is another rank's. `put` sets a parameter by its
         name, as one that is there."""
-        original = PreTrainedModel._load_pretrained_model
 
-        def load(model: PreTrainedModel, state: Any, files: Any, *settings: Any, **others: Any) -> Any:
+        def load(original: Load, model: PreTrainedModel, state: Any, files: Any, *settings: Any, **others: Any) -> Any:
             with ExitStack() as stack:
                 tensors = state if state is not None else _slices(stack, files)
                 read = {
@@ -71,11 +85,8 @@ class Deal:
                     loading.missing_keys.discard(name)
             return loading, offloaded
 
-        PreTrainedModel._load_pretrained_model = staticmethod(load)  # of 5.17 and 5.23 alike: private, and tested
-        try:
+        with files_read_by(load):
             yield
-        finally:
-            PreTrainedModel._load_pretrained_model = staticmethod(original)
 
     def _absent(self, model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
         named = list(model.named_parameters())
@@ -137,15 +148,8 @@ def _stand_in(model: PreTrainedModel, name: str, parameter: torch.nn.Parameter, 
     state.absmax = _nothing((blocks,), state.absmax.dtype, device)
     if state.state2 is not None:
         state.state2.absmax = _nothing((-(-blocks // OUTER_BLOCK),), state.state2.absmax.dtype, device)
-    return Params4bit(
-        _nothing((-(-math.prod(parameter.shape) // 2), 1), codes.dtype, device),
-        requires_grad=False,
-        quant_state=state,
-        blocksize=BLOCK,
-        compress_statistics=double,
-        quant_type="nf4",
-        bnb_quantized=True,
-    )
+    codes_elsewhere = _nothing((-(-math.prod(parameter.shape) // 2), 1), codes.dtype, device)
+    return packed_parameter(codes_elsewhere, state, double)
 
 
 def _nothing(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -135,8 +135,13 @@ def pack(matrices: Iterator[torch.Tensor], shape: torch.Size, double: bool) -> P
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = quantize_blockwise(state.absmax - state.offset, blocksize=OUTER_BLOCK)
         state.nested = True
+    return packed_parameter(packed.flatten(0, 1), state, double)
+
+
+def packed_parameter(codes: torch.Tensor, state: QuantState, double: bool) -> Params4bit:
+    """bitsandbytes' parameter of NF4 `codes` that are there already; `double`: their scales are in 8 bits."""
     return Params4bit(
-        packed.flatten(0, 1),
+        codes,
         requires_grad=False,
         quant_state=state,
         blocksize=BLOCK,

@@ -25,6 +25,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from qtune import accelerator, cache_dir
 from qtune.memory import packed_experts
+from qtune.memory.dealt_layers import Load, files_read_by
 from qtune.model import fingerprint
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
@@ -95,9 +96,8 @@ def weights_from(entry: Path, device: str, lives_on_host: Callable[[str], bool])
     transformers builds the model, ties and initialises as ever; the one step between that reads files is ours. Those of
     which `lives_on_host` holds stay in host memory, all others go to `device`, one at a time.
     """
-    original = PreTrainedModel._load_pretrained_model
 
-    def load(model: PreTrainedModel, _: Any, __: Any, *settings: Any, **others: Any) -> Any:
+    def load(original: Load, model: PreTrainedModel, _: Any, __: Any, *settings: Any, **others: Any) -> Any:
         loading, offloaded = original(model, {}, None, *settings, **others)  # of no files: all is missing
         missing = frozenset(loading.missing_keys)
         for name, weight in _weights_in(entry, lambda each: "cpu" if lives_on_host(each) else device, missing):
@@ -105,11 +105,8 @@ def weights_from(entry: Path, device: str, lives_on_host: Callable[[str], bool])
             loading.missing_keys.discard(name)
         return loading, offloaded
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load)  # of 5.17 and 5.23 alike: private, and tested
-    try:
+    with files_read_by(load):
         yield
-    finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(original)
 
 
 def _weights_in(

@@ -185,12 +185,11 @@ class SaveWhen(TrainerCallback):
         control.should_save = True
 
     def _is_due(self, step: int) -> bool:
-        """An `every` that is whole counts steps, any other seconds."""
+        """An `every` that is whole counts steps, any other seconds by the clock of the first rank."""
         return isinstance(self.every, int) and step % self.every == 0
 
     def _is_overdue(self) -> bool:
-        is_first = self._shared.ranks.is_first  # whose clock counts
-        return is_first and not isinstance(self.every, int) and time.monotonic() - self.saved_at >= self.every
+        return not isinstance(self.every, int) and time.monotonic() - self.saved_at >= self.every
 
 
 def _interval(every: int | str) -> int | float:
