@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the lab forks, 
 
 
 # How many cases of each lane, as quick as it can be and still see the fault, and at some length.
-QUICK = {"O1": 4, "L1": 6, "L3": 10, "B1": 60, "B2": 300}
+QUICK = {"O1": 4, "L1": 6, "L3": 5, "B1": 30, "B2": 150}
 AT_LENGTH = {
     "R1": 6,
     "R4": 100,

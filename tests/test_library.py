@@ -1,10 +1,12 @@
 """qtune as a library: its names, what it leaves alone in the process that imports it, and what its functions give."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 import qtune
@@ -201,6 +203,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     code = f"""{UNCHANGED}
 SHORT = {SHORT}
+gc.unfreeze()  # what the process it is forked from froze, some of which goes
 {AS_ALWAYS}
 training = qtune.Training(recipe, "looped")
 for event in training:
@@ -233,7 +236,10 @@ again = training.run.resume(on_event=heard.append)
 assert (again.state, again.losses) == ("finished", whole.losses), (again.losses, whole.losses)
 hold(before, state())
 """
-    (folder / "printed.txt").write_text(python(code, folder))
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+    ended = forked.run(["-c", code], folder, {**os.environ, **paths, "HOME": str(folder)})
+    assert ended.returncode == 0, ended.stderr
+    (folder / "printed.txt").write_text(ended.stdout)
     return folder
 
 

@@ -26,7 +26,16 @@ def test_it_loads_and_plans(path: Path) -> None:
     assert plan.fits
 
 
-@pytest.mark.parametrize("path", shipped_recipes.shipped(), ids=lambda path: path.stem)
+QUICK = ("medical", "tools")  # one of questions, one of calls
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] * (path.stem not in QUICK), id=path.stem)
+        for path in shipped_recipes.shipped()
+    ],
+)
 def test_its_demo_is_ready_to_train(path: Path) -> None:
     ready = readiness.get_ready(load(path, demo=True))
     report = ready.prepared.report

@@ -72,7 +72,7 @@ def what_becomes_of_others(ranks: Ranks, folder: str, fault: str) -> None:
         if fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hangs":
-            time.sleep(9)
+            time.sleep(5)
         if fault == "fails":
             ranks.fail("There is no card.", 2)
         os._exit(0)

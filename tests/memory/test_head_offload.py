@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossed import crossed
 from made_models import adapted, assert_close, assert_equal, base, batch, held_out, one_pass, switched
 
 from qtune import accelerator
@@ -31,8 +32,7 @@ def test_a_head_of_one_slice_is_equal_to_the_bit(kind, dtype) -> None:
     passes_and_answers_agree(ours, plain, assert_equal, dtype if dtype == torch.bfloat16 else None)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("slice_bytes", [1, 100 * 64 * 4])
+@pytest.mark.parametrize(("kind", "slice_bytes"), crossed([*KINDS], [1, 100 * 64 * 4]))
 def test_slices_give_the_same_to_rounding(kind, slice_bytes, monkeypatch) -> None:
     monkeypatch.setattr(output_head, "HOST_SLICE_BYTES", slice_bytes)
     plain, ours = adapted(base(kind, nf4="double")), adapted(base(kind, nf4="double"))

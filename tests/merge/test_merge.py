@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import END
+from crossed import crossed
 from made_bases import make_base
 from made_runs import make_run, token_rows
 from safetensors.torch import load_file
@@ -40,10 +41,11 @@ def left_beside(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir() if path.name != "run")
 
 
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS.keys())
-@pytest.mark.parametrize(("compute_dtype", "dtype"), [("bfloat16", "float32"), ("float32", "float16")])
+@pytest.mark.parametrize(
+    ("lora", "compute_dtype", "dtype"), crossed([*LORAS], [("bfloat16", "float32"), ("float32", "float16")])
+)
 def test_onto_the_dequantised_base_it_is_the_trained_model(tiny_base, tmp_path, lora, compute_dtype, dtype) -> None:
-    run, output = make_run(tmp_path / "run", tiny_base, lora, compute_dtype), tmp_path / "out"
+    run, output = make_run(tmp_path / "run", tiny_base, LORAS[lora], compute_dtype), tmp_path / "out"
     merge(run, output, "dequantised", dtype)
     verdict = verify(run, output, token_rows())
     assert verdict.passed
@@ -63,8 +65,10 @@ def test_whole_modules_that_were_trained_are_reproduced(tiny_base, tmp_path, com
     assert verdict.mean_kl <= (1e-5 if compute_dtype == "bfloat16" else 1e-8)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 1e-5), ("bfloat16", 1e-4)])
-@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("compute_dtype", "dtype", "bound"),
+    crossed(["bfloat16", "float32"], [("float32", 1e-5), ("float16", 1e-5), ("bfloat16", 1e-4)]),
+)
 def test_a_tied_base_is_reproduced_in_every_dtype(tmp_path, compute_dtype, dtype, bound) -> None:
     folder = make_base(tmp_path / "base", "llama tied", initializer_range=0.05)
     run, output = make_run(tmp_path / "run", folder, compute_dtype=compute_dtype), tmp_path / "out"
@@ -185,8 +189,12 @@ def test_a_refused_adapter_leaves_nothing(tiny_base, tmp_path) -> None:
     assert left_beside(output) == []
 
 
-@pytest.mark.parametrize("name", ["stories260K-llama", "TinyStories-656K-llama"])
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-9), ("float16", 1e-5), ("bfloat16", 1e-4)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "bound"),
+    crossed(
+        ["stories260K-llama", "TinyStories-656K-llama"], [("float32", 1e-9), ("float16", 1e-5), ("bfloat16", 1e-4)]
+    ),
+)
 def test_real_checkpoints_are_reproduced(material, tmp_path, name, dtype, bound) -> None:
     """One of them stores its tied embedding under the name of the head only."""
     folder = material / "models" / name

@@ -9,6 +9,7 @@ import broken
 import pytest
 import torch
 from broken import ADAPTERS, TENSORS, Adapted, Tensors
+from crossed import crossed
 from made_runs import make_run
 from safetensors.torch import load_file, save_file
 
@@ -104,15 +105,9 @@ def test_a_right_file_has_no_strays(case, tmp_path, quant) -> None:
 
 
 FAULTS = ["scale x 0.9", "rslora missed", "adapters of two layers swapped", "A and B mixed up"]
-FILES = [
-    pytest.param(strength, quant, name, marks=[pytest.mark.long] if (i + j + k) % 2 else [])  # each pair is in the rest
-    for i, strength in enumerate(STRENGTHS)
-    for j, quant in enumerate(QUANTS)
-    for k, name in enumerate(FAULTS)
-]
 
 
-@pytest.mark.parametrize(("strength", "quant", "name"), FILES)
+@pytest.mark.parametrize(("strength", "quant", "name"), crossed([*STRENGTHS], QUANTS, FAULTS))
 def test_a_file_of_another_adapter_is_found(cases, tmp_path, strength, quant, name) -> None:
     """Every byte is read back as it was meant to be written."""
     assert exported(cases(strength), tmp_path / "x.gguf", quant, ADAPTERS[name]).strays

@@ -265,7 +265,7 @@ def test_a_loss_that_rises_is_said_once_however_often_the_run_is_stopped(alone, 
     assert max(step.loss for step in told(run, StepDone)) > 3 * told(run, StepDone)[0].loss
 
 
-@pytest.mark.parametrize("size", [40, 3_000, 60_000])
+@pytest.mark.parametrize("size", [40, pytest.param(3_000, marks=pytest.mark.long), 60_000])
 def test_a_full_disk_ends_the_run_in_one_sentence(alone, tmp_path, capsys, file_size_limit, size: int) -> None:
     """safetensors' own error for it was not known, and ended in a traceback."""
     run = copy(alone, tmp_path / "run", up_to=2)

@@ -67,9 +67,8 @@ def recipe_for(folder: Path, memory: dict | None = None, lora: dict | None = Non
     )
 
 
-def plan_for(recipe: Recipe, train: list[PackedRow], weighs_all: bool = False) -> Plan:
-    config = base.read_config(recipe.model)
-    return decide(recipe, find_device(), config, Work.of_rows(train), weighs_all=weighs_all)
+def plan_for(recipe: Recipe, train: list[PackedRow]) -> Plan:
+    return decide(recipe, find_device(), base.read_config(recipe.model), Work.of_rows(train))
 
 
 def run(
@@ -282,9 +281,9 @@ def test_every_rung_trains_the_same(wide_base: Path, tmp_path: Path) -> None:
 def test_a_budget_in_the_recipe_decides_what_is_climbed(wide_base: Path, tmp_path: Path) -> None:
     train = rows(2, 300)
     recipe = recipe_for(wide_base, max_steps=2)
-    roomy = plan_for(recipe, train, weighs_all=True)
-    assert roomy.rungs[0].saved_bytes
-    needed = roomy.forecast.device_bytes - roomy.rungs[0].saved_bytes // 2
+    roomy, least = plan_for(recipe, train), plan_for(recipe_for(wide_base, {"keep_layers": 0}, max_steps=2), train)
+    assert least.techniques == Techniques(LAYERS)
+    needed = (roomy.forecast.device_bytes + least.forecast.device_bytes) // 2
     asked = recipe_for(wide_base, {"budget": f"{needed // 1024}KiB"}, max_steps=2)
     plan = plan_for(asked, train)
     assert plan.techniques == Techniques(plan.techniques.recomputed_layers)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossed import crossed
 
 from qtune.data.packing import PackedRow
 from qtune.errors import TrainingDiverged
@@ -248,8 +249,9 @@ def test_a_second_signal_drops_the_step_at_once(tiny_base, tmp_path) -> None:
     assert stops == [Stopping("Ctrl-C", drops=False), Stopping("Ctrl-C", drops=True)]
 
 
-@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_8bit", "adamw"])
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"), crossed(["paged_adamw_8bit", "adamw_8bit", "adamw"], ["cosine", "linear", "constant"])
+)
 def test_every_optimizer_and_schedule_takes_its_steps(tiny_base, tmp_path, optimizer, schedule) -> None:
     _, events = run(recipe_for(tiny_base, optimizer=optimizer, schedule=schedule, warmup_fraction=0.3), tmp_path)
     rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
@@ -258,6 +260,7 @@ def test_every_optimizer_and_schedule_takes_its_steps(tiny_base, tmp_path, optim
     assert (rates[-1] < rates[4]) == (schedule != "constant")
 
 
+@pytest.mark.long  # of single passes: memory/test_gradient_checkpointing.py
 def test_recomputing_layers_does_not_change_the_losses(tiny_base, tmp_path) -> None:
     settings = {"quantization": "nf4", "compute_dtype": "float32"}
     with_it, without = (

@@ -30,7 +30,10 @@ TRAIN = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = "granitemoe"  # others of single passes: memory/test_loss_parity.py, memory/test_mixture_of_experts.py
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind != QUICK)) for kind in KINDS])
 def test_ten_losses_are_those_of_single_documents_in_float64(kind, tmp_path) -> None:
     """trl added the routers' balance over a pack to the loss of those whose head scales its logits."""
     torch.manual_seed(0)

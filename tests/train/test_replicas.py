@@ -30,7 +30,11 @@ CASES = {
     "qwen3_5_text": ({"gradient_accumulation": 3}, 5, False),
     "qwen3_moe": ({"gradient_accumulation": 2}, 3, False),
 }
-BASES = {"llama": {}, "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]}, "qwen3_moe": {}}
+BASES = {
+    "llama": {},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 QUICK = ("llama", UNLIKE, "qwen3_moe")
