@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from qtune import accelerator, card_faults
+from qtune.atomic_files import write_text
 from qtune.data.packing import PackedRow, packed_rows
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import MachineError, RankLost, UserError
@@ -21,6 +22,7 @@ from qtune.memory.memory_report import Ledger
 from qtune.model import adapter, base, packing_probe
 from qtune.model.loaded import Loaded
 from qtune.ready import GoingOn, Ready, is_on_hub
+from qtune.recipe import chat_templates
 from qtune.report import model_card, summary, tables
 from qtune.rundir import RunDir, write_json
 from qtune.train import checkpoint_files
@@ -108,9 +110,16 @@ def _told(
             scores = compare(before, after, ready.held_out, ready.recipe.evaluate, ready.recipe.train.seed)
             write_json(folder.scores, {**scores, "memorised": dataclasses.asdict(told) if told else None})
     if ranks.is_first:
+        _keep_template(ready, folder)
         summary.write_summary(folder)
         model_card.write_card(folder)
     return fitted
+
+
+def _keep_template(ready: Ready, folder: RunDir) -> None:
+    """The recipe's chat template beside the adapter: who serves that on its base has the base's, or none."""
+    if ready.recipe.model.chat_template is not None and folder.adapter.is_dir():
+        write_text(folder.adapter / chat_templates.FILE, str(ready.tokenizer.chat_template))
 
 
 class Teller:

@@ -60,7 +60,8 @@ def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTo
     if isinstance(example, Dropped):
         return _left_out(number, example, form.name, data)
     parts = fitted(item, example, data, encoder)
-    return dataclasses.replace(_shown(number, example, parts, form.name, data, tokenizer), unused=item.unused)
+    unused = (*item.unused, *(template.left_out(item) if template else ()))
+    return dataclasses.replace(_shown(number, example, parts, form.name, data, tokenizer), unused=unused)
 
 
 def _source(data: Data, is_held_out: bool) -> Source:

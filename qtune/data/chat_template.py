@@ -24,14 +24,17 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune.data.formats import Call, Message, thoughts
 from qtune.data.formats.tool_calls import json_text
+from qtune.data.rows import Conversation, Document
 from qtune.data.template_process import Asked, Renderer, Spelling, Untraceable
+from qtune.data.unused_columns import SAID_BESIDE
 from qtune.errors import ModelError
+from qtune.recipe import chat_templates
 
 MARKER = "qtunemarker{}x"
-HOW_TO_GIVE_ONE = 'Give one in the recipe: [model] chat_template = "template.jinja".'
 QUESTION, ANSWER, SYSTEM = Message("user", "a question"), Message("assistant", "an answer"), "asystemprompt"
 CALL = Message("assistant", "", calls=(Call("aprobename", '{"aprobekey": "aprobevalue"}', "call_1"),))
 RESULT = Message("tool", "aproberesult", call_id="call_1", name="aprobename")
+SAYING = dataclasses.replace(CALL, content="aprobesaid")
 THOUGHT, THOUGHT_KEYS = "aprobethought", ("reasoning_content", "thinking", "reasoning")
 TOOLS = json_text(
     [
@@ -66,7 +69,8 @@ class Turns:
 
     `header` stands before them and `lead` between that and the arguments of a call of CALL's name; where there is no
     header the lead tells where a call begins. The first of `ends` behind a call ends it. `opened` is what the
-    generation prompt has behind the header, such as the beginning of a thought.
+    generation prompt has behind the header, such as the beginning of a thought. What is said beside a call is left out
+    unless it `writes_said`, and stands behind the call's result where it is `said_late`.
     """
 
     spelling: Spelling
@@ -76,6 +80,8 @@ class Turns:
     ends: tuple[str, ...]
     writes_calls: bool
     shows_tools: bool
+    writes_said: bool
+    said_late: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class ChatTemplate:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
         """Raises ModelError where there is no template, it fails, or it never ends the assistant's turn."""
         if not tokenizer.chat_template:
-            raise ModelError(f"model.base: this base has no chat template, and the rows are chats. {HOW_TO_GIVE_ONE}")
+            raise ModelError(
+                "model.base: this base has no chat template, and the rows are chats. Give it one of qtune's own in the"
+                f" recipe: {_proposed(tokenizer)}"
+            )
         try:
             renderer = Renderer.of(tokenizer)
             before, after = _parts(_render(renderer, _marked([QUESTION, ANSWER])), answers=1)
@@ -108,7 +117,8 @@ class ChatTemplate:
         if end_of_turn is None:
             raise ModelError(
                 f"model.chat_template: writes {after[:20]!r} after an answer, which is no special token, so a model"
-                f" trained with it would never stop. End every turn with one, {tokenizer.eos_token!r} perhaps."
+                " trained with it would never stop. End every turn with one of the tokenizer's, or take one of qtune's"
+                f" own: {_proposed(tokenizer)}"
             )
         return cls(tokenizer, renderer, opening, differing_prompts, end_of_turn, _takes_system(renderer))
 
@@ -153,12 +163,28 @@ class ChatTemplate:
                 return Untraceable(f"a tool is called, and the chat template writes no calls: {GIVE_ANOTHER}")
             if tools and not self.turns.shows_tools:
                 return Untraceable(f"there are tools, and the chat template does not show them: {GIVE_ANOTHER}")
+            followed = [message for message, after in itertools.pairwise(messages) if after.role == "tool"]
+            if self.turns.said_late and any(map(self._says_beside_a_call, followed)):
+                return Untraceable(
+                    "the chat template writes what is said beside a call behind the call's result: leave it out"
+                )
         if self.takes_system:
             return messages, tools
         try:
             return fold_system(messages), tools
         except Untraceable as fault:
             return fault
+
+    def left_out(self, item: Conversation | Document) -> tuple[str, ...]:
+        """What of a conversation the template does not write, as `unused_columns` names it."""
+        messages = item.messages if isinstance(item, Conversation) else ()
+        beside = [message for message in messages if self._says_beside_a_call(message)]
+        return (SAID_BESIDE,) if beside and not self.turns.writes_said else ()
+
+    def _says_beside_a_call(self, message: Message) -> bool:
+        """Whether a message has more than calls in its content, where some templates want thoughts as well."""
+        has_thought = bool(message.calls and message.thought) and not self.turns.spelling.thought_key
+        return bool(message.calls and message.content) or has_thought
 
     def _asked(self, messages: Sequence[Message], tools: str) -> tuple[Asked, Asked]:
         spelling = self.turns.spelling if _is_more_than_text(messages, tools) else Spelling()
@@ -228,18 +254,21 @@ class ChatTemplate:
             if marked.count(marker) < 2 * len(message.calls):
                 raise Untraceable("the chat template leaves out some of several calls in one message")
             limit = marked.find(MARKER.format(number + 1), behind)
+            goes_on = number > 0 and bool(messages[number - 1].calls)
+            start = self._start(marked, at if goes_on else 0, first, message)
             at = behind + self._end(marked[behind : None if limit < 0 else limit], message)
             if at == behind and number == len(messages) - 1:
                 raise Untraceable("the chat template does not end its last answer")
-            yield self._start(marked, first, message), at
+            yield start, at
 
-    def _start(self, marked: str, first: int, message: Message) -> int:
-        """Where a turn begins whose first marker stands at `first`."""
-        if self.turns.header:
-            header = marked.rfind(self.turns.header, 0, first)
-            if header < 0:
-                raise Untraceable("the chat template writes an answer without its generation prompt")
+    def _start(self, marked: str, at: int, first: int, message: Message) -> int:
+        """Where a turn begins whose first marker stands at `first`. One that comes after a call, which ends `at`, may
+        go on with its turn behind the result, without a header (Gemma 4); `at` is 0 for others."""
+        header = marked.rfind(self.turns.header, at, first) if self.turns.header else -1
+        if header >= 0:
             return header + len(self.turns.header)
+        if self.turns.header and not at:
+            raise Untraceable("the chat template writes an answer without its generation prompt")
         before = marked[:first]
         if before.endswith(THOUGHT):
             return max((begin.start() for begin in thoughts.BEGIN.finditer(before)), default=first)
@@ -344,9 +373,10 @@ def _without_empty_thought(said: str, message: Message) -> list[Piece]:
 
 def _turns(renderer: Renderer, end_of_turn: str, tokenizer: PreTrainedTokenizerBase) -> Turns:
     spelling, writes_calls = _spelling(renderer)
-    shown, *texts = renderer.render(
+    shown, said, *texts = renderer.render(
         [
             Asked([QUESTION, ANSWER], tools=TOOLS),
+            Asked([QUESTION, SAYING, RESULT, ANSWER], tools=TOOLS, spelling=spelling),
             Asked([QUESTION], add_generation_prompt=True),
             Asked([QUESTION]),
             Asked(_marked([QUESTION, ANSWER])),
@@ -365,6 +395,8 @@ def _turns(renderer: Renderer, end_of_turn: str, tokenizer: PreTrainedTokenizerB
         ends=_ends(tails[3].rpartition(marker)[2], header, end_of_turn, tokenizer),
         writes_calls=writes_calls,
         shows_tools=isinstance(shown, str) and "aprobetool" in shown,
+        writes_said=isinstance(said, Untraceable) or SAYING.content in said,
+        said_late=isinstance(said, str) and -1 < said.find(RESULT.content) < said.find(SAYING.content),
     )
 
 
@@ -476,6 +508,20 @@ def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     end = after[: after.index(token) + len(token)]
     return end + tokenizer.eos_token if tokenizer.eos_token and after.startswith(end + tokenizer.eos_token) else end
+
+
+def _proposed(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The line of a recipe that gives this tokenizer a chat template whose tokens it has, and why that one."""
+    names = chat_templates.fitting(special_tokens(tokenizer), tokenizer.eos_token)
+    if not names:
+        return (
+            '[model] chat_template = "template.jinja", a file of yours: the tokenizer has no end of sequence, which'
+            ' "alpaca" and "plain" end a turn with, nor the tokens of "chatml" or "llama3".'
+        )
+    best, *others = names
+    writes = ", ".join(chat_templates.BUILT_IN[best].tokens) or f"{tokenizer.eos_token} to end an answer"
+    also = f"; nor {'do' if len(others) > 1 else 'does'} {' and '.join(map(json_text, others))}" if others else ""
+    return f'[model] chat_template = "{best}" needs no new token, as the tokenizer has {writes}{also}.'
 
 
 def _takes_system(renderer: Renderer) -> bool:

@@ -5,6 +5,7 @@ what of the others is cut or left out. Memory holds a batch a core.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -103,6 +104,8 @@ class Encoding(Generic[L]):
         if isinstance(encoded, Dropped):
             return encoded
         assert not isinstance(parsed, Dropped)
+        if self.template is not None and (left_out := self.template.left_out(parsed)):
+            parsed = dataclasses.replace(parsed, unused=(*parsed.unused, *left_out))
         return EncodedRow(parsed, encoded, fitted(parsed, encoded, data, self.encoder))
 
 

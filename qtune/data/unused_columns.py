@@ -11,7 +11,9 @@ THOUGHTS = "The answer is learned without it; a column named in data.columns.tho
 TOOLS = "The model is shown no tools."
 MASKS = "It leaves nothing out: every answer is learned. What leaves one out is its `weight`, 0, or `train`, false."
 PREFERENCES = "qtune does not train on preferences: every answer is learned as a good one."
+SAID_BESIDE = "what is said beside a call"
 MATTERS = {
+    SAID_BESIDE: "The chat template leaves it out: the call is learned without it.",
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think"), THOUGHTS),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), TOOLS),
     **dict.fromkeys(

@@ -14,16 +14,12 @@ from qtune import atomic_files
 from qtune.errors import ModelError
 from qtune.merge.safetensors_shards import write_synced
 from qtune.model.untrusted_folder import refuse_link_outside
+from qtune.recipe import chat_templates
 from qtune.recipe.base_kind import INDEX_NAME
 from qtune.recipe.schema import Model
 from qtune.recipe.text_part import text_config_of
 
-CONFIG, GENERATION, TOKENIZER, TEMPLATE = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 LICENCES = ("LICENSE*", "NOTICE*")
 COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", *LICENCES)
 
@@ -39,7 +35,7 @@ def write_small_files(base: Path, output: Path, model: Model, stop_token_ids: Se
     generation = _read(base / GENERATION) if (base / GENERATION).is_file() else {}
     _edit(output / GENERATION, generation, _stopping(generation, config, stop_token_ids))
     if model.chat_template is not None:
-        _use_template(output, Path(model.chat_template))
+        _use_template(output, chat_templates.text_of(model.chat_template))
 
 
 def copy_files(base: Path, output: Path, patterns: Sequence[str]) -> None:
@@ -99,15 +95,9 @@ def _stopping(generation: dict[str, Any], config: dict[str, Any], stop_token_ids
     return {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def _use_template(output: Path, path: Path) -> None:
+def _use_template(output: Path, template: str) -> None:
     """The run's own chat template in both places readers look for one."""
-    try:
-        template = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ModelError(
-            f"model.chat_template: {path} cannot be read ({fault}). The run was trained with it."
-        ) from None
-    write_synced(output / TEMPLATE, template.encode())
+    write_synced(output / chat_templates.FILE, template.encode())
     if (output / TOKENIZER).is_file():
         tokenizer = _read(output / TOKENIZER)
         if "chat_template" in tokenizer:

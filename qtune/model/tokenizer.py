@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qtune.errors import ModelError
 from qtune.model import base_files, untrusted_folder
+from qtune.recipe import chat_templates
 from qtune.recipe.schema import Model
 
 
@@ -35,10 +35,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         tokenizer.chat_template = _of_processor(folder)
     if model.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, TemplateError) as fault:
-            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read ({fault}).") from None
+        tokenizer.chat_template = chat_templates.text_of(model.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return tokenizer

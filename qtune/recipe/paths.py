@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from qtune.recipe.chat_templates import BUILT_IN
 from qtune.recipe.data_files import DATA_SUFFIXES, SAVED, SAVED_SPLITS, files_in
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
@@ -20,6 +21,7 @@ DATA: tuple[Key, ...] = (
 )
 GENERAL: Key = ("evaluate", "general")
 GENERAL_WORDS = ("builtin", "none")
+WORDS = {GENERAL: GENERAL_WORDS, **dict.fromkeys(TEMPLATES, tuple(BUILT_IN))}  # where a word is the name of no file
 FILES_OF_MODELS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")  # no folder, and no name on the hub either
 SHOWN_FILES = 3
 PATH_STARTS = ("./", "../", "/", "~")
@@ -33,6 +35,8 @@ def made_absolute(values: dict[str, Any], folder: Path, above: Key = ()) -> dict
         key = (*above, name)
         if isinstance(value, dict):
             value = made_absolute(value, folder, key)
+        elif isinstance(value, str) and value.strip() in WORDS.get(key, ()):
+            value = value.strip()
         elif isinstance(value, str) and _is_path(key, value.strip(), folder):
             value = os.path.abspath(folder / os.path.expanduser(value.strip()))
         made[name] = value
@@ -41,7 +45,7 @@ def made_absolute(values: dict[str, Any], folder: Path, above: Key = ()) -> dict
 
 def fault_of(key: Key, value: Any) -> Fault | None:
     """What is wrong with what a setting names, after `made_absolute`; None where it is there or is a hub's name."""
-    if key == GENERAL and value in GENERAL_WORDS:
+    if value in WORDS.get(key, ()):
         return None
     if key not in (*MODELS, *TEMPLATES, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
         return None
@@ -54,15 +58,23 @@ def fault_of(key: Key, value: Any) -> Fault | None:
         return None
     if key in DATA and files_in(Path(value)):
         return None
-    return key, f"{dotted(key)}: {_what_is_there(Path(value), kind)}"
+    return (
+        key,
+        f"{dotted(key)}: {_what_is_there(Path(value), kind)}{_built_in(Path(value)) if key in TEMPLATES else ''}",
+    )
+
+
+def _built_in(path: Path) -> str:
+    """Which templates qtune has, behind a space, as what was meant may be the name of one."""
+    near = get_close_matches(path.name.lower(), BUILT_IN, n=1)
+    names = ", ".join(BUILT_IN)
+    return f' Did you mean "{near[0]}", of qtune\'s own {names}?' if near else f" qtune has {names} itself."
 
 
 def _is_path(key: Key, value: str, folder: Path) -> bool:
     """Whether a name is a path: it looks like one, or something of that name lies in `folder`."""
-    if key in TEMPLATES:
+    if key in WORDS:
         return bool(value)
-    if key == GENERAL:
-        return bool(value) and value not in GENERAL_WORDS
     if key not in MODELS + DATA or value in ("", "demo"):
         return False
     looks = value in (".", "..") or value.startswith(PATH_STARTS)

@@ -79,7 +79,8 @@ class Model(Table):
         "auto", description="What the arithmetic runs in; auto is bfloat16 where the machine has it, else float32."
     )
     chat_template: NonEmpty | None = Field(
-        None, description="A Jinja file used in place of the tokenizer's chat template; unset keeps the model's own."
+        None,
+        description="`chatml`, `llama3`, `alpaca`, `plain`, or a Jinja file; unset keeps the base's own chat template.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model; off, because it can do anything you can."
@@ -357,7 +358,9 @@ class DemoModel(Table):
     """What --demo puts in [model]."""
 
     base: NonEmpty = Field("demo", description="Base used by --demo.")
-    chat_template: NonEmpty | None = Field(None, description="A Jinja file; unset keeps what the recipe or base has.")
+    chat_template: NonEmpty | None = Field(
+        None, description="A name or a Jinja file as in [model]; unset keeps what the recipe or base has."
+    )
 
 
 class DemoData(Table):

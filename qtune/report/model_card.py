@@ -139,7 +139,7 @@ def _use(found: Record, what: What, address: str) -> list[str]:
     if what == "merged":
         snippet = serving_snippets.transformers_snippet(address, has_towers)
         return ["## Use", "", *markdown.fenced(snippet, "python"), ""]
-    lines = ["## Use", "", *markdown.fenced(serving_snippets.peft_snippet(base, address, has_towers), "python"), ""]
+    lines = ["## Use", "", *markdown.fenced(serving_snippets.peft_snippet(found, base, address), "python"), ""]
     command = serving_snippets.vllm_command(found, base, address)
     assert found.lock is not None
     if any(name.split(".")[-2:-1] == ["experts"] for name in found.lock.quantized_modules):

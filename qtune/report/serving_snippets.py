@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qtune.model.lora_variants import faults_of
+from qtune.recipe import chat_templates
 from qtune.report import tables
 from qtune.report.run_record import Record
 from qtune.report.wording import one_line
+from qtune.rundir import RunDir
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 NO_BASE = "only a run with a lock has a base"
@@ -35,7 +37,7 @@ def uses(found: Record) -> list[Use]:
         Use("Talk to it, base and tuned side by side", f"{then.chat} --compare"),
         Use("Fold it into its base: a plain model folder", then.merge),
         *([Use("Serve it with vLLM, beside its base", command)] if command else []),
-        Use("Load it in Python, with peft alone", peft_snippet(base, adapter, has_towers(found)), "python"),
+        Use("Load it in Python, with peft alone", peft_snippet(found, base, adapter), "python"),
     ]
 
 
@@ -64,7 +66,7 @@ def vllm_command(found: Record, base: str, adapter: str) -> str | None:
     rank = lora.get("rank", 0)
     if has_towers(found) or vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
         return None
-    return vllm_with_adapter(base, found.name, adapter, rank)
+    return with_template(vllm_with_adapter(base, found.name, adapter, rank), "--chat-template", found.run, adapter)
 
 
 def vllm_faults(config: Mapping[str, Any]) -> list[str]:
@@ -98,6 +100,20 @@ def vllm_with_adapter(base: str, name: str, adapter: str, rank: int) -> str:
     return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {most} --lora-modules {module}"
 
 
+def with_template(command: str, option: str, run: RunDir, adapter: str) -> str:
+    """A server's command with the run's own chat template, where it has one beside its adapter; of an adapter on the
+    hub that is downloaded first."""
+    if not has_template(run):
+        return command
+    if adapter == str(run.adapter):
+        return f"{command} {option} {shlex.quote(f'{adapter}/{chat_templates.FILE}')}"
+    return f"hf download {adapter} {chat_templates.FILE} --local-dir .\n{command} {option} {chat_templates.FILE}"
+
+
+def has_template(run: RunDir) -> bool:
+    return (run.adapter / chat_templates.FILE).is_file()
+
+
 # The text model of a checkpoint that holds more, by its own class: its configuration, and what the checkpoint's names
 # become. The parts of a name that are taken away are those of `recipe.text_part`.
 TEXT_ALONE = (
@@ -107,14 +123,20 @@ TEXT_ALONE = (
 )
 
 
-def peft_snippet(base: str, adapter: str, has_towers: bool = False) -> str:
+def peft_snippet(found: Record, base: str, adapter: str) -> str:
     """Python that loads the adapter on its base; `base` and `adapter` are folders or hub names."""
-    return (
-        "from peft import PeftModel\n"
-        f"{_loading(base, has_towers)}\n"
-        f"model = PeftModel.from_pretrained(model, {adapter!r})\n"
-        "tokenizer = AutoTokenizer.from_pretrained(base)"
-    )
+    lines = [
+        "from peft import PeftModel",
+        _loading(base, has_towers(found)),
+        f"model = PeftModel.from_pretrained(model, {adapter!r})",
+        "tokenizer = AutoTokenizer.from_pretrained(base)",
+    ]
+    if has_template(found.run):
+        is_here, name = adapter == str(found.run.adapter), chat_templates.FILE
+        place = repr(f"{adapter}/{name}") if is_here else f"hf_hub_download({adapter!r}, {name!r})"
+        lines += [] if is_here else ["from huggingface_hub import hf_hub_download"]
+        lines.append(f'tokenizer.chat_template = open({place}, encoding="utf-8").read()')
+    return "\n".join(lines)
 
 
 def transformers_snippet(folder: str, has_towers: bool = False) -> str:

@@ -114,7 +114,7 @@ class _Asked:
         if self._is_lost:
             return self._unknown()
         command = serving_snippets.vllm_with_adapter(self.base, self.found.name, self.adapter, self.config["r"])
-        return Answer(True, (command,))
+        return Answer(True, (self._with_template(command, "--chat-template"),))
 
     def _sglang(self) -> Answer:
         faults = serving_snippets.faults_of_plain_loaders(self.config, "SGLang")
@@ -124,9 +124,11 @@ class _Asked:
         if self._is_lost:
             return self._unknown()
         served, module = shlex.quote(self.base), shlex.quote(f"{self.found.name}={self.adapter}")
-        return Answer(
-            True, (f"python -m sglang.launch_server --model-path {served} --enable-lora --lora-paths {module}",)
-        )
+        command = f"python -m sglang.launch_server --model-path {served} --enable-lora --lora-paths {module}"
+        return Answer(True, (self._with_template(command, "--chat-template"),))
+
+    def _with_template(self, command: str, option: str) -> str:
+        return serving_snippets.with_template(command, option, self.run, self.adapter)
 
     def _of_text_alone(self) -> list[str]:
         is_part = serving_snippets.has_towers(self.found)
@@ -140,7 +142,8 @@ class _Asked:
 
     def _llama_cpp(self) -> Answer:
         export, folder = self._export("adapter-gguf")
-        lines = (export, f"llama-server -m BASE.gguf --lora {folder}/adapter.gguf")
+        command = f"llama-server -m BASE.gguf --lora {folder}/adapter.gguf"
+        lines = (export, self._with_template(command, "--jinja --chat-template-file"))
         return self._drafted(lambda fold: adapter_draft(self.run, fold), lines)
 
     def _ollama(self) -> Answer:

@@ -170,7 +170,7 @@ BAD_INPUT = {
         "rows.jsonl:2",
     ),
     "all rows too long": (uses("rows.jsonl", data_extra="max_tokens = 8"), "max_tokens"),
-    "no chat template": (no_chat_template, 'chat_template = "template.jinja"'),
+    "no chat template": (no_chat_template, "t.toml:3: model.base: this base has no chat template"),
     "no causal model": (not_a_causal_model, "t.toml:3: model.base: "),
     "a base that is called otherwise": (
         lambda f: (f / "t.toml").write_text(recipe_text("rows.jsonl").replace("base =", "base_model =")),

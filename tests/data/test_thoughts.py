@@ -1,5 +1,7 @@
 """Thoughts: told from the answer, trained, only read or left out, and an empty block no habit."""
 
+import dataclasses
+
 import pytest
 from conftest import byte_tokenizer
 from test_call_masks import ASKED, TOOLS, calling, result, template
@@ -75,6 +77,7 @@ def test_thoughts_in_parts_and_in_a_column_are_read() -> None:
     [
         ("Qwen-Qwen3-0.6B", ["First.<|im_end|>", "<think>\nhm two\n</think>\n\n", "Second.<|im_end|>"]),
         ("qwen3_6", ["First.<|im_end|>", "hm two\n</think>\n\n", "Second.<|im_end|>"]),
+        ("gemma4_v5", ["First.<turn|>", "<|channel>thought\nhm two\n<channel|>", "Second.<turn|>"]),
         (
             "gptoss",
             [
@@ -101,6 +104,19 @@ def test_thoughts_are_trained_or_only_read_by_the_templates_own_rule(material, n
     dropped, rest = trained(name, material, TWO_TURNS, thoughts="drop")
     assert "hm" not in dropped
     assert "".join(rest).count("First.") == "".join(rest).count("Second.") == 1
+
+
+def test_a_thought_behind_a_result_goes_on_in_the_same_turn(material) -> None:
+    looking = dataclasses.replace(calling("Paris"), thought="hm look")
+    answer = Message("assistant", "Warm.", thought="hm so")
+    pieces = template("gemma4_v5", material).pieces([ASKED, looking, result(1), answer], TOOLS)
+    assert [(piece.text, piece.trained, piece.is_thought) for piece in pieces[1:-1]] == [
+        ("<|channel>thought\nhm look\n<channel|>", True, True),
+        ('<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|><|tool_response>', True, False),
+        ('response:get_weather{value:<|"|>21 C<|"|>}<tool_response|>', False, False),
+        ("<|channel>thought\nhm so\n<channel|>", True, True),
+        ("Warm.<turn|>", True, False),
+    ]
 
 
 def test_a_block_within_the_content_is_shown_and_dropped_as_one_in_a_field(material) -> None:

@@ -12,6 +12,7 @@ from qtune.data.formats import Message
 from qtune.errors import ModelError
 from qtune.gguf.modelfile import Frame, modelfile
 from qtune.gguf.tokenizer_check import without_bos
+from qtune.recipe.chat_templates import BUILT_IN
 
 # By file name: whether the tokenizer adds a BOS, and the BOS and end of turn its template knows.
 PUBLISHED = {
@@ -69,6 +70,16 @@ def test_published_templates(material, name) -> None:
     adds_bos, bos, eos = PUBLISHED[name]
     text = (material / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     check(tokenizer_with(text, bos, eos), adds_bos)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("bos", ["<s>", "<|im_start|>"])
+def test_qtunes_own_templates(name: str, bos: str) -> None:
+    tokens = BUILT_IN[name].tokens
+    for adds_bos in (True, False):
+        tokenizer = tokenizer_with(BUILT_IN[name].text, bos, tokens[-1] if tokens else "<|end|>")
+        tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+        check(tokenizer, adds_bos)
 
 
 def test_a_template_without_a_system_role_gets_it_as_training_does() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from qtune.errors import ModelError
 from qtune.merge.config_files import write_small_files
+from qtune.recipe.chat_templates import BUILT_IN
 from qtune.recipe.schema import Model
 
 
@@ -94,6 +95,13 @@ def test_the_runs_own_template_replaces_the_bases_in_both_places(base, tmp_path)
     write_small_files(base, tmp_path / "out", Model(base=str(base), chat_template=str(template)), [], "bfloat16")
     assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == template.read_bytes()
     assert read(tmp_path / "out" / "tokenizer_config.json") == {"chat_template": "{{ messages }}\n", "x": 1}
+
+
+def test_a_template_of_qtunes_own_is_written_for_who_reads_the_folder(base, tmp_path) -> None:
+    write_small_files(base, tmp_path / "out", Model(base=str(base), chat_template="alpaca"), [], "bfloat16")
+    text = BUILT_IN["alpaca"].text
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
+    assert read(tmp_path / "out" / "tokenizer_config.json") == {"chat_template": text, "x": 1}
 
 
 def test_a_template_that_is_gone_is_named(base, tmp_path) -> None:

@@ -36,6 +36,7 @@ def folder(tmp_path: Path) -> Path:
         (("demo", "model", "base"), "../x", "../x"),
         (TEMPLATE, "chat.jinja", "chat.jinja"),
         (("demo", *TEMPLATE), "chat.jinja", "chat.jinja"),
+        (TEMPLATE, "./plain", "plain"),  # "plain" is one of qtune's own, also where a file is called so
         (TRAIN, "~/rows", "~/rows"),
         (TRAIN, "/data/rows.txt", "/data/rows.txt"),
     ],
@@ -56,6 +57,9 @@ def test_paths_become_absolute(key: Key, value: str, expected: str, folder: Path
         (BASE, "plain"),  # a file beside the recipe is no base
         (("data", "system"), "./rows.jsonl"),
         (("name",), "rows"),
+        (TEMPLATE, "plain"),
+        (("demo", *TEMPLATE), "chatml"),
+        (("evaluate", "general"), "none"),
     ],
 )
 def test_all_else_stays_as_it_is(key: Key, value: str, folder: Path) -> None:
@@ -84,6 +88,8 @@ def made(key: Key, value: str, folder: Path) -> str:
         (TRAIN, "{}/a\0b", 'data.train: there is no file "a\\u0000b" in {}.'),
         (TRAIN, "two words", 'data.train: "two words" is neither a file beside the recipe nor a hub name'),
         (BASE, "models/qwen/7b", 'model.base: "models/qwen/7b" is neither a folder beside the recipe nor a hub name'),
+        (TEMPLATE, "{}/chat-ml", 'there is no file chat-ml in {}. Did you mean "chatml", of qtune\'s own chatml, '),
+        (TEMPLATE, "{}/x.jinja", "there is no file x.jinja in {}. qtune has chatml, llama3, alpaca, plain itself."),
         (BASE, "Qwen\n", None),  # a hub name after the spaces around it are gone
     ],
 )
@@ -93,7 +99,12 @@ def test_what_is_not_there_is_said(key: Key, value: str, expected: str | None, f
         assert fault is None
     else:
         assert fault is not None
-        assert fault[1].startswith(expected.replace("{}", str(folder)))
+        assert fault[1].removeprefix("model.chat_template: ").startswith(expected.replace("{}", str(folder)))
+
+
+@pytest.mark.parametrize(("key", "value"), [(TEMPLATE, "alpaca"), (("evaluate", "general"), "none")])
+def test_a_word_stands_without_the_spaces_around_it(key: Key, value: str, folder: Path) -> None:
+    assert made(key, f" {value}\n", folder) == value
 
 
 @pytest.mark.parametrize("value", ["x" * 5000 + ".jsonl", "~nobody/x", "//x.csv", "a" * 90 + "/" + "../" * 50])

@@ -10,6 +10,9 @@ from rich.console import Console
 
 from qtune import cli
 from qtune.errors import ModelError
+from qtune.recipe import chat_templates
+from qtune.report import run_record
+from qtune.report.serving_snippets import peft_snippet, with_template
 from qtune.rundir import RunDir, write_json
 from qtune.share.servers import Server, servers, table
 
@@ -30,6 +33,24 @@ def test_a_plain_lora_on_a_known_base_is_taken_by_everyone(tmp_path: Path) -> No
     assert found["llama.cpp"].merged.lines == (export, "llama-server -m exports/x-q8_0/model.gguf")
     assert found["Ollama"].merged.lines[1] == "ollama create clinic -f exports/x-ollama-q8_0/Modelfile"
     assert found["Ollama"].adapter.lines[-1] == "ADAPTER exports/x-adapter/adapter.gguf"
+
+
+def test_an_adapter_with_a_chat_template_of_its_own_is_served_with_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "x", make_base(tmp_path / "base", "llama"))
+    (run.adapter / chat_templates.FILE).write_text("{{ messages }}")
+    found = asked(run)
+    for name, option in (("vLLM", "--chat-template"), ("SGLang", "--chat-template"), ("llama.cpp", "--jinja")):
+        (line,) = (line for line in found[name].adapter.lines if not line.startswith("qtune "))
+        assert f" {option} " in line
+        assert line.endswith(f" {run.adapter}/chat_template.jinja")
+    local, on_hub = (peft_snippet(run_record.read(run), "base", place) for place in (str(run.adapter), "me/clinic"))
+    assert f"open('{run.adapter}/chat_template.jinja'" in local
+    assert "hf_hub_download('me/clinic', 'chat_template.jinja')" in on_hub
+    command = with_template("vllm serve base", "--chat-template", run, "me/clinic")
+    assert command.splitlines() == [
+        "hf download me/clinic chat_template.jinja --local-dir .",
+        "vllm serve base --chat-template chat_template.jinja",
+    ]
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

@@ -9,6 +9,7 @@ TAGS = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<|channel|>analysis<|message|>", "<|end|>"),
+    ("<|channel>thought", "<channel|>"),
 )
 _PAIRS = [(re.escape(begin), re.escape(end)) for begin, end in TAGS]
 BEGIN = re.compile("|".join(begin for begin, _ in _PAIRS))

@@ -1,0 +1,112 @@
+"""Chat templates inside qtune, by name, for bases that have none, as most that were only pretrained.
+
+Their text follows from the name alone: what differs between tokenizers is `bos_token` and `eos_token`, which are the
+template's variables wherever it is rendered. A tokenizer must have the `tokens` of one as its own. Those that need none
+end an answer with the end of sequence.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtune.errors import ModelError
+
+FILE = "chat_template.jinja"  # as transformers, vLLM and SGLang look for one
+
+# OpenAI's ChatML as Qwen and SmolLM2 write it, without a system prompt of their own. SmolLM2's BOS begins every turn.
+CHATML = """\
+{%- if bos_token != '<|im_start|>' %}
+    {{- bos_token }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+
+# To the letter what the published template of Llama 3 writes.
+LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+
+# The prompt of Stanford's Alpaca (prompt_no_input of its train.py) with a line end behind "### Response:", so that an
+# answer begins a line. A system prompt stands in place of the preamble.
+ALPACA = """\
+{{- bos_token }}
+{%- if messages[0]['role'] != 'system' %}
+    {{- 'Below is an instruction that describes a task. ' }}
+    {{- 'Write a response that appropriately completes the request.' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '\\n\\n### Instruction:\\n' + message['content'] }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- '\\n\\n### Response:\\n' + message['content'] }}
+        {{- eos_token }}
+    {%- else %}
+        {{- ('' if loop.first else '\\n\\n') + message['content'] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\\n\\n### Response:\\n' }}
+{%- endif %}"""
+
+PLAIN = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '' if loop.first else '\\n\\n' }}
+    {%- if message['role'] == 'user' %}
+        {{- 'User:\\n' + message['content'] }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- 'Assistant:\\n' + message['content'] }}
+        {{- eos_token }}
+    {%- else %}
+        {{- message['content'] }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '\\n\\nAssistant:\\n' }}
+{%- endif %}"""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A template's Jinja text, and the special tokens that it writes besides `bos_token` and `eos_token`."""
+
+    text: str
+    tokens: tuple[str, ...] = ()
+
+
+BUILT_IN = {
+    "chatml": BuiltIn(CHATML, ("<|im_start|>", "<|im_end|>")),
+    "llama3": BuiltIn(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "alpaca": BuiltIn(ALPACA),
+    "plain": BuiltIn(PLAIN),
+}
+"""By name, what is proposed first in front."""
+
+
+def fitting(special_tokens: Collection[str], eos_token: str | None) -> list[str]:
+    """Names of those that need no new token of this tokenizer, the best first."""
+    return [
+        name
+        for name, each in BUILT_IN.items()
+        if (all(token in special_tokens for token in each.tokens) if each.tokens else eos_token)
+    ]
+
+
+def text_of(template: str) -> str:
+    """The Jinja text of `model.chat_template`, a name of these or a file. Raises ModelError for one not to be read."""
+    if template in BUILT_IN:
+        return BUILT_IN[template].text
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ModelError(f"model.chat_template: {template} cannot be read ({fault}).") from None

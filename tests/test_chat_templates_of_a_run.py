@@ -1,0 +1,48 @@
+"""A base without a chat template, from the refusal to a model that anyone can load: the template goes all the way."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_bases import byte_level, make_base
+from stopped_runs import qtune, write_recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qtune.recipe.chat_templates import BUILT_IN
+from qtune.rundir import RunDir, read_json
+
+ENDS = ["<|end|>", "<|im_end|>"]  # of the tokenizer's own, and of what is proposed
+TALK = [{"role": "user", "content": "what is x?"}]
+
+
+def test_a_base_without_a_template_is_trained_merged_and_exported_with_the_one_proposed(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = None
+    base = make_base(tmp_path / "base", "llama", tokenizer)
+    few = {"train": {"max_steps": 2}, "evaluate": {"metric": "token_f1", "rows": 2, "max_new_tokens": 4}}
+    recipe = write_recipe(tmp_path, base, **few)
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 2
+    told = capsys.readouterr().err
+    assert f"{recipe}:3: model.base: this base has no chat template" in told
+    assert '[model] chat_template = "chatml"' in told
+
+    recipe = write_recipe(tmp_path, base, model={"chat_template": "chatml"}, **few)
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    run, text = RunDir(tmp_path / "run"), BUILT_IN["chatml"].text
+    assert (run.adapter / "chat_template.jinja").read_text() == text
+    assert read_json(run.scores)["tuned"]["score"] is not None
+
+    assert qtune("merge", run.path, "--output", tmp_path / "merged", "--onto", "dequantised") == 0
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    asked = "<s><|im_start|>user\nwhat is x?<|im_end|>\n<|im_start|>assistant\n"
+    assert merged.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True) == asked
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.convert_ids_to_tokens(model.generation_config.eos_token_id) == ENDS
+
+    assert qtune("export", run.path, "--to", "ollama", "--output", tmp_path / "ollama") == 0
+    modelfile = (tmp_path / "ollama" / "Modelfile").read_text()
+    assert json.dumps("<|im_end|>\n<|im_start|>assistant\n") in modelfile
+    assert all(f'PARAMETER stop "{end}"' in modelfile for end in ENDS)
