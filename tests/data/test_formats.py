@@ -67,6 +67,21 @@ def test_every_format_is_recognised(values, expected) -> None:
     assert turns(values) == expected
 
 
+@pytest.mark.parametrize(
+    ("values", "mapped", "expected"),
+    [
+        ({"Prompt": "q", "Completion": "a"}, PLAIN, ((USER, "q"), (ASSISTANT, "a"))),
+        ({" QUESTION ": "q", "Answer": "a", "Id": 1}, PLAIN, ((USER, "q"), (ASSISTANT, "a"))),
+        ({"Instruction": "q", "Input": "x", "Output": "a", "System": "s"}, PLAIN, None),
+        ({"Prompt": "no", "prompt": "q", "Completion": "a"}, PLAIN, ((USER, "q"), (ASSISTANT, "a"))),
+        ({"Prompt": "q", "Completion": "a", "System": "x"}, {"check": "System"}, ((USER, "q"), (ASSISTANT, "a"))),
+    ],
+)
+def test_names_of_columns_may_have_capitals(values, mapped, expected) -> None:
+    """A CSV file's `Prompt` was no prompt. A column spelled as here comes first, and one that is mapped is taken."""
+    assert turns(values, mapped=mapped) == (expected or ((SYSTEM, "s"), (USER, "q\n\nx"), (ASSISTANT, "a")))
+
+
 def test_plain_text_is_a_document() -> None:
     assert parse_row(RawRow({"text": "t"}, "r:1"), FORMATS["text"], PLAIN, None) == Document("t", "r:1")
 

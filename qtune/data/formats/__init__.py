@@ -102,11 +102,16 @@ class DataFormat:
     order: int = 100
 
     def columns(self, present: Collection[str], mapped: Mapping[str, str]) -> dict[str, str]:
-        """The column of each field that has one: the mapped one, else the first of its own that no mapping claims."""
+        """The column of each field that has one: the mapped one, else the first of its own that no mapping claims, in
+        whatever capitals where none is spelled as here (a CSV file's `Prompt`)."""
         by_field = {}
+        claimed = tuple(mapped.values())
+        free = {name.strip().casefold(): name for name in present if name not in claimed}
         for field, own in self.fields.items():
-            names = [mapped[field]] if field in mapped else [name for name in own if name not in mapped.values()]
+            names = [mapped[field]] if field in mapped else [name for name in own if name not in claimed]
             column = next((name for name in names if name in present), None)
+            if column is None and field not in mapped:
+                column = next((free[name] for name in names if name in free), None)
             if column is not None:
                 by_field[field] = column
         return by_field
