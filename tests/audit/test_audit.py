@@ -151,3 +151,22 @@ def test_good_rows_are_fine(tmp_path: Path) -> None:
     found = audited(written(tmp_path, *(good(number) for number in range(1, GOOD_LINES + 1))))
     assert found.groups.by_code == {}
     assert found.stops is not None
+
+
+def test_what_the_template_leaves_out_beside_a_call_is_counted(tmp_path: Path) -> None:
+    calls_alone = (
+        "{{ tools }}{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|end|>' }}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    talk = [
+        {"role": "user", "content": "q"},
+        call,
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "a"},
+    ]
+    rows = [{"messages": talk, "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}]}]
+    rows.append({**rows[0], "messages": [talk[0], {**call, "content": ""}, *talk[2:]]})
+    (left_out,) = audited(written(tmp_path, *map(json.dumps, rows)), calls_alone).unused
+    assert (left_out.field, left_out.rows) == ("what is said beside a call", 1)
+    assert left_out.advice == "The chat template leaves it out: the call is learned without it."
