@@ -6,6 +6,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from qtune import accelerator, card_faults
 from qtune.atomic_files import write_text
 from qtune.data.packing import PackedRow, packed_rows
@@ -146,12 +148,24 @@ def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, ranks: R
         frozen = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques, ranks)
     if not folder.lock.is_file():
         folder.write_lock(ready.lock(base.quantized_modules(frozen)))
+    for token_id in base.never_seen(frozen, ready.prepared.stop_token_ids[:1]):
+        tell(Notice(_never_seen_told(ready.tokenizer, token_id)))
     model = adapter.attach(frozen, recipe.lora, recipe.train.seed)
     tell(ledger.measure("load", 0, model))
     engine = Engine(model, ranks)
     engine.switch_to(plan.techniques)
     tell(ledger.measure("attach", 0, model, engine))
     return Loaded(model, ready.tokenizer, plan.device.name, plan.compute_dtype), engine
+
+
+def _never_seen_told(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """That an answer ends with a token which the base does not know."""
+    told = (
+        f"the base was never trained on {tokenizer.convert_ids_to_tokens(token_id)}, which ends an answer, and an"
+        " adapter on its layers leaves that as it is: answers may not end."
+    )
+    is_other = tokenizer.eos_token_id not in (None, token_id)
+    return f'{told} model.chat_template = "alpaca" ends them with {tokenizer.eos_token}' if is_other else told
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ from qtune.model.checkpoint import BaseCheckpoint
 from qtune.recipe import base_kind
 from qtune.recipe.schema import Model
 from qtune.recipe.text_part import CONFIG, TextPart, json_in, text_config_of
+
+SAMPLED_ROWS, NEXT_TO_NOTHING = 512, 0.01  # of an embedding, and the share of a row's usual length; both chosen
 
 
 def quiet_libraries() -> None:
@@ -324,6 +326,18 @@ def refusing_unfit(model_type: str, what: str) -> Iterator[None]:
             f"model.base: models of type {model_type} cannot be trained here: {what} fails ({reason}). Take another"
             " base."
         ) from fault
+
+
+def never_seen(model: PreTrainedModel, token_ids: Sequence[int]) -> list[int]:
+    """Those of `token_ids` that the base was never trained on: their rows of the embedding are next to nothing, as
+    those of Llama 3's `<|eot_id|>`. Of the token that pads torch leaves the row at 0, whatever it is trained for."""
+    embedding: Any = model.get_input_embeddings()
+    weight, padding = embedding.weight.detach(), getattr(embedding, "padding_idx", None)
+    if weight.is_meta or not weight.is_floating_point():
+        return []
+    usual = weight[:: max(1, len(weight) // SAMPLED_ROWS)].float().norm(dim=1).median()
+    known = [token for token in token_ids if token < len(weight) and token != padding]
+    return [token for token in known if weight[token].float().norm() < NEXT_TO_NOTHING * usual]
 
 
 def quantized_modules(model: torch.nn.Module) -> tuple[str, ...]:

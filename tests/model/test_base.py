@@ -9,6 +9,7 @@ from threading import Thread
 
 import pytest
 import torch
+from conftest import BOS, END, PAD
 from huggingface_hub import constants
 from safetensors import safe_open
 
@@ -32,6 +33,17 @@ def test_linears_are_nf4_and_everything_is_frozen(tiny_base) -> None:
     state = loaded.model.layers[0].mlp.up_proj.weight.quant_state
     assert state.quant_type == "nf4"
     assert state.nested
+
+
+def test_a_token_that_the_base_never_saw_is_known(tiny_base) -> None:
+    loaded = base.load_base(model_at(tiny_base), "cpu", "float32")
+    embedding = loaded.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight[[END, PAD, 7]] *= 1e-4
+    assert embedding.padding_idx == PAD  # whose row torch leaves at 0 in training
+    assert base.never_seen(loaded, [END, BOS, PAD, len(embedding.weight)]) == [END]
+    embedding.to("meta")  # as where other ranks hold it
+    assert base.never_seen(loaded, [END]) == []
 
 
 def test_files_that_were_quantised_are_let_go(tiny_base, tmp_path) -> None:
