@@ -15,16 +15,19 @@ from qtune.model import adapter, base
 from qtune.model.fingerprint import refuse_other_base
 from qtune.model.loaded import Loaded
 from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe import chat_templates
 from qtune.recipe.schema import Model
 from qtune.rundir import RunDir
 
 
 def model_of(run: RunDir) -> Model:
-    """The base as the run's recipe has it, or where it is now.
+    """The base as the run's recipe has it, or where it is now, with the chat template that the run was trained with:
+    the recipe's file may say something else by now.
 
     Raises RunFolderError for settings of another version of qtune.
     """
-    return run.of_lock(lambda lock: Model(**lock.model))
+    model, kept = run.of_lock(lambda lock: Model(**lock.model)), run.adapter / chat_templates.FILE
+    return model.model_copy(update={"chat_template": str(kept)}) if kept.is_file() else model
 
 
 def techniques_of(run: RunDir) -> Techniques:

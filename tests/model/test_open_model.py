@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from made_runs import make_run, token_rows
+from made_runs import edit_json, make_run, token_rows
 
 from qtune.errors import MachineError, ModelError
 from qtune.hardware import find_device
@@ -13,6 +13,8 @@ from qtune.merge.merge import merge
 from qtune.model import base, open_model
 from qtune.model.loaded import Loaded
 from qtune.model.open_model import model_of, open_merged, open_run
+from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe import chat_templates
 from qtune.rundir import RunDir, write_json
 
 
@@ -70,3 +72,14 @@ def test_a_folder_that_is_too_large_or_no_model_is_said(run: RunDir, tmp_path: P
     monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", run_out)
     with pytest.raises(MachineError, match=r"does not fit into what is free of the memory of cpu\. Close"):
         open_merged(tiny_base)
+
+
+def test_the_chat_template_is_the_one_that_the_run_was_trained_with(tiny_base: Path, tmp_path: Path) -> None:
+    """A recipe's file that was edited after the run, or is gone, was what the merged model had."""
+    run, own = make_run(tmp_path / "run", tiny_base), tmp_path / "own.jinja"
+    edit_json(run.lock, model={**run.read_lock().model, "chat_template": str(own)})
+    (run.adapter / chat_templates.FILE).write_text("{{ messages }}")
+    own.write_text("something else")
+    assert load_tokenizer(model_of(run)).chat_template == "{{ messages }}"
+    merge(run, tmp_path / "merged", "dequantised")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "{{ messages }}"
