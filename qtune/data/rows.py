@@ -156,7 +156,8 @@ def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: st
     _refuse_missing([field for field in form.needed if field not in columns])
     values = {field: row.values[column] for field, column in columns.items()}
     result, tools = form.read(values, system), form.tools(values)
-    _refuse_half_characters([result] if isinstance(result, str) else [tools, *map(text_of_message, result)])
+    check = _as_text(values.get("check"))
+    _refuse_half_characters([result] if isinstance(result, str) else [tools, check, *map(text_of_message, result)])
     unused = dict.fromkeys([*held(row.values, columns.values()), *form.unread(values)])
     if isinstance(result, str):
         return Document(result, row.place, tuple(unused), row.continues)
@@ -164,7 +165,7 @@ def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: st
     is_another = result[0].role == "system" and result[0].content not in (own or "")
     if own and is_another and (not tools or "tools" in values):  # the messages have one of their own
         unused[columns["system"]] = None
-    return Conversation(result, row.place, _as_text(row.values.get(columns.get("check", ""))), tuple(unused), tools)
+    return Conversation(result, row.place, check, tuple(unused), tools)
 
 
 def text_of_message(message: Message) -> str:

@@ -1,5 +1,6 @@
 """B2: a data file with anything in it is read, every row of it counted, or refused by file, row and reason."""
 
+import copy
 import csv
 import io
 import json
@@ -19,6 +20,14 @@ from qtune.recipe.schema import Data, Model, Recipe
 
 WHAT = "data files of every kind with bytes, values and rows changed"
 HANGS_SECONDS = 5.0
+WITH_TOOLS = """\
+{{ bos_token }}{% if tools %}<|system|>{{ tools | tojson }}<|end|>
+{% endif %}{% for m in messages %}<|{{ m.role if m.role != "tool" else "user" }}|>
+{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content or "" }}\
+{% for call in m.tool_calls or [] %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>\
+{% endfor %}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""  # shows what the base's own has no place for: tools, their calls and results, and thoughts
 Rows = list[dict[str, Any]]
 STRANGE: list[Any] = [
     *(None, True, 0, -1.5, 1e308, "", " ", "\0", "\ud800", "\u202e", "x" * 5000, [], {}, [[]], [None], {"": None}),
@@ -54,12 +63,14 @@ PIECES = [
 def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
     shop = Workshop.open(folder, seed)
     tokenizer = load_tokenizer(Model(base=str(shop.base)))
+    templates = [tokenizer.chat_template, WITH_TOOLS]
 
     def judge(case: int) -> str | None:
         rng = random.Random(f"{seed} {case}")
         suffix = rng.choice(sorted(WRITERS))
         path = folder / f"mutated{suffix}"
         path.write_bytes(_mutated_bytes(rng, WRITERS[suffix](_mutated_rows(rng))))
+        tokenizer.chat_template = rng.choice(templates)
         data = Data(
             train=str(path),
             held_out_fraction=rng.choice([0.0, 0.3]),
@@ -67,6 +78,8 @@ def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
             on_bad_row=rng.choice(["error", "drop"]),
             on_long=rng.choice(["drop", "truncate", "error"]),
             packing=rng.random() < 0.5,
+            thoughts=rng.choice(["train", "train_all", "show", "drop"]),
+            train_on=rng.choice(["all", "last"]),
         )
         try:
             report = prepare(Recipe(name="t", model=Model(base=str(shop.base)), data=data), tokenizer).report
@@ -88,16 +101,29 @@ def _mutated_rows(rng: random.Random) -> Rows:
         row = rng.choice(rows)
         kind = rng.randrange(5)
         if kind == 0 and row:
-            row[rng.choice(sorted(row))] = rng.choice(STRANGE)
+            row[rng.choice(sorted(row))] = _strange(rng)
         elif kind == 1 and row:
             del row[rng.choice(sorted(row))]
         elif kind == 2:
-            row[rng.choice(["question", "text", "messages", "system", "", "x"])] = rng.choice(STRANGE)
+            row[rng.choice(["question", "text", "messages", "system", "", "x"])] = _strange(rng)
         elif kind == 3:
             rows.insert(rng.randrange(len(rows)), {})
-        elif row and isinstance(turns := row.get("messages"), list) and turns:
-            turns[rng.randrange(len(turns))] = rng.choice(STRANGE)
+        elif inside := [value for value in row.values() if isinstance(value, list) and value]:
+            _mutate_within(rng, rng.choice(inside))
     return rows
+
+
+def _strange(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(STRANGE))
+
+
+def _mutate_within(rng: random.Random, values: list[Any]) -> None:
+    """Something in a list of messages, tools or calls: an element, or what one of its keys holds."""
+    at = rng.randrange(len(values))
+    if isinstance(values[at], dict) and values[at] and rng.random() < 0.7:
+        values[at][rng.choice([*values[at], "tool_calls", "tool_call_id", "weight", "train"])] = _strange(rng)
+    else:
+        values[at] = _strange(rng)
 
 
 def _mutated_bytes(rng: random.Random, content: bytes) -> bytes:
@@ -130,7 +156,47 @@ def _texts(rng: random.Random) -> Rows:
     return [{"text": "lorem ipsum " * rng.randint(1, 9)} for _ in range(rng.randint(1, 8))]
 
 
-GOOD = (_questions, _questions, _chats, _texts)
+def _thoughts(rng: random.Random) -> Rows:
+    """As a field, as a block of the answer, or as a column of its own."""
+    asked, thought = {"role": "user", "content": "why?"}, "x" * rng.randrange(20)
+    shapes: list[dict[str, Any]] = [
+        {"messages": [asked, {"role": "assistant", "content": "so", "reasoning_content": thought}]},
+        {"messages": [asked, {"role": "assistant", "content": f"<think>{thought}</think>so", "weight": 1}] * 2},
+        {"question": "why?", "reasoning": thought, "answer": "so"},
+    ]
+    return [copy.deepcopy(rng.choice(shapes)) for _ in range(rng.randint(1, 5))]
+
+
+def _calls(rng: random.Random) -> Rows:
+    """Tools, a call and its result in the shape of one of the sets that people train on."""
+    arguments: dict[str, Any] = {"city": "Oslo", "days": rng.randint(1, 9)}
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["city"]}
+    tool = {"name": "weather", "description": "The weather.", "parameters": schema}
+    called, asked = {"name": "weather", "arguments": arguments}, {"role": "user", "content": "Oslo?"}
+    openai = {"role": "assistant", "tool_calls": [{"id": "a1", "type": "function", "function": called}]}
+    result, said = {"role": "tool", "tool_call_id": "a1", "content": "wet"}, {"role": "assistant", "content": "Wet."}
+    texts = {
+        "human": "Oslo?",
+        "function_call": json.dumps(called),
+        "observation": "wet",
+        "gpt": "Wet.",
+    }
+    turns = [{"from": role, "value": text} for role, text in texts.items()]
+    chat = f"USER: Oslo?\nASSISTANT: <functioncall> {json.dumps(called)}\nFUNCTION RESPONSE: wet\nASSISTANT: Wet."
+    listed = f"Here is a list of functions in JSON format that you can invoke:\n{json.dumps([tool])}"
+    python = f"[weather(city='Oslo', days={arguments['days']})]"
+    shapes: list[dict[str, Any]] = [
+        {"messages": [asked, openai, result, said], "tools": [{"type": "function", "function": tool}]},
+        {"conversations": turns, "tools": json.dumps([tool])},
+        {"query": "Oslo?", "answers": json.dumps([called]), "tools": json.dumps([tool])},
+        {"system": f"SYSTEM: You have functions. {json.dumps(tool)}", "chat": chat},
+        {"system": listed, "conversations": [turns[0], {"from": "assistant", "value": python}]},
+    ]
+    return [copy.deepcopy(rng.choice(shapes)) for _ in range(rng.randint(1, 4))]
+
+
+GOOD = (_questions, _questions, _chats, _texts, _thoughts, _calls, _calls)
 
 
 def _jsonl(rows: Rows) -> bytes:

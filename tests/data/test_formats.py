@@ -140,6 +140,17 @@ def test_a_bad_row_says_why(values, reason) -> None:
     assert reason in item.reason
 
 
+def test_what_an_answer_is_checked_by_is_whole_characters_of_a_column_with_a_name() -> None:
+    """A column with no header was taken for it."""
+    row = RawRow({"question": "q", "answer": "a", "": "b", "tests": "\ud83d"}, "r:1")
+    plain = parse_row(row, FORMATS["question-answer"], PLAIN, None)
+    assert isinstance(plain, Conversation)
+    assert plain.check == ""
+    mapped = parse_row(row, FORMATS["question-answer"], {"check": "tests"}, None)
+    assert isinstance(mapped, Dropped)
+    assert mapped.fault is RowFault.HALF_CHARACTER
+
+
 def test_a_row_without_the_columns_of_the_first_says_so() -> None:
     assert parse_row(RawRow({"x": "1"}, "r:2"), FORMATS["alpaca"], PLAIN, None) == Dropped(
         "r:2", RowFault.MISSING_ANSWER, "has no column for the prompt and the completion"
