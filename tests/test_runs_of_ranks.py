@@ -1,17 +1,24 @@
 """Runs of two processes, as a launcher starts them: what each writes, how they stop, and that they go on exactly."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from at_a_terminal import AtTerminal
 from made_ranks import Ended, Launch
 from stopped_runs import ADAPTER, assert_same, before_step, checkpoints, copy, qtune, send, told, write_recipe
 
 from qtune import cli
-from qtune.events import CheckpointSaved, RanksStanding, Scored, StepDone
+from qtune.events import CheckpointSaved, Notice, RanksStanding, Scored, StepDone
+from qtune.model.adapter import trained_parameters
+from qtune.train.trainer import MeteredTrainer
 
 TRAIN = {"gradient_accumulation": 3, "log_every": 2}
 SAVE = {"every": 1, "keep": 100}
@@ -84,8 +91,16 @@ def test_going_on_with_as_many_ranks_is_exact(pair, tmp_path) -> None:
     assert_same(run, pair[0])
 
 
-def stop_before(step: int, run: str) -> None:
-    """Go on with `run`; the second rank alone is sent a signal before that step."""
+def in_each(act: Callable[..., object], run: Path, *given: object) -> list[Ended]:
+    """How two ranks ended that went on with `run` in `act(run, *given)`, a function of this file."""
+    here = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = {[str(here), str(here / 'support')]}\n"
+    code += f"from {Path(__file__).stem} import *; {act.__name__}({', '.join(map(repr, (str(run), *given)))})"
+    return Launch(2, ["-c", code], env={"QTUNE_RANKS_LIMIT": "60s"}).wait()
+
+
+def stop_before(run: str, step: int) -> None:
+    """The second rank alone is sent a signal before that step."""
     signalled = send(signal.SIGTERM) if os.environ["RANK"] == "1" else lambda: None
     with before_step(step, signalled):
         sys.exit(cli.main(["resume", run]))
@@ -93,14 +108,117 @@ def stop_before(step: int, run: str) -> None:
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(pair, tmp_path) -> None:
     run = copy(pair[0], tmp_path / "run", up_to=2)
-    here = Path(__file__).parent
-    code = f"import sys; sys.path[:0] = {[str(here), str(here / 'support')]}\n"
-    code += f"from test_runs_of_ranks import stop_before; stop_before(4, {str(run)!r})"
-    ended = Launch(2, ["-c", code], env={"QTUNE_RANKS_LIMIT": "60s"}).wait()
+    ended = in_each(stop_before, run, 4)
     assert [each.returncode for each in ended] == [143, 143], ended
     assert checkpoints(run) == [1, 2, 3, 4]
     saved = [path / "checkpoints" / "step-00000004" / ADAPTER for path in (run, pair[0])]
     assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+@contextlib.contextmanager
+def out_of_memory(function: str, calls: range) -> Iterator[None]:
+    """Memory runs out in `calls`, by number, of whatever `function` asks torch.empty_like for."""
+    empty_like, made = torch.empty_like, [0]
+
+    def refusing(*args: object, **kwargs: object) -> torch.Tensor:
+        if sys._getframe(1).f_code.co_name == function:
+            made[0] += 1
+            if made[0] in calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return empty_like(*args, **kwargs)
+
+    torch.empty_like = refusing
+    try:
+        yield
+    finally:
+        torch.empty_like = empty_like
+
+
+def run_out_of_memory(run: str, times: int) -> None:
+    """The second rank alone does, in its share of a step and, `times`, as gradients are added up in the step after."""
+    compute, passes = MeteredTrainer.compute_loss, []
+
+    def computing(trainer: MeteredTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+        loss = compute(trainer, *args, **kwargs)
+        passes.append(trainer.step_under_way)
+        if len(passes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
+
+    if os.environ["RANK"] == "0":
+        sys.exit(cli.main(["resume", run]))
+    MeteredTrainer.compute_loss = computing
+    with out_of_memory("summed", range(2, 2 + times)):
+        sys.exit(cli.main(["resume", run]))
+
+
+def test_memory_that_runs_out_on_one_rank_changes_nothing(pair, tmp_path) -> None:
+    """In a pass and in the sum over all ranks, whose gradients it needs anew."""
+    run = copy(pair[0], tmp_path / "run", up_to=6)
+    ended = in_each(run_out_of_memory, run, 1)
+    assert [each.returncode for each in ended] == [0, 0], ended
+    said = [event.text for event in told(run / "ranks" / "0001", Notice) if "ran out of memory" in event.text]
+    assert [text.partition(" ran")[0] for text in said] == ["Step 7"]
+    assert_same(run, pair[0])
+
+
+def test_memory_that_is_not_to_be_had_on_one_rank_ends_all_with_a_checkpoint(pair, tmp_path) -> None:
+    run = copy(pair[0], tmp_path / "run", up_to=6)
+    first, second = in_each(run_out_of_memory, run, 100)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "Rank 1: Step 8 ran out of memory between its passes" in first.out
+    assert "ran out of memory between" not in second.out
+    assert checkpoints(run)[-1] == 7
+
+
+def differ_from(run: str, step: int) -> None:
+    """The second rank's adapter is another from that step on, by one bit of one weight."""
+    get_batches = MeteredTrainer.get_batch_samples
+
+    def disturbing(trainer: MeteredTrainer, *args: object) -> object:
+        if trainer.state.global_step == step - 1 and trainer.shared.ranks.rank == 1:
+            weight = next(iter(trained_parameters(trainer.model)))
+            weight.data.view(-1).view(torch.int32)[0] ^= 1
+        return get_batches(trainer, *args)
+
+    MeteredTrainer.get_batch_samples = disturbing
+    sys.exit(cli.main(["resume", run]))
+
+
+def test_ranks_whose_adapters_differ_are_told_at_the_next_checkpoint(pair, tmp_path) -> None:
+    run = copy(pair[0], tmp_path / "run", up_to=6)
+    first, second = in_each(differ_from, run, 7)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "Step 7: the adapter of rank 1 is not that of rank 0 to the bit" in first.out
+    assert "not that of rank 0" not in second.out
+    assert checkpoints(run)[-1] == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal of its own")
+def test_ctrl_c_at_a_terminal_ends_all_ranks_with_a_checkpoint(tiny_base, tmp_path) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, data={"max_rows": 14}, train={**TRAIN, "epochs": 200}, save=SAVE)
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "qtune", "run", recipe, "--output", run, "--cards", "2"]
+    terminal = AtTerminal(command, tmp_path, is_forked=True, QTUNE_RANKS_LIMIT="60s")
+    try:
+        until, printed = time.monotonic() + 60, b""
+        while not any(run.glob("checkpoints/step-*")):
+            assert time.monotonic() < until, printed
+            time.sleep(0.05)
+        terminal.type("\x03")
+        while chunk := terminal.read():
+            printed += chunk
+        assert terminal.process.wait(timeout=10) == 130, printed
+        with pytest.raises(ProcessLookupError):
+            os.killpg(terminal.process.pid, 0)
+    finally:
+        terminal.close()
+    steps = [event.step for event in told(run, CheckpointSaved)]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] < 800
+    assert checkpoints(run)[-1] == steps[-1]
+    assert b"qtune resume" in printed
+    assert printed.count(b"Ctrl-C: ") <= 1
 
 
 @pytest.mark.long

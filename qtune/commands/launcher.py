@@ -2,7 +2,7 @@
 
 A rank finds in its environment what torchrun would have set, and cannot tell who launched it. Signals are passed on to
 every rank, but for Ctrl-C, which a terminal gives to all by itself. When a rank ends that should not have, the others
-have time to find out, to save and to say so, and are killed after it.
+have the time that ranks wait for each other to find out, to save and to say so, and are killed after it.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from qtune import gpu_choice
 from qtune.commands.arguments import positive
+from qtune.distributed.ranks import limit_seconds
 from qtune.errors import UserError
 from qtune.units import counted
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 HERE = "127.0.0.1"
 SECONDS_AFTER_RANK_0 = 30.0  # chosen: without it nobody saves, and all that is left is to say why
-SECONDS_AFTER_ANOTHER = 600.0  # chosen: a step, in which nobody finds out, and a checkpoint
 SI_KERNEL = 128  # where sigaction(2) says that the terminal sent it, to the whole foreground job
 DIES_WITH_PARENT = 1  # prctl(2)'s PR_SET_PDEATHSIG
 POLL_SECONDS = 1.0  # chosen: for the time limits; the end of a rank is told at once
@@ -100,10 +100,10 @@ def refuse_more_than_packs(count: int, recipe: "Recipe") -> None:
 def fork_ranks(count: int) -> int | None:
     """None in each of `count` new processes, which are ranks; here the exit code, once they have ended."""
     environment = {"MASTER_ADDR": HERE, "MASTER_PORT": str(_free_port()), **_threads(count)}
+    ranks, parent = _Watched(limit_seconds()), os.getpid()
     watched = {*FORWARDED, signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    ranks, parent = _Watched(), os.getpid()
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
@@ -144,7 +144,8 @@ def _become(rank: int, count: int, environment: Mapping[str, str], parent: int) 
 class _Watched:
     """Processes by rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_after_another: float) -> None:
+        self._seconds_after_another = seconds_after_another
         self.pids: list[int] = []
         self._codes: dict[int, int] = {}  # by rank; -9 of one that SIGKILL ended
         self._late: list[int] = []  # whom we killed
@@ -178,8 +179,13 @@ class _Watched:
             pid, status = os.waitpid(self.pids[rank], os.WNOHANG)
             if pid:
                 self._codes[rank] = code = os.waitstatus_to_exitcode(status)
-                seconds = SECONDS_AFTER_RANK_0 if rank == 0 else SECONDS_AFTER_ANOTHER if code else math.inf
-                self._until = min(self._until, time.monotonic() + seconds)
+                self._until = min(self._until, time.monotonic() + self._seconds_after(rank, code))
+
+    def _seconds_after(self, rank: int, code: int) -> float:
+        """That the others have when this one has ended."""
+        if rank == 0:
+            return SECONDS_AFTER_RANK_0
+        return self._seconds_after_another if code else math.inf
 
     def _tell(self) -> None:
         for rank, code in sorted(self._codes.items()):

@@ -75,7 +75,7 @@ def launched_here() -> Launched | None:
     """Which rank of several this process is, if it is one; the first alone has the terminal. Raises MachineError."""
     launched = Launched.taken()
     if launched is not None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of each wait, which is asked again
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # c10d prints a trace of what it raises, too
     if launched is not None and launched.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process
     return launched

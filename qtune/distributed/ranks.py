@@ -33,7 +33,7 @@ BEAT_SECONDS = 0.5  # chosen: between two signs of life
 SILENT_SECONDS = 2.0  # chosen: four of them
 ASK_AGAIN_SECONDS = 0.1  # chosen: whether another rank is done
 ASK_SECONDS = 5.0  # chosen: for an answer of the store
-HEARD_SECONDS = 5.0  # chosen: for rank 0 to say what another rank failed with
+HEARD_SECONDS = 5.0  # chosen: for rank 0 to say what another rank failed with, and for the others to hear it
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class Ranks:
         """The sum over all ranks of one (n,) tensor, added up from rank 0 on, so that all get the same to the bit.
 
         Each rank adds up one part and hands it to all: 2 (N - 1)/N of the bytes go out of each, as in the ring of an
-        all-reduce (Patarasuk and Yuan 2009), whose order differs from part to part. Raises RankLost.
+        all-reduce (Patarasuk and Yuan 2009), whose order differs from part to part. Where there is no memory for it,
+        it can be called again: the others have not been told anything. Raises RankLost.
         """
         return flat if self._wire is None else self._wire.summed(flat)
 
@@ -159,7 +160,7 @@ class Wire:
 
         from qtune import accelerator
 
-        limit = _limit()
+        limit = limit_seconds()
         try:
             meeting = _store(launched, launched.rank == 0 and not launched.keeps_store, limit)
             store = _store(launched, False, limit)  # a connection of our own, as torch waits long on its
@@ -211,17 +212,17 @@ class Wire:
 
         from qtune import accelerator
 
-        if accelerator.is_on_card(flat):
-            self.gathered(b"")  # a card's calls return at once and wait for ever: all are here before it is told
         size = self._place.size
         part = -(-flat.numel() // size)
+        ours = torch.nn.functional.pad(flat, (0, part * size - flat.numel()))
+        of_all = torch.empty_like(ours)  # memory runs out before the others are told anything, or not at all
+        if accelerator.is_on_card(flat):
+            self.gathered(b"")  # a card's calls return at once and wait for ever: all are here before it is told
         with self._call():
-            ours = torch.nn.functional.pad(flat, (0, part * size - flat.numel()))
-            of_all = torch.empty_like(ours)
             torch.distributed.all_to_all_single(of_all, ours)
             total, *others = of_all.view(size, part)
             for each in others:
-                total = total + each
+                total += each
             _gather_into(ours, total)
         return ours[: flat.numel()]
 
@@ -263,19 +264,13 @@ class Wire:
     def note(self, key: str) -> None:
         self._store.set(key, "")
 
-    def _is_there(self, key: str) -> bool:
-        """Whether the store answers and holds `key`."""
-        try:
-            return bool(self._store.check([key]))
-        except RuntimeError:
-            return False
-
     def lost(self, fault: RuntimeError) -> RankLost:
         """What the others know of why a call failed."""
         try:
-            if not self._is_there("failed"):
-                late = [rank for rank in range(self._place.size) if self._calls_of(rank) < self._calls]
-                silent = self._silent(late)
+            if not self._store.check(["failed"]):
+                others = [rank for rank in range(self._place.size) if rank != self._place.rank]
+                late = [rank for rank in others if self._calls_of(rank) < self._calls]
+                silent = self._silent(others)
                 self._store.compare_set("failed", "", json.dumps([*self._said(late, silent, fault), 1]))
             rank, sentence, exit_code = json.loads(self._store.get("failed"))
         except RuntimeError:
@@ -328,14 +323,24 @@ class Wire:
         except RuntimeError:
             return True
         self.cut()  # or those that wait for this rank would do so until it is gone
-        until = time.monotonic() + HEARD_SECONDS
         ours = str(self._place.rank)
         try:
-            while self._place.rank != 0 and time.monotonic() < until and not self._store.check(["told"]):
-                time.sleep(ASK_AGAIN_SECONDS)
-            return bytes(self._store.compare_set("told", "", ours)).decode() == ours
+            if self._place.rank != 0:
+                self._wait_a_little_for("told")
+            tells = bytes(self._store.compare_set("told", "", ours)).decode() == ours
+            self._store.set(f"heard by {ours}", "")
+            if self._place.rank == 0:  # with whose end the store is gone, unless a launcher has it
+                lost, *_ = json.loads(self._store.get("failed"))
+                self._wait_a_little_for(*(f"heard by {rank}" for rank in range(self._place.size) if rank != lost))
+            return tells
         except RuntimeError:
             return self._place.rank == 0  # which has the store, and told before it went
+
+    def _wait_a_little_for(self, *keys: str) -> None:
+        """Until all of `keys` are noted, or they are late."""
+        until = time.monotonic() + HEARD_SECONDS
+        while time.monotonic() < until and not self._store.check(list(keys)):
+            time.sleep(ASK_AGAIN_SECONDS)
 
     def cut(self) -> None:
         """No more calls."""
@@ -395,8 +400,8 @@ def _backend(card: "torch.device") -> str:
     return backend
 
 
-def _limit() -> float:
-    """Raises MachineError for a limit that is no time."""
+def limit_seconds() -> float:
+    """How long ranks wait for one. Raises MachineError for a limit that is no time."""
     said = os.environ.get(LIMIT)
     seconds = LIMIT_SECONDS if said is None else parse_seconds(said)
     if not seconds:

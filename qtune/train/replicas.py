@@ -25,7 +25,7 @@ from qtune.data.packing import PackedRow, collate
 from qtune.data.rows import NOT_TRAINED
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import RanksDiffer
-from qtune.memory.oom_recovery import Batch
+from qtune.memory.oom_recovery import Batch, free_memory, is_out_of_memory, let_go
 from qtune.train.sampler import dealt
 
 MEASURED_STEPS = 8  # chosen: enough for one slow step not to count much
@@ -173,11 +173,28 @@ class SharedSteps:
         self.shares.measured(tokens, seconds)
         anywhere = ["+" in of_ranks for of_ranks in zip(*have_gradients, strict=True)]
         summed = [weight for weight, is_there in zip(trained, anywhere, strict=True) if is_there]
-        total = self.ranks.sum_in_order(torch.cat([loss.float().view(1), *map(_flat_gradient, summed)]))
+        total = _with_room(lambda: self.ranks.sum_in_order(_flat(loss, summed)))
         _, *parts = total.split([1, *(weight.numel() for weight in summed)])
         for weight, part in zip(summed, parts, strict=True):
             weight.grad = part.view_as(weight).to(weight.dtype)
         return total[0].to(loss.dtype)
+
+
+def _with_room(sums: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What it makes; where memory runs out, once more after what nothing refers to was given back."""
+    try:
+        return sums()
+    except Exception as fault:
+        if not is_out_of_memory(fault):
+            raise
+        let_go(fault)
+    free_memory()
+    return sums()
+
+
+def _flat(loss: torch.Tensor, summed: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """The loss and behind it the gradients, (1 + n,) in float32."""
+    return torch.cat([loss.float().view(1), *map(_flat_gradient, summed)])
 
 
 def _flat_gradient(weight: torch.nn.Parameter) -> torch.Tensor:

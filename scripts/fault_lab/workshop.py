@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -28,6 +28,8 @@ from transformers import LlamaForCausalLM
 
 from qtune import cli
 from qtune import ready as readiness
+from qtune import run as story  # noqa: F401  (a child finds what it would import)
+from qtune.distributed.ranks import Ranks
 from qtune.plan.plan import Plan, Settled
 from qtune.plan.planner import decide
 from qtune.recipe.load import load
@@ -96,7 +98,7 @@ class Child:
             time.sleep(0.002)
         hung = self._poll() is None
         if hung:
-            os.kill(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
             _, status = os.waitpid(self.pid, 0)
             self._status = os.waitstatus_to_exitcode(status)
         with os.fdopen(self._printed, encoding="utf-8", errors="replace") as printed:
@@ -108,6 +110,7 @@ class Child:
 def _become_qtune(arguments: list[str], writer: int, prepare: Callable[[], object] | None) -> None:
     code = 99
     try:
+        os.setpgid(0, 0)  # so that who hangs is killed with all that it has started
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         torch.set_num_threads(1)  # torch's pool does not come through a fork, and threads would race to make it anew
@@ -150,8 +153,8 @@ class Workshop:
     def base(self) -> Path:
         return self.folder / "base"
 
-    def recipe(self, name: str = "lab", **changes: dict[str, Any]) -> Path:
-        """A recipe file over base and rows, some of its settings replaced, by table."""
+    def recipe(self, name: str = "lab", counts: Iterable[int] = (1,), **changes: dict[str, Any]) -> Path:
+        """A recipe file over base and rows, some of its settings replaced, by table; for `counts` of ranks."""
         tables: dict[str, dict[str, Any]] = {
             "model": {"base": str(self.base)},
             "lora": {"rank": 64, "alpha": 64, "dropout": 0.1, "targets": ["q_proj", "o_proj"]},
@@ -167,7 +170,7 @@ class Workshop:
             text += f"[{table}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
         path = self.folder / f"{name}.toml"
         path.write_text(text, encoding="utf-8")
-        _settle_ahead(path)
+        _settle_ahead(path, counts)
         return path
 
     def run(self, recipe: Path, name: str, prepare: Callable[[], object] | None = None) -> Ended:
@@ -204,12 +207,14 @@ def _decide_once(
     return _plans[key]
 
 
-def _settle_ahead(path: Path) -> None:
+def _settle_ahead(path: Path, counts: Iterable[int]) -> None:
     """Have the plan of a recipe, and of a run of it that goes on, before the children ask: it is half of their time,
     and nothing is written meanwhile."""
     recipe = load(path)
-    plan = readiness.get_ready(recipe).plan
-    readiness.get_ready(recipe, Settled(plan.techniques, plan.micro_batch))
+    for count in counts:
+        ranks = Ranks(size=count, hosts=("here",) * count)
+        plan = readiness.get_ready(recipe, ranks=ranks).plan
+        readiness.get_ready(recipe, Settled(plan.techniques, plan.micro_batch), ranks=ranks)
 
 
 readiness.decide = _decide_once

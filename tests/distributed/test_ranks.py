@@ -99,6 +99,32 @@ def test_the_rank_that_fails_or_is_late_is_named(tmp_path) -> None:
     assert max(killed[4], hung[4], failed[4]) < 15
 
 
+def what_others_are_told(ranks: Ranks, folder: str) -> None:
+    """Rank 1 is killed in a call, when it has noted that it came; the last of three comes after the first knows."""
+    from qtune.distributed import ranks as module
+
+    ranks.gather(0)
+    if ranks.rank == 1:
+        module._gather_into = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+    if ranks.rank == 2:
+        time.sleep(1.0)
+    try:
+        ranks.gather(1)
+    except RankLost as lost:
+        if ranks.rank == 2:
+            time.sleep(1.0)
+        Path(folder, f"{ranks.rank}.json").write_text(json.dumps([str(lost), ranks.fail(str(lost), 1)]))
+    os._exit(0)
+
+
+def test_all_are_told_the_same_of_one_that_dies_in_a_call(tmp_path) -> None:
+    launched = launch(3, what_others_are_told, str(tmp_path))
+    assert [each.returncode for each in launched.wait(60)] == [0, -signal.SIGKILL, 0]
+    first, last = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
+    assert first == ["Rank 1 ended, or its machine did, without a word.", True]
+    assert last == [first[0], False]
+
+
 def test_one_process_is_answered_at_once_and_loads_nothing() -> None:
     code = """
 import sys
