@@ -2,7 +2,8 @@
 
 A rank finds in its environment what torchrun would have set, and cannot tell who launched it. Signals are passed on to
 every rank, but for Ctrl-C, which a terminal gives to all by itself. When a rank ends that should not have, the others
-have the time that ranks wait for each other to find out, to save and to say so, and are killed after it.
+have the time that ranks wait for each other to find out, to save and to say so, and are killed after it. Before all
+have met they have nothing to save, and are killed soon.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from qtune import gpu_choice
 from qtune.commands.arguments import positive
+from qtune.distributed.launched import MET
 from qtune.distributed.ranks import limit_seconds
 from qtune.errors import UserError
 from qtune.units import counted
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 HERE = "127.0.0.1"
 SECONDS_AFTER_RANK_0 = 30.0  # chosen: without it nobody saves, and all that is left is to say why
+SECONDS_BEFORE_THEY_MET = 5.0  # chosen: to fail for the same reason, as there is nothing to save yet
 SI_KERNEL = 128  # where sigaction(2) says that the terminal sent it, to the whole foreground job
 DIES_WITH_PARENT = 1  # prctl(2)'s PR_SET_PDEATHSIG
 POLL_SECONDS = 1.0  # chosen: for the time limits; the end of a rank is told at once
@@ -99,18 +102,21 @@ def refuse_more_than_packs(count: int, recipe: "Recipe") -> None:
 
 def fork_ranks(count: int) -> int | None:
     """None in each of `count` new processes, which are ranks; here the exit code, once they have ended."""
-    environment = {"MASTER_ADDR": HERE, "MASTER_PORT": str(_free_port()), **_threads(count)}
-    ranks, parent = _Watched(limit_seconds()), os.getpid()
+    have_met, met = os.pipe()
+    environment = {"MASTER_ADDR": HERE, "MASTER_PORT": str(_free_port()), MET: str(met), **_threads(count)}
+    ranks, parent = _Watched(limit_seconds(), have_met), os.getpid()
     watched = {*FORWARDED, signal.SIGCHLD}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
+            os.close(have_met)
             _become(rank, count, environment, parent)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return None
         ranks.pids.append(pid)
+    os.close(met)
     try:
         return ranks.watched_to_their_end()
     finally:
@@ -142,17 +148,18 @@ def _become(rank: int, count: int, environment: Mapping[str, str], parent: int) 
 
 
 class _Watched:
-    """Processes by rank."""
+    """Processes by rank; each that has met the others says so in the pipe `have_met`."""
 
-    def __init__(self, seconds_after_another: float) -> None:
-        self._seconds_after_another = seconds_after_another
+    def __init__(self, seconds_after_another: float, have_met: int) -> None:
+        self._seconds_after_another, self._have_met, self._met = seconds_after_another, have_met, 0
+        os.set_blocking(have_met, False)
         self.pids: list[int] = []
         self._codes: dict[int, int] = {}  # by rank; -9 of one that SIGKILL ended
         self._late: list[int] = []  # whom we killed
         self._until = math.inf  # when
 
     def watched_to_their_end(self) -> int:
-        """The exit code of all: rank 0's, or where that is 0 another's."""
+        """The exit code of all: the first rank's that is not 0, of those that ended by themselves if there is one."""
         while self._running:
             told = signal.sigtimedwait({*FORWARDED, signal.SIGCHLD}, POLL_SECONDS)
             if told is not None and told.si_signo in FORWARDED and told.si_code != SI_KERNEL:
@@ -162,7 +169,8 @@ class _Watched:
                 self._late = self._running
                 self._send(signal.SIGKILL)
         self._tell()
-        code = self._codes[0] or next((code for code in self._codes.values() if code), 0)
+        codes = [self._codes[rank] for rank in sorted(self._codes, key=lambda rank: (rank in self._late, rank))]
+        code = next((code for code in codes if code), 0)
         return code if code >= 0 else 128 - code
 
     @property
@@ -183,6 +191,10 @@ class _Watched:
 
     def _seconds_after(self, rank: int, code: int) -> float:
         """That the others have when this one has ended."""
+        with contextlib.suppress(BlockingIOError):
+            self._met += len(os.read(self._have_met, len(self.pids)))
+        if code and self._met < len(self.pids):
+            return SECONDS_BEFORE_THEY_MET
         if rank == 0:
             return SECONDS_AFTER_RANK_0
         return self._seconds_after_another if code else math.inf

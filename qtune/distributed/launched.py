@@ -13,6 +13,7 @@ READ_BY_LIBRARIES = re.compile(
     r"(LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(RANK|WORLD_SIZE)|LOCAL_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|(TORCHELASTIC|ACCELERATE|FSDP|PARALLELISM_CONFIG)_.*|(PMI|MV2_COMM_WORLD|OMPI_COMM_WORLD)_.*"
 )
+MET = "QTUNE_RANKS_MET"  # a pipe of qtune's own launcher, for a byte of each rank that has met the others
 SLURMS_PORT = 20_000  # chosen: the ports from here on, one a job, where nobody names one
 SLURMS_PORTS = 10_000
 
@@ -20,7 +21,7 @@ SLURMS_PORTS = 10_000
 @dataclass(frozen=True)
 class Launched:
     """One process of `size`; `local_rank` counts those of this machine. They meet at `address`, where a launcher that
-    `keeps_store` has the store, else rank 0."""
+    `keeps_store` has the store, else rank 0. Who has `met` the others tells a launcher that asks for it there."""
 
     rank: int
     size: int
@@ -29,6 +30,7 @@ class Launched:
     address: str
     port: int
     keeps_store: bool = False
+    met: int | None = None
 
     @classmethod
     def taken(cls, environment: MutableMapping[str, str] = os.environ) -> "Launched | None":
@@ -41,9 +43,14 @@ class Launched:
         is_slurms = "SLURM_PROCID" in said and "SLURM_STEP_NODELIST" in said and "SLURM_STEP_NUM_TASKS" in said
         launched = _by_torch(said) if is_torchs else _by_slurm(said) if is_slurms else None
         if launched is not None:
-            for name in [name for name in environment if READ_BY_LIBRARIES.fullmatch(name)]:
+            for name in [name for name in environment if READ_BY_LIBRARIES.fullmatch(name) or name == MET]:
                 del environment[name]
         return launched if launched is not None and launched.size > 1 else None
+
+    def tell_met(self) -> None:
+        if self.met is not None:
+            os.write(self.met, b".")
+            os.close(self.met)
 
 
 def _by_torch(said: dict[str, str]) -> Launched:
@@ -58,6 +65,7 @@ def _by_torch(said: dict[str, str]) -> Launched:
         address="" if alone else _text(said, "MASTER_ADDR"),
         port=0 if alone else _number(said, "MASTER_PORT"),
         keeps_store=said.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        met=int(said[MET]) if MET in said else None,
     )
 
 

@@ -57,6 +57,7 @@ class Ranks:
         wire = Wire.laid(launched)
         place = cls(launched.rank, launched.size, launched.local_rank, ("",) * launched.size, wire)
         wire.hosts = tuple(place.gather(socket.gethostname()))
+        launched.tell_met()
         return cls(launched.rank, launched.size, launched.local_rank, wire.hosts, wire)
 
     @property

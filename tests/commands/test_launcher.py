@@ -25,8 +25,10 @@ GPU-cc, NVIDIA GeForce RTX 3060, 12288, 11900, 580.95.05, Default, Disabled
 RANK = """
 import os, signal, sys, time
 from qtune.commands import launcher
+from qtune.distributed.launched import Launched
 
 launcher.SECONDS_AFTER_RANK_0 = 1.0
+launcher.SECONDS_BEFORE_THEY_MET = 2.0
 launcher.POLL_SECONDS = 0.1
 code = launcher.fork_ranks(3)
 if code is not None:
@@ -42,6 +44,10 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 open(f"{rank} is here", "w").close()
+if how != "alone":
+    Launched.taken().tell_met()
+if rank == 1 and how == "alone":
+    sys.exit("This card is asleep.")
 if how.startswith("killed") and how.endswith(str(rank)):
     os.kill(os.getpid(), signal.SIGKILL)
 if how.startswith("hung") and how.endswith(str(rank)):
@@ -49,13 +55,13 @@ if how.startswith("hung") and how.endswith(str(rank)):
 if how.startswith(("killed", "hung")):
     time.sleep(0.3)
     sys.exit(f"rank {rank} misses another")
-if how == "signalled":
+if how in ("signalled", "alone"):
     time.sleep(20)
 """
 
 
-def ranks(folder: Path, how: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "QTUNE_RANKS_LIMIT": "1s"}
+def ranks(folder: Path, how: str, limit: str = "1s") -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "QTUNE_RANKS_LIMIT": limit}
     return subprocess.Popen(
         [sys.executable, "-c", RANK, how],
         cwd=folder,
@@ -103,12 +109,20 @@ def test_where_the_first_is_killed_its_signal_is_the_exit_code(tmp_path: Path) -
     assert "Rank 0 was ended by SIGKILL" in told
 
 
-@pytest.mark.parametrize(("rank", "exit_code"), [(0, 128 + signal.SIGKILL), (2, 1)])
-def test_a_hung_rank_is_killed_after_the_others(rank: int, exit_code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_hung_rank_is_killed_after_the_others(rank: int, tmp_path: Path) -> None:
     """As long after them as ranks wait for one, which a user can say."""
     code, _, told = ended(ranks(tmp_path, f"hung {rank}"))
-    assert code == exit_code
+    assert code == 1
     assert told.endswith(f"Rank {rank} did not end with the others, and was killed.\n")
+
+
+def test_those_that_wait_to_meet_one_that_has_failed_are_ended_soon(tmp_path: Path) -> None:
+    """Whatever the ranks' limit: they have nothing to save."""
+    code, _, told = ended(ranks(tmp_path, "alone", limit="20min"))
+    assert code == 1
+    killed = [f"Rank {rank} did not end with the others, and was killed." for rank in (0, 2)]
+    assert told.splitlines() == ["This card is asleep.", *killed]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
