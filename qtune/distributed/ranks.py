@@ -10,10 +10,11 @@ A rank that fails says so in the store before it ends; the others end with the s
 import contextlib
 import json
 import os
+import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -115,14 +116,15 @@ class Ranks:
     def one_before_others(self, what: str) -> Iterator[None]:
         """For what leaves files in a cache that all on one machine read: the first of each does it, then the others.
 
-        However long that takes, unless it fails. Raises RankLost.
+        However long that takes, unless it fails, or gives no sign of life for the time limit. Raises RankLost.
         """
         if self._wire is None:
             yield
             return
-        key = f"done {what} {self.hosts[self.rank]}"
+        host = self.hosts[self.rank]
+        key = f"done {what} {host}"
         if self.local_rank != 0:
-            self._wire.wait_for(key)
+            self._wire.wait_for(key, self.hosts.index(host))
         yield
         if self.local_rank == 0:
             self._wire.note(key)
@@ -151,7 +153,7 @@ class Wire:
     def __init__(self, launched: Launched, store: Any, limit: float):
         self._place, self._store, self._limit = launched, store, limit
         self._calls, self.hosts = 0, ("",) * launched.size
-        self._ends = threading.Event()
+        self._ends, self._is_deaf = threading.Event(), False
         threading.Thread(target=self._beat, name="ranks", daemon=True).start()
 
     @classmethod
@@ -250,17 +252,20 @@ class Wire:
         except RuntimeError as fault:
             raise self.lost(fault) from fault
 
-    def wait_for(self, key: str) -> None:
-        """Until some rank has noted `key`."""
-        while True:
-            try:
-                if self._store.check([key]):
-                    return
-                if self._store.check(["failed"]):
+    def wait_for(self, key: str, rank: int) -> None:
+        """Until `rank` has noted `key`."""
+        beats, heard = b"", time.monotonic()
+        try:
+            while not self._has(key):
+                if self._has("failed"):
                     raise RuntimeError("another rank failed")
-            except RuntimeError as fault:
-                raise self.lost(fault) from fault
-            time.sleep(ASK_AGAIN_SECONDS)
+                before, beats = beats, self._beats_of(rank)
+                heard = heard if beats == before else time.monotonic()
+                if time.monotonic() - heard > self._limit:
+                    raise RuntimeError("no sign of life")
+                time.sleep(ASK_AGAIN_SECONDS)
+        except RuntimeError as fault:
+            raise self.lost(fault) from fault
 
     def note(self, key: str) -> None:
         self._store.set(key, "")
@@ -268,12 +273,13 @@ class Wire:
     def lost(self, fault: RuntimeError) -> RankLost:
         """What the others know of why a call failed."""
         try:
-            if not self._store.check(["failed"]):
+            if not self._has("failed"):
                 others = [rank for rank in range(self._place.size) if rank != self._place.rank]
                 late = [rank for rank in others if self._calls_of(rank) < self._calls]
                 silent = self._silent(others)
-                self._store.compare_set("failed", "", json.dumps([*self._said(late, silent, fault), 1]))
-            rank, sentence, exit_code = json.loads(self._store.get("failed"))
+                said = json.dumps([*self._said(late, silent, fault), 1])
+                self._ask(lambda: self._store.compare_set("failed", "", said))
+            rank, sentence, exit_code = json.loads(self._told("failed"))
         except RuntimeError:
             holder = "the launcher" if self._place.keeps_store else _name(0, self.hosts).capitalize()
             rank, sentence, exit_code = 0, f"{holder} is gone, without which the ranks do not find each other.", 1
@@ -293,8 +299,7 @@ class Wire:
         return self._place.rank, f"The ranks lost each other: {_first_line(fault)}."
 
     def _calls_of(self, rank: int) -> int:
-        key = f"calls of {rank}"
-        return int(self._store.get(key)) if self._store.check([key]) else 0
+        return int(self._told(f"calls of {rank}") or 0)
 
     def _silent(self, ranks: list[int]) -> list[int]:
         """Those that give no sign of life."""
@@ -306,8 +311,37 @@ class Wire:
         return ranks
 
     def _beats_of(self, rank: int) -> bytes:
-        key = f"beats of {rank}"
-        return bytes(self._store.get(key)) if self._store.check([key]) else b""
+        return self._told(f"beats of {rank}")
+
+    def _has(self, *keys: str) -> bool:
+        return self._ask(lambda: bool(self._store.check(list(keys))))
+
+    def _told(self, key: str) -> bytes:
+        """What is noted there; nothing where that is nothing."""
+        return self._ask(lambda: bytes(self._store.get(key)) if self._store.check([key]) else b"")
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """The store's answer. Raises RuntimeError where it gives none: of a process that is stopped, or a machine that
+        is cut off, torch waits for an answer for ever."""
+        if self._is_deaf:
+            raise RuntimeError("the store has not answered")
+        answers: queue.SimpleQueue[tuple[T | None, RuntimeError | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except RuntimeError as fault:
+                answers.put((None, fault))
+
+        threading.Thread(target=ask, name="asking", daemon=True).start()
+        try:
+            answer, fault = answers.get(timeout=ASK_SECONDS)
+        except queue.Empty:
+            self._is_deaf = True
+            raise RuntimeError("the store does not answer") from None
+        if fault is not None:
+            raise fault
+        return answer  # type: ignore[return-value]
 
     def _beat(self) -> None:
         """A sign of life again and again."""
@@ -320,7 +354,8 @@ class Wire:
     def fail(self, sentence: str, exit_code: int) -> bool:
         try:
             told = f"{_name(self._place.rank, self.hosts).capitalize()}: {sentence}"
-            self._store.compare_set("failed", "", json.dumps([self._place.rank, told, exit_code]))
+            said = json.dumps([self._place.rank, told, exit_code])
+            self._ask(lambda: self._store.compare_set("failed", "", said))
         except RuntimeError:
             return True
         self.cut()  # or those that wait for this rank would do so until it is gone
@@ -328,10 +363,10 @@ class Wire:
         try:
             if self._place.rank != 0:
                 self._wait_a_little_for("told")
-            tells = bytes(self._store.compare_set("told", "", ours)).decode() == ours
+            tells = self._ask(lambda: bytes(self._store.compare_set("told", "", ours))).decode() == ours
             self._store.set(f"heard by {ours}", "")
             if self._place.rank == 0:  # with whose end the store is gone, unless a launcher has it
-                lost, *_ = json.loads(self._store.get("failed"))
+                lost, *_ = json.loads(self._told("failed"))
                 self._wait_a_little_for(*(f"heard by {rank}" for rank in range(self._place.size) if rank != lost))
             return tells
         except RuntimeError:
@@ -340,7 +375,7 @@ class Wire:
     def _wait_a_little_for(self, *keys: str) -> None:
         """Until all of `keys` are noted, or they are late."""
         until = time.monotonic() + HEARD_SECONDS
-        while time.monotonic() < until and not self._store.check(list(keys)):
+        while time.monotonic() < until and not self._has(*keys):
             time.sleep(ASK_AGAIN_SECONDS)
 
     def cut(self) -> None:

@@ -1,5 +1,6 @@
 """Real processes over gloo: what each is told, and who is named when one is late or gone."""
 
+import contextlib
 import json
 import os
 import signal
@@ -123,6 +124,33 @@ def test_all_are_told_the_same_of_one_that_dies_in_a_call(tmp_path) -> None:
     first, last = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
     assert first == ["Rank 1 ended, or its machine did, without a word.", True]
     assert last == [first[0], False]
+
+
+def what_is_told_of_the_first(ranks: Ranks, folder: str, waits: bool) -> None:
+    """Rank 0, which has the store, is stopped, like a machine that is frozen; the other notes what it is told."""
+    ranks.gather(0)
+    if ranks.is_first:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        with ranks.one_before_others("base") if waits else contextlib.nullcontext():
+            ranks.gather(1)
+    except RankLost as lost:
+        Path(folder, f"{waits}.json").write_text(json.dumps([str(lost), ranks.fail(str(lost), 1)]))
+    os._exit(0)
+
+
+def test_a_first_rank_that_is_stopped_is_missed(tmp_path) -> None:
+    """By whoever waits in a call, and by whoever waits for what it does first."""
+    launches = [launch(2, what_is_told_of_the_first, str(tmp_path), each, QTUNE_RANKS_LIMIT="2s") for each in (0, 1)]
+    for each in launches:
+        try:
+            assert each.processes[1].wait(30) == 0
+        finally:
+            os.kill(each.processes[0].pid, signal.SIGKILL)
+            each.wait(10)
+    for each in (0, 1):
+        told = json.loads((tmp_path / f"{each}.json").read_text())
+        assert told == ["Rank 0 is gone, without which the ranks do not find each other.", True]
 
 
 def test_one_process_is_answered_at_once_and_loads_nothing() -> None:
