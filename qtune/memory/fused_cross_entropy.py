@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from qtune.data.rows import NOT_TRAINED
-from qtune.memory import head_logits, memory_tracker, output_head
+from qtune.memory import head_logits, memory_tracker, output_head, trained_rows
 from qtune.memory.chunked_cross_entropy import TILE_ROWS, of_sliced_head, tile_rows
 from qtune.memory.head_logits import PLAIN, MadeOf
 from qtune.memory.nf4 import is_quantized
+from qtune.memory.trained_rows import HeadRows
 from qtune.units import MIB
 
 TILE_BYTES = 64 * MIB
@@ -91,9 +92,9 @@ def summed_loss(
         labelled = positions_before_labels(labels)
     wanted = labels.flatten().index_select(0, labelled + 1)
     chosen = hidden.flatten(0, 1).index_select(0, labelled)
-    return SummedLoss(
-        nats=_TiledCrossEntropy.apply(chosen, head, wanted, made), tokens=labelled.new_tensor(len(labelled))
-    )
+    place = trained_rows.place_of(head)
+    nats = _TiledCrossEntropy.apply(chosen, head, wanted, made, None if place is None else place.rows)
+    return SummedLoss(nats=nats, tokens=labelled.new_tensor(len(labelled)))
 
 
 def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -108,27 +109,36 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, made: MadeOf
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.nn.Module,
+        labels: torch.Tensor,
+        made: MadeOf,
+        trained: torch.Tensor | None,
     ) -> torch.Tensor:
         assert not head.weight.requires_grad, "the head is frozen"
-        nats, gradient = _of_head(hidden, head, labels, ctx.needs_input_grad[0], made)
-        ctx.save_for_backward(gradient)
+        rows = HeadRows.of(head) if trained is not None else None
+        nats, gradient = _of_head(hidden, head, labels, ctx.needs_input_grad[0], made, rows)
+        ctx.save_for_backward(gradient, None if rows is None else rows.gradient)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, torch.Tensor | None]:
+        gradient, of_rows = ctx.saved_tensors
+        of_rows = None if of_rows is None else of_rows * upstream.float()
+        return gradient * upstream.to(gradient.dtype), None, None, None, of_rows
 
 
 def _of_head(
-    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool, made: MadeOf
+    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool, made: MadeOf, rows: HeadRows | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss and its gradient (N, H), by the way that suits where the head is."""
+    """Summed loss and its gradient (N, H), by the way that suits where the head is; that of its trained `rows` is added
+    up in them."""
+    if not (is_quantized(head) or output_head.is_on_host(head)):
+        return of_weight(hidden, head.weight, labels, with_gradient, made, rows)
+    assert rows is None, "a head with trained rows stays on the device"
     if is_quantized(head):
         return of_sliced_head(hidden, output_head.sliced_nf4(head, hidden), labels, with_gradient, made)
-    if not output_head.is_on_host(head):
-        return of_weight(hidden, head.weight, labels, with_gradient, made)
     slices = output_head.sliced_on_host(head, hidden.device)
     if len(slices.parts) == 1:
         ((_, weight),) = slices.visits(1)
@@ -146,13 +156,18 @@ def rows_of_a_tile(rows: int, vocabulary: int) -> int:
 
 
 def of_weight(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_gradient: bool, made: MadeOf = PLAIN
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    with_gradient: bool,
+    made: MadeOf = PLAIN,
+    rows: HeadRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary of `weight` (V, H)."""
     nats = torch.zeros((), device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for tile in memory_tracker.tiles(len(hidden), rows_of_a_tile(len(hidden), weight.shape[0]), hidden):
-        logits = (hidden[tile].to(weight.dtype) @ weight.t()).float()
+        logits = _products(hidden[tile].to(weight.dtype), weight, rows).float()
         logits, slopes = made.bend_(logits, with_slopes=gradient is not None)
         own = labels[tile, None]
         logits -= logits.amax(dim=1, keepdim=True)  # in place from here on: one tile of float32, not three
@@ -163,6 +178,18 @@ def of_weight(
         if gradient is not None:
             p /= total  # the logits' gradient is p - 1 at the label and p elsewhere
             p.scatter_add_(1, own, torch.full_like(total, -1.0))
-            gradient[tile] = made.back_(p, slopes).to(weight.dtype) @ weight
+            of_products = made.back_(p, slopes).to(weight.dtype)
+            of_own = None if rows is None else rows.take_from(of_products, hidden[tile].to(weight.dtype))
+            gradient[tile] = of_products @ weight
+            if of_own is not None:
+                gradient[tile] += of_own
+            del of_products
         del logits, p, slopes  # or the next tile's are made beside them
     return nats, gradient
+
+
+def _products(hidden: torch.Tensor, weight: torch.Tensor, rows: HeadRows | None) -> torch.Tensor:
+    products = hidden @ weight.t()
+    if rows is not None:
+        rows.put_into(products, hidden)
+    return products

@@ -150,10 +150,20 @@ def test_without_quantisation(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "lora", [{"dropout": 0.1}, {"dora": True}, {"targets": ["q_proj"], "master_dtype": "bfloat16"}]
+    "lora",
+    [
+        {"dropout": 0.1},
+        {"dora": True},
+        {"targets": ["q_proj"], "master_dtype": "bfloat16"},
+        {"rank_pattern": {"q_proj": 2, "down_proj": 32}, "train_tokens": ["a", "b", "c"]},
+    ],
 )
 def test_other_adapters(tiny_base: Path, lora: dict) -> None:
     compare(tiny_base, "float32", [Techniques(2, True, 64)], DOCUMENTS, lora=lora)
+
+
+def test_rows_of_a_table_that_is_embedding_and_head(qwen3: Path) -> None:
+    compare(qwen3, "bfloat16", [Techniques(), Techniques(5, True, 64)], DOCUMENTS, lora={"train_tokens": ["a", "b"]})
 
 
 @pytest.mark.long

@@ -52,7 +52,10 @@ class OutputHead(Technique):
 
     def refusal(self, model: Any, layers: Sequence[Any]) -> str | None:
         from qtune.memory.fused_cross_entropy import suits
+        from qtune.memory.trained_rows import has_rows
 
+        if has_rows(model.get_base_model()):
+            return "rows of it are trained (lora.train_tokens), which are read beside the whole table"
         return None if suits(model) else "its head is trained, or does more than scale and cap its logits"
 
     def joined(self, wanted: str, now: str) -> str:
