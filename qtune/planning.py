@@ -9,7 +9,7 @@ from qtune.data.prepare import prepare
 from qtune.errors import UserError
 from qtune.hardware import Device
 from qtune.model import base
-from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer
+from qtune.model.tokenizer import has_tokenizer_here, load_tokenizer, trained_ids
 from qtune.plan.max_context import STEP_TOKENS, Longest
 from qtune.plan.plan import Plan
 from qtune.plan.planner import decide, longest_on
@@ -42,7 +42,9 @@ def plans_of_cards(recipe: Recipe, devices: Sequence[Device], world: World, doin
     is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if is_here:
         doing(f"reading {recipe.data.train}")
-        work = work_of(prepare(recipe, load_tokenizer(recipe.model), doing.rows))
+        tokenizer = load_tokenizer(recipe.model)
+        trained_ids(tokenizer, recipe.lora.train_tokens)
+        work = work_of(prepare(recipe, tokenizer, doing.rows))
     else:
         work = Work.of_full_sequences(recipe.data.max_tokens)
     doing("planning")

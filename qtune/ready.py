@@ -19,13 +19,15 @@ from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.distributed import agreement
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.errors import MachineError, RecipeError, RunFolderError
+from qtune.errors import MachineError, ModelError, RecipeError, RunFolderError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import find_device
 from qtune.lock import Lock, LockedBase
 from qtune.memory.techniques import TECHNIQUES
 from qtune.model import base, fingerprint
+from qtune.model.lora_inits import LORA_INITS
+from qtune.model.tokenizer import trained_ids
 from qtune.plan.fake_model import refuse_unknown_targets
 from qtune.plan.plan import Plan, Settled
 from qtune.plan.planner import decide
@@ -138,6 +140,7 @@ def get_ready(
     refuse_unknown_targets(config, recipe)
     doing(f"reading {recipe.data.train}")
     read = read_rows(recipe, doing.rows)
+    trained_ids(read.tokenizer, recipe.lora.train_tokens)
     if recipe.save.result == "best" and not read.held_out.packs:
         raise RecipeError(
             'save.result: is "best", and no row is held out to tell which step that is. Name a file in data.held_out,'
@@ -154,11 +157,20 @@ def _world_of(ranks: Ranks) -> World:
 
 def agree_on_layers(ranks: Ranks, ready: Ready) -> Ready:
     """`ready`, with a plan in which as many layers are elsewhere as in those of all `ranks`, where any has layers in
-    parts: a part is handed out by every rank, or it is waited for."""
+    parts: a part is handed out by every rank, or it is waited for.
+
+    Raises ModelError for an adapter that would begin by weights of which no rank has all.
+    """
     ours = [getattr(ready.plan.techniques, name) for name in MOVING]
     of_all = ranks.gather(ours)
     most = [max(counts) for counts in zip(*of_all, strict=True)]
-    if not most[MOVING.index("sharded_layers")] or all(each == most for each in of_all):
+    is_in_parts = most[MOVING.index("sharded_layers")] > 0
+    if is_in_parts and LORA_INITS[ready.recipe.lora.init].by_weights is not None:
+        raise ModelError(
+            f'lora.init = "{ready.recipe.lora.init}" reads every weight of the base, and of layers in parts'
+            " (memory.shard_layers) no rank has all. Take another."
+        )
+    if not is_in_parts or all(each == most for each in of_all):
         return ready
     asked = {TECHNIQUES[name].key: count for name, count in zip(MOVING, most, strict=True)}
     memory = ready.recipe.memory.model_copy(update={"keep_layers": "auto", **asked})

@@ -6,6 +6,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from qtune import accelerator, card_faults
@@ -21,8 +23,13 @@ from qtune.hardware import Device, prepare
 from qtune.memory import attention_kernels
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
+from qtune.merge.live_weights import held
+from qtune.merge.merged_weights import checkpoint_names
 from qtune.model import adapter, base, packing_probe
+from qtune.model.checkpoint import BaseCheckpoint
 from qtune.model.loaded import Loaded
+from qtune.model.lora_inits import LORA_INITS
+from qtune.model.tokenizer import trained_ids
 from qtune.ready import GoingOn, Ready, is_on_hub
 from qtune.recipe import chat_templates
 from qtune.report import model_card, summary, tables
@@ -32,8 +39,9 @@ from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.loop import Fitted, TrainingSession
 from qtune.train.rows import HeldOutLoss, TrainingRows
-from qtune.units import format_percent
+from qtune.units import counted, format_percent
 
+PASSES = 32  # over training rows, by which an adapter may begin; chosen
 UNLOCKED = (
     "the driver refused to page-lock host memory, so copies between host and card wait instead of running beside the"
     " arithmetic: layers, checkpoints and a head in host memory cost the whole time of their copies. Under WSL2 the"
@@ -94,14 +102,16 @@ def _told(
     with _leaving_no_folder(folder):
         kind = base.read_config(ready.recipe.model).model_type
         with base.refusing_unfit(kind, "loading one"):
-            loaded, engine = _load(ready, folder, ledger, tell, ranks)
+            loaded, engine = _load(ready, folder, ledger, tell, checkpoint, ranks)
         with base.refusing_unfit(kind, "a first pass through one"):
             ready = _probed(ready, folder, loaded, tell)
     learner = Learner.of(loaded, engine, ledger, ready.plan, tell)
+    rows = _rows(ready, learner)
+    if checkpoint is None:
+        _begin_by_rows(ready, learner, rows, tell)
     before = _base_score(ready, folder, learner, tell)
     tell(learner.measure("eval", 0))
     tell.repeats = False
-    rows = _rows(ready, learner)
     session = TrainingSession(ready.recipe, ready.plan, learner, rows, tell, folder, checkpoint, ranks)
     fitted = session.run(stop, catches_signals)
     tell(learner.measure("save", fitted.steps))
@@ -140,7 +150,9 @@ class Teller:
             self._listen(event)
 
 
-def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, ranks: Ranks) -> tuple[Loaded, Engine]:
+def _load(
+    ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, checkpoint: Checkpoint | None, ranks: Ranks
+) -> tuple[Loaded, Engine]:
     """The base with a fresh adapter, and the memory techniques of the plan switched on."""
     recipe, plan = ready.recipe, ready.plan
     tell(Notice(f"loading {recipe.model.base}"))
@@ -148,10 +160,14 @@ def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, ranks: R
         frozen = base.load_base(recipe.model, plan.device.name, plan.compute_dtype, plan.techniques, ranks)
     if not folder.lock.is_file():
         folder.write_lock(ready.lock(base.quantized_modules(frozen)))
+    token_ids = trained_ids(ready.tokenizer, recipe.lora.train_tokens)
     for token_id in base.never_seen(frozen, ready.prepared.stop_token_ids[:1]):
-        tell(Notice(_never_seen_told(ready.tokenizer, token_id)))
-    model = adapter.attach(frozen, recipe.lora, recipe.train.seed)
+        if token_id not in token_ids:
+            tell(Notice(_never_seen_told(ready.tokenizer, token_id)))
+    model = adapter.attach(frozen, recipe.lora, recipe.train.seed, token_ids)
     tell(ledger.measure("load", 0, model))
+    if checkpoint is None:
+        _begin_by_weights(ready, model, tell, ranks)
     engine = Engine(model, ranks)
     engine.switch_to(plan.techniques)
     tell(ledger.measure("attach", 0, model, engine))
@@ -160,12 +176,54 @@ def _load(ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, ranks: R
 
 def _never_seen_told(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """That an answer ends with a token which the base does not know."""
+    token = tokenizer.convert_ids_to_tokens(token_id)
     told = (
-        f"the base was never trained on {tokenizer.convert_ids_to_tokens(token_id)}, which ends an answer, and an"
-        " adapter on its layers leaves that as it is: answers may not end."
+        f"the base was never trained on {token}, which ends an answer, and an adapter on its layers leaves that as it"
+        f' is: answers may not end. lora.train_tokens = ["{token}"] trains it'
     )
     is_other = tokenizer.eos_token_id not in (None, token_id)
-    return f'{told} model.chat_template = "alpaca" ends them with {tokenizer.eos_token}' if is_other else told
+    return f'{told}; model.chat_template = "alpaca" ends them with {tokenizer.eos_token}' if is_other else told
+
+
+def _begin_by_weights(ready: Ready, model: PeftModel, tell: Listener, ranks: Ranks) -> None:
+    """Have the adapter begin by what was rounded away, where the recipe asks for that."""
+    init = LORA_INITS[ready.recipe.lora.init]
+    if init.by_weights is None:
+        return
+    tell(Notice("the adapter begins by what rounding took from the weights"))
+    checkpoint = BaseCheckpoint.open(base.base_folder(ready.recipe.model))
+    names = checkpoint_names(ready.recipe.model, checkpoint)
+    device = torch.device(ready.plan.device.name)
+
+    def weights(name: str, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = names.assembled(f"{name}.weight", checkpoint.called)
+        return whole.to(device, torch.float32), held(layer, device)
+
+    init.by_weights(model, weights)
+    _take_that_of_first(model, ranks)
+
+
+def _begin_by_rows(ready: Ready, learner: Learner, rows: TrainingRows, tell: Listener) -> None:
+    """Have the adapter begin by what passes over the first rows of training show, where the recipe asks for that."""
+    init, ranks = LORA_INITS[ready.recipe.lora.init], learner.engine.ranks
+    if init.by_rows is None:
+        return
+    numbers = rows.order(ready.recipe.train.seed).of_step(1, PASSES, 1)
+    tell(Notice(f"the adapter begins by what {counted(len(numbers), 'training sequence')} show"))
+    with learner.loaded.as_base():
+        init.by_rows(
+            learner.loaded.model,
+            (rows.packs[number] for number in numbers),
+            lambda pack: held_out_loss(learner.loaded, [pack], learner.recovery),
+        )
+    _take_that_of_first(learner.loaded.model, ranks)
+
+
+def _take_that_of_first(model: PeftModel, ranks: Ranks) -> None:
+    """Have every rank the adapter of the first: cards of several kinds round differently."""
+    for parameter in adapter.trained_parameters(model) if ranks.size > 1 else ():
+        flat = parameter.data.float().flatten()
+        parameter.data.copy_(ranks.sum_in_order(flat if ranks.is_first else flat.zero_()).view_as(parameter))
 
 
 @contextlib.contextmanager
@@ -221,7 +279,9 @@ def _base_score(ready: Ready, folder: RunDir, learner: Learner, tell: Teller) ->
     told = ranks.broadcast(dataclasses.asdict(known) if known else None)
     if told is not None:
         return Score.from_json(told)
-    score = _score("base", ready, learner, tell)
+    changes_answers = LORA_INITS[ready.recipe.lora.init].changes_answers
+    with learner.loaded.as_base() if changes_answers else contextlib.nullcontext():
+        score = _score("base", ready, learner, tell)
     if score is not None and ranks.is_first:
         write_json(folder.base_score, dataclasses.asdict(score))
     return score

@@ -33,6 +33,7 @@ ROOMS = [
     "hardware",
     "memory.techniques",
     "model.lora_variants",
+    "model.lora_inits",
     "train.optimizers",
     "train.trackers",
     "data.formats",

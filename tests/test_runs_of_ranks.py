@@ -73,6 +73,32 @@ def test_a_base_of_which_each_has_a_part_is_the_same_run(pair, tiny_base, tmp_pa
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+@pytest.mark.long
+def test_an_adapter_that_begins_by_rows_is_the_same_on_every_rank_with_layers_in_parts(tiny_base, tmp_path) -> None:
+    lora, train = {"init": "eva", "rank": 4, "dropout": 0.0}, {**TRAIN, "max_steps": 2}
+    adapters = []
+    for layers in (0, 2):
+        (folder := tmp_path / str(layers)).mkdir()
+        changes = {**OF_PAIR, "lora": lora, "train": train, "memory": {"shard_layers": layers}}
+        recipe = write_recipe(folder, tiny_base, **changes)
+        first, second = ran("run", recipe, "--output", folder / "run")
+        assert (first.returncode, second.returncode) == (0, 0), first.out + second.out
+        losses = [[event.loss for event in told(folder / each, StepDone)] for each in ("run", "run/ranks/0001")]
+        assert losses[0] == losses[1]
+        adapters.append((folder / "run" / ADAPTER).read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.long
+def test_weights_that_a_rank_has_not_cannot_begin_an_adapter(tiny_base, tmp_path) -> None:
+    changes = {**OF_PAIR, "lora": {"init": "loftq", "rank": 4}, "memory": {"shard_layers": 2}}
+    recipe = write_recipe(tmp_path, tiny_base, **changes)
+    first, second = ran("run", recipe, "--output", tmp_path / "run")
+    assert first.returncode == second.returncode == 2
+    assert 'lora.init = "loftq" reads every weight of the base' in first.out
+    assert not (tmp_path / "run").exists()
+
+
 def test_each_log_line_has_the_memory_and_the_waiting_of_every_rank(pair) -> None:
     run, (first, _) = pair
     standing = told(run, RanksStanding)

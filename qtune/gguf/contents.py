@@ -21,7 +21,7 @@ from qtune.merge.lora_delta import AdapterWeights
 from qtune.merge.merged_tensor import Job
 from qtune.merge.merged_weights import Fold, Onto
 from qtune.merge.parallel_writer import in_order
-from qtune.model import base
+from qtune.model import base, lora_inits
 from qtune.model.checkpoint import TensorSpec
 from qtune.model.tokenizer import load_tokenizer
 from qtune.rundir import RunDir
@@ -96,6 +96,8 @@ def adapter_draft(run: RunDir, fold: Fold) -> Draft:
     layout = Layout.of(base.read_config(fold.model))
     adapter = fold.adapter
     refuse_what_is_no_lora(adapter)
+    if why := lora_inits.of_run(fold.lock.recipe).not_onto_original:
+        raise ModelError(f"--to adapter-gguf: {why}. Use --to gguf.")
     entries = _lora_entries(adapter, layout.names(fold.checkpoint.text_specs()))
     writer = _introduced(run, fold, layout, GGUFType.ADAPTER)
     describe_lora(writer, adapter)
@@ -157,6 +159,11 @@ def refuse_what_is_no_lora(adapter: AdapterWeights) -> None:
     faults = [variant.faults["llama.cpp"] for variant in variants.values() if "llama.cpp" in variant.faults]
     if faults:
         raise ModelError(f"--to adapter-gguf: {', and '.join(faults)}. Use --to gguf.")
+    if adapter.rows:
+        raise ModelError(
+            f"--to adapter-gguf: the run trained rows of {', '.join(sorted(adapter.rows))}, and an adapter file holds A"
+            " and B alone. Use --to gguf."
+        )
     if adapter.replaced:
         raise ModelError(
             f"--to adapter-gguf: the run trained {', '.join(sorted(adapter.replaced))} whole, and an adapter file holds"

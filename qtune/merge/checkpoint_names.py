@@ -7,7 +7,7 @@ needs no place, and a way of converting that is not known is only refused where 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -113,6 +113,18 @@ class CheckpointNames:
             if place.tensor == tensor
         ]
         return [name for _, _, name in sorted(found)]
+
+    def assembled(self, tensor: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """The model's `tensor` with two dimensions, of what `read` gives of the checkpoint's tensors by name."""
+        found = [self._part_of(tensor, stored, read(stored)) for stored in self.stored_of(tensor) or [tensor]]
+        return torch.cat(found).t() if tensor in self.transposed else torch.cat(found)
+
+    def _part_of(self, tensor: str, stored: str, whole: torch.Tensor) -> torch.Tensor:
+        """What of the checkpoint's tensor, which others may lie in too, is of `tensor`."""
+        places = [place.tensor for place in self.of_tensor(stored)]
+        if len(places) == 1:
+            return whole
+        return whole.split([self.shapes[place][0] for place in places])[places.index(tensor)]
 
 
 def _renamed(name: str, renamings: Sequence[Any]) -> str:

@@ -22,6 +22,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
+from qtune.memory import trained_rows
 from qtune.memory.engine import send_inputs_to_layers
 from qtune.memory.packed_experts import block_scales, is_packed, matrices, plain_stacks
 from qtune.units import MIB
@@ -222,6 +223,8 @@ def with_weights_of(
                 after.callback(module.__dict__.__setitem__, "forward", module.forward)
                 module.__dict__["forward"] = partial(_with_experts, module, module.forward, _fold_into(twins, rounded))
             twin = twin.get_base_layer() if isinstance(twin, ParamWrapper) else twin
+            if twin is not None and (place := trained_rows.place_of(twin)) is not None:
+                after.callback(trained_rows.replace_in(module, place).remove)
             if twin is not None:
                 for own, parameter in module.named_parameters(recurse=False):
                     other = getattr(twin, own, parameter)

@@ -23,6 +23,7 @@ from qtune.model.lora_variants import LoraVariant
 
 PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
+ROWS = ".token_adapter.trainable_tokens_delta"  # behind a table's name; rows in place of its own, not added to them
 # Settings under which B @ A is not the whole change, or not a change of this base; `False` and absent are fine.
 UNMERGEABLE = ("fan_in_fan_out", "lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication")
 UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
@@ -108,17 +109,50 @@ class PiledDelta:
         return merged
 
 
-Delta = LoraDelta | StackedDelta | PiledDelta
+@dataclass(frozen=True)
+class RowsDelta:
+    """A table some of whose rows were trained: `values` (N, H) stand in place of its rows `ids` (N,)."""
+
+    ids: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], module: str, values: torch.Tensor) -> "RowsDelta":
+        """As peft saves them: the tokens in the configuration, for all tables or by the end of a table's name."""
+        found = config.get("trainable_token_indices")
+        if isinstance(found, dict):
+            found = next((ids for name, ids in found.items() if f".{module}".endswith(f".{name}")), None)
+        if not isinstance(found, list) or len(found) != len(values):
+            raise ModelError(f"{module}: its trained rows are {len(values)}, and {CONFIG_NAME} says {found} of them.")
+        return cls(torch.tensor(found), values)
+
+    def apply(self, weight: torch.Tensor, rows: Index = slice(None)) -> torch.Tensor:
+        """The same as `LoraDelta.apply`."""
+        first = (rows.start or 0) if isinstance(rows, slice) else 0
+        numbers = torch.arange(first, first + len(weight)) if isinstance(rows, slice) else rows.cpu()
+        at, which = (numbers[:, None] == self.ids).nonzero(as_tuple=True)
+        return weight.float().index_copy(0, at.to(weight.device), self.values[which].to(weight.device, torch.float32))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and shape[1] == self.values.shape[1] and int(self.ids.max()) < shape[0]
+
+    def of_rows(self, rows: slice) -> "RowsDelta":
+        inside = (self.ids >= rows.start) & (self.ids < rows.stop)
+        return RowsDelta(self.ids[inside] - rows.start, self.values[inside])
+
+
+Delta = LoraDelta | StackedDelta | PiledDelta | RowsDelta
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """An adapter folder: `changes` by the name of a linear, `stacked` by that of a parameter with experts, and whole
-    tensors (`modules_to_save`) by tensor name."""
+    """An adapter folder: `changes` by the name of a linear, `stacked` by that of a parameter with experts; by tensor
+    name, whole tensors (`modules_to_save`) and some `rows` of a table."""
 
     changes: dict[str, LoraDelta]
     replaced: dict[str, torch.Tensor]
     stacked: dict[str, StackedDelta] = field(default_factory=dict)
+    rows: dict[str, RowsDelta] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, stacks: Mapping[str, Sequence[Stack]] | None = None) -> "AdapterWeights":
@@ -128,9 +162,12 @@ class AdapterWeights:
         _refuse_unmergeable(folder, config)
         parts: dict[str, dict[str, torch.Tensor]] = {}
         replaced: dict[str, torch.Tensor] = {}
+        rows: dict[str, RowsDelta] = {}
         for key, tensor in _read_weights(folder).items():
             name, kind = _split(key)
-            if kind is None:
+            if kind is None and name.endswith(ROWS):
+                rows[f"{name.removesuffix(ROWS)}.weight"] = RowsDelta.of(config, name.removesuffix(ROWS), tensor)
+            elif kind is None:
                 replaced[name] = tensor
             else:
                 parts.setdefault(name, {})[kind] = tensor
@@ -156,11 +193,11 @@ class AdapterWeights:
             )
             for module, part in parts.items()
         }
-        return cls(changes, replaced, stacked)
+        return cls(changes, replaced, stacked, rows)
 
-    def of_tensor(self, tensor: str) -> LoraDelta | StackedDelta | None:
+    def of_tensor(self, tensor: str) -> LoraDelta | StackedDelta | RowsDelta | None:
         """What it does to the model's `tensor`."""
-        return self.stacked.get(tensor) or self.changes.get(tensor.removesuffix(".weight"))
+        return self.rows.get(tensor) or self.stacked.get(tensor) or self.changes.get(tensor.removesuffix(".weight"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

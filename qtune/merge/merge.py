@@ -26,7 +26,7 @@ from qtune.merge.output_folder import Progress, check_disk, counting, publish
 from qtune.merge.partial_merge import Staging
 from qtune.merge.verify import Live, MergeVerdict, compare, refusing_small_memory, verify
 from qtune.merge.weight_change import LayerChange
-from qtune.model import base
+from qtune.model import base, lora_inits
 from qtune.report.progress_line import Doing
 from qtune.rundir import MERGE_REPORT, RunDir, read_json, refuse_used, write_json
 
@@ -167,6 +167,8 @@ def _candidates(onto: Onto | Literal["auto"], lock: Lock, rows: Sequence[Sequenc
     refuse_missing_base(onto, lock)
     if not lock.quantized_modules:
         return ("original",)
+    if onto == "auto" and lora_inits.of_run(lock.recipe).not_onto_original:
+        return ("dequantised",)
     if lock.quantization is not None and lock.quantization.is_given:
         return ("dequantised",)
     if onto != "auto":
@@ -186,6 +188,12 @@ def refuse_missing_base(onto: str | None, lock: Lock) -> None:
         raise UserError(
             f"--onto original: the files of {lock.base.name} are in 4 bits, and the original weights that these were"
             " made from are missing. Use --onto dequantised, which is what was trained on."
+        )
+    init = lora_inits.of_run(lock.recipe)
+    if onto == "original" and init.not_onto_original:
+        raise UserError(
+            f'--onto original: the run began with lora.init = "{init.name}": {init.not_onto_original}. Use --onto'
+            " dequantised, which is what was trained on."
         )
     if onto == "dequantised" and not lock.quantized_modules:
         raise UserError("--onto dequantised: the run's base was not quantised. Use --onto original.")

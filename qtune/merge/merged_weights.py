@@ -26,6 +26,7 @@ from qtune.merge.lora_delta import (
     Delta,
     LoraDelta,
     PiledDelta,
+    RowsDelta,
     StackedDelta,
     weights_path,
 )
@@ -229,7 +230,7 @@ class Fold:
         single = tuple(change if isinstance(change, LoraDelta) else None for change in changes)
         return PiledDelta(single, tuple(self.names.shapes[place.tensor][0] for place in places))
 
-    def _change_of(self, place: Place) -> LoraDelta | StackedDelta | None:
+    def _change_of(self, place: Place) -> LoraDelta | StackedDelta | RowsDelta | None:
         change = self.adapter.of_tensor(place.tensor)
         if change is None or place.is_whole:
             return change
@@ -333,6 +334,7 @@ def _refuse_misfit(
         for name, fits in (
             *((f"{module}.weight", change.fits) for module, change in adapter.changes.items()),
             *((name, change.fits) for name, change in adapter.stacked.items()),
+            *((name, change.fits) for name, change in adapter.rows.items()),
             *((name, tuple(tensor.shape).__eq__) for name, tensor in adapter.replaced.items()),
         )
         if name not in stored or not fits(known[name])

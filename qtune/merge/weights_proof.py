@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
+from qtune.memory import trained_rows
 from qtune.merge.checkpoint_names import CheckpointNames, Place
 from qtune.merge.live_weights import LiveExperts, device_of, held, is_folded, layer_called, noise, tuned
 from qtune.merge.merged_weights import Onto
@@ -146,7 +147,9 @@ class Trained:
         if (stack := LiveExperts.called(self.model, place.tensor)) is not None:
             return self._of_experts(stack, place, base)
         is_cast = self.onto == "dequantised" and base.is_floating_point()
-        return Wanted(self._as_held(place, base) if is_cast else base)
+        whole = self._as_held(place, base) if is_cast else base
+        rows = trained_rows.place_of(layer) if place.tensor.endswith(".weight") else None
+        return Wanted(whole if rows is None else rows.in_table(whole))
 
     def _of_experts(self, stack: LiveExperts, place: Place, base: torch.Tensor) -> Wanted:
         experts = slice(None) if place.expert is None else slice(place.expert, place.expert + 1)

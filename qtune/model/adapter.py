@@ -10,7 +10,7 @@ its `target_parameters`, which is the same sum of weight and B @ A.
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,39 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, transformers_weight_conversion
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qtune.errors import ModelError
-from qtune.memory import mixture_of_experts, nf4, packed_experts
+from qtune.memory import fused_cross_entropy, mixture_of_experts, nf4, packed_experts, trained_rows
 from qtune.model import lora_variants
 from qtune.recipe.base_kind import ADAPTER_CONFIG
 from qtune.recipe.schema import Lora
 
 EXPERTS = "experts"
+LORA_PREFIX = "base_model.model."  # of every name in an adapter's file
+ROWS_IN_FILE = "token_adapter.trainable_tokens_delta"  # which are the rows themselves
 
 
-def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
+def attach(model: PreTrainedModel, lora: Lora, seed: int, token_ids: Sequence[int] | None = None) -> PeftModel:
     """`model` with a fresh adapter: A random from `seed`, B zero, so that the first output is the base's.
 
-    Raises ModelError for a target that matches no linear layer.
+    `token_ids` are those of lora.train_tokens; without a tokenizer to say them, as many. Raises ModelError for a target
+    that matches no linear layer, and for a pattern that matches none of those with an adapter, or one that another
+    matches too.
     """
     torch.manual_seed(seed)
     targets = resolve_targets(model, lora)
-    settings: dict[str, Any] = {"lora_alpha": lora.alpha}
+    settings: dict[str, Any] = {
+        "lora_alpha": lora.alpha,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+    }
     for variant in lora_variants.of_recipe(lora):
         settings |= variant.peft_settings(lora)
     config = LoraConfig(
@@ -55,10 +64,33 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     _refuse_what_peft_cannot_say(model, config)
     mixture_of_experts.register(config, model)
     try:
-        with _names_as_they_are():
-            return get_peft_model(model, config)
+        with _names_as_they_are(), warnings.catch_warnings(action="ignore"):  # of patterns that match nothing
+            attached = get_peft_model(model, config)
     except ValueError as fault:
         raise ModelError(f"lora: peft cannot attach this adapter ({str(fault).splitlines()[0]}).") from None
+    _refuse_idle_patterns(attached, lora)
+    if lora.train_tokens:
+        train_rows(attached, range(len(lora.train_tokens)) if token_ids is None else token_ids)
+    return attached
+
+
+def train_rows(model: PeftModel, token_ids: Sequence[int]) -> None:
+    """Train these tokens' rows of the embedding, and of the head, with the adapter on `model`.
+
+    Raises ModelError for a head beside which they cannot be held.
+    """
+    causal = model.get_base_model()
+    if not fused_cross_entropy.suits(model):
+        raise ModelError(
+            f"lora.train_tokens: the output head of a {causal.config.model_type} has a bias, or more is done with its"
+            " logits than scaling and capping, and rows of it cannot be trained. Leave it out."
+        )
+    rows = causal.get_input_embeddings().weight.shape[0]
+    if beyond := [token for token in token_ids if token >= rows]:
+        raise ModelError(f"lora.train_tokens: token {beyond[0]} has no row in the embedding, which has {rows:,}.")
+    layer = next(layer for _, layer in adapted_layers(model))
+    small = next(parameter for parameter in causal.parameters() if parameter.ndim < 2)  # which no technique moves
+    trained_rows.put_on(causal, token_ids, small.device, lambda: not layer.disable_adapters)
 
 
 def resolve_targets(model: PreTrainedModel, lora: Lora) -> tuple[str, ...]:
@@ -184,9 +216,13 @@ def save(model: PeftModel, folder: Path, base_name: str) -> int:
     for config in model.peft_config.values():
         config.base_model_name_or_path = base_name
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    with _targets_as_peft_reads_them(model), _without_a_card(model):
+    with _targets_as_peft_reads_them(model), _without_a_card(model), _rows_as_peft_has_them(model):
         # without embedding layers: else they come from all of the base's
         model.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)
+    if rows := _rows_by_file(model):
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        saved = {name: place.rows.detach().cpu().contiguous() for name, place in rows.items()}
+        save_file({**load_file(path), **saved}, path, metadata={"format": "pt"})
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -195,8 +231,10 @@ def put_back(model: PeftModel, folder: Path) -> None:
 
     Raises ModelError where they are not those of this adapter.
     """
+    weights = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    _put_rows_back(model, weights, folder)
     with _names_as_they_are():
-        outcome = set_peft_model_state_dict(model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+        outcome = set_peft_model_state_dict(model, weights)
     missing = [name for name in outcome.missing_keys if ".lora_" in name]
     if missing or outcome.unexpected_keys:
         raise ModelError(f"{folder}: is not the adapter of this recipe ({(missing or outcome.unexpected_keys)[0]}).")
@@ -215,9 +253,16 @@ def load(model: PreTrainedModel, folder: Path) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = _with_linears_as_modules(LoraConfig.from_pretrained(folder), model)
+            token_ids, config.trainable_token_indices = config.trainable_token_indices, None
             mixture_of_experts.register(config, model)
             with _names_as_they_are():
-                return PeftModel.from_pretrained(model, folder, config=config)
+                loaded = PeftModel.from_pretrained(model, folder, config=config)
+            if token_ids:
+                train_rows(loaded, _token_ids_in(token_ids, folder))
+                _put_rows_back(loaded, load_file(folder / SAFETENSORS_WEIGHTS_NAME), folder)
+                for place in _rows_by_file(loaded).values():
+                    place.rows.requires_grad_(False)
+            return loaded
     except (RuntimeError, ValueError, SafetensorError) as fault:
         raise ModelError(f"{folder}: does not fit this base ({str(fault).splitlines()[0]}).") from None
 
@@ -253,14 +298,65 @@ def _taken_for_experts(config: LoraConfig, model: torch.nn.Module) -> set[str]:
 
 def _refuse_what_peft_cannot_say(model: PreTrainedModel, config: LoraConfig) -> None:
     """Raises ModelError for linears that only `target_parameters` can name, which take neither dropout nor DoRA."""
-    odd = {"dropout": config.lora_dropout > 0, "dora": config.use_dora}
+    odd = {
+        "dropout": config.lora_dropout > 0,
+        "dora": config.use_dora,
+        "rank_pattern": bool(config.rank_pattern),
+        "alpha_pattern": bool(config.alpha_pattern),
+    }
     taken = _taken_for_experts(config, model) if any(odd.values()) else set()
     if taken:
         raise ModelError(
             f"lora.{next(key for key, is_on in odd.items() if is_on)}: peft takes {', '.join(sorted(taken))} of a"
-            f" {model.config.model_type} for its experts, which have neither dropout nor DoRA. Name lora.targets"
-            " without them, or leave it out."
+            f" {model.config.model_type} for its experts, which have neither dropout nor DoRA, and other names. Name"
+            " lora.targets without them, or leave it out."
         )
+
+
+def adapted_names(model: PeftModel) -> list[str]:
+    """What has an adapter, as the base calls it and peft's patterns do: `model.layers.0.self_attn.q_proj`, and of
+    experts `model.layers.0.mlp.experts.down_proj`."""
+    return [_own_name(name, layer) for name, layer in adapted_layers(model)]
+
+
+def adapted_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Every layer with an adapter, by its name in the base, in which it stands now."""
+    every = model.get_base_model().named_modules()
+    return ((name, module) for name, module in every if isinstance(module, LoraLayer))
+
+
+def _own_name(name: str, layer: LoraLayer) -> str:
+    own = name.replace(".base_layer", "")  # experts are wrapped once for each of their parameters
+    return f"{own}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else own
+
+
+def _refuse_idle_patterns(model: PeftModel, lora: Lora) -> None:
+    """peft saves patterns in the order of the alphabet, so of two that match one layer another may be the first to do
+    so when the adapter is read."""
+    names = adapted_names(model)
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        owners: dict[str, str] = {}
+        for pattern in patterns:
+            matched = [name for name in names if get_pattern_key([pattern], name) == pattern]
+            if not matched:
+                raise ModelError(f"lora.{key}.{pattern}: {_no_such_pattern(pattern, names)}")
+            for name in matched:
+                if name in owners:
+                    raise ModelError(
+                        f"lora.{key}.{pattern}: {name} is matched by {owners[name]!r}, too. A layer takes one of them:"
+                        " make each say what the other does not."
+                    )
+                owners[name] = pattern
+
+
+def _no_such_pattern(pattern: str, names: list[str]) -> str:
+    ends = sorted({_last_name(name) for name in names})
+    near = get_close_matches(pattern.rpartition(".")[2], ends, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return (
+        f"no layer with an adapter has a name that ends so.{hint} Those that end in {', '.join(ends)} have one, such as"
+        f" {names[0]}."
+    )
 
 
 @contextlib.contextmanager
@@ -277,6 +373,46 @@ def _targets_as_peft_reads_them(model: PeftModel) -> Iterator[None]:
         yield
     finally:
         model.peft_config.update(before)
+
+
+def _rows_by_file(model: PeftModel) -> dict[str, trained_rows.Place]:
+    """The trained rows of `model`, by their names in an adapter's file; of a tied table once."""
+    return {
+        f"{LORA_PREFIX}{name}.{ROWS_IN_FILE}": place
+        for name, module in model.get_base_model().named_modules()
+        if (place := getattr(module, trained_rows.PLACE, None)) is not None and place.owner is module
+    }
+
+
+def _put_rows_back(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Give the trained rows of `model` what `weights` of a file have for them, and take it out of there."""
+    for name, place in _rows_by_file(model).items():
+        saved = weights.pop(name, None)
+        if saved is None or saved.shape != place.rows.shape:
+            raise ModelError(f"{folder}: is not the adapter of this recipe ({name}).")
+        place.rows.data.copy_(saved)
+
+
+def _token_ids_in(found: Any, folder: Path) -> list[int]:
+    """The tokens of which an adapter_config.json says that their rows are trained: a list, or one for each table."""
+    lists = list(found.values()) if isinstance(found, dict) else [found]
+    if any(each != lists[0] for each in lists):
+        raise ModelError(f"{folder}: trains rows of other tokens in each table, which qtune does not hold.")
+    return list(lists[0])
+
+
+@contextlib.contextmanager
+def _rows_as_peft_has_them(model: PeftModel) -> Iterator[None]:
+    """Inside, the configurations name the trained rows, by table."""
+    ends = len(f".{ROWS_IN_FILE}")
+    named = {name[len(LORA_PREFIX) : -ends]: place.ids.tolist() for name, place in _rows_by_file(model).items()}
+    for config in model.peft_config.values():
+        config.trainable_token_indices = named or None
+    try:
+        yield
+    finally:
+        for config in model.peft_config.values():
+            config.trainable_token_indices = None
 
 
 @contextlib.contextmanager

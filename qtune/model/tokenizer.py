@@ -1,6 +1,8 @@
 """The base's tokenizer, which needs neither its weights nor what loads them."""
 
 import json
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from qtune.errors import ModelError
 from qtune.model import base_files, untrusted_folder
 from qtune.recipe import chat_templates
 from qtune.recipe.schema import Model
+
+MAX_NAMED = 8  # tokens in one message
 
 
 def has_tokenizer_here(model: Model) -> bool:
@@ -66,3 +70,15 @@ def _json_in(folder: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):  # AutoTokenizer has words for these
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def trained_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """The ids of lora.train_tokens. Raises ModelError for what is no token of this base."""
+    known = tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in known]
+    if missing:
+        special = list(tokenizer.get_added_vocab())
+        near = get_close_matches(missing[0], special, n=1)
+        hint = f" Did you mean {near[0]}?" if near else f" Its special ones are {', '.join(special[:MAX_NAMED])}."
+        raise ModelError(f"lora.train_tokens: {missing[0]!r} is no token of this base.{hint}")
+    return [known[token] for token in tokens]

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from qtune import cache_dir
+from qtune.errors import ModelError
 from qtune.hardware import Device
+from qtune.lock import Quantization
 from qtune.memory.techniques.standing import Standing
 from qtune.model import base, lora_variants, nf4_cache
+from qtune.model.lora_inits import DEFAULT, LORA_INITS
 from qtune.plan import activation_memory, throughput
 from qtune.plan.forecast import Forecaster
 from qtune.plan.ladder import Budget, Climb, Ladder
@@ -20,7 +23,7 @@ from qtune.plan.rung_report import Rung, rungs
 from qtune.plan.suggestions import remedies
 from qtune.plan.workload import BatchShape, Work
 from qtune.plan.world import ALONE, World
-from qtune.recipe.schema import HOST_FRACTION, Recipe
+from qtune.recipe.schema import HOST_FRACTION, Lora, Recipe
 from qtune.units import MIB, counted, format_count, format_percent, parse_bytes
 
 EVALUATIONS = 10  # points enough to see a loss turn, at a cost that is small beside the run
@@ -42,10 +45,12 @@ def decide(
     `weighs_all`: the plan says of techniques that are off, too, what they would save, which takes seconds. It does so
     of one that does not fit in any case.
 
-    Raises ModelError where transformers cannot build the model that `config` describes, or a technique that the recipe
-    asks for cannot be done with it, and MachineError where such a technique asks for more host memory than there is.
+    Raises ModelError where transformers cannot build the model that `config` describes, or what the recipe asks for, a
+    technique or a beginning of the adapter, cannot be done with it, and MachineError where a technique asks for more
+    host memory than there is.
     """
     compute_dtype, why_compute = _compute_dtype(recipe, device)
+    _refuse_init(recipe, base.held_as(config, recipe.model))
 
     def forecaster_of(recipe: Recipe) -> Forecaster:
         forecaster = _forecaster(recipe, device, config, compute_dtype)
@@ -94,6 +99,16 @@ def decide(
             *_training_choices(recipe, pace, climb, accumulation),
         ),
     )
+
+
+def _refuse_init(recipe: Recipe, held: Quantization | None) -> None:
+    """Raises ModelError for an adapter that would begin by weights that the files do not have."""
+    init = LORA_INITS[recipe.lora.init]
+    if init.by_weights is not None and held is not None and held.is_given:
+        raise ModelError(
+            f'lora.init: "{init.name}" needs the weights that 4 bits were made from, and the files of'
+            f" {recipe.model.base} have the 4 bits alone. Name the model that they were made from, or take another."
+        )
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,18 @@ def _adapter(recipe: Recipe, standing: Standing) -> str:
     scale = lora_variants.scale_of(lora_variants.of_recipe(lora), lora.alpha, lora.rank)
     share = standing.trained_parameters / standing.parameters
     trained = f"{format_count(standing.trained_parameters)} weights ({format_percent(share)})"
-    return f"{lora_variants.plan_title(lora)}, rank {lora.rank}, scale {scale:.3g}, {trained} in {lora.master_dtype}"
+    others = f" (others: {', '.join(_patterns(lora))})" if lora.rank_pattern or lora.alpha_pattern else ""
+    begun = "" if lora.init == DEFAULT else f", begun by {lora.init}"
+    rows = f", rows of {counted(len(lora.train_tokens), 'token')}" if lora.train_tokens else ""
+    kind = f"{lora_variants.plan_title(lora)}, rank {lora.rank}, scale {scale:.3g}{others}{begun}{rows}"
+    return f"{kind}, {trained} in {lora.master_dtype}"
+
+
+def _patterns(lora: Lora) -> list[str]:
+    return [
+        *(f"rank {rank} in {name}" for name, rank in lora.rank_pattern.items()),
+        *(f"alpha {alpha:g} in {name}" for name, alpha in lora.alpha_pattern.items()),
+    ]
 
 
 def _why_adapter(standing: Standing) -> str:

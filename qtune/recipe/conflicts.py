@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qtune.model import lora_inits
 from qtune.recipe.data_files import TABLES_SUFFIXES
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
@@ -19,6 +20,7 @@ HELD_OUT_FRACTION = ("data", "held_out_fraction")
 
 CANARIES, CANARY_REPEATS = ("evaluate", "canaries"), ("evaluate", "canary_repeats")
 METRIC, ROWS = ("evaluate", "metric"), ("evaluate", "rows")
+INIT = ("lora", "init")
 KEEP_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "head")
 ELSEWHERE = {("memory", "stream_layers"): "streamed", ("memory", "shard_layers"): "in parts"}  # and so recomputed
 
@@ -97,6 +99,16 @@ def exclude_each_other(values: dict[str, Any]) -> Iterator[Fault]:
             HEAD,
             'memory.head = "nf4" would quantise the head of a base that model.quantization = "none" keeps whole. Leave'
             " one of them out.",
+        )
+
+
+def starts_otherwise(values: dict[str, Any]) -> Iterator[Fault]:
+    """A setting with which what is asked for in lora.init cannot be."""
+    for init, (key, value, why) in lora_inits.excluded(values):
+        yield (
+            INIT,
+            f"lora.init = {shown(init)} and {dotted(key)} = {shown(value)} exclude each other: {why}. Leave one of them"
+            " out.",
         )
 
 

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -47,6 +47,8 @@ OTHER_NAMES = {  # what peft, transformers, trl, unsloth, axolotl, LLaMA-Factory
     "lora_target_modules": "targets",
     "modules": "targets",
     "target_modules": "targets",
+    "init_lora_weights": "init",
+    "trainable_token_indices": "train_tokens",
     "use_rslora": "rslora",
     "use_dora": "dora",
     "dataset": "train",
@@ -103,8 +105,9 @@ NAMES_IN_A_TABLE: dict[Key, str] = {  # that belong elsewhere by their letters, 
     ("model", "name"): "base",
     ("data", "name"): "train",
 }
-SAID_ELSEWHERE = {  # what other trainers have settings for, and qtune says on the command line
+SAID_ELSEWHERE = {  # what other trainers have settings for, and qtune says elsewhere, or not
     "output_dir": "`qtune run RECIPE --output FOLDER` says where a run goes",
+    "modules_to_save": "lora.train_tokens trains rows of the embedding and the head, and no whole module is trained",
     "resume_from_checkpoint": "`qtune resume RUN` goes on with a run",
     "push_to_hub": "`qtune push RUN OWNER/NAME` uploads a run",
     "hub_model_id": "`qtune push RUN OWNER/NAME` uploads a run",
@@ -116,9 +119,11 @@ TYPES = {
     "string_type": "text",
     "bool_type": "true or false",
     "model_type": "a table of settings",
+    "dict_type": "a table",
     "string_too_short": "text that is not empty",
     "string_pattern_mismatch": "1 to 64 of a-z, 0-9, - and _, with a letter or digit first",
 }
+BARE = re.compile(r"[A-Za-z0-9_-]+")  # what TOML takes for a key without quotes
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -130,7 +135,7 @@ def explain(errors: Sequence[ErrorDetails], unread: Collection[Key] = ()) -> lis
     missing: list[Key] = []
     meant = set(unread)
     for error in errors:
-        key = tuple(str(part) for part in error["loc"])
+        key = tuple(str(part) for part in error["loc"] if part != "[key]")  # which says that a name is wrong
         if error["type"] == "missing":
             missing += _required(key)
         elif error["type"] == "extra_forbidden":
@@ -182,8 +187,9 @@ def _meant(name: str, here: Key, elsewhere: Sequence[Key]) -> Key:
 
 
 def field_of(key: Key) -> FieldInfo | None:
-    """The schema's field for a full name; None where there is none."""
-    return _fields(key[:-1]).get(key[-1])
+    """The schema's field for a full name; None where there is none. A table of names of the user's own is one field."""
+    above = _fields(key[:-2]).get(key[-2]) if len(key) > 1 else None
+    return above if above is not None and get_origin(above.annotation) is dict else _fields(key[:-1]).get(key[-1])
 
 
 def settings() -> dict[str, FieldInfo]:
@@ -194,7 +200,7 @@ def settings() -> dict[str, FieldInfo]:
 
 def dotted(key: Key) -> str:
     """`data.columns.prompt`; a part that TOML would quote is quoted."""
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else shown(part) for part in key)
+    return ".".join(part if BARE.fullmatch(part) else shown(part) for part in key)
 
 
 def shown(value: Any) -> str:

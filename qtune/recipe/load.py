@@ -15,7 +15,7 @@ from pydantic_core import core_schema
 
 from qtune.errors import RecipeError
 from qtune.recipe import base_kind, conflicts, paths, toml_reader
-from qtune.recipe.error_messages import Fault, dotted, explain, field_of, unknown
+from qtune.recipe.error_messages import BARE, Fault, dotted, explain, field_of, unknown
 from qtune.recipe.schema import Demo, Recipe
 from qtune.recipe.toml_reader import Broken, Key, placed
 
@@ -132,7 +132,8 @@ def _toml_lines(table: Values, name: Key) -> Iterator[str]:
     inner = {key: value for key, value in table.items() if isinstance(value, dict)}
     for key, value in table.items():
         if key not in inner:
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            quoted = key if BARE.fullmatch(key) else json.dumps(key, ensure_ascii=False)
+            yield f"{quoted} = {json.dumps(value, ensure_ascii=False)}"
     yield ""
     for key, value in inner.items():
         yield from _toml_lines(value, (*name, key))
@@ -267,6 +268,7 @@ def _faults_together(values: Values, origin: Origin, demo: bool) -> Iterator[Fau
     yield from _idle(values, origin)
     yield from conflicts.same_rows(values)
     yield from conflicts.exclude_each_other(values)
+    yield from conflicts.starts_otherwise(values)
     yield from conflicts.unpinned_code(values)
     if demo and "demo" not in values:
         yield (), "has no [demo] table for --demo to use. `qtune recipes show medical` shows one."

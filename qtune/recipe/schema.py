@@ -1,13 +1,15 @@
 """What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from qtune.data.formats import FORMATS
 from qtune.evaluate.metrics import METRICS
 from qtune.memory.techniques import TECHNIQUES
+from qtune.model import lora_inits
 from qtune.model.lora_variants import LORA_VARIANTS
 from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.trackers import TRACKERS
@@ -29,6 +31,35 @@ def _layer_names(value: Any) -> Any:
     raise PydanticCustomError("expected", '"all-linear" or a list of layer names such as ["q_proj", "v_proj"]')
 
 
+def _tokens(value: Any) -> Any:
+    """A TOML array of tokens, each once, as a tuple."""
+    is_list = isinstance(value, list | tuple) and all(isinstance(token, str) and token for token in value)
+    if is_list and len(set(value)) == len(value):
+        return tuple(value)
+    raise PydanticCustomError("expected", 'a list of tokens, each once, such as ["<|im_start|>", "<|im_end|>"]')
+
+
+def _pattern(name: str) -> str:
+    """The end of a layer's name, or a regular expression for one."""
+    try:
+        re.compile(name)
+    except re.error as fault:
+        raise PydanticCustomError(
+            "expected",
+            "the end of a layer's name such as v_proj, or a regular expression for one ({fault})",
+            {"fault": str(fault)},
+        ) from None
+    return name
+
+
+def _known_init(name: Any) -> Any:
+    """One of the inits; of those that people ask for and that are not done, why."""
+    if isinstance(name, str) and name in lora_inits.REFUSED:
+        told = {"words": ", ".join(lora_inits.LORA_INITS), "why": lora_inits.REFUSED[name]}
+        raise PydanticCustomError("expected", "one of {words} ({why})", told)
+    return name
+
+
 def _auto_or_size(value: Any) -> Any:
     """ "auto" or a size such as "6GiB"."""
     if value == "auto" or (isinstance(value, str) and parse_bytes(value) is not None):
@@ -47,14 +78,19 @@ def _steps_or_duration(value: Any) -> Any:
 HOST_FRACTION = 0.8  # of the host's free memory: the rest is for data, the libraries and other programs
 MAX_TOKENS = 4_194_304  # 2^22; the planner finds the bound of a card far below
 NonEmpty = Annotated[str, Field(min_length=1)]
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[float, Field(gt=0, le=4096)]
+LayerPattern = Annotated[NonEmpty, AfterValidator(_pattern)]
 if TYPE_CHECKING:
     FormatName = str
     MetricName = str
+    InitName = str
     OptimizerName = str
     TrackerName = str
 else:
     FormatName = Literal["auto", *FORMATS]
     MetricName = Literal["none", *METRICS]
+    InitName = Annotated[Literal[tuple(lora_inits.LORA_INITS)], BeforeValidator(_known_init)]
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     TrackerName = Literal[tuple(TRACKERS)]
 
@@ -90,11 +126,9 @@ class Model(Table):
 class _Pair(Table):
     """What every adapter has."""
 
-    rank: int = Field(
-        16, ge=1, le=1024, description="Inner dimension of each adapter pair; 16 is enough for most tasks."
-    )
-    alpha: float = Field(
-        32.0, gt=0, le=4096, description="Strength: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."
+    rank: Rank = Field(16, description="Inner dimension of each adapter pair; 16 is enough for most tasks.")
+    alpha: Alpha = Field(
+        32.0, description="Strength: the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora)."
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of adapter inputs zeroed in training; 0, since few epochs seldom overfit."
@@ -117,6 +151,23 @@ class Lora(_Variants):  # a setting for each variant of LoRA that there is
     master_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What adapter weights are kept in; bfloat16 loses half of the small updates at 2e-5."
     )
+    train_tokens: Annotated[tuple[NonEmpty, ...], BeforeValidator(_tokens)] = Field(
+        (),
+        description="Tokens whose rows of the embedding and the output head are trained, too, such as markers of a chat"
+        " template that the base has not learned; all other rows stay as they are.",
+    )
+    init: InitName = Field(
+        lora_inits.DEFAULT,
+        description="What A and B begin from; the base stays as it is. "
+        + "; ".join(f"{name}: {each.use}" for name, each in lora_inits.LORA_INITS.items())
+        + ".",
+    )
+    rank_pattern: dict[LayerPattern, Rank] = Field(
+        {},
+        description="Other ranks, by the end of a layer's name or a regular expression for it, as peft reads them:"
+        " `v_proj = 32`.",
+    )
+    alpha_pattern: dict[LayerPattern, Alpha] = Field({}, description="Other alphas, by the same names.")
 
 
 class Columns(Table):

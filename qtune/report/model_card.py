@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from qtune.atomic_files import write_text
 from qtune.evaluate.metrics import label
+from qtune.model.lora_inits import DEFAULT
 from qtune.model.lora_variants import LORA_VARIANTS, PLAIN
 from qtune.report import conclusions, markdown, memory_bar, run_record, serving_snippets, summary, tables
 from qtune.report.run_record import Record
@@ -175,7 +176,16 @@ def _setting_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     if lora:
         kind = next((each.title for name, each in reversed(LORA_VARIANTS.items()) if lora.get(name)), PLAIN)
         targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
-        rows.append(("adapter", f"{kind}, rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}"))
+        others = "".join(
+            f", {what} {value:g} in {name}"
+            for what in ("rank", "alpha")
+            for name, value in lora.get(f"{what}_pattern", {}).items()
+        )
+        rows.append(("adapter", f"{kind}, rank {lora['rank']}, alpha {lora['alpha']:g}{others}, on {targets}"))
+        if lora.get("init", DEFAULT) != DEFAULT:
+            rows.append(("begun by", lora["init"]))
+        if lora.get("train_tokens"):
+            rows.append(("rows of tokens", ", ".join(lora["train_tokens"])))
     if train:
         batch = train["micro_batch"] * train["gradient_accumulation"]
         sequences = "1 sequence" if batch == 1 else f"{batch:,} sequences"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qtune.model import lora_inits
 from qtune.model.lora_variants import faults_of
 from qtune.recipe import chat_templates
 from qtune.report import tables
@@ -46,6 +47,17 @@ def has_towers(found: Record) -> bool:
     return found.lock is not None and bool(found.lock.base.has_towers)
 
 
+def only_in_4_bits(found: Record) -> str | None:
+    """Why the adapter is wrong on any other base than the one in 4 bits, as a clause; None where it is not."""
+    return lora_inits.of_run(found.lock.recipe).not_onto_original if found.lock else None
+
+
+def faults_of_run(found: Record) -> list[str]:
+    """What keeps a server that has the base as its files have it from the adapter, a clause each."""
+    towers = "it is for the text model alone, whose layers have other names in the whole" if has_towers(found) else None
+    return [fault for fault in (towers, only_in_4_bits(found)) if fault is not None]
+
+
 def base_title(found: Record) -> str:
     """What to call the base before others: a hub name, or a folder by its last part."""
     assert found.lock is not None, NO_BASE
@@ -64,7 +76,11 @@ def vllm_command(found: Record, base: str, adapter: str) -> str | None:
     assert found.lock is not None, NO_BASE
     lora = found.lock.recipe.get("lora", {})
     rank = lora.get("rank", 0)
-    if has_towers(found) or vllm_faults({"r": rank, "use_dora": lora.get("dora", False)}):
+    if faults_of_run(found):
+        return None
+    more = {name: lora.get(name) for name in ("rank_pattern", "alpha_pattern")}
+    more["trainable_token_indices"] = lora.get("train_tokens")
+    if vllm_faults({"r": rank, "use_dora": lora.get("dora", False), **more}):
         return None
     return with_template(vllm_with_adapter(base, found.name, adapter, rank), "--chat-template", found.run, adapter)
 
@@ -84,6 +100,8 @@ def faults_of_plain_loaders(config: Mapping[str, Any], server: str) -> list[str]
     faults = []
     if config.get("modules_to_save"):
         faults.append(f"{', '.join(config['modules_to_save'])} was trained whole, and {server} takes A and B alone")
+    if config.get("trainable_token_indices"):
+        faults.append(f"rows of the embedding were trained, and {server} takes A and B alone")
     if config.get("bias", "none") != "none":
         faults.append(f"it trained biases, and {server} takes A and B alone")
     if config.get("alpha_pattern") or config.get("rank_pattern"):
@@ -127,7 +145,7 @@ def peft_snippet(found: Record, base: str, adapter: str) -> str:
     """Python that loads the adapter on its base; `base` and `adapter` are folders or hub names."""
     lines = [
         "from peft import PeftModel",
-        _loading(base, has_towers(found)),
+        _loading(base, has_towers(found), _in_4_bits(found)),
         f"model = PeftModel.from_pretrained(model, {adapter!r})",
         "tokenizer = AutoTokenizer.from_pretrained(base)",
     ]
@@ -144,13 +162,26 @@ def transformers_snippet(folder: str, has_towers: bool = False) -> str:
     return f"{_loading(folder, has_towers)}\ntokenizer = AutoTokenizer.from_pretrained(base)"
 
 
-def _loading(place: str, has_towers: bool) -> str:
-    config, given = ("AutoConfig, ", "config=config, key_mapping=names, ") if has_towers else ("", "")
+def _in_4_bits(found: Record) -> str:
+    """The lines that load the base as the adapter needs it, where it holds part of what rounding took."""
+    if only_in_4_bits(found) is None:
+        return ""
+    is_double = bool(found.lock and found.lock.quantization and found.lock.quantization.double)
     return (
-        f"from transformers import {config}AutoModelForCausalLM, AutoTokenizer\n"
+        "in_4_bits = BitsAndBytesConfig(  # without it the adapter is wrong: it holds part of what rounding took\n"
+        f'    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={is_double})\n'
+    )
+
+
+def _loading(place: str, has_towers: bool, in_4_bits: str = "") -> str:
+    config, given = ("AutoConfig, ", "config=config, key_mapping=names, ") if has_towers else ("", "")
+    bits, given = (", BitsAndBytesConfig", f"{given}quantization_config=in_4_bits, ") if in_4_bits else ("", given)
+    return (
+        f"from transformers import {config}AutoModelForCausalLM, AutoTokenizer{bits}\n"
         "\n"
         f"base = {place!r}\n"
         f"{TEXT_ALONE if has_towers else ''}"
+        f"{in_4_bits}"
         f'model = AutoModelForCausalLM.from_pretrained(base, {given}dtype="auto", device_map="auto")'
     )
 

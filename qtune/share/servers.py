@@ -108,7 +108,7 @@ class _Asked:
         return Answer(True, (f"PeftModel.from_pretrained(base, {self.adapter!r})",), "in Python")
 
     def _vllm(self) -> Answer:
-        faults = serving_snippets.vllm_faults(self.config) + self._of_text_alone()
+        faults = serving_snippets.vllm_faults(self.config) + self._of_run()
         if faults:
             return _refused(faults)
         if self._is_lost:
@@ -118,7 +118,7 @@ class _Asked:
 
     def _sglang(self) -> Answer:
         faults = serving_snippets.faults_of_plain_loaders(self.config, "SGLang")
-        faults += faults_of(self.config, "SGLang") + self._of_text_alone()
+        faults += faults_of(self.config, "SGLang") + self._of_run()
         if faults:
             return _refused(faults)
         if self._is_lost:
@@ -130,9 +130,9 @@ class _Asked:
     def _with_template(self, command: str, option: str) -> str:
         return serving_snippets.with_template(command, option, self.run, self.adapter)
 
-    def _of_text_alone(self) -> list[str]:
-        is_part = serving_snippets.has_towers(self.found)
-        return ["it is for the text model alone, whose layers have other names in the whole"] if is_part else []
+    def _of_run(self) -> list[str]:
+        """What the adapter's own files do not say."""
+        return serving_snippets.faults_of_run(self.found)
 
     def _merged(self, command: str, why: str = "") -> Answer:
         """For a server that reads a Hugging Face folder."""

@@ -51,7 +51,22 @@ def test_masters_are_float32_whatever_cast_them(tiny_base) -> None:
     assert {p.dtype for p in adapter.trained_parameters(model)} == {torch.float32}
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=4), Lora(rank=4, dora=True), Lora(rank=4, rslora=True)])
+PATTERNS = {
+    "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*": 6},
+    "alpha_pattern": {"layers.0.self_attn.v_proj": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(rank=4),
+        Lora(rank=4, dora=True),
+        Lora(rank=4, rslora=True),
+        Lora(rank=4, **PATTERNS),
+        Lora(rank=4, rslora=True, **PATTERNS),
+    ],
+)
 def test_plain_peft_in_another_process_reads_the_same_model(tiny_base, tmp_path, lora) -> None:
     model = adapter.attach(loaded(tiny_base, quantization="none"), lora, seed=0)
     with torch.no_grad():
@@ -72,6 +87,33 @@ def test_plain_peft_in_another_process_reads_the_same_model(tiny_base, tmp_path,
     forked.run(["-c", code, tiny_base, tmp_path / "adapter", target]).check_returncode()
     ours = model.eval()(input_ids=torch.arange(6, 30)[None]).logits
     torch.testing.assert_close(torch.load(target), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_ranks_and_scales_are_those_that_are_asked_for_by_name(tiny_base) -> None:
+    layers = dict(adapter.adapted_layers(adapter.attach(loaded(tiny_base), Lora(rank=4, alpha=8, **PATTERNS), seed=0)))
+    ranks = {name: layer.r["default"] for name, layer in layers.items()}
+    assert {rank: sum(each == rank for each in ranks.values()) for rank in (2, 4, 6)} == {2: 2, 4: 9, 6: 3}
+    assert ranks["model.layers.1.self_attn.q_proj"] == 2
+    assert layers["model.layers.0.self_attn.v_proj"].scaling["default"] == 3 / 4
+    assert layers["model.layers.1.self_attn.v_proj"].scaling["default"] == 2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ({"q_prj": 2}, r"lora\.rank_pattern\.q_prj: no layer .*Did you mean q_proj\?.* down_proj, gate_proj"),
+        ({"layers.7.q_proj": 2}, r"lora\.rank_pattern\.layers\.7\.q_proj: no layer"),
+        ({"lm_head": 2}, r"lora\.rank_pattern\.lm_head: no layer with an adapter"),
+        (
+            {"q_proj": 2, "layers.0.self_attn.q_proj": 3},
+            r"model\.layers\.0\.self_attn\.q_proj is matched by 'q_proj', too",
+        ),
+    ],
+)
+def test_a_pattern_that_matches_nothing_or_what_another_does_is_refused(tiny_base, patterns, said) -> None:
+    """peft says nothing of the first, and saves the others in an order that turns them about."""
+    with pytest.raises(ModelError, match=said):
+        adapter.attach(loaded(tiny_base), Lora(rank=4, rank_pattern=patterns), seed=0)
 
 
 def test_an_adapter_of_another_base_is_refused(tiny_base, tmp_path) -> None:
