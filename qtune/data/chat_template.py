@@ -90,6 +90,7 @@ class ChatTemplate:
 
     `opening` is what it writes after the generation prompt and before an answer, `end_of_turn` what ends one.
     `differing_prompts` is there where it asks in one way and writes rows in another (QwQ's opened thinking block).
+    A turn that is `ended_by_next` ends with the token that begins the next one (GLM), and the last with nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ class ChatTemplate:
     differing_prompts: tuple[str, str] | None
     end_of_turn: str
     takes_system: bool
+    ended_by_next: bool = False
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
@@ -111,16 +113,20 @@ class ChatTemplate:
             renderer = Renderer.of(tokenizer)
             before, after = _parts(_render(renderer, _marked([QUESTION, ANSWER])), answers=1)
             opening, differing_prompts = _opening(renderer, before)
+            ended_by_next = not after
+            if ended_by_next:
+                after = _parts(_render(renderer, _marked([QUESTION, ANSWER, QUESTION])), answers=1)[1]
         except Untraceable as fault:
             raise ModelError(f"model.chat_template: fails on a question and an answer: {fault}.") from None
         end_of_turn = _end_of_turn(after, tokenizer)
-        if end_of_turn is None:
+        if end_of_turn is None or end_of_turn == tokenizer.bos_token:
             raise ModelError(
                 f"model.chat_template: writes {after[:20]!r} after an answer, which is no special token, so a model"
                 " trained with it would never stop. End every turn with one of the tokenizer's, or take one of qtune's"
                 f" own: {_proposed(tokenizer)}"
             )
-        return cls(tokenizer, renderer, opening, differing_prompts, end_of_turn, _takes_system(renderer))
+        takes_system = _takes_system(renderer)
+        return cls(tokenizer, renderer, opening, differing_prompts, end_of_turn, takes_system, ended_by_next)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -133,7 +139,7 @@ class ChatTemplate:
     @functools.cached_property
     def turns(self) -> Turns:
         """How thoughts and calls are written, which is looked at when a row has some."""
-        return _turns(self.renderer, self.end_of_turn, self.tokenizer)
+        return _turns(self.renderer, self.end_of_turn, self.tokenizer, self.ended_by_next)
 
     def pieces(self, messages: Sequence[Message], tools: str = "") -> tuple[Piece, ...]:
         """The conversation as the model is to see it: openings, answers, calls and their ends are trained, nothing
@@ -198,6 +204,9 @@ class ChatTemplate:
         if isinstance(marked, Untraceable):
             return marked
         answers = [message for message in messages if message.role == "assistant"]
+        if self.ended_by_next:  # as if there were a next one: what it begins with is what the model has to write
+            end = self.turns.ends[-1] if answers[-1].calls else self.end_of_turn
+            whole, marked = whole + end, marked + end
         try:
             if _is_more_than_text(messages, tools):
                 return self._cut_turns(whole, marked, answers)
@@ -371,7 +380,7 @@ def _without_empty_thought(said: str, message: Message) -> list[Piece]:
     return [Piece(block[0], False), Piece(said[block.end() :], message.is_trained)]
 
 
-def _turns(renderer: Renderer, end_of_turn: str, tokenizer: PreTrainedTokenizerBase) -> Turns:
+def _turns(renderer: Renderer, end_of_turn: str, tokenizer: PreTrainedTokenizerBase, ended_by_next: bool) -> Turns:
     spelling, writes_calls = _spelling(renderer)
     shown, said, *texts = renderer.render(
         [
@@ -381,18 +390,21 @@ def _turns(renderer: Renderer, end_of_turn: str, tokenizer: PreTrainedTokenizerB
             Asked([QUESTION]),
             Asked(_marked([QUESTION, ANSWER])),
             Asked(_marked([QUESTION, CALL]), spelling=spelling),
+            Asked(_marked([QUESTION, CALL, RESULT, ANSWER]), spelling=spelling),
         ]
     )
     tails = ["" if isinstance(text, Untraceable) else text.rpartition(QUESTION.content)[2] for text in texts]
     marker, special = MARKER.format(0), special_tokens(tokenizer)
-    asked, plain, answered, called = (tail.partition(marker)[0] for tail in tails)
+    asked, plain, answered, called = (tail.partition(marker)[0] for tail in tails[:4])
+    closing, closed = (tail.rpartition(marker)[2] for tail in tails[3:])
+    before_result = closed.removeprefix(closing) if ended_by_next else ""
     header = _header(asked, plain, answered, special)
     return Turns(
         spelling=spelling,
         header=header,
         opened=asked.rpartition(header)[2] if header else "",
         lead=called[len(_shared(called, answered)) :],
-        ends=_ends(tails[3].rpartition(marker)[2], header, end_of_turn, tokenizer),
+        ends=_ends(closing.partition(header)[0] if header else closing, end_of_turn, before_result, tokenizer),
         writes_calls=writes_calls,
         shows_tools=isinstance(shown, str) and "aprobetool" in shown,
         writes_said=isinstance(said, Untraceable) or SAYING.content in said,
@@ -417,13 +429,15 @@ def _shared(one: str, other: str) -> str:
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _ends(closing: str, header: str, end_of_turn: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What ends a turn that calls, of what is `closing` one: the end of every turn, else its own last special token."""
+def _ends(closing: str, end_of_turn: str, before_result: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What ends a turn that calls, of what is `closing` one: the end of every turn, else its own last special token,
+    or, where the next turn ends one, what begins that of the result, the last of them."""
     special = special_tokens(tokenizer)
     ends = [token for token in special if end_of_turn.endswith(token)][:1]
     ends += [tokenizer.eos_token] if tokenizer.eos_token else []
-    closing = closing.partition(header)[0] if header else closing
-    if not any(end in closing for end in ends):
+    if before_result:
+        ends += [_end_of_turn(before_result, tokenizer) or end_of_turn]
+    elif not any(end in closing for end in ends):
         own = [(closing.rfind(token) + len(token), token) for token in special if token in closing]
         ends += [token for _, token in sorted(own)[-1:]]
     return tuple(dict.fromkeys(ends))

@@ -102,6 +102,11 @@ def muse(*cities: str) -> str:
     return "<|eom|><|start|>assistant".join(call.format(city) for city in cities)
 
 
+def glm(*cities: str) -> str:
+    call = "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"
+    return "\n".join(call.format(city) for city in cities)
+
+
 # By template: how a call is written, what ends it, how an answer is written, what ends it. One call a message is all
 # that some take, and the rest write none or show no tools.
 CHATML = "<|im_end|>"
@@ -126,6 +131,7 @@ WRITTEN = {
         (gemma, "<|tool_response>", "{}", "<turn|>"),
     ),
     "gemma4_v2": (gemma, "<turn|>", "{}", "<turn|>"),
+    "glm4moe": (glm, "<|observation|>", "{}", "<|user|>"),  # what begins the next turn ends one
     "muse_glimmer": (muse, "<|eot|>", " to=user<|message|>{}", "<|eot|>"),
     "mistralai-Mistral-Nemo-Instruct-2407": (nemo, "<|end|>", "{}", "<|end|>"),
     "Mistral-Small-3.2-24B-Instruct-2506": (small, "<|end|>", "{}", "<|end|>"),

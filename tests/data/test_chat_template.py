@@ -56,7 +56,7 @@ TEMPLATES_OF_TRL = (
     *("llama3", "llama3_1", "llama3_2", "nemotron_3_nano", "nemotron_3_super", "phi3", "phi3_5", "qwen2_5", "qwen3"),
     *("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_instruct_2507"),
     *("diffusion_gemma", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5", "lfm2_v2", "lfm2_2_5_v2", "lfm2_2_5_vl"),
-    *("muse_glimmer", "nemotron_3_5_lightning", "nemotron_3_ultra", "qwen2_5_vl", "qwen3_8", "qwen3_vl"),
+    *("glm4moe", "muse_glimmer", "nemotron_3_5_lightning", "nemotron_3_ultra", "qwen2_5_vl", "qwen3_8", "qwen3_vl"),
 )
 SPECIAL_TOKEN = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<\|?[a-z_]+\|?>|\[/?[A-Z_]+\]")
 
@@ -227,18 +227,38 @@ def test_the_templates_trl_carries(name: str) -> None:
     hold_to_the_rules(text_of_trl(name))
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("glm4moe", "would never stop"),  # the beginning of the next turn ends one, and nothing the last
-        *(
-            (name, "fails on a question and an answer") for name in ("idefics3", "llava_next", "smolvlm")
-        ),  # images alone
-    ],
-)
-def test_templates_of_trl_that_are_refused(name: str, reason: str) -> None:
-    with pytest.raises(ModelError, match=reason):
+@pytest.mark.parametrize("name", ["idefics3", "llava_next", "smolvlm"])
+def test_templates_for_images_alone_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="fails on a question and an answer"):
         hold_to_the_rules(text_of_trl(name))
+
+
+NEXT_ENDS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_a_turn_that_the_next_one_ends_is_ended_by_what_begins_that() -> None:
+    """GLM's models write the beginning of the next turn, and its template ends no answer: it was refused."""
+    chat = ChatTemplate.of(with_template(NEXT_ENDS))
+    assert [(piece.text, piece.trained) for piece in chat.pieces(CHAT[1:])] == [
+        ("<|user|>Hi there<|assistant|>", False),
+        ("Hello!<|user|>", True),
+        ("Why?<|assistant|>", False),
+        ("Because.\n\nOf it.<|user|>", True),
+    ]
+    (row,) = tokenize([Conversation(tuple(CHAT[1:]), "r:1")], chat, Encoder.of(chat.tokenizer))
+    assert row.labels[-1] == chat.stop_token_ids[0] == chat.tokenizer.convert_tokens_to_ids("<|user|>")
+    asked = [vars(message) for message in CHAT[1:4]]
+    assert row.prompt_ids[1:] == chat.tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_a_turn_is_not_ended_by_the_beginning_of_a_text() -> None:
+    with pytest.raises(ModelError, match="would never stop"):
+        ChatTemplate.of(with_template(NEXT_ENDS.replace("'<|' + m.role + '|>'", "bos_token")))
 
 
 def text_of_trl(name: str) -> str:
