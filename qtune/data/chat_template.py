@@ -48,7 +48,6 @@ TOOLS = json_text(
         }
     ]
 )
-GIVE_ANOTHER = 'choose a base whose template does, or name one: [model] chat_template = "template.jinja"'
 TRAINED_THOUGHTS = ("train", "train_all")
 Chat = tuple[Sequence[Message], str]
 """Messages, and the JSON text of their tools, "" for none."""
@@ -166,9 +165,9 @@ class ChatTemplate:
         """The conversation as the template takes it, or why it cannot be written."""
         if _is_more_than_text(messages, tools):
             if any(message.calls or message.role == "tool" for message in messages) and not self.turns.writes_calls:
-                return Untraceable(f"a tool is called, and the chat template writes no calls: {GIVE_ANOTHER}")
+                return Untraceable(f"a tool is called, and the chat template writes no calls: {self._another}")
             if tools and not self.turns.shows_tools:
-                return Untraceable(f"there are tools, and the chat template does not show them: {GIVE_ANOTHER}")
+                return Untraceable(f"there are tools, and the chat template does not show them: {self._another}")
             followed = [message for message, after in itertools.pairwise(messages) if after.role == "tool"]
             if self.turns.said_late and any(map(self._says_beside_a_call, followed)):
                 return Untraceable(
@@ -180,6 +179,13 @@ class ChatTemplate:
             return fold_system(messages), tools
         except Untraceable as fault:
             return fault
+
+    @property
+    def _another(self) -> str:
+        """What to do about a template that knows no tools."""
+        fits = "chatml" in chat_templates.fitting(special_tokens(self.tokenizer), self.tokenizer.eos_token)
+        name = "chatml" if fits else "template.jinja"
+        return f'choose a base whose template does, or name one: [model] chat_template = "{name}"'
 
     def left_out(self, item: Conversation | Document) -> tuple[str, ...]:
         """What of a conversation the template does not write, as `unused_columns` names it."""

@@ -12,6 +12,7 @@ from qtune.data.formats.tool_calls import tools_text
 from qtune.data.rows import NOT_TRAINED, Conversation, Document
 from qtune.data.template_process import Untraceable
 from qtune.data.tokenize import Encoder, tokenize
+from qtune.recipe.chat_templates import BUILT_IN
 
 PARAMETERS = {
     "type": "object",
@@ -124,6 +125,7 @@ WRITTEN = {
         ("nemotron_3_nano", "nemotron_3_super", "nemotron_3_5_lightning", "nemotron_3_ultra"),
         (lambda *c: xml(*c) + "\n", CHATML, "{}", CHATML),
     ),
+    "chatml": (hermes, CHATML, "{}", CHATML),
     **dict.fromkeys(("lfm2_v2", "lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"), (lfm, CHATML, "{}", CHATML)),
     # A result follows in the model's own turn, and its first token is the one at which the model stops.
     **dict.fromkeys(
@@ -152,7 +154,7 @@ ONE_CALL = {
 NO_CALLS = (
     *("HuggingFaceTB-SmolLM3-3B", "LFM2-8B-A1B", "google-gemma-2-2b-it", "ibm-granite-granite-3.3-2B-Instruct"),
     *("microsoft-Phi-3.5-mini-instruct", "cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5"),
-    "qwen2_5_vl",
+    *("qwen2_5_vl", "alpaca", "plain"),
 )
 SHOWS_NONE = ("deepseek_r1_distill", "deepseekv3")
 
@@ -169,6 +171,8 @@ def wanted(name: str, chat: str) -> list[str]:
 
 
 def template_text(name: str, material: Path) -> str:
+    if name in BUILT_IN and name not in TEMPLATES_OF_TRL:
+        return BUILT_IN[name].text
     own = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     path = material / "chat_templates" / f"{name}.jinja" if name in TEMPLATES else own
     if not path.is_file():
@@ -185,7 +189,7 @@ def template(name: str, material: Path) -> ChatTemplate:
 
 def test_every_template_is_held_to_something() -> None:
     named = {*WRITTEN, *ONE_CALL, *NO_CALLS, *SHOWS_NONE}
-    assert named == {*TEMPLATES, *TEMPLATES_OF_TRL}
+    assert named == {*TEMPLATES, *TEMPLATES_OF_TRL, *BUILT_IN}
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -209,8 +213,20 @@ def test_calls_and_answers_are_trained_and_nothing_else(material, name: str, cha
 
 @pytest.mark.parametrize("name", NO_CALLS)
 def test_a_template_without_calls_says_what_to_do(material, name: str) -> None:
-    with pytest.raises(Untraceable, match=r"writes no calls: choose a base whose template does, or name one"):
+    with pytest.raises(
+        Untraceable, match=r"writes no calls: choose a base whose template does, or name one"
+    ) as refused:
         template(name, material).pieces(CHATS["last"], TOOLS)
+    has_tokens = "<|im_start|>" in template_text(name, material)  # SmolLM3, LFM2, Qwen2.5-VL
+    assert f'chat_template = "{"chatml" if has_tokens else "template.jinja"}"' in str(refused.value)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_qtunes_own_chatml_writes_tools_as_qwen_does(material, chat: str) -> None:
+    theirs, ours = (template(name, material) for name in ("Qwen-Qwen2.5-7B-Instruct", "chatml"))
+    said = [Message("system", "Be brief."), *(each for each in CHATS[chat] if each.role != "system")]
+    assert ours.pieces(said, TOOLS)[0].text.removeprefix("<s>") == theirs.pieces(said, TOOLS)[0].text
+    assert ours.pieces(said, TOOLS)[1:] == theirs.pieces(said, TOOLS)[1:]
 
 
 @pytest.mark.parametrize("name", SHOWS_NONE)
