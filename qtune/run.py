@@ -20,7 +20,7 @@ from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
 from qtune.hardware import Device, prepare
-from qtune.memory import attention_kernels
+from qtune.memory import attention_kernels, trained_rows
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.merge.live_weights import held
@@ -164,7 +164,12 @@ def _load(
     for token_id in base.never_seen(frozen, ready.prepared.stop_token_ids[:1]):
         if token_id not in token_ids:
             tell(Notice(_never_seen_told(ready.tokenizer, token_id)))
+    unseen = base.never_seen(frozen, token_ids)
     model = adapter.attach(frozen, recipe.lora, recipe.train.seed, token_ids)
+    if unseen:
+        named = ", ".join(ready.tokenizer.convert_ids_to_tokens(unseen))
+        tell(Notice(f"the base was never trained on {named}: rows of it begin as the mean of all"))
+        trained_rows.begin_as_mean(frozen, unseen)
     tell(ledger.measure("load", 0, model))
     if checkpoint is None:
         _begin_by_weights(ready, model, tell, ranks)
@@ -279,7 +284,8 @@ def _base_score(ready: Ready, folder: RunDir, learner: Learner, tell: Teller) ->
     told = ranks.broadcast(dataclasses.asdict(known) if known else None)
     if told is not None:
         return Score.from_json(told)
-    changes_answers = LORA_INITS[ready.recipe.lora.init].changes_answers
+    lora = ready.recipe.lora
+    changes_answers = LORA_INITS[lora.init].changes_answers or bool(lora.train_tokens)
     with learner.loaded.as_base() if changes_answers else contextlib.nullcontext():
         score = _score("base", ready, learner, tell)
     if score is not None and ranks.is_first:

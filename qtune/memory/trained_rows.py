@@ -56,6 +56,16 @@ def put_on(causal: Any, token_ids: Sequence[int], device: torch.device, is_on: C
         replace_in(module, place)
 
 
+def begin_as_mean(causal: Any, token_ids: Sequence[int]) -> None:
+    """Have the rows of these of the trained tokens, which the base was never trained on, begin as the mean of all: a
+    row of next to nothing is blown up by the first norm. (Hewitt 2021, Initializing new word embeddings.)"""
+    for module in (causal.get_input_embeddings(), causal.get_output_embeddings()):
+        place: Place = getattr(module, PLACE)
+        begun = torch.isin(place.ids, torch.tensor(list(token_ids), device=place.ids.device))
+        mean = module.weight.detach().mean(0, dtype=torch.float32)
+        place.rows.data[begun] = mean.to(place.rows.device)
+
+
 def is_tied(causal: Any) -> bool:
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     return head.weight is embedding.weight

@@ -83,6 +83,24 @@ def test_plain_peft_reads_the_same_model(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), found, atol=1e-4, rtol=1e-4)
 
 
+# A row of next to nothing is divided by its length in the first norm, and so are its gradients.
+def test_a_row_that_the_base_was_never_trained_on_begins_as_the_mean(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokenizer = LlamaForCausalLM(tiny_config()), byte_tokenizer()
+    unseen, seen = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    model.model.embed_tokens.weight.data[unseen] = 0
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lora, train = {"rank": 4, "train_tokens": ["<|end|>", "<|user|>"]}, {"learning_rate": 1e-9, "max_steps": 1}
+    recipe = write_recipe(tmp_path, tmp_path / "base", lora=lora, train=train)
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for table in ("model.embed_tokens", "lm_head"):
+        weight, rows = model.get_submodule(table).weight.detach(), saved[f"base_model.model.{table}{ROWS}"]
+        torch.testing.assert_close(rows[0], weight[seen], rtol=0.01, atol=1e-4)
+        torch.testing.assert_close(rows[1], weight.mean(0), rtol=0.01, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
