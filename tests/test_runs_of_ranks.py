@@ -188,6 +188,7 @@ def test_memory_that_runs_out_on_one_rank_changes_nothing(pair, tmp_path) -> Non
     assert_same(run, pair[0])
 
 
+@pytest.mark.long  # that one rank's failure is told once is seen below
 def test_memory_that_is_not_to_be_had_on_one_rank_ends_all_with_a_checkpoint(pair, tmp_path) -> None:
     run = copy(pair[0], tmp_path / "run", up_to=6)
     first, second = in_each(run_out_of_memory, run, 100)

@@ -87,19 +87,6 @@ def what_becomes_of_others(ranks: Ranks, folder: str, fault: str) -> None:
     os._exit(0)
 
 
-def test_the_rank_that_fails_or_is_late_is_named(tmp_path) -> None:
-    faults = ("killed", "hangs", "fails")
-    launches = [launch(2, what_becomes_of_others, str(tmp_path), fault, QTUNE_RANKS_LIMIT="2s") for fault in faults]
-    for each in launches:
-        each.processes[0].wait(60)
-        each.wait(60)
-    killed, hung, failed = (json.loads((tmp_path / f"{fault}.json").read_text()) for fault in faults)
-    assert killed[:4] == ["Rank 1 ended, or its machine did, without a word.", 1, 1, True]
-    assert hung[0].startswith("Rank 1 did not come to where the others wait within 2 s, though it lives.")
-    assert failed[:4] == ["Rank 1: There is no card.", 1, 2, True]
-    assert max(killed[4], hung[4], failed[4]) < 15
-
-
 def what_others_are_told(ranks: Ranks, folder: str) -> None:
     """Rank 1 is killed in a call, when it has noted that it came; the last of three comes after the first knows."""
     from qtune.distributed import ranks as module
@@ -118,15 +105,7 @@ def what_others_are_told(ranks: Ranks, folder: str) -> None:
     os._exit(0)
 
 
-def test_all_are_told_the_same_of_one_that_dies_in_a_call(tmp_path) -> None:
-    launched = launch(3, what_others_are_told, str(tmp_path))
-    assert [each.returncode for each in launched.wait(60)] == [0, -signal.SIGKILL, 0]
-    first, last = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 2))
-    assert first == ["Rank 1 ended, or its machine did, without a word.", True]
-    assert last == [first[0], False]
-
-
-def what_is_told_of_the_first(ranks: Ranks, folder: str, waits: bool) -> None:
+def what_is_told_of_the_first(ranks: Ranks, folder: str, waits: int) -> None:
     """Rank 0, which has the store, is stopped, like a machine that is frozen; the other notes what it is told."""
     ranks.gather(0)
     if ranks.is_first:
@@ -135,22 +114,48 @@ def what_is_told_of_the_first(ranks: Ranks, folder: str, waits: bool) -> None:
         with ranks.one_before_others("base") if waits else contextlib.nullcontext():
             ranks.gather(1)
     except RankLost as lost:
-        Path(folder, f"{waits}.json").write_text(json.dumps([str(lost), ranks.fail(str(lost), 1)]))
+        Path(folder, f"waits-{waits}.json").write_text(json.dumps([str(lost), ranks.fail(str(lost), 1)]))
     os._exit(0)
 
 
-def test_a_first_rank_that_is_stopped_is_missed(tmp_path) -> None:
-    """By whoever waits in a call, and by whoever waits for what it does first."""
-    launches = [launch(2, what_is_told_of_the_first, str(tmp_path), each, QTUNE_RANKS_LIMIT="2s") for each in (0, 1)]
-    for each in launches:
-        try:
-            assert each.processes[1].wait(30) == 0
-        finally:
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """What each of these notes, all at the same time: they wait most of it."""
+    folder = tmp_path_factory.mktemp("told")
+    soon = {"QTUNE_RANKS_LIMIT": "2s"}
+    killed = launch(3, what_others_are_told, str(folder))
+    first = [launch(2, what_becomes_of_others, str(folder), fault, **soon) for fault in ("killed", "hangs", "fails")]
+    stopped = [launch(2, what_is_told_of_the_first, str(folder), waits, **soon) for waits in (0, 1)]
+    try:
+        for each in stopped:
+            each.processes[1].wait(60)
+    finally:
+        for each in stopped:
             os.kill(each.processes[0].pid, signal.SIGKILL)
-            each.wait(10)
-    for each in (0, 1):
-        told = json.loads((tmp_path / f"{each}.json").read_text())
-        assert told == ["Rank 0 is gone, without which the ranks do not find each other.", True]
+        for each in (killed, *first, *stopped):
+            each.wait(60)
+    return folder
+
+
+def test_the_rank_that_fails_or_is_late_is_named(told) -> None:
+    killed, hung, failed = (json.loads((told / f"{fault}.json").read_text()) for fault in ("killed", "hangs", "fails"))
+    assert killed[:4] == ["Rank 1 ended, or its machine did, without a word.", 1, 1, True]
+    assert hung[0].startswith("Rank 1 did not come to where the others wait within 2 s, though it lives.")
+    assert failed[:4] == ["Rank 1: There is no card.", 1, 2, True]
+    assert max(killed[4], hung[4], failed[4]) < 15
+
+
+def test_all_are_told_the_same_of_one_that_dies_in_a_call(told) -> None:
+    first, last = (json.loads((told / f"{rank}.json").read_text()) for rank in (0, 2))
+    assert first == ["Rank 1 ended, or its machine did, without a word.", True]
+    assert last == [first[0], False]
+
+
+@pytest.mark.parametrize("waits", [0, 1])
+def test_a_first_rank_that_is_stopped_is_missed(told, waits) -> None:
+    """By whoever waits in a call, and by whoever waits for what it does first."""
+    noted = json.loads((told / f"waits-{waits}.json").read_text())
+    assert noted == ["Rank 0 is gone, without which the ranks do not find each other.", True]
 
 
 def test_one_process_is_answered_at_once_and_loads_nothing() -> None:
