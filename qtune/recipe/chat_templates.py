@@ -140,10 +140,14 @@ def fitting(special_tokens: Collection[str], eos_token: str | None) -> list[str]
 
 
 def text_of(template: str) -> str:
-    """The Jinja text of `model.chat_template`, a name of these or a file. Raises ModelError for one not to be read."""
+    """The Jinja text of `model.chat_template`, a name of these or a file. Raises ModelError for one that is empty, or
+    cannot be read."""
     if template in BUILT_IN:
         return BUILT_IN[template].text
     try:
-        return Path(template).read_text(encoding="utf-8")
+        text = Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
         raise ModelError(f"model.chat_template: {template} cannot be read ({fault}).") from None
+    if not text.strip():
+        raise ModelError(f"model.chat_template: {template} is empty.")
+    return text

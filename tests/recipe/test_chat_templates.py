@@ -153,3 +153,6 @@ def test_a_recipe_names_one(tmp_path: Path) -> None:
     assert load_tokenizer(Model(base="demo", chat_template="alpaca")).chat_template == BUILT_IN["alpaca"].text
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     assert text_of(str(tmp_path / "own.jinja")) == "{{ messages }}"
+    (tmp_path / "own.jinja").write_text(" \n")
+    with pytest.raises(ModelError, match=r"model\.chat_template: .*own\.jinja is empty\."):
+        text_of(str(tmp_path / "own.jinja"))
