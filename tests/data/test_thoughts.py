@@ -86,6 +86,10 @@ def test_thoughts_in_parts_and_in_a_column_are_read() -> None:
                 "<|start|>assistant<|channel|>final<|message|>Second.<|return|>",
             ],
         ),
+        *(
+            (name, ["<think>\nhm one\n</think>\n\n", f"First.{end}", "<think>\nhm two\n</think>\n\n", f"Second.{end}"])
+            for name, end in (("chatml", "<|im_end|>"), ("alpaca", "<|end|>"), ("plain", "<|end|>"))
+        ),
         (
             "meta-llama-Llama-3.1-8B-Instruct",
             [
