@@ -25,7 +25,7 @@ from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.lock import Lock
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
 from qtune.model.loaded import Loaded
-from qtune.model.open_model import open_merged, open_run
+from qtune.model.open_model import model_of, open_merged, open_run
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.recipe.schema import MAX_COUNT, Columns, Data, Evaluate, Recipe
@@ -105,7 +105,7 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
     held-out rows are no longer those of the run.
     """
     lock, recipe = run.read_lock(), recipe_then(run)
-    tokenizer, wanted = load_tokenizer(recipe.model), asked.settled(recipe)
+    tokenizer, wanted = load_tokenizer(model_of(run)), asked.settled(recipe)
     about: dict[str, Any] = {}
     if asked.data is None:
         held_out = _held_out(run, recipe, tokenizer, lock, doing)

@@ -120,6 +120,15 @@ def test_rows_of_ones_own_that_cannot_be_scored_are_named_by_line(finished: Path
     assert "must be one of exact_match, token_f1" in capsys.readouterr().err
 
 
+def test_rows_of_ones_own_are_asked_by_the_template_that_the_run_kept(finished: Path, tmp_path: Path, capsys) -> None:
+    """They were asked by what the recipe's file said by then."""
+    run, mine = copy(finished, tmp_path / "run"), tmp_path / "mine.jsonl"
+    mine.write_text('{"question": "q", "answer": "a"}\n')
+    (run / "adapter" / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    assert qtune("eval", run, "--data", mine) == 2
+    assert "division by zero" in capsys.readouterr().err
+
+
 def test_what_has_no_effect_is_refused(finished: Path, capsys) -> None:
     for arguments, named in (
         (["--limit", "3"], "--limit: has no effect without --tasks"),
