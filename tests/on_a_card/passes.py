@@ -15,8 +15,12 @@ from qtune.evaluate.held_out_loss import to_device
 from qtune.memory.engine import Engine
 from qtune.memory.memory_tracker import LiveBytes, block_bytes
 from qtune.memory.techniques import Techniques
+from qtune.merge.live_weights import held
 from qtune.model import adapter, base
+from qtune.model.activation_directions import point_along_inputs
+from qtune.model.checkpoint import BaseCheckpoint
 from qtune.model.loaded import Loaded
+from qtune.model.quantization_error import make_good
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.schema import Lora, Model
 
@@ -120,3 +124,38 @@ def test_so_does_an_architecture_most_of_which_is_on_the_host(tmp_path: Path, ki
     byte_tokenizer().save_pretrained(tmp_path)
     lora = Lora(rank=4, targets=["q_proj", "experts"]) if "moe" in kind else Lora(rank=4, dropout=0.1)
     assert_as_on_the_processor(tmp_path, techniques("all streamed", "host embedding", "host head", "tiles"), lora)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_so_do_trained_rows_of_a_table_that_is_elsewhere(tmp_path: Path, kind: str) -> None:
+    """Two tables, one, and one whose rows are scaled; the rows stand on the card, whatever they were taken from."""
+    torch.manual_seed(0)
+    KINDS[kind]().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    lora = Lora(rank=4, targets=("q_proj",), train_tokens=("a", "b", "c"))
+    on = techniques("all streamed", "host embedding", "tiles")
+    assert_as_on_the_processor(tmp_path, on, lora)
+
+
+def begun(folder: Path, device: str, on: Techniques) -> list[torch.Tensor]:
+    """A and B of LoftQ, and then A of EVA, of layers that are streamed."""
+    model = adapter.attach(base.load_base(Model(base=str(folder)), device, "float32", on), Lora(rank=4), 0)
+    checkpoint = BaseCheckpoint.open(folder)
+
+    def weights(name: str, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        return checkpoint.called(f"{name}.weight").to(device, torch.float32), held(layer, torch.device(device))
+
+    make_good(model, weights)
+    found = [parameter.detach().cpu().clone() for parameter in trained(model)]
+    Engine(model).switch_to(on)
+    given = {name: to_device(value, device) for name, value in batch((40, 30)).items()}
+    loaded = Loaded(model.eval(), load_tokenizer(Model(base=str(folder))), device, "float32")
+    with torch.no_grad(), loaded.as_base():
+        point_along_inputs(model, [given], lambda pack: model(**pack, fused_loss=True))
+    return found + [parameter.detach().cpu() for parameter in trained(model)]
+
+
+def test_an_adapter_begins_as_on_the_processor(tiny_base: Path) -> None:
+    on = techniques("all streamed", "host embedding", "host head", "tiles", "head groups")
+    for ours, theirs in zip(*(begun(tiny_base, device, on) for device in (CARD, "cpu")), strict=True):
+        assert torch.equal(ours, theirs)
