@@ -76,7 +76,8 @@ class Rehearsed:
 class Scored:
     """Base (`who="base"`) or tuned (`who="tuned"`) on the held-out rows; `score` is None where no metric was asked.
 
-    `general_loss` is over text that has nothing to do with the task, None where none was measured.
+    `general_loss` is over text that has nothing to do with the task, None where none was measured. Of pairs `preferred`
+    is in what share of them the chosen answer is the likelier one.
     """
 
     who: str
@@ -86,6 +87,7 @@ class Scored:
     rows: int
     score_seconds: float
     general_loss: float | None = None
+    preferred: float | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def check_data(recipe: Recipe, doing: "Doing | None" = None) -> "Checked":
         if recipe.evaluate.general not in GENERAL_WORDS:
             general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)  # a run refuses one without text
         doing(f"reading {recipe.data.train}")
-        found = audit(recipe.data, tokenizer, doing.rows, fault_asked(recipe.evaluate))
+        asked, in_pairs = fault_asked(recipe.evaluate), recipe.train.learns_pairs
+        found = audit(recipe.data, tokenizer, doing.rows, asked, in_pairs)
         return judge(found, recipe.data, refusals(found, recipe, tokenizer))
 
 

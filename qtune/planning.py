@@ -44,7 +44,7 @@ def plans_of_cards(recipe: Recipe, devices: Sequence[Device], world: World, doin
         doing(f"reading {recipe.data.train}")
         tokenizer = load_tokenizer(recipe.model)
         trained_ids(tokenizer, recipe.lora.train_tokens)
-        work = work_of(prepare(recipe, tokenizer, doing.rows))
+        work = work_of(prepare(recipe, tokenizer, doing.rows), recipe.train)
     else:
         work = Work.of_full_sequences(recipe.data.max_tokens)
     doing("planning")

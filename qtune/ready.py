@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qtune import __version__, logs
+from qtune.data.packing import packed_rows
 from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.distributed import agreement
@@ -34,13 +35,14 @@ from qtune.plan.planner import decide
 from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.workload import Work
 from qtune.plan.world import World
-from qtune.recipe.schema import Recipe
+from qtune.recipe.schema import Recipe, Train
 from qtune.recipe.text_part import TextPart
 from qtune.report.progress_line import Doing
 from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, leaves, read_json, write_json
 from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
+from qtune.train.objectives import OBJECTIVES
 from qtune.units import format_bytes
 
 MOVING = tuple(name for name, each in TECHNIQUES.items() if each.moves_layers)
@@ -147,7 +149,7 @@ def get_ready(
             ' or raise data.held_out_fraction; "last" needs none.'
         )
     doing("planning")
-    plan = decide(recipe, find_device(), config, work_of(read.prepared), settled, world=_world_of(ranks))
+    plan = decide(recipe, find_device(), config, work_of(read.prepared, recipe.train), settled, world=_world_of(ranks))
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
 
 
@@ -175,7 +177,7 @@ def agree_on_layers(ranks: Ranks, ready: Ready) -> Ready:
     asked = {TECHNIQUES[name].key: count for name, count in zip(MOVING, most, strict=True)}
     memory = ready.recipe.memory.model_copy(update={"keep_layers": "auto", **asked})
     recipe, config = ready.recipe.model_copy(update={"memory": memory}), base.read_config_alone(ready.recipe.model)
-    plan = decide(recipe, find_device(), config, work_of(ready.prepared), world=_world_of(ranks))
+    plan = decide(recipe, find_device(), config, work_of(ready.prepared, recipe.train), world=_world_of(ranks))
     return dataclasses.replace(ready, plan=plan)
 
 
@@ -192,9 +194,13 @@ def is_on_hub(recipe: Recipe) -> bool:
     return recipe.model.base != "demo" and not Path(recipe.model.base).is_absolute()
 
 
-def work_of(prepared: Prepared) -> Work:
-    train = prepared.train
-    return Work.of_packs(prepared.train_packs, train.tokens, train.trained_tokens)
+def work_of(prepared: Prepared, learned: Train) -> Work:
+    """`prepared` rows as they take memory and time where that is `learned`."""
+    train, packs = prepared.train, prepared.train_packs
+    predicted = train.trained_tokens
+    if OBJECTIVES[learned.objective].reads_whole:
+        predicted = predicted + train.prompt_tokens - 1  # and what a template writes behind an answer: a token or two
+    return Work.of_packs(packed_rows(train, packs).seq_lengths, packs, predicted)
 
 
 def start_folder(

@@ -32,6 +32,7 @@ from qtune.recipe.schema import MAX_COUNT, Columns, Data, Evaluate, Recipe
 from qtune.report.progress_line import Doing
 from qtune.resume import recipe_then
 from qtune.rundir import RunDir, write_json
+from qtune.train.objectives import OBJECTIVES
 
 T = TypeVar("T")
 
@@ -67,14 +68,16 @@ class OwnRows:
     dropped: tuple[Tally, ...]
 
     @classmethod
-    def read(cls, path: Path, data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell) -> "OwnRows":
+    def read(
+        cls, path: Path, data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, in_pairs: bool = False
+    ) -> "OwnRows":
         """By the columns and the format of `data` where the file has them, else recognised by its own columns.
 
         Raises DataError for a file that cannot be read, bad rows unless `data` drops them, and where none is left.
         """
         source = Source(str(path.absolute()))
-        wanted = _as_in(source, data)
-        form = format_of(source, wanted)
+        wanted = _as_in(source, data, in_pairs)
+        form = format_of(source, wanted, in_pairs)
         with token_cache.staged() as folder:
             writer = ExampleWriter(folder)
             taken = take_rows(source, form, encoding_of([form], Encoder.of(tokenizer)), wanted, writer, tell)
@@ -87,12 +90,12 @@ class OwnRows:
         return Ragged.each_alone(len(self.examples))
 
 
-def _as_in(source: Source, data: Data) -> Data:
+def _as_in(source: Source, data: Data, in_pairs: bool) -> Data:
     """`data`, without its columns and its format where the first row of `source` does not have them."""
     first = next((row for row in source.read(1) if isinstance(row, RawRow)), None)
     try:
         if first is not None:
-            recognise(data.format, [first], data.columns.mapped)
+            recognise(data.format, [first], data.columns.mapped, in_pairs)
     except DataError:
         return data.model_copy(update={"format": "auto", "columns": Columns()})
     return data
@@ -113,8 +116,8 @@ def on_rows(run: RunDir, asked: Asked, merged: Sequence[Path], doing: Doing) -> 
         held_out, about = _own_rows(asked.data, asked.rows, recipe, tokenizer, lock, doing)
     refuse_unscorable(scored_examples(held_out, wanted), wanted)
     pieces = pieces_to_begin_with(lock.documents_apart)
-    before, after = _both(run, lambda who, opened: _score(who, opened, held_out, wanted, pieces), doing)
-    others = []
+    before, after = _both(run, lambda who, opened, base: _score(who, opened, held_out, wanted, pieces, base), doing)
+    others, held_out = [], dataclasses.replace(held_out, base=before.pairs)
     for path in merged:
         doing(f"scoring {path}")
         others.append(_merged_score(path, tokenizer, lock, held_out, wanted, pieces))
@@ -133,15 +136,16 @@ def _merged_score(
     return score_file(path, tokenizer, held_out, wanted)
 
 
-def _both(run: RunDir, ask: Callable[[str, Loaded], T], doing: Doing) -> tuple[T, T]:
-    """What base and tuned say; their model is let go of on return, as the next one needs its room."""
+def _both(run: RunDir, ask: Callable[[str, Loaded, T | None], T], doing: Doing) -> tuple[T, T]:
+    """What base and tuned say, who hears what the base said; their model is let go of on return, as the next one needs
+    its room."""
     doing("loading the model")
     opened = open_run(run)
     doing("scoring the base model")
     with opened.as_base():
-        before = ask("base", opened)
+        before = ask("base", opened, None)
     doing("scoring the tuned model")
-    return before, ask("tuned", opened)
+    return before, ask("tuned", opened, before)
 
 
 def on_benchmarks(
@@ -157,7 +161,7 @@ def on_benchmarks(
         return [dataclasses.asdict(result) for result in benchmarks.run(opened, limit)]
 
     with doing.aside(f"running {', '.join(names)}"):  # lm-eval draws bars of its own
-        before, after = _both(run, lambda _, opened: run_on(opened), doing)
+        before, after = _both(run, lambda _, opened, __: run_on(opened), doing)
         results = {"base": before, "tuned": after}
         results |= {str(path): run_on(open_merged(path, run.read_lock())) for path in merged}
     found = {"tasks": list(names), "limit": limit, "results": results}
@@ -185,7 +189,7 @@ def _own_rows(
 ) -> tuple[HeldOut, dict[str, Any]]:
     """The rows of `path`, of which the first `rows` give the loss, and what is to be known of them."""
     doing(f"reading {path}")
-    own = OwnRows.read(path, recipe.data, tokenizer, doing.rows)
+    own = OwnRows.read(path, recipe.data, tokenizer, doing.rows, recipe.train.learns_pairs)
     trained_on = _trained_on(own, recipe, tokenizer, lock, doing.rows)
     about = {
         "data": str(path),
@@ -196,7 +200,8 @@ def _own_rows(
     }
     first = rows or len(own.examples)
     packs = [measured for pack in own.packs if (measured := [row for row in pack if row < first])]
-    return HeldOut(packed_rows(own.examples, packs), own.examples, lock.stop_token_ids), about
+    rows_of_loss = packed_rows(own.examples, packs)
+    return HeldOut(rows_of_loss, own.examples, lock.stop_token_ids, learned=recipe.train), about
 
 
 def _trained_on(
@@ -213,5 +218,9 @@ def _trained_on(
     return [own.examples[int(i)].place for i in numpy.flatnonzero(known)]
 
 
-def _score(who: str, opened: Loaded, held_out: HeldOut, wanted: Evaluate, pieces: int) -> Score:
-    return score(who, opened, held_out, wanted, Recovery(pieces=pieces))
+def _score(
+    who: str, opened: Loaded, held_out: HeldOut, wanted: Evaluate, pieces: int, base: Score | None = None
+) -> Score:
+    known = held_out if base is None else dataclasses.replace(held_out, base=base.pairs)
+    together = OBJECTIVES[held_out.learned.objective].documents
+    return score(who, opened, known, wanted, Recovery(pieces=pieces, together=together))

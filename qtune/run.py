@@ -17,6 +17,7 @@ from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import MachineError, RankLost, UserError
 from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
+from qtune.evaluate.held_out_pairs import PairLogs, loss_and_pairs
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
 from qtune.hardware import Device, prepare
@@ -38,6 +39,7 @@ from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.loop import Fitted, TrainingSession
+from qtune.train.objectives import OBJECTIVES
 from qtune.train.rows import HeldOutLoss, TrainingRows
 from qtune.units import counted, format_percent
 
@@ -105,11 +107,15 @@ def _told(
             loaded, engine = _load(ready, folder, ledger, tell, checkpoint, ranks)
         with base.refusing_unfit(kind, "a first pass through one"):
             ready = _probed(ready, folder, loaded, tell)
-    learner = Learner.of(loaded, engine, ledger, ready.plan, tell)
+    together = OBJECTIVES[ready.recipe.train.objective].documents
+    learner = Learner.of(loaded, engine, ledger, ready.plan, tell, together)
     rows = _rows(ready, learner)
     if checkpoint is None:
         _begin_by_rows(ready, learner, rows, tell)
     before = _base_score(ready, folder, learner, tell)
+    if before is not None and before.pairs:
+        ready = dataclasses.replace(ready, held_out=dataclasses.replace(ready.held_out, base=before.pairs))
+        rows = _rows(ready, learner)  # whose held-out loss is against the base's
     tell(learner.measure("eval", 0))
     tell.repeats = False
     session = TrainingSession(ready.recipe, ready.plan, learner, rows, tell, folder, checkpoint, ranks)
@@ -270,6 +276,7 @@ def _probed(ready: Ready, folder: RunDir, loaded: Loaded, tell: Listener) -> Rea
         tell(Notice(f"torch's varlen_attn does not work here ({why}): packed documents are padded to powers of two"))
     if not probed.leaks:
         return ready
+    packing_probe.refuse_pairs(ready.recipe)
     reason = f"documents in a pack read each other in this base (logits move by {format_percent(probed.moved_in_pack)})"
     tell(Notice(f"{reason}: each has a pass of its own, steps and losses stay those of packs"))
     ready = dataclasses.replace(ready, plan=ready.plan.with_documents_apart(reason))
@@ -302,8 +309,8 @@ def _rows(ready: Ready, learner: Learner) -> TrainingRows:
     """The packs to train on, and the held-out loss of the model as it then stands."""
     examples, packs, held_out = ready.prepared.train, ready.prepared.train_packs, ready.held_out
 
-    def loss_over(held_out_packs: Sequence[PackedRow], ranks: Ranks = ALONE) -> float:
-        return held_out_loss(learner.loaded, held_out_packs, learner.recovery, ranks)
+    def loss_over(some: Sequence[PackedRow], ranks: Ranks = ALONE, base: Sequence[PairLogs] = ()) -> float:
+        return loss_and_pairs(learner.loaded, some, held_out.learned, learner.recovery, ranks, base)[0]
 
     def places(numbers: Sequence[int]) -> list[str]:
         return [examples[i].place for number in numbers for i in packs[number]]
@@ -313,7 +320,7 @@ def _rows(ready: Ready, learner: Learner) -> TrainingRows:
         largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
         measured = HeldOutLoss(
             rows=len(held_out.examples),
-            of_all=lambda: loss_over(held_out.packs, learner.engine.ranks),
+            of_all=lambda: loss_over(held_out.packs, learner.engine.ranks, held_out.base),
             of_largest=lambda: loss_over([largest]),
         )
     return TrainingRows(packed_rows(examples, packs), measured, places)

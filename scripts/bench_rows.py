@@ -120,7 +120,7 @@ def measure(path: Path, folder: Path, with_audit: bool) -> None:
             held.enter("prepare: from the cache")
             prepared = prepare(recipe, tokenizer)
         held.enter(f"plan: {start}")
-        work = work_of(prepared)
+        work = work_of(prepared, recipe.train)
         work.heaviest(4), work.document_tokens, work.mean_tokens
         packs = packed_rows(prepared.train, prepared.train_packs)
         held.enter(f"rehearsal: {start}")

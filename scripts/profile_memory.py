@@ -77,7 +77,6 @@ from qtune.plan.workload import Work, heaviest_first
 from qtune.recipe import load, shipped_recipes
 from qtune.recipe.schema import Model, Recipe
 from qtune.rundir import is_used
-from qtune.train import optimizers
 from qtune.train.dry_run import as_after_a_step, count_what_is_there, finish_step
 from qtune.train.learner import Learner
 from qtune.train.rows import TrainingRows
@@ -290,7 +289,7 @@ def with_trl_loss(stage: Stage, recipe: Recipe, plan: Plan, rows: Sequence[Packe
     trainer = MeteredTrainer(
         learner,
         sft_config(recipe, plan, folder),
-        optimizers.OPTIMIZERS[recipe.train.optimizer],
+        recipe.train,
         TrainingRows(rows),
         None,
     )

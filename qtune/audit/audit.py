@@ -82,9 +82,15 @@ class Progress:
     line: int = 0
 
 
-def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, fault_of: FaultOf | None = None) -> Audit:
+def audit(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    tell: Tell,
+    fault_of: FaultOf | None = None,
+    in_pairs: bool = False,
+) -> Audit:
     """Read all that `data` names and keep what is wrong with it; `tell` hears how far that is, `fault_of` says why an
-    answer to a row could not be scored.
+    answer to a row could not be scored, and rows are `in_pairs` where that is what is learned.
 
     Raises ModelError for a chat template that no row could be written with, DataError and MachineError for a hub
     dataset that cannot be had.
@@ -95,7 +101,7 @@ def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, fault_of: 
         for source, is_held_out in ((Source.of_train(data), False), (Source.of_held_out(data), True)):
             if source is None:
                 continue
-            count, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell)
+            count, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell, in_pairs)
             counts.append(count)
             chains.append(chain)
         tell("comparing", len(likeness), None)
@@ -107,13 +113,19 @@ def audit(data: Data, tokenizer: PreTrainedTokenizerBase, tell: Tell, fault_of: 
 
 
 def _see_source(
-    source: Source, is_held_out: bool, data: Data, tokenizer: PreTrainedTokenizerBase, seen: Seen, tell: Tell
+    source: Source,
+    is_held_out: bool,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seen: Seen,
+    tell: Tell,
+    in_pairs: bool,
 ) -> tuple[SourceCounts, StopChain | None]:
     before, taken_before = len(seen.places), len(seen.taken.rows)
     progress, form, chain = Progress(None), None, None
     with source.unchanged(), _as_utf8(source, seen.groups, progress) as readable:
         if readable is not None:
-            form = _recognise(readable, data, seen.groups)
+            form = _recognise(readable, data, in_pairs, seen.groups)
             template = ChatTemplate.of(tokenizer) if form and not form.is_text else None
             seen.notices += [readable.notice] if form and readable.notice else []
             encoding = Encoding(Encoder.of(tokenizer), template, look_at)
@@ -156,10 +168,10 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         yield Source(str(copy), table=source.table)
 
 
-def _recognise(source: Source, data: Data, groups: Groups) -> DataFormat | None:
+def _recognise(source: Source, data: Data, in_pairs: bool, groups: Groups) -> DataFormat | None:
     """The format, or None with the reason grouped; what cannot be read is grouped by whoever reads on."""
     try:
-        return format_of(source, data)
+        return format_of(source, data, in_pairs)
     except UnknownColumns as fault:
         groups.add("unknown-columns", fault.place, fault.reason)
     except FileFault:

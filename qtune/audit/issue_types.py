@@ -39,6 +39,10 @@ KINDS = {
     "unknown-weight": Kind("{have} a weight other than 0 and 1", "An answer with 0 is read only, one with 1 trained."),
     "half-character": Kind("hold{s} half a character", ""),
     "empty-text": Kind("{have} an empty text", ""),
+    "no-preference": Kind(
+        "{have} no answer that is preferred to another",
+        "A pair answers one question twice, and not in the same words. Take them out.",
+    ),
     "wrong-shape": Kind("{have} another shape than the format", ""),
     "template-refuses": Kind("cannot be written with the chat template", ""),
     "nothing-to-train": Kind("{have} nothing to train", "A row needs a token after its first. Take them out."),

@@ -107,7 +107,7 @@ def _see_length(row: Example, parts: Sequence[Example | Dropped], data: Data, se
 
 
 def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
-    text = item.text if isinstance(item, Document) else "\n".join(map(text_of_message, item.messages))
+    text = item.text if isinstance(item, Document) else "\n".join(map(text_of_message, item.messages + item.rejected))
     keys, personal = list(secrets_in(text)), list(personal_data_in(text))
     for code, told in (("secret", keys), ("personal-data", personal)):
         if told:
@@ -116,7 +116,7 @@ def _told_of(item: Conversation | Document) -> Iterator[tuple[str, str]]:
         if excerpt:
             yield code, HIDDEN if keys or personal else excerpt
     if isinstance(item, Conversation) and item.tools:
-        for message in item.messages:
+        for message in item.messages + item.rejected:
             yield from faults_of(message.calls, item.tools)
 
 
@@ -135,7 +135,7 @@ def see_roles(item: Conversation, template: ChatTemplate | None, groups: Groups)
 def _whole(item: Conversation | Document) -> str:
     if isinstance(item, Document):
         return item.text
-    return "\n".join([*map(_with_role, item.messages), *([item.tools] if item.tools else [])])
+    return "\n".join([*map(_with_role, item.messages + item.rejected), *([item.tools] if item.tools else [])])
 
 
 def _with_role(message: Message) -> str:
@@ -146,4 +146,4 @@ def _compared(item: Conversation | Document) -> str:
     """Without the system prompt, which many rows may share and be different for all that."""
     if isinstance(item, Document):
         return item.text
-    return "\n".join(text_of_message(message) for message in item.messages if message.role != "system")
+    return "\n".join(text_of_message(each) for each in item.messages + item.rejected if each.role != "system")

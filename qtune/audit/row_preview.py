@@ -40,8 +40,11 @@ class ShownRow:
     unused: tuple[str, ...] = ()
 
 
-def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTokenizerBase) -> ShownRow:
-    """The row that `wanted` names, by number (`17`) or place (`rows.jsonl:17`).
+def show_row(
+    data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTokenizerBase, in_pairs: bool = False
+) -> ShownRow:
+    """The row that `wanted` names, by number (`17`) or place (`rows.jsonl:17`); one of pairs where what is learned is
+    `in_pairs`.
 
     Raises DataError for a source without such a row, or one that cannot be read up to it, ModelError for a template.
     """
@@ -49,7 +52,7 @@ def show_row(data: Data, wanted: str, is_held_out: bool, tokenizer: PreTrainedTo
     number, row = _find(source, wanted)
     if isinstance(row, Dropped):
         return _left_out(number, row, "", data)
-    form = format_of(source, data)
+    form = format_of(source, data, in_pairs)
     assert form is not None, "a row that can be read has columns"
     item = as_learned(parse_row(row, form, data.columns.mapped, data.system), data)
     if isinstance(item, Dropped):

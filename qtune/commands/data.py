@@ -58,7 +58,9 @@ def show(options: Namespace) -> None:
 
         logs.quiet_libraries()
         doing(f"reading {recipe.data.train}")
-        row = show_row(recipe.data, options.row, options.held_out, load_tokenizer(recipe.model))
+        row = show_row(
+            recipe.data, options.row, options.held_out, load_tokenizer(recipe.model), recipe.train.learns_pairs
+        )
     if options.json:
         terminal.print_json(dataclasses.asdict(row))
     else:

@@ -44,6 +44,7 @@ class Block:
     ids: Ints
     id_ends: Ints
     tokens: Ints
+    rejected_at: Ints
     prompt_tokens: Ints
     trained_tokens: Ints
     cut_tokens: Ints
@@ -78,6 +79,7 @@ class Block:
             place=place,
             check=check,
             cut_tokens=int(self.cut_tokens[row]),
+            rejected_at=int(self.rejected_at[row]),
         )
 
     def _text(self, number: int) -> str:
@@ -222,9 +224,24 @@ class Examples(Sequence[Example]):
         return self._of_each("tokens")
 
     @cached_property
+    def are_pairs(self) -> bool:
+        """Whether there is a rejected conversation in every row; if not, there is in none."""
+        return len(self) > 0 and self[0].rejected_at > 0
+
+    @property
+    def rejected_at(self) -> Ints:
+        """`Example.rejected_at` of each row."""
+        return self._of_each("rejected_at")
+
+    @cached_property
     def trained_tokens(self) -> Ints:
         """`Example.trained_tokens` of each row."""
         return self._of_each("trained_tokens")
+
+    @property
+    def prompt_tokens(self) -> Ints:
+        """The length of each row's `Example.prompt_ids`."""
+        return self._of_each("prompt_tokens")
 
     @property
     def cut_tokens(self) -> Ints:
@@ -260,6 +277,7 @@ class OpenBlock:
         values["ids"].extend(array("i", example.prompt_ids) if is_cut_short else ids)  # one begins with the other
         values["id_ends"].append(len(values["ids"]))
         values["tokens"].append(len(example.input_ids))
+        values["rejected_at"].append(example.rejected_at)
         values["prompt_tokens"].append(len(example.prompt_ids))
         values["trained_tokens"].append(example.trained_tokens)
         values["cut_tokens"].append(example.cut_tokens)

@@ -44,13 +44,22 @@ class PackedRows(Sequence[PackedRow]):
         return {
             "input_ids": numpy.concatenate(ids),
             "labels": numpy.concatenate(labels),
-            "seq_lengths": [len(part) for part in ids],
+            "seq_lengths": self._documents(at) if self.examples.are_pairs else [len(part) for part in ids],
         }
+
+    def _documents(self, at: int) -> list[int]:
+        """How long those of a sequence of pairs are, two of each."""
+        pairs = [self.examples[i] for i in self.packs[at]]
+        return [length for pair in pairs for length in (pair.rejected_at, len(pair.input_ids) - pair.rejected_at)]
 
     @property
     def seq_lengths(self) -> Ragged:
         """What `seq_lengths` is in each row, without making the rows."""
-        return Ragged(self.examples.tokens[self.packs.values], self.packs.ends)
+        tokens = self.examples.tokens[self.packs.values]
+        if not self.examples.are_pairs:
+            return Ragged(tokens, self.packs.ends)
+        at = self.examples.rejected_at[self.packs.values]
+        return Ragged(numpy.stack([at, tokens - at], axis=1).ravel(), 2 * self.packs.ends)
 
 
 def pack(lengths: Sequence[int] | Ints, max_tokens: int) -> Ragged:

@@ -86,7 +86,7 @@ def _prepare(
     tell: Tell,
 ) -> Prepared:
     data, tokenizer = recipe.data, encoder.tokenizer
-    forms = [format_of(source, data) for source in sources]
+    forms = [format_of(source, data, recipe.train.learns_pairs) for source in sources]
     encoding = encoding_of(forms, encoder)
     taken = [take_rows(*each, encoding, data, writer, tell) for each in zip(sources, forms, strict=True)]
     template = encoding.template

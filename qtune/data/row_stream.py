@@ -42,8 +42,9 @@ class UnknownColumns(DataError):
         super().__init__(f"{source.name}: {reason}")
 
 
-def format_of(source: Source, data: Data) -> DataFormat | None:
-    """The format of the rows by the first of them; by every column there is where it says too little.
+def format_of(source: Source, data: Data, in_pairs: bool = False) -> DataFormat | None:
+    """The format of the rows by the first of them; by every column there is where it says too little. What is learned
+    may be `in_pairs`.
 
     None where no row can be read. Raises UnknownColumns, and FileFault for a file that cannot be read.
     """
@@ -51,12 +52,12 @@ def format_of(source: Source, data: Data) -> DataFormat | None:
     if first is None:
         return None
     with contextlib.suppress(DataError):
-        return recognise(data.format, [first], data.columns.mapped)
+        return recognise(data.format, [first], data.columns.mapped, in_pairs)
     columns: dict[str, None] = {}
     for row in source.read(data.max_rows):
         columns.update(dict.fromkeys(row.values if isinstance(row, RawRow) else ()))
     try:
-        return recognise(data.format, [first, RawRow(dict(columns), first.place)], data.columns.mapped)
+        return recognise(data.format, [first, RawRow(dict(columns), first.place)], data.columns.mapped, in_pairs)
     except DataError as fault:
         raise UnknownColumns(source, first.place, str(fault)) from None
 

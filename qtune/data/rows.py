@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from qtune.data.formats import FORMATS, BadRow, DataFormat, Message, RowFault, Values, held
+from qtune.data.formats import FORMATS, BadRow, DataFormat, Message, Pair, RowFault, Values, held
 from qtune.data.formats.thoughts import parted
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
@@ -38,12 +38,18 @@ class Dropped:
     reason: str
 
 
+def last_trained(messages: Sequence[Message]) -> int:
+    """Which of them is the last answer that is learned."""
+    return max(i for i, message in enumerate(messages) if message.role == "assistant" and message.is_trained)
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Turns that end with an assistant's, where they come from, and what a metric holds the answer against.
 
     `unused` names the columns and the fields of messages that hold something and are read by nobody. `tools` is the
-    JSON text of those that the assistant is shown, "" for none.
+    JSON text of those that the assistant is shown, "" for none. `rejected` are the messages that these are preferred
+    to, none but in a pair.
     """
 
     messages: tuple[Message, ...]
@@ -51,11 +57,12 @@ class Conversation:
     check: str = ""
     unused: tuple[str, ...] = ()
     tools: str = ""
+    rejected: tuple[Message, ...] = ()
 
     @property
     def last_trained(self) -> int:
         """Which message is the last answer that is learned."""
-        return max(i for i, message in enumerate(self.messages) if message.role == "assistant" and message.is_trained)
+        return last_trained(self.messages)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class Example:
 
     `prompt_ids` is what the model sees before the last answer that is trained (empty for a document), `prompt_text` and
     `answer` its question and itself as written, `check` what a metric holds the answer against, `cut_tokens` how many
-    trained tokens truncation took.
+    trained tokens truncation took. Of a pair the rejected conversation follows the chosen one, from token `rejected_at`
+    on; of all else that is 0.
     """
 
     input_ids: list[int]
@@ -85,6 +93,7 @@ class Example:
     place: str
     check: str = ""
     cut_tokens: int = 0
+    rejected_at: int = 0
 
     @property
     def trained_tokens(self) -> int:
@@ -131,15 +140,22 @@ def as_learned(item: Conversation | Document | Dropped, data: Data) -> Conversat
     """The conversation with its thoughts and its answers trained as data.thoughts and data.train_on have it."""
     if not isinstance(item, Conversation):
         return item
-    messages = [_thinking(each, data.thoughts) if each.role == "assistant" else each for each in item.messages]
-    if any(each.role == "assistant" and not each.content and not each.calls for each in messages):
+    messages, rejected = (_learned(each, data) for each in (item.messages, item.rejected))
+    if any(each.role == "assistant" and not each.content and not each.calls for each in (*messages, *rejected)):
         return Dropped(item.place, RowFault.EMPTY_TEXT, "an answer is nothing but a thought")
-    if data.train_on == "last":
-        messages = [
-            dataclasses.replace(each, is_trained=each.is_trained and at == item.last_trained)
-            for at, each in enumerate(messages)
-        ]
-    return dataclasses.replace(item, messages=tuple(messages))
+    if messages == rejected:
+        return Dropped(item.place, RowFault.NO_PREFERENCE, "chosen and rejected are the same without their thoughts")
+    return dataclasses.replace(item, messages=messages, rejected=rejected)
+
+
+def _learned(messages: Sequence[Message], data: Data) -> tuple[Message, ...]:
+    thinking = [_thinking(each, data.thoughts) if each.role == "assistant" else each for each in messages]
+    if data.train_on == "all" or not messages:
+        return tuple(thinking)
+    last = last_trained(messages)
+    return tuple(
+        dataclasses.replace(each, is_trained=each.is_trained and at == last) for at, each in enumerate(thinking)
+    )
 
 
 def _thinking(message: Message, mode: str) -> Message:
@@ -155,9 +171,12 @@ def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: st
     columns = form.columns(row.values.keys(), mapped)
     _refuse_missing([field for field in form.needed if field not in columns])
     values = {field: row.values[column] for field, column in columns.items()}
-    result, tools = form.read(values, system), form.tools(values)
+    item, tools = form.read(values, system), form.tools(values)
+    result = item.chosen if isinstance(item, Pair) else item
+    rejected = item.rejected if isinstance(item, Pair) else ()
     check = _as_text(values.get("check"))
-    _refuse_half_characters([result] if isinstance(result, str) else [tools, check, *map(text_of_message, result)])
+    said = [result] if isinstance(result, str) else [tools, check, *map(text_of_message, (*result, *rejected))]
+    _refuse_half_characters(said)
     unused = dict.fromkeys([*held(row.values, columns.values()), *form.unread(values)])
     if isinstance(result, str):
         return Document(result, row.place, tuple(unused), row.continues)
@@ -165,7 +184,7 @@ def _parsed(row: RawRow, form: DataFormat, mapped: Mapping[str, str], system: st
     is_another = result[0].role == "system" and result[0].content not in (own or "")
     if own and is_another and (not tools or "tools" in values):  # the messages have one of their own
         unused[columns["system"]] = None
-    return Conversation(result, row.place, check, tuple(unused), tools)
+    return Conversation(result, row.place, check, tuple(unused), tools, rejected)
 
 
 def text_of_message(message: Message) -> str:
@@ -198,8 +217,9 @@ def _refuse_half_characters(texts: Iterable[str]) -> None:
             raise BadRow(RowFault.HALF_CHARACTER, f"the text holds half a character ({half})") from None
 
 
-def recognise(wanted: str, rows: Sequence[RawRow], mapped: Mapping[str, str]) -> DataFormat:
-    """The format to read `rows` with; auto goes by the first row, then by the columns of all.
+def recognise(wanted: str, rows: Sequence[RawRow], mapped: Mapping[str, str], in_pairs: bool = False) -> DataFormat:
+    """The format to read `rows` with; auto goes by the first row, then by the columns of all. It is one of pairs where
+    what is learned is `in_pairs`, and none elsewhere.
 
     Where several fit it is the first that knows a column by its own name; prompt-completion where all are mapped.
     Raises DataError where the columns fit no format, or not the wanted one, and for a mapped column no row has. That of
@@ -211,19 +231,27 @@ def recognise(wanted: str, rows: Sequence[RawRow], mapped: Mapping[str, str]) ->
             near = get_close_matches(column, present, 1)
             hint = f" Did you mean {near[0]}?" if near else f" The columns are {_listed(present)}."
             raise DataError(f'data.columns.{field} = "{column}": no row has such a column.{hint}')
-    candidates = list(FORMATS.values()) if wanted == "auto" else [FORMATS[wanted]]
+    candidates = [form for form in FORMATS.values() if form.is_pairs == in_pairs and wanted in ("auto", form.name)]
     for columns in (list(rows[0].values), present):
         fitting = [form for form in candidates if form.fits(columns, mapped) and _is_meant(form, rows[0], mapped)]
         known = [form for form in fitting if form.is_known_by(columns, mapped)]
         general = [form for form in fitting if form.name == "prompt-completion"]
         if fitting:
             return (known or general or fitting)[0]
-    raise DataError(_no_format(wanted, candidates, rows[0], present))
+    raise DataError((_no_pairs if in_pairs else _no_format)(wanted, candidates, rows[0], present))
 
 
 def _is_meant(form: DataFormat, row: RawRow, mapped: Mapping[str, str]) -> bool:
     columns = form.columns(row.values.keys(), mapped)
     return form.is_meant({field: row.values[column] for field, column in columns.items()})
+
+
+def _no_pairs(wanted: str, candidates: Sequence[DataFormat], first: RawRow, present: Sequence[str]) -> str:
+    return (
+        f"the columns {_listed(present)} hold no pairs, which train.objective asks for: a chosen and a rejected answer."
+        ' Name yours in [data.columns], such as chosen = "better" and rejected = "worse"; rows with one answer are'
+        ' learned by train.objective = "sft".'
+    )
 
 
 def _no_format(wanted: str, candidates: Sequence[DataFormat], first: RawRow, present: Sequence[str]) -> str:
@@ -232,8 +260,8 @@ def _no_format(wanted: str, candidates: Sequence[DataFormat], first: RawRow, pre
     says = f"{asked} the columns {_listed(present)}"
     if {"chosen", "rejected"} <= set(present):
         return (
-            f"{says}: these are preferences (DPO), and qtune does not train on pairs of answers yet. To learn the"
-            f" chosen ones alone: [data] columns = {{ {_chosen_alone(first, present)} }}."
+            f'{says}: these are pairs of answers, which train.objective = "dpo" or "orpo" learns from.'
+            f" To learn the chosen ones alone: [data] columns = {{ {_chosen_alone(first, present)} }}."
         )
     if seem_a_row(present):
         return f"{says}, which seem to be a row: has the file no header? Write one above it: question,answer."

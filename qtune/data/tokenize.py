@@ -135,8 +135,9 @@ def characters_of(item: Conversation | Document | Dropped) -> int:
         return 0
     if isinstance(item, Document):
         return len(item.text)
-    called = sum(len(call.arguments) for message in item.messages for call in message.calls)
-    return called + len(item.tools) + sum(len(message.content) + len(message.thought) for message in item.messages)
+    messages = item.messages + item.rejected
+    called = sum(len(call.arguments) for message in messages for call in message.calls)
+    return called + len(item.tools) + sum(len(message.content) + len(message.thought) for message in messages)
 
 
 def batches_of(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
@@ -157,6 +158,41 @@ def tokenize(
     items: Sequence[Conversation | Document], template: ChatTemplate | None, encoder: Encoder
 ) -> list[Example | Dropped]:
     """Every row as ids and labels, or why it is not used. `template` is only asked for conversations."""
+    rejected = [
+        dataclasses.replace(item, messages=item.rejected, rejected=())
+        for item in items
+        if isinstance(item, Conversation) and item.rejected
+    ]
+    if not rejected:
+        return _tokenized(items, template, encoder)
+    every = iter(_tokenized([*items, *rejected], template, encoder))
+    first = list(itertools.islice(every, len(items)))
+    return [
+        _pair(row, next(every)) if isinstance(item, Conversation) and item.rejected else row
+        for item, row in zip(items, first, strict=True)
+    ]
+
+
+def _pair(chosen: Example | Dropped, rejected: Example | Dropped) -> Example | Dropped:
+    """Both behind one another, in one row."""
+    for row in (chosen, rejected):
+        if isinstance(row, Dropped):
+            return row
+        if row.trained_tokens == 0:
+            return Dropped(row.place, RowFault.NOTHING_TO_TRAIN, "has an answer with nothing to train")
+    assert isinstance(chosen, Example)
+    assert isinstance(rejected, Example)
+    return dataclasses.replace(
+        chosen,
+        input_ids=[*chosen.input_ids, *rejected.input_ids],
+        labels=[*chosen.labels, NOT_TRAINED, *rejected.labels[1:]],
+        rejected_at=len(chosen.input_ids),
+    )
+
+
+def _tokenized(
+    items: Sequence[Conversation | Document], template: ChatTemplate | None, encoder: Encoder
+) -> list[Example | Dropped]:
     cut = _pieces(items, template)
     encoded = iter(
         encoder.rows([[piece.text for piece in pieces] for pieces in cut if not isinstance(pieces, Dropped)])
@@ -212,6 +248,9 @@ def fit(example: Example, max_tokens: int, is_cut: bool) -> Example | Dropped:
         return Dropped(example.place, RowFault.NOTHING_TO_TRAIN, "has nothing to train")
     if len(example.input_ids) <= max_tokens:
         return example
+    if example.rejected_at:
+        told = f"is longer than data.max_tokens = {max_tokens:,} with both of its answers"
+        return Dropped(example.place, RowFault.TOO_LONG, told)
     if not is_cut:
         return Dropped(example.place, RowFault.TOO_LONG, f"is longer than data.max_tokens = {max_tokens:,}")
     ids, labels = example.input_ids[:max_tokens], example.labels[:max_tokens]

@@ -10,7 +10,7 @@ from qtune.units import counted
 THOUGHTS = "The answer is learned without it; a column named in data.columns.thought is learned before the answer."
 TOOLS = "The model is shown no tools."
 MASKS = "It leaves nothing out: every answer is learned. What leaves one out is its `weight`, 0, or `train`, false."
-PREFERENCES = "qtune does not train on preferences: every answer is learned as a good one."
+PREFERENCES = 'Every answer is learned as a good one; train.objective = "dpo" or "orpo" learns from pairs.'
 SAID_BESIDE = "what is said beside a call"
 MATTERS = {
     SAID_BESIDE: "The chat template leaves it out: the call is learned without it.",

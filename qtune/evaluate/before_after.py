@@ -14,6 +14,7 @@ from qtune.distributed.ranks import ALONE, Ranks
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.held_out_loss import held_out_loss
+from qtune.evaluate.held_out_pairs import PairLogs, loss_and_pairs
 from qtune.evaluate.metrics import METRICS, mean_parts
 from qtune.events import Listener, Notice, Scored
 from qtune.memory.oom_recovery import Recovery
@@ -30,7 +31,7 @@ class Score:
     """One model's result; `scores` and `answers` are empty where no metric was asked for.
 
     `parts` are the means of what the metric's score is made of, by name; `general_loss` is that over text which has
-    nothing to do with the task.
+    nothing to do with the task. `pairs` are the held-out rows where they are preferences.
     """
 
     who: str
@@ -40,6 +41,7 @@ class Score:
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
     general_loss: float | None = None
+    pairs: tuple[PairLogs, ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -47,10 +49,19 @@ class Score:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Score":
-        return cls(**{**values, "answers": tuple(values["answers"]), "scores": tuple(values["scores"])})
+        pairs = tuple(PairLogs(*each) for each in values.get("pairs", ()))
+        return cls(**{**values, "answers": tuple(values["answers"]), "scores": tuple(values["scores"]), "pairs": pairs})
+
+    @property
+    def preferred(self) -> tuple[float, ...]:
+        """Of every pair whether the chosen answer is the likelier one."""
+        return tuple(pair.is_preferred for pair in self.pairs)
 
     def event(self, metric: str) -> Scored:
-        return Scored(self.who, self.loss, metric, self.mean, len(self.scores), self.seconds, self.general_loss)
+        preferred = sum(self.preferred) / len(self.pairs) if self.pairs else None
+        return Scored(
+            self.who, self.loss, metric, self.mean, len(self.scores), self.seconds, self.general_loss, preferred
+        )
 
     def figures(self) -> dict[str, Any]:
         low, high = interval(self.scores) if self.scores else (None, None)
@@ -61,7 +72,14 @@ class Score:
             "low": low,
             "high": high,
             "parts": self.parts,
+            **({"preferred": self._preferences()} if self.pairs else {}),
         }
+
+    def _preferences(self) -> dict[str, float]:
+        """In what share of pairs the chosen answer is the likelier one, and by how many nats a token, as a mean."""
+        low, high = interval(self.preferred)
+        margin = sum(pair.margin for pair in self.pairs) / len(self.pairs)
+        return {"score": sum(self.preferred) / len(self.pairs), "low": low, "high": high, "margin": margin}
 
 
 def score(
@@ -78,12 +96,13 @@ def score(
     Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
     """
     start = time.monotonic()
-    loss = held_out_loss(loaded, held_out.packs, recovery, ranks)
+    packs, learned = held_out.packs, held_out.learned
+    loss, pairs = loss_and_pairs(loaded, packs, learned, recovery, ranks, held_out.base)
     general = held_out_loss(loaded, held_out.general, recovery, ranks) if held_out.general else None
     asked = scored_examples(held_out, wanted)
     prompts = ranks.share([example.prompt_ids for example in asked])
     answers = ranks.in_order(answer(loaded, prompts, held_out.stop_token_ids, wanted.max_new_tokens))
-    return marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start)
+    return replace(marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start), pairs=pairs)
 
 
 def score_told(
@@ -141,6 +160,7 @@ def compare(
         **figures_of(scores, held_out, wanted, seed),
         "worst": _shown(scores, scored_examples(held_out, wanted), worst_rows(tuned.scores, wanted.samples, seed)),
         "difference": difference(base.scores, tuned.scores),
+        **({"preferred_difference": difference(base.preferred, tuned.preferred)} if tuned.pairs else {}),
         "same_answers": {each.who: sum(map(str.__eq__, each.answers, tuned.answers)) for each in others},
     }
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,28 +21,35 @@ from qtune.data.tokenize import Encoder, fit, tokenize
 from qtune.errors import DataError
 from qtune.evaluate.metrics import METRICS, FaultOf
 from qtune.model.tokenizer import load_tokenizer
-from qtune.recipe.schema import Evaluate, Recipe
+from qtune.recipe.schema import Evaluate, Recipe, Train
+
+if TYPE_CHECKING:
+    from qtune.evaluate.held_out_pairs import PairLogs
 
 BUILTIN = Path(__file__).with_name("general.txt")
 MOST_TOKENS = 8192  # about a second of an 8-billion model on a card; enough for a loss that is sure to 0.02 nats
+LEARNED_ALONE = Train()  # each row by itself
 SHOWN_ROWS = 3  # of those that cannot be scored; they mostly have one fault in common
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What both models are asked: packed rows for the loss, examples for the score, and general text where wanted."""
+    """What both models are asked: packed rows for the loss of what is `learned`, examples for the score, and general
+    text where wanted. `base` is what the base made of pairs, once that is known."""
 
     packs: Sequence[PackedRow]
     examples: Sequence[Example]
     stop_token_ids: Sequence[int]
     general: Sequence[PackedRow] | None = None
+    learned: Train = LEARNED_ALONE
+    base: "Sequence[PairLogs]" = ()
 
     @classmethod
     def of(cls, prepared: Prepared, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
         """Raises DataError for a text in `evaluate.general` that cannot be measured."""
         packs = packed_rows(prepared.held_out, prepared.held_out_packs)
         general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
-        return cls(packs, prepared.held_out, prepared.stop_token_ids, general)
+        return cls(packs, prepared.held_out, prepared.stop_token_ids, general, recipe.train)
 
 
 def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:

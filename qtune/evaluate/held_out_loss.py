@@ -1,6 +1,7 @@
 """The held-out loss: mean negative log-likelihood in nats per trained token, over all rows at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -13,6 +14,12 @@ from qtune.memory.oom_recovery import Batch, Recovery, is_out_of_memory, let_go
 from qtune.memory.split_batch import split_batch
 from qtune.model.loaded import Loaded
 
+T = TypeVar("T")
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
 
 def held_out_loss(
     loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery | None = None, ranks: Ranks = ALONE
@@ -23,18 +30,32 @@ def held_out_loss(
     run again with what `recovery` can give up, in pieces at the least; raises OutOfMemory when that does not help.
     Of several ranks each runs its share, and all add up the same numbers in the same order as one would.
     """
-    recovery, model = recovery or Recovery(), loaded.model
+    nats = tokens = 0.0
+    for pieces in of_packs(loaded, rows, _summed, recovery or Recovery(), ranks):
+        of_pack = [sum(column, 0.0) for column in zip(*pieces, strict=True)]
+        nats, tokens = nats + of_pack[0], tokens + of_pack[1]
+    return nats / tokens
+
+
+def of_packs(
+    loaded: Loaded,
+    rows: Sequence[PackedRow],
+    of_piece: Callable[[Any, Batch], T],
+    recovery: Recovery,
+    ranks: Ranks,
+    prepared: Callable[[Batch], Batch] = _as_it_is,
+) -> list[list[T]]:
+    """What `of_piece` finds in every pack, in as few pieces as memory allows, by JSON-like values; a piece is
+    `prepared` on the host."""
+    model = loaded.model
     was_training = model.training
     model.eval()
-    nats = tokens = 0.0
     try:
         with loaded.passes_together():
-            ours = [_summed_pack(loaded, collate([row]), recovery) for row in ranks.share(rows)]
+            ours = [_of_pack(loaded, collate([row]), of_piece, recovery, prepared) for row in ranks.share(rows)]
     finally:
         model.train(was_training)
-    for loss, count in ranks.in_order(ours):
-        nats, tokens = nats + loss, tokens + count
-    return nats / tokens
+    return ranks.in_order(ours)
 
 
 def document_loss(loaded: Loaded, document: Sequence[int]) -> float:
@@ -43,20 +64,23 @@ def document_loss(loaded: Loaded, document: Sequence[int]) -> float:
     return held_out_loss(loaded, [row])
 
 
-def _summed_pack(loaded: Loaded, batch: Batch, recovery: Recovery) -> tuple[float, float]:
-    """Summed loss in nats and trained tokens of one pack, in as few pieces as memory allows."""
+def _of_pack(
+    loaded: Loaded,
+    batch: Batch,
+    of_piece: Callable[[Any, Batch], T],
+    recovery: Recovery,
+    prepared: Callable[[Batch], Batch],
+) -> list[T]:
     while True:
         documents: tuple[int, ...] = ()
-        nats = tokens = 0.0
+        found = []
         try:
-            for piece in split_batch(batch, recovery.pieces):
+            for piece in split_batch(batch, recovery.pieces, recovery.together):
                 documents = piece["document_lengths"]
+                on_device = {name: to_device(value, loaded.device) for name, value in prepared(piece).items()}
                 with torch.no_grad(), loaded.autocast():
-                    loss, count = _summed(
-                        loaded.model, {name: to_device(value, loaded.device) for name, value in piece.items()}
-                    )
-                nats, tokens = nats + loss.item(), tokens + count.item()
-            return nats, tokens
+                    found.append(of_piece(with_fused_head(loaded.model), on_device))
+            return found
         except Exception as fault:
             if not is_out_of_memory(fault):
                 raise
@@ -64,23 +88,23 @@ def _summed_pack(loaded: Loaded, batch: Batch, recovery: Recovery) -> tuple[floa
         recovery.after_pass("The held-out loss", "forward pass", documents)
 
 
-def _summed(model: torch.nn.Module, batch: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+def _summed(model: torch.nn.Module, batch: Batch) -> tuple[float, float]:
     """Summed loss in nats and the number of trained tokens."""
     if fused_cross_entropy.suits(model):
         output = model(**batch, fused_loss=True)
-        return output.nats, output.tokens
-    with_fused_head(model)
+        return output.nats.item(), output.tokens.item()
     output = model(**batch, fused_lm_head=True, use_cache=False)
-    return -output.log_probs.sum(), output.label_mask.sum()
+    return -output.log_probs.sum().item(), output.label_mask.sum().item()
 
 
 def to_device(value: object, device: str) -> object:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def with_fused_head(model: torch.nn.Module) -> None:
-    """Give the causal model under `model` trl's fused head, unless the trainer has done so already."""
+def with_fused_head(model: Any) -> Any:
+    """`model`, where ours does not allow tiles with trl's fused head, unless the trainer has given it one already."""
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     code = getattr(causal.forward, "__code__", None)
-    if code is None or code.co_name != "_fused_forward":
+    if not fused_cross_entropy.suits(model) and (code is None or code.co_name != "_fused_forward"):
         add_fused_lm_head(causal)
+    return model

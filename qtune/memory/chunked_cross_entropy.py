@@ -37,10 +37,15 @@ def tile_rows(most_bytes: int, columns: int) -> int:
 
 
 def of_sliced_head(
-    hidden: torch.Tensor, head: SlicedHead, labels: torch.Tensor, with_gradient: bool, made: MadeOf = PLAIN
+    hidden: torch.Tensor,
+    head: SlicedHead,
+    labels: torch.Tensor,
+    with_gradient: bool,
+    made: MadeOf = PLAIN,
+    of_each: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss of `hidden` (N, H) against `labels` (N,), and its gradient (N, H); of the head's products the logits
-    are `made`."""
+    """Summed loss of `hidden` (N, H) against `labels` (N,), or that `of_each` (N,), and its gradient (N, H); of the
+    head's products the logits are `made`."""
     first = head.parts[0]
     tiles = memory_tracker.tiles(len(hidden), tile_rows(TILE_BYTES, first.stop - first.start), hidden)
     highest = torch.full((len(hidden),), -torch.inf, device=hidden.device)
@@ -58,7 +63,9 @@ def of_sliced_head(
             del logits  # or the next tile's are made beside them
         del weight  # and the next slice beside this one
     normaliser = highest + total.log()
-    nats = (normaliser - own).sum()
+    nats = normaliser - own
+    if not of_each:
+        nats = nats.sum()
     return nats, _gradient(hidden, visits, labels, normaliser, tiles, made) if with_gradient else None
 
 

@@ -37,7 +37,8 @@ SHARE_OF_ROWS = 8  # a tile of an eighth of all rows is no more than a layer hol
 
 @dataclass
 class SummedLoss(ModelOutput):
-    """`nats`: the summed loss of all labelled tokens, a scalar; `tokens`: how many there are."""
+    """`nats`: the summed loss of all labelled tokens, a scalar, or the loss of each, (N,); `tokens`: how many there
+    are."""
 
     nats: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
@@ -52,7 +53,8 @@ def suits(model: PreTrainedModel | PeftModel) -> bool:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let `model(**batch, labels=labels, fused_loss=True)` return a SummedLoss. Any other call is its own forward."""
+    """Let `model(**batch, labels=labels, fused_loss=True)` return a SummedLoss, with `of_each` that of each token. Any
+    other call is its own forward."""
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against this signature
@@ -60,6 +62,7 @@ def install(model: PreTrainedModel) -> None:
         self: PreTrainedModel,
         *args: Any,
         fused_loss: bool = False,
+        of_each: bool = False,
         labelled: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -69,9 +72,8 @@ def install(model: PreTrainedModel) -> None:
         hidden = head_logits.decoder_of(self)(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         memory_tracker.enter_phase("loss")
         with memory_tracker.part_of_new("loss"):
-            return summed_loss(
-                hidden, self.get_output_embeddings(), labels, labelled, head_logits.made_of(self) or PLAIN
-            )
+            made = head_logits.made_of(self) or PLAIN
+            return summed_loss(hidden, self.get_output_embeddings(), labels, labelled, made, of_each)
 
     model.forward = types.MethodType(forward, model)
 
@@ -82,9 +84,10 @@ def summed_loss(
     labels: torch.Tensor,
     labelled: torch.Tensor | None = None,
     made: MadeOf = PLAIN,
+    of_each: bool = False,
 ) -> SummedLoss:
     """Loss of predicting each next label from `hidden` (B, T, H) by the linear `head`, of whose products the logits are
-    `made`; `labels` are (B, T).
+    `made`; `labels` are (B, T). Summed up, or `of_each` labelled token.
 
     `labelled` (N,) are the flat positions before a label, found from `labels` unless given: a forecast has no labels.
     """
@@ -93,7 +96,8 @@ def summed_loss(
     wanted = labels.flatten().index_select(0, labelled + 1)
     chosen = hidden.flatten(0, 1).index_select(0, labelled)
     place = trained_rows.place_of(head)
-    nats = _TiledCrossEntropy.apply(chosen, head, wanted, made, None if place is None else place.rows)
+    trained = None if place is None else place.rows
+    nats = _TiledCrossEntropy.apply(chosen, head, wanted, made, trained, of_each)
     return SummedLoss(nats=nats, tokens=labelled.new_tensor(len(labelled)))
 
 
@@ -105,7 +109,7 @@ def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy in float32 of the logits of `hidden` (N, H) against `labels` (N,)."""
+    """Cross-entropy in float32 of the logits of `hidden` (N, H) against `labels` (N,); summed up, or (N,) `of_each`."""
 
     @staticmethod
     def forward(
@@ -115,35 +119,43 @@ class _TiledCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         made: MadeOf,
         trained: torch.Tensor | None,
+        of_each: bool,
     ) -> torch.Tensor:
         assert not head.weight.requires_grad, "the head is frozen"
         rows = HeadRows.of(head) if trained is not None else None
-        nats, gradient = _of_head(hidden, head, labels, ctx.needs_input_grad[0], made, rows)
+        assert rows is None or not of_each, "the gradient of trained rows is that of the sum"
+        nats, gradient = _of_head(hidden, head, labels, ctx.needs_input_grad[0], made, rows, of_each)
         ctx.save_for_backward(gradient, None if rows is None else rows.gradient)
         return nats
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, torch.Tensor | None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, torch.Tensor | None, None]:
         gradient, of_rows = ctx.saved_tensors
         of_rows = None if of_rows is None else of_rows * upstream.float()
-        return gradient * upstream.to(gradient.dtype), None, None, None, of_rows
+        return gradient * upstream.to(gradient.dtype).unsqueeze(-1), None, None, None, of_rows, None
 
 
 def _of_head(
-    hidden: torch.Tensor, head: Any, labels: torch.Tensor, with_gradient: bool, made: MadeOf, rows: HeadRows | None
+    hidden: torch.Tensor,
+    head: Any,
+    labels: torch.Tensor,
+    with_gradient: bool,
+    made: MadeOf,
+    rows: HeadRows | None,
+    of_each: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss and its gradient (N, H), by the way that suits where the head is; that of its trained `rows` is added
-    up in them."""
+    """Summed loss, or that `of_each`, and its gradient (N, H), by the way that suits where the head is; that of its
+    trained `rows` is added up in them."""
     if not (is_quantized(head) or output_head.is_on_host(head)):
-        return of_weight(hidden, head.weight, labels, with_gradient, made, rows)
+        return of_weight(hidden, head.weight, labels, with_gradient, made, rows, of_each)
     assert rows is None, "a head with trained rows stays on the device"
     if is_quantized(head):
-        return of_sliced_head(hidden, output_head.sliced_nf4(head, hidden), labels, with_gradient, made)
+        return of_sliced_head(hidden, output_head.sliced_nf4(head, hidden), labels, with_gradient, made, of_each)
     slices = output_head.sliced_on_host(head, hidden.device)
     if len(slices.parts) == 1:
         ((_, weight),) = slices.visits(1)
-        return of_weight(hidden, weight, labels, with_gradient, made)
-    return of_sliced_head(hidden, slices, labels, with_gradient, made)
+        return of_weight(hidden, weight, labels, with_gradient, made, None, of_each)
+    return of_sliced_head(hidden, slices, labels, with_gradient, made, of_each)
 
 
 def rows_of_a_tile(rows: int, vocabulary: int) -> int:
@@ -162,19 +174,25 @@ def of_weight(
     with_gradient: bool,
     made: MadeOf = PLAIN,
     rows: HeadRows | None = None,
+    of_each: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed loss and its gradient (N, H), in tiles of tokens over the whole vocabulary of `weight` (V, H)."""
-    nats = torch.zeros((), device=hidden.device)
+    """Summed loss, or that `of_each` token (N,), and its gradient (N, H), in tiles of tokens over the whole vocabulary
+    of `weight` (V, H)."""
+    nats = torch.zeros(len(hidden) if of_each else (), device=hidden.device)
     gradient = torch.empty_like(hidden) if with_gradient else None
     for tile in memory_tracker.tiles(len(hidden), rows_of_a_tile(len(hidden), weight.shape[0]), hidden):
         logits = _products(hidden[tile].to(weight.dtype), weight, rows).float()
         logits, slopes = made.bend_(logits, with_slopes=gradient is not None)
         own = labels[tile, None]
         logits -= logits.amax(dim=1, keepdim=True)  # in place from here on: one tile of float32, not three
-        nats -= logits.gather(1, own).sum()
+        own_logits = logits.gather(1, own)
         p = logits.exp_()
         total = p.sum(dim=1, keepdim=True)
-        nats += total.log().sum()
+        if of_each:
+            nats[tile] = (total.log() - own_logits)[:, 0]
+        else:
+            nats -= own_logits.sum()
+            nats += total.log().sum()
         if gradient is not None:
             p /= total  # the logits' gradient is p - 1 at the label and p elsewhere
             p.scatter_add_(1, own, torch.full_like(total, -1.0))

@@ -120,13 +120,14 @@ class Recovery:
 
     `climb` switches a further memory technique on in the live model and returns a sentence on it, or None when none is
     left. `forget_pass` drops what the techniques keep of a pass that did not come to its end. Batches are run in
-    `pieces`, or as many as they have documents.
+    `pieces`, or as many as they have documents, of which so many stay `together`.
     """
 
     listen: Listener = unheard
     climb: NextTechnique = nothing_left
     forget_pass: Callable[[], None] = nothing_left
     pieces: int = 1
+    together: int = 1
     _lowest: LowestNode = field(default_factory=LowestNode, init=False, repr=False)
 
     def after_pass(self, where: str, phase: str, documents: Sequence[int]) -> None:
@@ -135,11 +136,11 @@ class Recovery:
         Raises OutOfMemory when there is nothing left to give up.
         """
         self._free()
-        if len(documents) > 1:
+        if len(documents) > self.together:
             self.pieces *= 2
             done = f"every batch in up to {self.pieces} pieces from here on"
         else:
-            done = self.climb() or _refuse(_one_document_too_long(where, phase, documents[0]))
+            done = self.climb() or _refuse(_one_document_too_long(where, phase, documents))
         self._tell(where, phase, done)
 
     def after_optimizer_step(self, where: str, is_first: bool) -> None:
@@ -166,9 +167,10 @@ def _refuse(sentence: str) -> NoReturn:
     raise OutOfMemory(sentence)
 
 
-def _one_document_too_long(where: str, phase: str, tokens: int) -> str:
+def _one_document_too_long(where: str, phase: str, documents: Sequence[int]) -> str:
+    tokens, what = sum(documents), "document" if len(documents) == 1 else "pair"
     return (
-        f"{where} ran out of memory in the {phase} with nothing but one document of {tokens:,} tokens, and no memory"
+        f"{where} ran out of memory in the {phase} with nothing but one {what} of {tokens:,} tokens, and no memory"
         f" technique is left to switch on. The adapter is that of the last whole step. Set data.max_tokens to"
         f" {max(8, tokens // 2)} (data.on_long says what becomes of longer rows), or take a smaller base."
     )
@@ -238,7 +240,7 @@ class OpenStep:
         try:
             for batch in self._batches[len(self._losses) :]:
                 shares = []
-                for piece in split_batch(batch, self._recovery.pieces):
+                for piece in split_batch(batch, self._recovery.pieces, self._recovery.together):
                     self.phase, documents = "forward pass", piece["document_lengths"]
                     shares.append(run(piece))
                 self._losses.append(torch.stack(shares).sum() if len(shares) > 1 else shares[0])

@@ -2,7 +2,7 @@
 
 Held less of: everything a pass makes; its peak is that of the largest piece, down to the longest document.
 Costs: one pass a piece, so small pieces leave a card idle; no arithmetic is done twice.
-Refuses: nothing; a batch has no more pieces than documents.
+Refuses: nothing; a batch has no more pieces than documents, or than groups of those that belong together.
 """
 
 from bisect import insort
@@ -13,20 +13,23 @@ from typing import Any
 import torch
 
 
-def split_batch(batch: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
-    """`batch` (of `data.packing.collate`, tensors of (1, N)) as min(`pieces`, its documents) batches, in order.
+def split_batch(batch: Mapping[str, Any], pieces: int, together: int = 1) -> list[dict[str, Any]]:
+    """`batch` (of `data.packing.collate`, tensors of (1, N)) as min(`pieces`, its documents) batches, in order; so many
+    documents one after another stay `together`.
 
     No token sees another document and none predicts across a boundary, so summed losses and gradients add up to those
     of `batch`. Twice the pieces are cuts of the same pieces.
     """
     lengths = batch["document_lengths"]
     ends = [0, *accumulate(lengths)]
+    groups = [sum(lengths[first : first + together]) for first in range(0, len(lengths), together)]
+    cuts = [min(together * cut, len(lengths)) for cut in cut_documents(groups, pieces)]
     return [
         {
             **{name: _cut(value, ends[first], ends[last]) for name, value in batch.items()},
             "document_lengths": tuple(lengths[first:last]),
         }
-        for first, last in pairwise(cut_documents(lengths, pieces))
+        for first, last in pairwise(cuts)
     ]
 
 

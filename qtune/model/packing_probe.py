@@ -21,6 +21,7 @@ from qtune.data.dataset import Examples
 from qtune.errors import ModelError
 from qtune.lock import PackingProbe
 from qtune.model.loaded import Loaded
+from qtune.recipe.schema import Recipe
 from qtune.units import format_percent
 
 DOCUMENT_TOKENS, NEIGHBOUR_TOKENS = (
@@ -101,6 +102,16 @@ def refuse_another(probed: PackingProbe, base: str) -> None:
             f"model.base: the loss that training makes of {base} is {100 * probed.by_loss:.2g} % off the"
             " cross-entropy of its logits. Its output head does something that qtune does not know, such as a scale or"
             " a cap. Take another base."
+        )
+
+
+def refuse_pairs(recipe: Recipe) -> None:
+    """Raises ModelError for preferences in a base whose packed documents read each other."""
+    if recipe.train.learns_pairs:
+        raise ModelError(
+            f"model.base: documents in a pack read each other in {recipe.model.base}, and train.objective ="
+            f' "{recipe.train.objective}" has both answers of a pair in one. Take another base, or learn the chosen'
+            ' answers alone: train.objective = "sft".'
         )
 
 

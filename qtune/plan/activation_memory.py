@@ -31,10 +31,11 @@ from qtune.memory.techniques.standing import Parts
 from qtune.model import adapter, base
 from qtune.model.loaded import autocast
 from qtune.plan import fake_model
-from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS, Forecaster
+from qtune.plan.forecast import FIRST_BACKWARD, FORWARD, LAST_BACKWARD, LOSS, REFERENCE, Forecaster
 from qtune.plan.parameter_count import count
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Recipe
+from qtune.train.objectives import OBJECTIVES
 
 STANDING = "standing"
 TRL_TILE = (4096, 32768)  # tokens and words of the logits that trl's fused head makes at once, whatever the vocabulary
@@ -74,7 +75,7 @@ def trace(
     `counter` where more than live bytes is asked for."""
     if counter is None:
         counter = MovedBytes() if card is None else LiveBytes(card=card)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode, objective = FakeTensorMode(allow_non_fake_inputs=True), OBJECTIVES[recipe.train.objective]
     model = fake_model.build(config, recipe, compute_dtype, mode)
     with mode, _as_on_a_card(card is not None), fake_model.dora_on_empty_weights():
         engine = Engine(model)
@@ -83,16 +84,21 @@ def trace(
             for parameter in adapter.trained_parameters(model):
                 parameter.grad = torch.zeros_like(parameter)
             counter.count(standing_tensors(model), STANDING)
-            model.train()
-            held, given = _before_layers(model, counter)
             counter.peaks.clear()
-            counter.enter_phase(FORWARD)
+            counter.enter_phase(REFERENCE if objective.has_reference else FORWARD)
             with counter.part_of_new("batch"):
                 ids = torch.zeros(1, batch.tokens, dtype=torch.long)
                 inputs = {"input_ids": ids, "labels": ids.clone(), "position_ids": ids.clone()}
                 labelled = torch.zeros(batch.labelled, dtype=torch.long)
             with autocast("cpu", compute_dtype):
-                loss = _loss(model, inputs, batch.document_lengths, labelled)
+                if objective.has_reference:
+                    model.eval()
+                    with torch.no_grad(), model.disable_adapter():
+                        _loss(model, dict(inputs), batch.document_lengths, labelled, of_each=True)
+                    counter.enter_phase(FORWARD)
+                model.train()
+                held, given = _before_layers(model, counter)
+                loss = _loss(model, inputs, batch.document_lengths, labelled, objective.learns_pairs)
             loss.backward()
     begun, again = counter.begun[LOSS], _again(techniques)
     checkpoint = _of_a_layer("checkpoints", begun, techniques.recomputed_layers)
@@ -140,10 +146,16 @@ def standing_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def _loss(
-    model: PeftModel, inputs: dict[str, torch.Tensor], lengths: tuple[int, ...], labelled: torch.Tensor
+    model: PeftModel,
+    inputs: dict[str, torch.Tensor],
+    lengths: tuple[int, ...],
+    labelled: torch.Tensor,
+    of_each: bool,
 ) -> torch.Tensor:
     if fused_cross_entropy.suits(model):
-        return model(**inputs, document_lengths=lengths, fused_loss=True, labelled=labelled).nats
+        asked = {**inputs, "document_lengths": lengths, "labelled": labelled}
+        nats: torch.Tensor = model(**asked, fused_loss=True, of_each=of_each).nats
+        return nats.sum() if of_each else nats
     labels = inputs.pop("labels")
     causal: Any = model.get_base_model()
     hidden = head_logits.decoder_of(causal)(**inputs, document_lengths=lengths, use_cache=False).last_hidden_state
@@ -157,7 +169,8 @@ def _loss(
 
 def _first_and_last(counter: LiveBytes) -> dict[str, Peak]:
     """The backward passes of single layers folded into two: the first layer's, and the largest of the others."""
-    peaks = {phase: _without_standing(counter.peaks[phase]) for phase in (FORWARD, LOSS)}
+    there = [phase for phase in (REFERENCE, FORWARD, LOSS) if phase in counter.peaks]
+    peaks = {phase: _without_standing(counter.peaks[phase]) for phase in there}
     backward = {layer: _without_standing(counter.peaks[phase]) for layer, phase in counter.layer_phases.items()}
     if backward:
         peaks[FIRST_BACKWARD] = backward[0]
@@ -282,10 +295,10 @@ def _with_others(phase: str, peak: Peak, further: Peak, kept: Sequence[tuple[Pea
     """`peak` with what `further` recomputed layers hold in `phase`, and of each of the `kept` so many more.
 
     A layer's activations wait until the loss has gone back through it; its checkpoint until that reaches the layer,
-    but in host memory, where buffers are kept for the next pass, to the end.
+    but in host memory, where buffers are kept for the next pass, to the end. The base's pass keeps neither.
     """
     device, host = peak.device, _add(peak.host, further.host, 1)
-    if phase != FIRST_BACKWARD:
+    if phase not in (FIRST_BACKWARD, REFERENCE):
         device = _add(device, further.device, 1)
     for left, layers in kept if phase in (FORWARD, LOSS) else ():
         device, host = _add(device, left.device, layers), _add(host, left.host, layers)

@@ -15,6 +15,7 @@ from qtune.units import KIB, MIB
 SLACK_FRACTION = 0.04  # of what the allocator has handed out: freed blocks that fit nothing else; not measured yet
 NOT_ALLOCATED = ("context", "slack", PAGED_OPTIMIZER)
 FORWARD, LOSS, FIRST_BACKWARD, LAST_BACKWARD, STEP = "forward", "loss", "backward first", "backward last", "step"
+REFERENCE = "reference"  # the base's pass before that which trains, where the objective asks for one
 EXCHANGE = "exchange"  # between several ranks, before the step
 EXCHANGED_BYTES = 12  # of a trained weight: float32 in one buffer, in parts for the ranks, and theirs (train.replicas)
 
@@ -57,7 +58,8 @@ class Passes(Protocol):
 
     def peaks(self, techniques: Techniques, batch: BatchShape) -> dict[str, Peak]:
         """By phase: `FORWARD`, `LOSS`, and where layers are recomputed `FIRST_BACKWARD` and `LAST_BACKWARD`, the
-        backward passes of the first layer and of the one of the others that holds most."""
+        backward passes of the first layer and of the one of the others that holds most; `REFERENCE` where there is
+        such a pass."""
         ...
 
     def checkpoint_bytes(self, batch: BatchShape) -> int:

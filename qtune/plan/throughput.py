@@ -24,7 +24,9 @@ from qtune.memory.techniques.standing import ATTENTION_PASSES, Standing
 from qtune.plan.ladder import Ladder
 from qtune.plan.workload import Work
 from qtune.plan.world import ALONE, World
+from qtune.train.objectives import OBJECTIVES
 
+OF_REFERENCE = 1 / 2  # of a step's arithmetic: what the frozen weights take forward, of forward and backward
 GRADIENT_BYTES = 4  # of a trained weight: ranks add up float32
 LOGIT_BYTES = 44  # read and written of one logit, counted in fused_cross_entropy.of_weight: float32 in place
 TRIED_ROWS, TRIED_HEADS, TRIED_HEAD_DIM = (
@@ -71,6 +73,8 @@ def estimate(
         plain = _operations(ladder.standing, work) / device.operations_per_second
     else:
         plain = _processor_seconds(ladder, device.operations_per_second, compute_dtype)
+    if OBJECTIVES[train.objective].has_reference:
+        plain *= 1 + OF_REFERENCE
     pack_seconds = plain * (1 + overhead) / len(work.sequences)
     step = world.share(packs) * pack_seconds + world.sum_seconds(GRADIENT_BYTES * ladder.standing.trained_parameters)
     return Speed(packs * work.mean_tokens / step, step, steps * step, overhead, pack_seconds)

@@ -68,12 +68,11 @@ class Work:
         )
 
     @classmethod
-    def of_packs(cls, packs: Iterable[Sequence[int]], tokens: Ints, trained: Ints) -> "Work":
-        """Of sequences made of the documents in each of `packs`, by their numbers; of each document how many `tokens`
-        it has, and how many of them are `trained` on."""
+    def of_packs(cls, lengths: Iterable[Sequence[int]], packs: Iterable[Sequence[int]], trained: Ints) -> "Work":
+        """Of sequences whose documents have these `lengths`, and which are made of the rows in each of `packs`, by
+        their numbers; of each row how many tokens are `trained` on."""
         members = Ragged.of(packs)
-        lengths = Ragged(numpy.asarray(tokens)[members.values], members.ends)
-        return cls(BatchShapes(lengths, members.sums(numpy.asarray(trained)[members.values])))
+        return cls(BatchShapes(Ragged.of(lengths), members.sums(numpy.asarray(trained)[members.values])))
 
     @classmethod
     def of_full_sequences(cls, tokens: int) -> "Work":

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qtune.data.formats import FORMATS
 from qtune.model import lora_inits
 from qtune.recipe.data_files import TABLES_SUFFIXES
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
+from qtune.train.objectives import OBJECTIVES
 
 BASE, REVISION = ("model", "base"), ("model", "revision")
 TRUST_REMOTE_CODE, COMMIT = ("model", "trust_remote_code"), re.compile(r"[0-9a-f]{40}")
@@ -20,7 +22,11 @@ HELD_OUT_FRACTION = ("data", "held_out_fraction")
 
 CANARIES, CANARY_REPEATS = ("evaluate", "canaries"), ("evaluate", "canary_repeats")
 METRIC, ROWS = ("evaluate", "metric"), ("evaluate", "rows")
-INIT = ("lora", "init")
+INIT, TRAIN_TOKENS = ("lora", "init"), ("lora", "train_tokens")
+OBJECTIVE, BETA = ("train", "objective"), ("train", "beta")
+FORMAT, ON_LONG = ("data", "format"), ("data", "on_long")
+OF_PAIRS = (("data", "columns", "chosen"), ("data", "columns", "rejected"))
+PAIRED = tuple(name for name, each in OBJECTIVES.items() if each.learns_pairs)
 KEEP_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "head")
 ELSEWHERE = {("memory", "stream_layers"): "streamed", ("memory", "shard_layers"): "in parts"}  # and so recomputed
 
@@ -66,6 +72,11 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
         candidates.append(Idle(SUBSET, TRAIN, "on files other than SQLite databases and workbooks"))
     if value_of(values, ROWS) == 0 and value_of(values, METRIC) != "none":
         candidates.append(Idle(METRIC, ROWS, "with evaluate.rows = 0, which answers nothing"))
+    if value_of(values, OBJECTIVE) in (None, "sft"):
+        candidates += [
+            Idle(key, OBJECTIVE, 'with train.objective = "sft", which learns one answer of a row')
+            for key in (BETA, *OF_PAIRS)
+        ]
     if not value_of(values, CANARIES):
         candidates.append(Idle(CANARY_REPEATS, CANARIES, "without evaluate.canaries"))
     return (candidate for candidate in candidates if value_of(values, candidate.key) is not None)
@@ -110,6 +121,40 @@ def starts_otherwise(values: dict[str, Any]) -> Iterator[Fault]:
             f"lora.init = {shown(init)} and {dotted(key)} = {shown(value)} exclude each other: {why}. Leave one of them"
             " out.",
         )
+
+
+def unlike_rows(values: dict[str, Any]) -> Iterator[Fault]:
+    """What does not go with pairs of answers where those are learned, and with single ones elsewhere."""
+    objective, form = value_of(values, OBJECTIVE) or "sft", value_of(values, FORMAT)
+    in_pairs, named = objective in PAIRED, f"train.objective = {shown(objective)}"
+    known = FORMATS.get(form) if isinstance(form, str) else None
+    if known is not None and known.is_pairs != in_pairs:
+        would = " and ".join(shown(name) for name, each in FORMATS.items() if each.is_pairs)
+        learns = f"from pairs of answers, which {would} reads" if in_pairs else "one answer of a row"
+        instead = "" if in_pairs else f" Of pairs, {' and '.join(map(shown, PAIRED))} learn."
+        yield FORMAT, f"data.format = {shown(form)} does not go with {named}, which learns {learns}.{instead}"
+    if in_pairs and value_of(values, ON_LONG) == "truncate":
+        yield (
+            ON_LONG,
+            f'data.on_long = "truncate" does not go with {named}: a preference that is cut is another one. "drop"'
+            " leaves long pairs out; data.max_tokens is for both answers together.",
+        )
+    if in_pairs and value_of(values, TRAIN_TOKENS):
+        yield (
+            TRAIN_TOKENS,
+            f"lora.train_tokens does not go with {named}: rows of the head are trained by the mean over tokens alone."
+            ' Leave it out, or train them first, with train.objective = "sft".',
+        )
+    init = value_of(values, INIT)
+    begins = lora_inits.LORA_INITS.get(init) if isinstance(init, str) else None
+    if in_pairs and begins is not None and begins.changes_answers:
+        yield (
+            INIT,
+            f"lora.init = {shown(init)} does not go with {named}: the model would not begin as the base that it is"
+            " measured against. Leave it out.",
+        )
+    if in_pairs and value_of(values, CANARIES):
+        yield CANARIES, f"evaluate.canaries does not go with {named}: planted rows are no pairs. Leave it out."
 
 
 def unpinned_code(values: dict[str, Any]) -> Iterator[Fault]:

@@ -11,6 +11,7 @@ from qtune.evaluate.metrics import METRICS
 from qtune.memory.techniques import TECHNIQUES
 from qtune.model import lora_inits
 from qtune.model.lora_variants import LORA_VARIANTS
+from qtune.train.objectives import OBJECTIVES
 from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.trackers import TRACKERS
 from qtune.units import MAX_COUNT, parse_bytes, parse_seconds
@@ -85,12 +86,14 @@ if TYPE_CHECKING:
     FormatName = str
     MetricName = str
     InitName = str
+    ObjectiveName = str
     OptimizerName = str
     TrackerName = str
 else:
     FormatName = Literal["auto", *FORMATS]
     MetricName = Literal["none", *METRICS]
     InitName = Annotated[Literal[tuple(lora_inits.LORA_INITS)], BeforeValidator(_known_init)]
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
     OptimizerName = Literal[tuple(OPTIMIZERS)]
     TrackerName = Literal[tuple(TRACKERS)]
 
@@ -178,6 +181,8 @@ class Columns(Table):
     input: NonEmpty | None = Field(None, description="Column with extra input, put under the prompt (alpaca).")
     system: NonEmpty | None = Field(None, description="Column with the row's own system prompt.")
     messages: NonEmpty | None = Field(None, description="Column with the list of messages.")
+    chosen: NonEmpty | None = Field(None, description="Column with the answer that is to be preferred, of a pair.")
+    rejected: NonEmpty | None = Field(None, description="Column with the answer that it is preferred to.")
     text: NonEmpty | None = Field(None, description="Column with plain text.")
     thought: NonEmpty | None = Field(None, description="Column with what is thought before the completion.")
     tools: NonEmpty | None = Field(None, description="Column with the tools at hand.")
@@ -286,6 +291,19 @@ class Data(Table):
 class Train(Table):
     """How long, how fast, in what portions."""
 
+    objective: ObjectiveName = Field(
+        "sft",
+        description="What is learned from rows: "
+        + "; ".join(f"{name} {each.description}" for name, each in OBJECTIVES.items())
+        + ".",
+    )
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=100,
+        description="Of dpo how strongly it is held to the base, of orpo what a preference weighs; 0.1, as in most of"
+        " what the papers tried.",
+    )
     epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the training rows; max_steps may end it sooner.")
     max_steps: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="Optimizer steps at the most; unset leaves it to epochs."
@@ -314,6 +332,11 @@ class Train(Table):
     )
     log_every: int = Field(1, ge=1, le=MAX_COUNT, description="Steps between log lines and dashboard points.")
     seed: int = Field(0, ge=0, le=MAX_COUNT, description="Seed of the split, the data order and the adapter's start.")
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether a row is a pair of answers."""
+        return OBJECTIVES[self.objective].learns_pairs
 
 
 Size = Annotated[str, BeforeValidator(_auto_or_size)]

@@ -7,7 +7,7 @@ from rich.text import Text
 from qtune.evaluate.metrics import label
 from qtune.report.run_record import Record
 from qtune.report.wording import format_loss, format_score
-from qtune.units import counted
+from qtune.units import counted, format_percent
 
 FORGETS_FROM = 1 / 3  # more loss on general text; a choice: the demos, whose small base forgets much, have 0.4 to 0.7
 SAME_LOSS_NATS = 0.02  # how sure a loss over evaluate.general's 8,192 tokens is
@@ -35,11 +35,29 @@ def text(found: Record) -> str:
 
 
 def _learned(scores: dict[str, Any], overlap: int) -> Conclusion:
-    learned = _by_loss(scores) if scores["tuned"]["score"] is None else _by_score(scores)
+    learned = _of_what_was_learned(scores)
     if not overlap:
         return learned
     trained_on = "1 held-out row was" if overlap == 1 else f"{overlap:,} held-out rows were"
     return Conclusion(f"{learned.text} But {trained_on} trained on too, which flatters it.", False)
+
+
+def _of_what_was_learned(scores: dict[str, Any]) -> Conclusion:
+    if scores.get("preferred_difference"):
+        return _by_preference(scores)
+    return _by_loss(scores) if scores["tuned"]["score"] is None else _by_score(scores)
+
+
+def _by_preference(scores: dict[str, Any]) -> Conclusion:
+    """In how many pairs it prefers the chosen answer, as sure as the paired interval is."""
+    before, after = (format_percent(scores[who]["preferred"]["score"]) for who in ("base", "tuned"))
+    change = f"the chosen answer is the likelier one in {after} of held-out pairs, before in {before}"
+    low, high = scores["preferred_difference"]["low"], scores["preferred_difference"]["high"]
+    sure = f"a difference between {low:+.3f} and {high:+.3f} with 95 % confidence"
+    if low <= 0 <= high:
+        return Conclusion(f"Whether it learned the preferences cannot be said: {change}, {sure}.", None)
+    word = "It learned the preferences" if low > 0 else "It learned the opposite of the preferences"
+    return Conclusion(f"{word}: {change}, {sure}.", low > 0)
 
 
 def _by_loss(scores: dict[str, Any]) -> Conclusion:

@@ -161,8 +161,11 @@ def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
     """(`held-out loss`, `2.113 → 1.246`); where a metric was asked for the same of it with 95 % intervals, and by how
     much it rose on the same rows."""
     rows = [(name, f"{base} {ARROW} {tuned}") for name, base, tuned in score_cells(scores)]
+    at = len(main_cells(scores))
     if scores.get("difference"):
-        rows.insert(len(main_cells(scores)), ("difference", difference(scores["difference"])))
+        rows.insert(at, ("difference", difference(scores["difference"])))
+    if scores.get("preferred_difference"):
+        rows.insert(at, ("more preferred", difference(scores["preferred_difference"])))
     return rows
 
 
@@ -190,10 +193,19 @@ def main_cells(
     figures = [scores[name] for name in names]
     loss = "loss" if "data" in scores else "held-out loss"
     rows: list[tuple[str, ...]] = [(loss, *(format_loss(each["held_out_loss"]) for each in figures))]
+    if "preferred" in figures[-1]:
+        rows += _preference_cells([each["preferred"] for each in figures], has_intervals)
     if figures[-1]["score"] is not None:
         means = map(with_interval, figures) if has_intervals else (format_score(each["score"]) for each in figures)
         rows.append((f"{label(scores['metric']).name} on {counted(scores['rows'], 'row')}", *means))
     return rows
+
+
+def _preference_cells(figures: Sequence[dict[str, Any]], has_intervals: bool) -> list[tuple[str, ...]]:
+    """In what share of held-out pairs the chosen answer is the likelier one, and by how much on average."""
+    shares = map(with_interval, figures) if has_intervals else (format_score(each["score"]) for each in figures)
+    margins = (f"{each['margin']:+.3f}" for each in figures)
+    return [("chosen answer preferred", *shares), ("its margin, nats a token", *margins)]
 
 
 def _part(figures: dict[str, Any], name: str) -> str:

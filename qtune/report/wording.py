@@ -145,6 +145,8 @@ def _score_sentence(event: Scored) -> str:
     figures = []
     if event.loss is not None:
         figures.append(f"held-out {format_loss(event.loss)}")
+    if event.preferred is not None:
+        figures.append(f"chosen preferred in {format_percent(event.preferred)} of pairs")
     if event.score is not None:
         figures.append(f"{label(event.metric).name} {format_score(event.score)} on {counted(event.rows, 'row')}")
     if event.general_loss is not None:

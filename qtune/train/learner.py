@@ -26,10 +26,14 @@ class Learner:
     ledger: Ledger
 
     @classmethod
-    def of(cls, loaded: Loaded, engine: Engine, ledger: Ledger, plan: "Plan", listen: Listener) -> "Learner":
-        """What is given up is, one after another, what the plan has in reserve."""
+    def of(
+        cls, loaded: Loaded, engine: Engine, ledger: Ledger, plan: "Plan", listen: Listener, together: int = 1
+    ) -> "Learner":
+        """What is given up is, one after another, what the plan has in reserve. So many documents of a batch stay
+        `together`."""
         pieces = pieces_to_begin_with(plan.documents_apart)
-        return cls(loaded, engine, Recovery(listen, _climber(plan, engine), engine.forget_pass, pieces), ledger)
+        recovery = Recovery(listen, _climber(plan, engine), engine.forget_pass, pieces, together)
+        return cls(loaded, engine, recovery, ledger)
 
     def measure(self, phase: str, step: int, optimizer: torch.optim.Optimizer | None = None) -> MemoryMeasured:
         """The bytes by part of what was just done, which was `phase`."""

@@ -25,7 +25,6 @@ from qtune.train.callbacks import EvaluateEvery, Reporter, TrackerCallback
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.checkpointer import Saver, SaveWhen, train_from
 from qtune.train.learner import Learner
-from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.replicas import Shares
 from qtune.train.rows import TrainingRows
 from qtune.train.stop_signals import StepDropped, Stop
@@ -73,8 +72,7 @@ class TrainingSession:
         for a checkpoint that does not: the weights are those of the last whole step.
         """
         checkpoint = self.going_on_from
-        optimizer = OPTIMIZERS[self.recipe.train.optimizer]
-        trainer = MeteredTrainer(self.learner, self._settings(), optimizer, self.rows, checkpoint, self.ranks)
+        trainer = MeteredTrainer(self.learner, self._settings(), self.recipe.train, self.rows, checkpoint, self.ranks)
         trainer.shared.shares = self._shares()
         use_master_dtype(trainer.model, self.recipe.lora.master_dtype)
         told = self.recipe.report.to if self.ranks.is_first else None
@@ -128,7 +126,8 @@ class TrainingSession:
         """Run the largest batch, and the largest held-out sequence, once; tell what they held."""
         plan, learner = self.plan, self.learner
         heaviest = heaviest_first(seq_lengths(self.rows.packs))[: plan.micro_batch].tolist()
-        pieces = split_batch(collate([self.rows.packs[i] for i in heaviest]), learner.recovery.pieces)
+        recovery = learner.recovery
+        pieces = split_batch(collate([self.rows.packs[i] for i in heaviest]), recovery.pieces, recovery.together)
         batch = trainer._prepare_inputs(max(pieces, key=lambda piece: sum(piece["document_lengths"])))
         accumulates = plan.gradient_accumulation > 1
 
@@ -140,7 +139,6 @@ class TrainingSession:
             )
 
         most = plan.budget.device_bytes - plan.device.outside_bytes
-        recovery = learner.recovery
         with learner.loaded.passes_together():
             fits, climbed = dry_run.rehearse_until_it_fits(run_once, most, recovery.climb, recovery.forget_pass)
         dry_run.tell(self.listen, plan, fits, climbed)

@@ -17,16 +17,17 @@ from qtune.data.rows import NOT_TRAINED
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import TrainingDiverged
 from qtune.hardware import Device
-from qtune.memory import fused_cross_entropy
+from qtune.memory import fused_cross_entropy, pair_loss
 from qtune.memory.oom_recovery import Batch, OpenStep
 from qtune.model.adapter import trained_parameters
-from qtune.recipe.schema import Recipe
+from qtune.recipe.schema import Recipe, Train
 from qtune.train.atomic_step import keep_steps_whole
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
 from qtune.train.lr_schedule import warming_from_first_step, wind
+from qtune.train.objectives import OBJECTIVES
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
-from qtune.train.optimizers import OPTIMIZERS, Optimizer
+from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.replicas import SharedSteps, draw_own_random, empty_batch, in_batches, is_empty, tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
@@ -128,7 +129,7 @@ class MeteredTrainer(SFTTrainer):
         self,
         learner: Learner,
         settings: SFTConfig,
-        optimizer: Optimizer,
+        train: Train,
         rows: TrainingRows,
         going_on_from: Checkpoint | None,
         ranks: Ranks = ALONE,
@@ -139,12 +140,14 @@ class MeteredTrainer(SFTTrainer):
             data_collator=collate,
             train_dataset=Dataset.from_list([dict(rows.packs[0])]),  # trl takes no other class, and looks at one row
             processing_class=learner.loaded.tokenizer,
-            optimizer_cls_and_kwargs=optimizer.made_with(settings.learning_rate),
+            optimizer_cls_and_kwargs=OPTIMIZERS[train.optimizer].made_with(settings.learning_rate),
         )
         self.accelerator.device_placement = False  # as in `_move_model_to_device`; batches go with `_prepare_inputs`
         self.remove_callback(PrinterCallback)
         self.train_dataset = rows.packs
         self.learner, self.places, self.going_on_from = learner, rows.places, going_on_from
+        self.objective, self.beta = OBJECTIVES[train.objective], train.beta
+        self.model_accepts_loss_kwargs |= self.objective.learns_pairs  # or the share of a step is divided once more
         self.order, self.shared = rows.order(settings.seed), SharedSteps(ranks)
         self.has_begun, self.may_drop, self.drops_step = False, True, False
         self.standing: tuple[Meter, Tensors, dict[str, Any]] | None = None
@@ -193,16 +196,22 @@ class MeteredTrainer(SFTTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step."""
         start, waited_before = time.perf_counter(), self.shared.waited_seconds
-        samples, tokens = (
+        samples, counted = (
             self._share_of_step(*args) if self.shared.are_shared else super().get_batch_samples(*args, **kwargs)
         )
+        if self.objective.learns_pairs and not self.shared.are_shared:
+            counted = self._pairs_in(samples)
         self.meter.wait_seconds += time.perf_counter() - start - (self.shared.waited_seconds - waited_before)
         self.begin_step(self.step_under_way)
         self.has_begun = True
-        return samples, tokens
+        return samples, counted
+
+    def _pairs_in(self, batches: list[Batch]) -> torch.Tensor:
+        """(2,): what a loss of pairs is a mean over."""
+        return torch.tensor(pair_loss.totals_of(batches), device=self.args.device)
 
     def _share_of_step(self, batches: Any, count: int, device: torch.device) -> tuple[list[Batch], Any]:
-        """This rank's batches of the next optimizer step, and the labelled tokens of all ranks'.
+        """This rank's batches of the next optimizer step, and the labelled tokens, or pairs, of all ranks'.
 
         Of the `count` batches that one process would have, the last ones are empty.
         """
@@ -210,14 +219,15 @@ class MeteredTrainer(SFTTrainer):
         rows = self.order.of_step(step, size, self.args.gradient_accumulation_steps)
         ours = in_batches(self.shared.ours_of(rows, self.train_dataset), self.train_dataset, size)
         counts = tokens_in(ours)
-        tokens, trained_tokens = self.shared.total(counts)
+        tokens, trained_tokens, *pairs = self.shared.total([*counts, *pair_loss.totals_of(ours)])
         self.meter.count(tokens, trained_tokens)
         draw_own_random(self.args.seed, step, ranks)
         self.shared.begin_passes(counts[0])
-        takes_tokens = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        takes_them = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        counted = pairs if self.objective.learns_pairs else trained_tokens
         return (
             ours + [empty_batch()] * (count - len(ours)),
-            torch.tensor(trained_tokens, device=device) if takes_tokens else None,
+            torch.tensor(counted, device=device) if takes_them else None,
         )
 
     def begin_step(self, where: str) -> None:
@@ -232,14 +242,21 @@ class MeteredTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The summed loss over the tokens of the whole step; trl's own where the head does not allow tiles."""
-        if fused_cross_entropy.suits(self.model):
+        """The summed loss over tokens, or pairs, of the whole step; trl's own where the head does not allow tiles."""
+        if self.objective.learns_pairs:
+            loss = self._loss_of_pairs(inputs, num_items_in_batch)
+        elif fused_cross_entropy.suits(self.model):
             output = model(**inputs, fused_loss=True)
             loss = output.nats / (output.tokens if num_items_in_batch is None else num_items_in_batch)
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
         self.open_step.phase = "backward pass"
         return loss
+
+    def _loss_of_pairs(self, inputs: dict[str, Any], totals: torch.Tensor | None) -> torch.Tensor:
+        pairs = pair_loss.pairs_of(self.model, inputs, self.objective, self.learner.loaded.as_base)
+        totals = self._pairs_in([inputs]) if totals is None else totals
+        return pair_loss.loss_of(pairs, self.objective, self.beta, totals)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch that is a step by itself."""
@@ -277,7 +294,9 @@ class MeteredTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` on the device, with the labelled positions found before, as a card would have to be waited for."""
-        if fused_cross_entropy.suits(self.model):
+        if self.objective.learns_pairs:
+            inputs = pair_loss.laid_out(inputs, self.objective)
+        elif fused_cross_entropy.suits(self.model):
             inputs = {**inputs, "labelled": fused_cross_entropy.positions_before_labels(inputs["labels"])}
         return super()._prepare_inputs(inputs)
 

@@ -355,7 +355,9 @@ def test_dolly_has_its_context_under_the_instruction() -> None:
     ],
 )
 def test_preferences_are_called_so_and_the_mapping_that_is_named_works(values: dict, mapping: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"these are preferences \(DPO\).* not train on pairs") as fault:
+    with pytest.raises(
+        DataError, match=r'these are pairs of answers, which train\.objective = "dpo" or "orpo" learns from'
+    ) as fault:
         recognise("auto", [RawRow(values, "r:1")], PLAIN)
     written = ", ".join(f'{field} = "{column}"' for field, column in mapping.items())
     assert str(fault.value).endswith(f"[data] columns = {{ {written} }}.")

@@ -102,6 +102,30 @@ def test_value_and_gradient(monkeypatch, tokens, tile_rows) -> None:
     torch.testing.assert_close(ours.grad.double(), reference.grad, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_of_each_token_with_a_weight_of_its_own(monkeypatch, is_sliced: bool) -> None:
+    """What a loss of pairs is made of: nats by token, and a gradient whose rows are scaled in the backward pass."""
+    monkeypatch.setattr(fused_cross_entropy, "TILE_BYTES", 1)
+    hidden, weight, labels = rows(300)
+    ours, reference = (hidden.float().requires_grad_(), hidden.clone().requires_grad_())
+    if is_sliced:
+        parts = [slice(0, 128), slice(128, 300)]
+        head = chunked_cross_entropy.SlicedHead(
+            parts, lambda times: ((each, weight.float()[each]) for each in parts * times)
+        )
+        monkeypatch.setattr(fused_cross_entropy, "is_quantized", lambda head: True)
+        monkeypatch.setattr(fused_cross_entropy.output_head, "sliced_nf4", lambda *_: head)
+    nats = summed_loss(ours, head_of(weight), labels, of_each=True).nats
+    is_labelled = labels[0, 1:] != -100
+    logits = (reference @ weight.T)[0, :-1][is_labelled]
+    expected = torch.nn.functional.cross_entropy(logits, labels[0, 1:][is_labelled], reduction="none")
+    torch.testing.assert_close(nats.double(), expected, atol=1e-4, rtol=1e-5)
+    weights = torch.randn(len(nats), dtype=torch.double)
+    (nats * weights.float()).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), reference.grad, atol=2e-4, rtol=1e-4)
+
+
 def test_a_row_without_labels_is_zero_and_can_go_backward() -> None:
     hidden, weight, labels = rows(9)
     hidden = hidden.float().requires_grad_()

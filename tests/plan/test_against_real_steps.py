@@ -167,6 +167,13 @@ def test_rows_of_a_table_that_is_embedding_and_head(qwen3: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_pairs_of_answers(tiny_base: Path, objective: str) -> None:
+    """The base's pass is counted with the others: with few labels and many recomputed layers it may hold most."""
+    rungs = [Techniques(), Techniques(recomputed_layers=2), every_rung(2, 2)]
+    compare(tiny_base, "float32", rungs, DOCUMENTS, objective=objective)
+
+
 def test_a_tied_head_and_norms_of_heads(qwen3: Path) -> None:
     ladder = [Techniques(), Techniques(3, True), every_rung(5, 2)]
     compare(qwen3, "bfloat16", ladder, DOCUMENTS)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qtune.recipe.conflicts import idle, same_rows
+from qtune.recipe.conflicts import idle, same_rows, unlike_rows
 
 HUB = {"base": "org/model"}
 
@@ -75,3 +75,31 @@ def test_rows_cannot_be_trained_on_and_held_out() -> None:
     assert count(train="org/a", held_out="org/a") == 0
     assert count(train="/x.csv", held_out="/y.csv") == 0
     assert count(train="/x.csv") == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "evaluate", "told"),
+    [
+        ({"objective": "dpo"}, {"format": "alpaca"}, {}, 'data.format = "alpaca" does not go with train.objective'),
+        ({}, {"format": "preferences"}, {}, 'one answer of a row. Of pairs, "dpo" and "orpo" learn.'),
+        ({"objective": "orpo"}, {"on_long": "truncate"}, {}, "a preference that is cut is another one"),
+        ({"objective": "orpo"}, {}, {"canaries": 2}, "planted rows are no pairs"),
+        ({"objective": "dpo"}, {"format": "preferences", "on_long": "drop"}, {"canaries": 0}, None),
+        ({"objective": "dpo"}, {"format": "auto"}, {}, None),
+        ({"objective": ["dpo"]}, {"format": 3}, {}, None),
+    ],
+)
+def test_rows_go_with_the_objective(train: dict, data: dict, evaluate: dict, told: str | None) -> None:
+    faults = list(unlike_rows({"train": train, "data": data, "evaluate": evaluate}))
+    assert len(faults) == (told is not None)
+    assert told is None or told in faults[0][1]
+
+
+def test_what_pairs_alone_have_is_idle_without_them() -> None:
+    data = {"columns": {"chosen": "a", "rejected": "b"}}
+    assert [setting.key[-1] for setting in idle({"train": {"beta": 0.2}, "data": data})] == [
+        "beta",
+        "chosen",
+        "rejected",
+    ]
+    assert list(idle({"train": {"objective": "dpo", "beta": 0.2}, "data": data})) == []

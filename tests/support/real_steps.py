@@ -9,6 +9,7 @@ import torch
 
 from qtune.data.packing import collate
 from qtune.hardware import find_device
+from qtune.memory import pair_loss
 from qtune.memory.engine import Engine
 from qtune.memory.techniques import Techniques
 from qtune.model import adapter, base
@@ -18,6 +19,7 @@ from qtune.plan.forecast import Forecast, Forecaster
 from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import Rehearsal, rehearse
+from qtune.train.objectives import OBJECTIVES
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -67,10 +69,14 @@ class RealModel:
 
     def step(self, techniques: Techniques, batch: dict, accumulates: bool) -> Rehearsal:
         self.engine.switch_to(techniques)
+        objective = OBJECTIVES[self.recipe.train.objective]
         optimizer = OPTIMIZERS[self.recipe.train.optimizer](list(adapter.trained_parameters(self.model)), lr=1e-3)
 
         def loss_of(batch: dict) -> torch.Tensor:
             with autocast("cpu", self.dtype):
+                if objective.learns_pairs:
+                    pairs = pair_loss.pairs_of(self.model, batch, objective, self.model.disable_adapter)
+                    return pair_loss.loss_of(pairs, objective, 0.1, torch.tensor(pair_loss.totals_of([batch])))
                 return self.model(**batch, fused_loss=True).nats
 
         return rehearse(self.model, self.engine, optimizer, batch, loss_of, accumulates, find_device())
@@ -106,6 +112,8 @@ def compare(
     forecasts, real = on_this_machine(recipe, dtype), RealModel(recipe, dtype)
     vocabulary = base.read_config(recipe.model).get_text_config().vocab_size
     batch = packed(lengths, min(250, vocabulary))
+    if recipe.train.learns_pairs:
+        batch = pair_loss.laid_out(batch, OBJECTIVES[recipe.train.objective])
     asked = BatchShape(tuple(lengths), int((batch["labels"] != -100).sum()))
     for techniques in ladder:
         forecast = forecasts.forecast(techniques, asked, accumulates)

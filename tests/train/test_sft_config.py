@@ -33,7 +33,7 @@ CPU = Device("cpu", "CPU", 64 * GIB, 64 * GIB, "float32", "a test", 64 * GIB, op
 @pytest.fixture(scope="module")
 def planned(tiny_base: Path) -> tuple[Recipe, Plan]:
     recipe = Recipe(name="t", model=Model(base=str(tiny_base)), data=Data(train="rows.jsonl"), train=TRAIN)
-    work = Work.of_packs([(i,) for i in range(60)], [16] * 60, [8] * 60)
+    work = Work.of_packs([(16,)] * 60, [(i,) for i in range(60)], [8] * 60)
     return recipe, decide(recipe, CPU, base.read_config(recipe.model), work)
 
 

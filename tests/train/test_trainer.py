@@ -26,7 +26,6 @@ from qtune.plan.workload import Work
 from qtune.recipe.schema import Data, Lora, Model, Recipe, Train
 from qtune.train.callbacks import Reporter
 from qtune.train.learner import Learner
-from qtune.train.optimizers import OPTIMIZERS
 from qtune.train.replicas import tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.trainer import Meter, MeteredTrainer, sft_config
@@ -64,8 +63,8 @@ def trainer(tiny_base: Path, folder: Path, **train: str) -> MeteredTrainer:
     def places(numbers: Sequence[int]) -> list[str]:
         return [f"rows.jsonl:{number}" for number in numbers]
 
-    rows, optimizer = TrainingRows(PACKS, places=places), OPTIMIZERS[recipe.train.optimizer]
-    return MeteredTrainer(learner, sft_config(recipe, plan, folder), optimizer, rows, None)
+    rows = TrainingRows(PACKS, places=places)
+    return MeteredTrainer(learner, sft_config(recipe, plan, folder), recipe.train, rows, None)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ class RowFault(StrEnum):
     UNKNOWN_WEIGHT = "unknown-weight"
     HALF_CHARACTER = "half-character"
     EMPTY_TEXT = "empty-text"
+    NO_PREFERENCE = "no-preference"
     WRONG_SHAPE = "wrong-shape"
     TEMPLATE_REFUSES = "template-refuses"
     NOTHING_TO_TRAIN = "nothing-to-train"
@@ -67,6 +68,17 @@ class Message:
     thoughts: str = "train"
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that are the same up to an answer, of which the `chosen` one is to be preferred.
+
+    Only what is answered from there on is learned from.
+    """
+
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+
+
 def _nothing(values: Values) -> Iterator[str]:
     return iter(())
 
@@ -85,20 +97,21 @@ class DataFormat:
 
     `fields` names every field the format has, with the columns it is looked for in (none: only where the recipe maps
     one); a row must have the `needed` ones. `read` makes of a row's values, and of the recipe's system prompt, messages
-    that end with an assistant's, or one text, and raises BadRow. `tools` gives those the assistant is shown, as
-    `tool_calls.tools_text` does. `unread` names what within the values is read by nobody. `is_meant` tells a row from
-    one of another format with the same columns. `order` is that in which formats are tried.
+    that end with an assistant's, one text, or where it `is_pairs` a Pair, and raises BadRow. `tools` gives those the
+    assistant is shown, as `tool_calls.tools_text` does. `unread` names what within the values is read by nobody.
+    `is_meant` tells a row from one of another format with the same columns. `order` is that in which formats are tried.
     """
 
     name: str
     description: str
     fields: Mapping[str, tuple[str, ...]]
     needed: tuple[str, ...]
-    read: Callable[[Values, str | None], tuple[Message, ...] | str]
+    read: Callable[[Values, str | None], tuple[Message, ...] | str | Pair]
     tools: Callable[[Values], str] = _no_tools
     unread: Callable[[Values], Iterator[str]] = _nothing
     is_meant: Callable[[Values], bool] = _any
     is_text: bool = False
+    is_pairs: bool = False
     order: int = 100
 
     def columns(self, present: Collection[str], mapped: Mapping[str, str]) -> dict[str, str]:
