@@ -26,6 +26,7 @@ MOST_COLUMNS = 76
 TRAINED_STYLE, WARNING_STYLE = "bold green", "yellow"
 ARROW = "→"
 BOTH = ("base", "tuned")
+OF_PAIRS = slice(1, 3)  # where the main figures have those of preferences, behind the loss
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,10 @@ def score_rows(scores: dict[str, Any]) -> list[tuple[str, str]]:
     """(`held-out loss`, `2.113 → 1.246`); where a metric was asked for the same of it with 95 % intervals, and by how
     much it rose on the same rows."""
     rows = [(name, f"{base} {ARROW} {tuned}") for name, base, tuned in score_cells(scores)]
-    at = len(main_cells(scores))
     if scores.get("difference"):
-        rows.insert(at, ("difference", difference(scores["difference"])))
+        rows.insert(len(main_cells(scores)), ("difference", difference(scores["difference"])))
     if scores.get("preferred_difference"):
-        rows.insert(at, ("more preferred", difference(scores["preferred_difference"])))
+        rows.insert(OF_PAIRS.stop, ("more often", difference(scores["preferred_difference"])))
     return rows
 
 
@@ -194,7 +194,7 @@ def main_cells(
     loss = "loss" if "data" in scores else "held-out loss"
     rows: list[tuple[str, ...]] = [(loss, *(format_loss(each["held_out_loss"]) for each in figures))]
     if "preferred" in figures[-1]:
-        rows += _preference_cells([each["preferred"] for each in figures], has_intervals)
+        rows[OF_PAIRS] = _preference_cells([each["preferred"] for each in figures], has_intervals)
     if figures[-1]["score"] is not None:
         means = map(with_interval, figures) if has_intervals else (format_score(each["score"]) for each in figures)
         rows.append((f"{label(scores['metric']).name} on {counted(scores['rows'], 'row')}", *means))
