@@ -1,11 +1,23 @@
 """The gated delta rule by chunks is the rule token by token, forward and backward, and is what a model runs by."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from qtune.memory import gated_delta_rule
@@ -15,12 +27,18 @@ from qtune.memory.memory_tracker import LiveBytes
 Inputs = tuple[torch.Tensor, ...]
 
 
-def inputs(rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Queries, keys, values, decays, rates: two heads of keys for four of values, keys of 8 and values of 12."""
+def inputs(rows: int, tokens: int, dtype: torch.dtype = torch.float32, by_channel: bool = False) -> Inputs:
+    """Queries, keys, values, decays, rates: two heads of keys for four of values, keys of 8 and values of 12.
+
+    Decays by channel are as strong as exp(-30) and as weak as none, as Kimi's are.
+    """
     draw = torch.Generator().manual_seed(tokens)
     shapes = [(rows, tokens, 2, 8)] * 2 + [(rows, tokens, 4, 12)] + [(rows, tokens, 4)] * 2
+    if by_channel:
+        shapes[:2], shapes[3] = [(rows, tokens, 4, 8)] * 2, (rows, tokens, 4, 8)
     query, key, value, decay, rate = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
-    return tuple(each.to(dtype).requires_grad_() for each in (query, key, value, -decay.square(), rate.sigmoid()))
+    decay = -decay.square() if not by_channel else -(3 * decay - 2).exp().clamp(max=30)
+    return tuple(each.to(dtype).requires_grad_() for each in (query, key, value, decay, rate.sigmoid()))
 
 
 def token_by_token(row: Inputs, state: torch.Tensor, is_normed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,10 +46,12 @@ def token_by_token(row: Inputs, state: torch.Tensor, is_normed: bool) -> tuple[t
     query, key, value, decay, rate = row
     if is_normed:
         query, key = (each / (each.square().sum(-1, keepdim=True) + 1e-6).sqrt() for each in (query, key))
-    query, key = (each.repeat_interleave(2, 2) for each in (query * query.shape[-1] ** -0.5, key))
+    shared = value.shape[2] // key.shape[2]
+    query, key = (each.repeat_interleave(shared, 2) for each in (query * query.shape[-1] ** -0.5, key))
+    decay = decay if decay.ndim == 4 else decay[..., None]
     outputs = []
     for t in range(value.shape[1]):
-        state = state * decay[:, t].exp()[..., None, None]
+        state = state * decay[:, t].exp()[..., None]
         wrong = value[:, t] - (key[:, t].unsqueeze(2) @ state).squeeze(2)
         state = state + key[:, t].unsqueeze(3) * (rate[:, t].unsqueeze(2) * wrong).unsqueeze(2)
         outputs.append((query[:, t].unsqueeze(2) @ state).squeeze(2))
@@ -40,13 +60,14 @@ def token_by_token(row: Inputs, state: torch.Tensor, is_normed: bool) -> tuple[t
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, CHUNK - 1), (1, CHUNK), (3, CHUNK + 1), (1, 3 * CHUNK - 5)])
 @pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize("segment_bytes", [gated_delta_rule.SEGMENT_BYTES, 1_500_000, 1])
 def test_it_is_the_rule_token_by_token(
-    rows: int, tokens: int, begins: bool, segment_bytes: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, tokens: int, begins: bool, by_channel: bool, segment_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once; two chunks of a row, or a chunk of two rows at a time; and one chunk of one row."""
     monkeypatch.setattr(gated_delta_rule, "SEGMENT_BYTES", segment_bytes)
-    exact, ours = inputs(rows, tokens, torch.float64), inputs(rows, tokens)
+    exact, ours = (inputs(rows, tokens, dtype, by_channel) for dtype in (torch.float64, torch.float32))
     state = torch.zeros(rows, 4, 8, 12) if begins else torch.randn(rows, 4, 8, 12)
     wanted, last = token_by_token(exact, state.double(), is_normed=True)
     outputs, kept = chunk_gated_delta_rule(
@@ -62,12 +83,15 @@ def test_it_is_the_rule_token_by_token(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=3e-5)
 
 
+@pytest.mark.parametrize("by_channel", [False, True])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 64 * CHUNK), (48, CHUNK), (6, 8 * CHUNK - 3)])
-def test_no_more_is_held_than_of_a_segment(rows: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_held_than_of_a_segment(
+    rows: int, tokens: int, by_channel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside what it is given, its gradients, the outputs and theirs. It was 10 times as much."""
     monkeypatch.setattr(gated_delta_rule, "SEGMENT_BYTES", 3_000_000)
     with FakeTensorMode(), LiveBytes() as counter:
-        row = inputs(rows, tokens)
+        row = inputs(rows, tokens, by_channel=by_channel)
         counter.enter_phase("given")
         outputs, _ = chunk_gated_delta_rule(*row, use_qk_l2norm_in_kernel=True)
         of_outputs = torch.empty_like(outputs)
@@ -91,7 +115,7 @@ class Operations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def operations(rule, row: Inputs) -> int:
+def operations(rule: Callable[..., Any], row: Inputs) -> int:
     with Operations() as counted:
         outputs, _ = rule(*row, use_qk_l2norm_in_kernel=True)
         torch.autograd.grad(outputs.sum(), row)
@@ -106,32 +130,67 @@ def test_it_takes_fewer_operations_than_transformers_does() -> None:
     assert (ours[1] - ours[0]) / 8 < 0.3 * (theirs[1] - theirs[0]) / 8
 
 
-def model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def peak_bytes(rule: Callable[..., Any], row: Inputs) -> int:
+    query, key, value, decay, rate = row
+    with LiveBytes() as counter:
+        outputs, _ = rule(query, key, value, g=decay, beta=rate, use_qk_l2norm_in_kernel=True)
+        torch.autograd.grad(outputs.sum(), row)
+    return max(sum(peak.device.values()) for peak in counter.peaks.values())
+
+
+def test_channels_that_decay_apart_take_a_fraction_of_the_bytes() -> None:
+    """A number for every two tokens of a chunk in every channel, six times over, made four documents of a pack dearer
+    than a pass for each: what is so large is fetched from the system each time."""
+    with FakeTensorMode():
+        row = inputs(4, 8 * CHUNK, by_channel=True)
+        ours = peak_bytes(chunk_gated_delta_rule, row)
+        assert ours < 0.35 * peak_bytes(modeling_kimi_linear.chunk_kimi_delta_attention, row)
+
+
+DELTA_NETS = {
+    "qwen3_5": (
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
+        {"num_key_value_heads": 1, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        "torch_chunk_gated_delta_rule",
+    ),
+    "kimi_linear": (
+        KimiLinearForCausalLM,
+        KimiLinearConfig,
+        {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "linear_num_heads": 2}
+        | {"linear_head_dim": 8, "mlp_layer_types": ["dense"] * 2},
+        "chunk_kimi_delta_attention",
+    ),
+}
+
+
+def model(kind: str) -> PreTrainedModel:
+    made, config, own, _ = DELTA_NETS[kind]
     torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
-        bos_token_id=1, eos_token_id=2, pad_token_id=3,
-    )  # fmt: skip
-    return Qwen3_5ForCausalLM(config).to(dtype)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    kinds = {"num_attention_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
+    return made(config(**shape, **kinds, **own, bos_token_id=1, eos_token_id=2, pad_token_id=3))
 
 
-def test_a_model_runs_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, ours = model(), model()
+@pytest.mark.parametrize("kind", DELTA_NETS)
+def test_a_model_runs_by_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours = model(kind), model(kind)
     gated_delta_rule.install(ours)
     called = []
-    known = ours.model.layers[0].linear_attn.forward.__func__.__globals__
+    (mixer,) = (part for part in ours.modules() if "forward" in vars(part))
+    name = DELTA_NETS[kind][-1]
+    theirs = type(mixer).forward
 
-    def rule(*given, **settings):
+    def rule(*given: Any, **settings: Any) -> Any:
         called.append(1)
         return chunk_gated_delta_rule(*given, **settings)
 
-    monkeypatch.setitem(known, gated_delta_rule.NAME, rule)
+    monkeypatch.setitem(mixer.forward.__func__.__globals__, name, rule)
     ids = torch.randint(4, 64, (2, 90))
     torch.testing.assert_close(ours(ids).logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
     assert len(called) == 1
-    assert modeling_qwen3_5.torch_chunk_gated_delta_rule is not chunk_gated_delta_rule
+    assert inspect.unwrap(theirs).__globals__[name] is not chunk_gated_delta_rule
     settings = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(ours.generate(ids, **settings), plain.generate(ids, **settings))
 
