@@ -204,7 +204,7 @@ def _within(step: str, apart: float, said: str) -> Finding:
     return Finding(step, f"{apart:.0e}") if apart <= EXACT else Finding(step, "", "wrong", said.format(apart))
 
 
-def _enlarge(pair: Pair) -> None:
+def enlarge(pair: Pair) -> None:
     """Give both adapters the same larger weights, so that what they do is seen."""
     theirs = dict(pair.plain.named_parameters())
     torch.manual_seed(1)
@@ -217,7 +217,7 @@ def _enlarge(pair: Pair) -> None:
 
 def apart(pair: Pair) -> Finding:
     """A document's logits in a pack beside those with another neighbour, and beside plain's alone."""
-    _enlarge(pair)
+    enlarge(pair)
     first, second = (ids for ids, _ in pair.documents[:2])
     neighbours = (first, first[::-1]) if pair.is_packed else ([],)
     with torch.no_grad():
