@@ -133,7 +133,7 @@ def tuned(layer: torch.nn.Module, start: torch.Tensor) -> torch.Tensor:
     """`start` (O, I), float32, with the adapter that is on `layer`, if one is."""
     if not isinstance(layer, LoraLayer):
         return start
-    delta = layer.get_delta_weight(_adapter(layer)).to(start.device)
+    delta = _delta(layer, start.device)
     return (start + delta).mul_(_dora_factor(layer, start, delta))
 
 
@@ -149,10 +149,16 @@ def noise(layer: torch.nn.Module, start: torch.Tensor) -> torch.Tensor | None:
     adapter = _adapter(layer)
     a, b = (part[adapter].weight.float().to(start.device) for part in (layer.lora_A, layer.lora_B))
     sizes = torch.outer(vector_norm(b, dim=1), vector_norm(a, dim=0)).mul_(abs(layer.scaling[adapter]))
-    delta = layer.get_delta_weight(adapter).to(start.device)
+    delta = _delta(layer, start.device)
     found = sizes.mul_(2 * (len(a) + 2) * UNIT).add_((start + delta).abs_(), alpha=4 * UNIT)
     factor = _dora_factor(layer, start, delta)
     return found.mul_(factor).add_((start + delta).mul_(factor).abs_(), alpha=DORA_NOISE if has_dora(layer) else 0)
+
+
+def _delta(layer: LoraLayer, device: torch.device) -> torch.Tensor:
+    """What the adapter adds (O, I); peft has it as the weight lies, which is the other way about in a Conv1D."""
+    delta: torch.Tensor = layer.get_delta_weight(_adapter(layer)).to(device)
+    return delta.t() if isinstance(layer.get_base_layer(), Conv1D) else delta
 
 
 def has_dora(layer: LoraLayer) -> bool:
@@ -164,7 +170,8 @@ def _dora_factor(layer: LoraLayer, start: torch.Tensor, delta: torch.Tensor) -> 
     if not has_dora(layer):
         return 1.0
     dora = layer.lora_magnitude_vector[_adapter(layer)]
-    return (dora.weight.float() / dora.get_weight_norm(start, delta, scaling=1)).to(start.device)[:, None]
+    weight = start.t() if isinstance(layer.get_base_layer(), Conv1D) else start
+    return (dora.weight.float() / dora.get_weight_norm(weight, delta, scaling=1)).to(start.device).view(-1, 1)
 
 
 def _adapter(layer: LoraLayer | ParamWrapper) -> str:

@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 CONFIG_NAME = "adapter_config.json"
 ROWS = ".token_adapter.trainable_tokens_delta"  # behind a table's name; rows in place of its own, not added to them
 # Settings under which B @ A is not the whole change, or not a change of this base; `False` and absent are fine.
-UNMERGEABLE = ("fan_in_fan_out", "lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication")
+UNMERGEABLE = ("lora_bias", "alora_invocation_tokens", "arrow_config", "layer_replication")
 UNCHANGED_BASE_INITS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 

@@ -59,7 +59,7 @@ def test_half_a_pair_is_named(tiny_base, tmp_path) -> None:
     [
         ({"peft_type": "LOHA"}, "peft_type = 'LOHA'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out = True"),
+        ({"lora_bias": True}, "lora_bias = True"),
     ],
 )
 def test_another_method_is_refused_by_name(tiny_base, tmp_path, changes, named) -> None:

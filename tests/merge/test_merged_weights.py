@@ -282,17 +282,20 @@ def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
 
 
 # Its layers are Conv1D, with weights (in, out); 4 bits and the adapter take them for linears, and the merge found
-# "another shape".
-@pytest.mark.parametrize("onto", ["dequantised", "original"])
-def test_gpt2s_transposed_weights_are_merged(tmp_path, onto) -> None:
+# "another shape". In 16 bits peft notes `fan_in_fan_out`, for which the merge was refused.
+@pytest.mark.parametrize(
+    ("quantization", "onto", "variant"),
+    [("nf4", "dequantised", {}), ("nf4", "original", {}), ("none", "original", {}), ("none", "original", {"dora": True})],
+)
+def test_gpt2s_transposed_weights_are_merged(tmp_path, quantization, onto, variant) -> None:
     torch.manual_seed(0)
     config = CONFIG_MAPPING["gpt2"](vocab_size=262, n_embd=64, n_layer=2, n_head=4, bos_token_id=6, eos_token_id=END)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     run = kept_run(
         tmp_path / "run",
-        Model(base=str(tmp_path / "base")),
-        lambda model: adapter.attach(model, Lora(rank=4), 0),
+        Model(base=str(tmp_path / "base"), quantization=quantization),
+        lambda model: adapter.attach(model, Lora(rank=4, **variant), 0),
         "float32",
         stop_token_ids=(END,),
     )

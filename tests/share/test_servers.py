@@ -95,10 +95,10 @@ def test_a_base_that_gguf_has_no_form_for_still_merges(tmp_path: Path) -> None:
 
 def test_a_merge_that_cannot_be_made_is_told_for_every_server(tmp_path: Path) -> None:
     run = make_run(tmp_path / "x", make_base(tmp_path / "base", "llama"))
-    edit_json(run.adapter / "adapter_config.json", fan_in_fan_out=True)
+    edit_json(run.adapter / "adapter_config.json", lora_bias=True)
     found = asked(run)
     assert {server.merged.is_taken for server in found.values()} == {False}
-    assert "cannot be merged: fan_in_fan_out = True" in found["vLLM"].merged.why
+    assert "cannot be merged: lora_bias = True" in found["vLLM"].merged.why
     assert found["transformers + peft"].adapter.is_taken
 
 
