@@ -68,6 +68,12 @@ bitsandbytes leaves as it is.
 
 **Refused** is an architecture that `qtune run` refuses before any work, with that sentence.
 
+In layers that are not attention (gated delta nets, KDA, Mamba, short convolutions) documents of a pack are kept apart
+by gathering those of like length into a batch, padded to the longest, at most twice their tokens. With
+flash-linear-attention or mamba-ssm on a card their kernels get that batch. `cu_seq_lens` and `seq_idx`, by which some
+of those kernels take a pack as it lies and without padding, are not handed to them: what is handed on differs between
+families (transformers 5.23), is an error where one of the packages is missing, and could not be tried without a card.
+
 What is tiny here says nothing of whether a base fits on a card: `qtune plan` does. Of three bases of today it said, for
 examples of 2,048 tokens, rank 16, 64 GiB of host memory and the bases' published sizes (2026-12-01,
 `scripts/bench_plan.py`; no card was measured):
