@@ -74,13 +74,14 @@ def test_it_is_the_rule_token_by_token(
         *ours, initial_state=None if begins else state, output_final_state=True, use_qk_l2norm_in_kernel=True
     )
     assert kept is not None
-    torch.testing.assert_close(outputs.double(), wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kept.double(), last, rtol=1e-5, atol=1e-5)
+    rounding = 10 if by_channel else 1  # of sums of such decays, which are in the hundreds; transformers' is the same
+    torch.testing.assert_close(outputs.double(), wanted, rtol=1e-5, atol=1e-5 * rounding)
+    torch.testing.assert_close(kept.double(), last, rtol=1e-5, atol=1e-5 * rounding)
     weights = torch.randn(wanted.shape, dtype=torch.float64)
     expected = torch.autograd.grad((wanted * weights).sum() + last.square().sum(), exact)
     found = torch.autograd.grad((outputs * weights).sum() + kept.double().square().sum(), ours)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=3e-5)
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=3e-5 * rounding)
 
 
 @pytest.mark.parametrize("by_channel", [False, True])
