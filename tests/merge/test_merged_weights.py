@@ -285,7 +285,12 @@ def test_memory_is_a_few_copies_of_the_largest_tensor(tmp_path) -> None:
 # "another shape". In 16 bits peft notes `fan_in_fan_out`, for which the merge was refused.
 @pytest.mark.parametrize(
     ("quantization", "onto", "variant"),
-    [("nf4", "dequantised", {}), ("nf4", "original", {}), ("none", "original", {}), ("none", "original", {"dora": True})],
+    [
+        ("nf4", "dequantised", {}),
+        ("nf4", "original", {}),
+        ("none", "original", {}),
+        ("none", "original", {"dora": True}),
+    ],
 )
 def test_gpt2s_transposed_weights_are_merged(tmp_path, quantization, onto, variant) -> None:
     torch.manual_seed(0)
