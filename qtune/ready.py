@@ -42,6 +42,7 @@ from qtune.resume import Invocation, changes, recipe_then, refuse_changes
 from qtune.rundir import RunDir, default_path, leaves, read_json, write_json
 from qtune.train import checkpoint_files
 from qtune.train.checkpoint_files import Checkpoint
+from qtune.train.lr_schedule import rate_of
 from qtune.train.objectives import OBJECTIVES
 from qtune.units import format_bytes
 
@@ -286,6 +287,9 @@ def get_ready_again(
             run.write_lock(now)
     if checkpoint is not None and checkpoint.warms_otherwise(ready.plan.warmup_steps):
         why += " Its warm-up began at nought; the rest of it is a step ahead of that."
+    elif checkpoint is not None and checkpoint.step < ready.plan.steps:
+        rate = rate_of(recipe.train, ready.plan.steps, ready.plan.warmup_steps)
+        why += checkpoint.rate_told(recipe.train.learning_rate * rate(checkpoint.values["schedule"]))
     return ready, GoingOn(checkpoint, Resumed(checkpoint.step if checkpoint else 0, why))
 
 

@@ -52,7 +52,7 @@ def count(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, is_card:
         is_tied=is_tied,
         adapter_bytes=storage_sizes(trained),
         optimizer_bytes=sum(optimizer.state_bytes(p.numel()) for p in trained),
-        optimizer_workspace_bytes=round(optimizer.workspace_fraction * storage_sizes(trained)) if is_card else 0,
+        optimizer_workspace_bytes=optimizer.workspace_bytes([storage_sizes([p]) for p in trained]) if is_card else 0,
         parameters=sum(_elements(p) for p in frozen),
         active_parameters=round(sum(_elements(p) * _active_share(p, config) for p in others)),
         trained_parameters=sum(p.numel() for p in trained),

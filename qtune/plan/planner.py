@@ -23,7 +23,8 @@ from qtune.plan.rung_report import Rung, rungs
 from qtune.plan.suggestions import remedies
 from qtune.plan.workload import BatchShape, Work
 from qtune.plan.world import ALONE, World
-from qtune.recipe.schema import HOST_FRACTION, Lora, Recipe
+from qtune.recipe.schema import HOST_FRACTION, Lora, Recipe, Train
+from qtune.train.optimizers import OPTIMIZERS
 from qtune.units import MIB, counted, format_count, format_percent, parse_bytes
 
 EVALUATIONS = 10  # points enough to see a loss turn, at a cost that is small beside the run
@@ -138,15 +139,26 @@ def _pace(recipe: Recipe, work: Work) -> Pace:
 
 def _training_choices(recipe: Recipe, pace: Pace, climb: Climb, accumulation: int) -> tuple[Choice, ...]:
     train, sequences = recipe.train, f"{recipe.train.micro_batch * recipe.train.gradient_accumulation}"
-    warm_up = f"{train.schedule}, after {counted(pace.warmup_steps, 'step')} of warm-up"
+    warm_up = f"{_schedule(train)}, after {counted(pace.warmup_steps, 'step')} of warm-up"
     return (
         pace.steps_choice,
         Choice("sequences a step", sequences, _batch(recipe, climb.micro_batch, accumulation)),
-        Choice("learning rate", f"{train.learning_rate:g}", warm_up),
+        Choice("learning rate", _rate(train), warm_up),
         Choice("optimizer", train.optimizer, "train.optimizer"),
         Choice("packing", "yes" if recipe.data.packing else "no", "data.packing"),
         pace.eval_choice,
     )
+
+
+def _rate(train: Train) -> str:
+    of_b = f", of B {train.lora_plus_ratio * train.learning_rate:g}" if train.lora_plus_ratio != 1 else ""
+    return f"{train.learning_rate:g}{of_b}"
+
+
+def _schedule(train: Train) -> str:
+    told = {"cosine_restarts": f" {train.cycles} times", "wsd": f" in the last {format_percent(train.decay_fraction)}"}
+    floor = f" to {format_percent(train.floor_fraction)}" if train.floor_fraction else ""
+    return f"{train.schedule}{told.get(train.schedule, '')}{floor}"
 
 
 def longest_on(recipe: Recipe, devices: Sequence[Device], config: PreTrainedConfig) -> list[Longest]:
@@ -180,10 +192,12 @@ def budget_of(recipe: Recipe, device: Device, world: World = ALONE) -> Budget:
 
 
 def _disk_bytes(recipe: Recipe, standing: Standing) -> int:
-    """What a run leaves: the adapter, and the checkpoints kept, of which one more is there while it is written."""
+    """What a run leaves: the adapter, and the checkpoints kept, of which one more is there while it is written. Where
+    the adapter is an average, they have the weights that are trained, too."""
     adapter = 4 * standing.trained_parameters
+    beside = adapter if OPTIMIZERS[recipe.train.optimizer].averages else 0
     checkpoints = recipe.save.keep + 2  # the newest, the best, and the one being written
-    return adapter + checkpoints * (adapter + standing.optimizer_bytes) + SPARE_DISK_BYTES
+    return adapter + checkpoints * (adapter + standing.optimizer_bytes + beside) + SPARE_DISK_BYTES
 
 
 def _cache_bytes(recipe: Recipe, standing: Standing) -> int:

@@ -12,6 +12,7 @@ from qtune.recipe.data_files import TABLES_SUFFIXES
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
 from qtune.train.objectives import OBJECTIVES
+from qtune.train.optimizers import OPTIMIZERS, Optimizer
 
 BASE, REVISION = ("model", "base"), ("model", "revision")
 TRUST_REMOTE_CODE, COMMIT = ("model", "trust_remote_code"), re.compile(r"[0-9a-f]{40}")
@@ -27,6 +28,9 @@ OBJECTIVE, BETA = ("train", "objective"), ("train", "beta")
 FORMAT, ON_LONG = ("data", "format"), ("data", "on_long")
 OF_PAIRS = (("data", "columns", "chosen"), ("data", "columns", "rejected"))
 PAIRED = tuple(name for name, each in OBJECTIVES.items() if each.learns_pairs)
+OPTIMIZER, SCHEDULE = ("train", "optimizer"), ("train", "schedule")
+ONLY_WITH_SCHEDULE = {("train", "decay_fraction"): "wsd", ("train", "cycles"): "cosine_restarts"}
+FLOOR_FRACTION = ("train", "floor_fraction")
 KEEP_LAYERS, HEAD = ("memory", "keep_layers"), ("memory", "head")
 ELSEWHERE = {("memory", "stream_layers"): "streamed", ("memory", "shard_layers"): "in parts"}  # and so recomputed
 
@@ -77,6 +81,13 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
             Idle(key, OBJECTIVE, 'with train.objective = "sft", which learns one answer of a row')
             for key in (BETA, *OF_PAIRS)
         ]
+    optimizer = _optimizer(values)
+    schedule = value_of(values, SCHEDULE) or (optimizer and optimizer.schedule)
+    for key, needed in ONLY_WITH_SCHEDULE.items():
+        if schedule != needed:
+            candidates.append(Idle(key, SCHEDULE, f'without train.schedule = "{needed}"'))
+    if schedule == "constant":
+        candidates.append(Idle(FLOOR_FRACTION, SCHEDULE, 'with train.schedule = "constant", which does not fall'))
     if not value_of(values, CANARIES):
         candidates.append(Idle(CANARY_REPEATS, CANARIES, "without evaluate.canaries"))
     return (candidate for candidate in candidates if value_of(values, candidate.key) is not None)
@@ -155,6 +166,18 @@ def unlike_rows(values: dict[str, Any]) -> Iterator[Fault]:
         )
     if in_pairs and value_of(values, CANARIES):
         yield CANARIES, f"evaluate.canaries does not go with {named}: planted rows are no pairs. Leave it out."
+
+
+def with_optimizer(values: dict[str, Any]) -> Iterator[Fault]:
+    """What the optimizer cannot be beside."""
+    optimizer = _optimizer(values)
+    if optimizer is not None:
+        yield from optimizer.refuses(lambda name: value_of(values, tuple(name.split("."))))
+
+
+def _optimizer(values: dict[str, Any]) -> Optimizer | None:
+    """The one that is named, where there is one of that name."""
+    return OPTIMIZERS.get(str(value_of(values, OPTIMIZER)))
 
 
 def unpinned_code(values: dict[str, Any]) -> Iterator[Fault]:

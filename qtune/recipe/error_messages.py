@@ -79,6 +79,12 @@ OTHER_NAMES = {  # what peft, transformers, trl, unsloth, axolotl, LLaMA-Factory
     "lr": "learning_rate",
     "lr_scheduler": "schedule",
     "lr_scheduler_type": "schedule",
+    "neftune_noise_alpha": "neftune_alpha",
+    "loraplus_lr_ratio": "lora_plus_ratio",
+    "min_lr_ratio": "floor_fraction",
+    "cosine_min_lr_ratio": "floor_fraction",
+    "min_lr_rate": "floor_fraction",
+    "num_cycles": "cycles",
     "warmup_ratio": "warmup_fraction",
     "warmup_steps": "warmup_fraction",
     "gradient_clipping": "max_grad_norm",
@@ -136,6 +142,8 @@ def explain(errors: Sequence[ErrorDetails], unread: Collection[Key] = ()) -> lis
     meant = set(unread)
     for error in errors:
         key = tuple(str(part) for part in error["loc"] if part != "[key]")  # which says that a name is wrong
+        if error["type"] == "default_factory_not_called":  # it follows from what is wrong with another setting
+            continue
         if error["type"] == "missing":
             missing += _required(key)
         elif error["type"] == "extra_forbidden":

@@ -270,6 +270,7 @@ def _faults_together(values: Values, origin: Origin, demo: bool) -> Iterator[Fau
     yield from conflicts.exclude_each_other(values)
     yield from conflicts.starts_otherwise(values)
     yield from conflicts.unlike_rows(values)
+    yield from conflicts.with_optimizer(values)
     yield from conflicts.unpinned_code(values)
     if demo and "demo" not in values:
         yield (), "has no [demo] table for --demo to use. `qtune recipes show medical` shows one."

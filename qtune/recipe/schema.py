@@ -1,6 +1,7 @@
 """What a recipe may say: one frozen model per TOML table, one sentence, unit, range and reasoned default per field."""
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -12,7 +13,7 @@ from qtune.memory.techniques import TECHNIQUES
 from qtune.model import lora_inits
 from qtune.model.lora_variants import LORA_VARIANTS
 from qtune.train.objectives import OBJECTIVES
-from qtune.train.optimizers import OPTIMIZERS
+from qtune.train.optimizers import ADAMW_RATE, OPTIMIZERS
 from qtune.train.trackers import TRACKERS
 from qtune.units import MAX_COUNT, parse_bytes, parse_seconds
 
@@ -288,6 +289,19 @@ class Data(Table):
     check: DataCheck = Field(DataCheck(), description="What `qtune data check` lets pass.")
 
 
+def _of_optimizer(setting: str) -> Callable[[dict[str, Any]], Any]:
+    """The value that the optimizer has for a recipe that names none. Some versions of pydantic ask for it also where
+    another setting is at fault."""
+    return lambda settled: getattr(OPTIMIZERS[settled.get("optimizer", "adamw")], setting)
+
+
+_OTHERS = {name: each.learning_rate for name, each in OPTIMIZERS.items() if each.learning_rate != ADAMW_RATE}
+_OWN_RATES = ", ".join([f"{ADAMW_RATE:g}", *(f"{rate:g} for {name}" for name, rate in _OTHERS.items())])
+
+
+_UNSCHEDULED = [name for name, each in OPTIMIZERS.items() if each.schedule == "constant"]
+
+
 class Train(Table):
     """How long, how fast, in what portions."""
 
@@ -308,24 +322,53 @@ class Train(Table):
     max_steps: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="Optimizer steps at the most; unset leaves it to epochs."
     )
-    learning_rate: float = Field(2e-4, gt=0, le=0.1, description="Peak step size of the adapter; 2e-4 is QLoRA's own.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after warm-up."
+    optimizer: OptimizerName = Field(
+        "adamw_8bit",
+        description="What takes the steps; 8-bit AdamW holds 2 bytes a trained weight, the paged one may spill to the"
+        " host and is slower, and the others are for those who want to try them.",
     )
+    learning_rate: float = Field(
+        default_factory=_of_optimizer("learning_rate"),
+        json_schema_extra={"default": ADAMW_RATE},
+        gt=0,
+        le=0.1,
+        description=f"Peak step size of the adapter; unset is what suits the optimizer: {_OWN_RATES}.",
+    )
+    schedule: Literal["cosine", "linear", "constant", "wsd", "cosine_restarts"] = Field(
+        default_factory=_of_optimizer("schedule"),
+        json_schema_extra={"default": "cosine"},
+        description="How the learning rate falls after warm-up; wsd stays at the peak first, cosine_restarts falls"
+        f" again and again. Unset it is constant with {', '.join(_UNSCHEDULED)}.",
+    )
+    floor_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Share of its peak that the learning rate falls to; 0 ends as small as can be."
+    )
+    decay_fraction: float = Field(
+        0.2, gt=0, le=1, description="Share of the steps, the last ones, in which wsd falls; 0.2 is enough."
+    )
+    cycles: int = Field(2, ge=1, le=1000, description="How often cosine_restarts falls, each time from the peak.")
     warmup_fraction: float = Field(
         0.03, ge=0, le=0.5, description="Share of the steps in which the learning rate rises, evenly, to its peak."
     )
-    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decay; 0, as adapters are small already.")
+    lora_plus_ratio: float = Field(
+        1.0,
+        ge=1,
+        le=256,
+        description="How many times the learning rate of A that of B is (LoRA+); the paper has 16, at half the rate.",
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="The optimizer's decay; 0, as adapters are small already.")
+    neftune_alpha: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Noise on the embeddings of training passes (NEFTune); 5 is the paper's, 0 is none.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm; tames odd batches.")
     micro_batch: int = Field(
         1, ge=1, le=4096, description="Sequences (packs, with packing) in one forward pass; memory grows with it."
     )
     gradient_accumulation: int = Field(
         8, ge=1, le=4096, description="Forward passes per optimizer step; costs no memory."
-    )
-    optimizer: OptimizerName = Field(
-        "adamw_8bit",
-        description="8-bit AdamW holds 2 bytes a trained weight; the paged one may spill to the host, and is slower.",
     )
     eval_every: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="Steps between held-out losses; unset measures ten times in a run."

@@ -189,7 +189,10 @@ def _setting_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     if train:
         batch = train["micro_batch"] * train["gradient_accumulation"]
         sequences = "1 sequence" if batch == 1 else f"{batch:,} sequences"
-        rate = f"{format_rate(train['learning_rate'])}, {train['schedule']}"
+        ratio = train.get("lora_plus_ratio", 1.0)
+        of_b = f" and {format_rate(ratio * train['learning_rate'])} of B" if ratio != 1 else ""
+        noise = f", NEFTune at {train['neftune_alpha']:g}" if train.get("neftune_alpha") else ""
+        rate = f"{format_rate(train['learning_rate'])}{of_b}, {train['schedule']}{noise}"
         rows.append(("optimizer", f"{train['optimizer']}, learning rate {rate}"))
         rows.append(("batch", f"{sequences} of at most {recipe['data']['max_tokens']:,} tokens"))
     return rows

@@ -1,15 +1,22 @@
 """What the trainer's callbacks tell: events, the bytes held, the held-out loss; and a tracker, at arm's length:
 whatever goes wrong in there ends no run."""
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from peft import PeftModel
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from qtune import accelerator
 from qtune.events import Evaluated, Listener, Notice, RanksStanding, StepDone
+from qtune.memory.documents import documents_here
 from qtune.model.adapter import trained_parameters
+from qtune.recipe.schema import Train
 from qtune.train.rows import HeldOutLoss
 from qtune.train.trackers import TRACKERS, nobody_to_ask
 from qtune.train.trainer import Meter, MeteredTrainer
@@ -107,6 +114,7 @@ class Reporter(TrainerCallback):
         if self.held_out is None:
             return
         start = time.perf_counter()
+        self.trainer.be_the_result()
         loss = self.held_out.of_all()
         seconds = time.perf_counter() - start
         self.trainer.meter.other_seconds += seconds
@@ -116,6 +124,49 @@ class Reporter(TrainerCallback):
         self.listen(Evaluated(step, loss, is_best, seconds))
         if self.tracker is not None:
             self.tracker.tell_held_out(loss)
+
+
+class NoisyEmbeddings(TrainerCallback):
+    """NEFTune (arXiv:2310.05914): in training passes, noise on what the embedding gives, even from -a to a, where a is
+    `neftune_alpha` / sqrt(L H) for a document of L tokens, H wide.
+
+    A document's follows from the seed, the step and its tokens. So it is the same whatever else is in the pass, on
+    which rank, and in a pass that is run again. Costs: as many numbers drawn as there are elements, one document at a
+    time, and its tokens copied to the host once a pass.
+    """
+
+    def __init__(self, model: PeftModel, train: Train):
+        self._embedding = model.get_base_model().get_input_embeddings()
+        self._alpha, self._seed, self._step = train.neftune_alpha, train.seed, 0
+        self._hook: RemovableHandle | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._alpha:
+            self._hook = self._embedding.register_forward_hook(self._add)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._step = state.global_step + 1
+
+    def remove(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _add(self, embedding: torch.nn.Module, given: tuple[torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+        """`embedded` (B, T, H) of the tokens (B, T)."""
+        if not (embedding.training and torch.is_grad_enabled()):
+            return embedded
+        ids = accelerator.to_host(given[0])
+        lengths = documents_here() or [ids.shape[-1]] * len(ids)
+        noise = [self._noise(document, embedded) for document in ids.flatten().split(tuple(lengths))]
+        return embedded + torch.cat(noise).view_as(embedded)
+
+    def _noise(self, document: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """(L, H), of the tokens (L,) of a document."""
+        said = f"{self._seed} {self._step} {document.tolist()}"
+        drawn = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7])
+        size, generator = (len(document), like.shape[-1]), torch.Generator(like.device).manual_seed(drawn)
+        most = self._alpha / math.sqrt(size[0] * size[1])
+        return torch.empty(size, device=like.device).uniform_(-most, most, generator=generator).to(like.dtype)
 
 
 class EvaluateEvery(TrainerCallback):

@@ -62,6 +62,17 @@ class Checkpoint:
         """Whether the rates to come are not those of the run that wrote it."""
         return self.values["format"] == WARMED_FROM_NOUGHT and self.step < warmup_steps
 
+    def rate_told(self, rate: float) -> str:
+        """A sentence where the next step is taken at another learning `rate` than it would have been; of a checkpoint
+        that does not say at which, nothing."""
+        before = self.values.get("next_rate", rate)
+        if before == rate:
+            return ""
+        return (
+            f" Step {self.step + 1:,} is taken at a learning rate of {rate:.3g}, and as the run was it would have been"
+            f" {before:.3g}: the schedule is laid anew over the steps that there are now."
+        )
+
     @property
     def micro_batch(self) -> int:
         return int(self.values["micro_batch"])

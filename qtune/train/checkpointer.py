@@ -98,6 +98,7 @@ class Saver(TrainerCallback):
         self._listen(Notice(f"the adapter is that of step {checkpoint.step:,}, whose held-out loss is the best"))
 
     def _fill(self, folder: Path) -> None:
+        self._trainer.be_the_result()
         adapter.save(self._trainer.model, folder / checkpoint_files.ADAPTER, self._recipe.model.base)
         tensors, optimizer = take_optimizer(self._optimizer, self._names)
         save_file(tensors, folder / checkpoint_files.OPTIMIZER)
@@ -116,6 +117,7 @@ class Saver(TrainerCallback):
             "techniques": asdict(trainer.learner.engine.techniques),
             "pieces": trainer.learner.recovery.pieces,
             "schedule": trainer.lr_scheduler.state_dict()["last_epoch"],
+            "next_rate": trainer.lr_scheduler.get_last_lr()[0],
             "scaler": None if scaler is None else scaler.state_dict(),
             "meter": trainer.meter.as_json(),
             "reporter": self._reporter.standing(),

@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from qtune.data.packing import collate, seq_lengths
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.errors import RankLost
+from qtune.errors import MachineError, RankLost
 from qtune.events import Finished, Listener, Started
 from qtune.memory.oom_recovery import refusing
 from qtune.memory.split_batch import split_batch
@@ -21,14 +21,15 @@ from qtune.plan.workload import heaviest_first
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
 from qtune.train import dry_run
-from qtune.train.callbacks import EvaluateEvery, Reporter, TrackerCallback
+from qtune.train.callbacks import EvaluateEvery, NoisyEmbeddings, Reporter, TrackerCallback
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.checkpointer import Saver, SaveWhen, train_from
 from qtune.train.learner import Learner
+from qtune.train.optimizers import Optimizer
 from qtune.train.replicas import Shares
 from qtune.train.rows import TrainingRows
 from qtune.train.stop_signals import StepDropped, Stop
-from qtune.train.trainer import MeteredTrainer, sft_config
+from qtune.train.trainer import Descent, MeteredTrainer, sft_config
 
 if TYPE_CHECKING:
     from qtune.plan.plan import Plan
@@ -72,16 +73,19 @@ class TrainingSession:
         for a checkpoint that does not: the weights are those of the last whole step.
         """
         checkpoint = self.going_on_from
-        trainer = MeteredTrainer(self.learner, self._settings(), self.recipe.train, self.rows, checkpoint, self.ranks)
+        descent = Descent.of(self.recipe, self.plan)
+        trainer = MeteredTrainer(self.learner, self._settings(), descent, self.rows, checkpoint, self.ranks)
+        self._refuse_unlike_cards(descent.optimizer)
         trainer.shared.shares = self._shares()
         use_master_dtype(trainer.model, self.recipe.lora.master_dtype)
         told = self.recipe.report.to if self.ranks.is_first else None
         tracker = TrackerCallback(told, trainer, self.listen) if told else None
+        noise = NoisyEmbeddings(trainer.model, self.recipe.train)
         reporter = Reporter(trainer, self.rows.held_out, self.listen, tracker)
         stopping = Stop(trainer, self.listen, stop or threading.Event())
         saver = Saver(self.recipe, self.kept_in, trainer, reporter, self.listen) if self.kept_in else None
         when = SaveWhen(self.recipe.save.every, self.kept_in, reporter, stopping) if self.kept_in else None
-        for callback in (EvaluateEvery(self.plan.eval_every), reporter, stopping, tracker, when, saver):
+        for callback in (EvaluateEvery(self.plan.eval_every), noise, reporter, stopping, tracker, when, saver):
             if callback is not None:
                 trainer.add_callback(callback)
         if checkpoint is None:
@@ -104,6 +108,8 @@ class TrainingSession:
                 saver.save_last_whole_step()
             raise
         finally:  # the weights are those of a whole step, whatever ended training
+            trainer.be_the_result()
+            noise.remove()
             if saver is not None and trainer.has_begun:
                 saver.save_adapter()
         caught = next((number for number in self.ranks.gather(stopping.caught) if number is not None), None)
@@ -111,6 +117,16 @@ class TrainingSession:
         fitted = Fitted(steps, trainer.seconds, was_stopped, None if caught is None else signal.Signals(caught))
         self.listen(Finished(fitted.steps, fitted.seconds))
         return fitted
+
+    def _refuse_unlike_cards(self, optimizer: Optimizer) -> None:
+        """Raises MachineError for ranks on cards of different kinds, which would not take the same step to the bit."""
+        labels = self.ranks.gather(self.plan.device.label)
+        if optimizer.rounds_by_card and len(set(labels)) > 1:
+            raise MachineError(
+                f'train.optimizer = "{optimizer.name}" multiplies matrices, which cards of different kinds round'
+                f" otherwise: {', '.join(sorted(set(labels)))} would no longer train one run. Take another optimizer,"
+                " or cards of one kind."
+            )
 
     def _shares(self) -> Shares:
         """Ranks are alike that have such a card, and what the plan switches on."""

@@ -42,6 +42,8 @@ def put_optimizer_back(
     """
     held = {name.rpartition(":")[0] for name in tensors} | others.keys()
     _make_state(optimizer, {weight for weight, name in names.items() if name in held or not held})
+    if hasattr(optimizer, "eval"):  # as it was taken
+        optimizer.eval()
     wanted = {
         f"{names[weight]}:{key}": value
         for weight, state in optimizer.state.items()

@@ -20,14 +20,14 @@ from qtune.hardware import Device
 from qtune.memory import fused_cross_entropy, pair_loss
 from qtune.memory.oom_recovery import Batch, OpenStep
 from qtune.model.adapter import trained_parameters
-from qtune.recipe.schema import Recipe, Train
+from qtune.recipe.schema import Recipe
 from qtune.train.atomic_step import keep_steps_whole
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.learner import Learner
-from qtune.train.lr_schedule import warming_from_first_step, wind
-from qtune.train.objectives import OBJECTIVES
+from qtune.train.lr_schedule import Rate, quicken, rate_of, wind
+from qtune.train.objectives import OBJECTIVES, Objective
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
-from qtune.train.optimizers import OPTIMIZERS
+from qtune.train.optimizers import OPTIMIZERS, Optimizer
 from qtune.train.replicas import SharedSteps, draw_own_random, empty_batch, in_batches, is_empty, tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from qtune.plan.plan import Plan
 
 SHOWN_PLACES = 5
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
@@ -48,8 +47,7 @@ def sft_config(recipe: Recipe, plan: "Plan", folder: Path) -> SFTConfig:
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.gradient_accumulation,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=SCHEDULES[train.schedule],
-        warmup_steps=plan.warmup_steps,
+        lr_scheduler_type="constant",  # the trainer's is made of a `Descent`
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=OPTIMIZERS[train.optimizer].made_by,
@@ -113,6 +111,25 @@ class Meter:
         return cls(**{**values, "since": time.perf_counter() - values["since"]})
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How the trained weights go down: by which optimizer, at what share of the peak rate after so many steps, and B at
+    `ratio` times that; and the loss that goes down with them, of which `beta` is a part where it is of pairs."""
+
+    optimizer: Optimizer
+    rate: Rate
+    ratio: float
+    objective: Objective
+    beta: float
+
+    @classmethod
+    def of(cls, recipe: Recipe, plan: "Plan") -> "Descent":
+        train = recipe.train
+        rate = rate_of(train, plan.steps, plan.warmup_steps)
+        objective = OBJECTIVES[train.objective]
+        return cls(OPTIMIZERS[train.optimizer], rate, train.lora_plus_ratio, objective, train.beta)
+
+
 class MeteredTrainer(SFTTrainer):
     """SFTTrainer that counts what it is fed, and takes a step whole and on a loss that is a number, or not at all.
 
@@ -129,7 +146,7 @@ class MeteredTrainer(SFTTrainer):
         self,
         learner: Learner,
         settings: SFTConfig,
-        train: Train,
+        descent: Descent,
         rows: TrainingRows,
         going_on_from: Checkpoint | None,
         ranks: Ranks = ALONE,
@@ -140,14 +157,14 @@ class MeteredTrainer(SFTTrainer):
             data_collator=collate,
             train_dataset=Dataset.from_list([dict(rows.packs[0])]),  # trl takes no other class, and looks at one row
             processing_class=learner.loaded.tokenizer,
-            optimizer_cls_and_kwargs=OPTIMIZERS[train.optimizer].made_with(settings.learning_rate),
+            optimizer_cls_and_kwargs=descent.optimizer.made_with(settings.learning_rate, settings.max_steps),
         )
         self.accelerator.device_placement = False  # as in `_move_model_to_device`; batches go with `_prepare_inputs`
         self.remove_callback(PrinterCallback)
         self.train_dataset = rows.packs
         self.learner, self.places, self.going_on_from = learner, rows.places, going_on_from
-        self.objective, self.beta = OBJECTIVES[train.objective], train.beta
-        self.model_accepts_loss_kwargs |= self.objective.learns_pairs  # or the share of a step is divided once more
+        self.model_accepts_loss_kwargs |= descent.objective.learns_pairs  # or the share of a step is divided once more
+        self.descent = descent
         self.order, self.shared = rows.order(settings.seed), SharedSteps(ranks)
         self.has_begun, self.may_drop, self.drops_step = False, True, False
         self.standing: tuple[Meter, Tensors, dict[str, Any]] | None = None
@@ -171,8 +188,18 @@ class MeteredTrainer(SFTTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
+        if self.descent.ratio != 1:
+            named = self.model.named_parameters()
+            quicken(optimizer, [weight for name, weight in named if ".lora_B." in name], self.descent.ratio)
         keep_steps_whole(optimizer, self.learner.recovery, lambda: self.step_under_way)
         return optimizer
+
+    def be_the_result(self) -> None:
+        """Have the weights be what the optimizer has come to, where that is not where it takes gradients; the next pass
+        has the others again."""
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if hasattr(inner, "eval"):
+            inner.eval()
 
     def optimizer_of_its_own(self) -> torch.optim.Optimizer:
         """One as training makes it, which the trainer does not keep; not paged, as bitsandbytes gives no paged memory
@@ -185,8 +212,7 @@ class MeteredTrainer(SFTTrainer):
     def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
             scheduler: Any = super().create_scheduler(*args, **kwargs)
-            warmup_steps = self.args.warmup_steps
-            scheduler.lr_lambdas = [warming_from_first_step(rate, warmup_steps) for rate in scheduler.lr_lambdas]
+            scheduler.lr_lambdas = [self.descent.rate for _ in scheduler.lr_lambdas]
             wind(scheduler, 0)
         return self.lr_scheduler
 
@@ -199,7 +225,7 @@ class MeteredTrainer(SFTTrainer):
         samples, counted = (
             self._share_of_step(*args) if self.shared.are_shared else super().get_batch_samples(*args, **kwargs)
         )
-        if self.objective.learns_pairs and not self.shared.are_shared:
+        if self.descent.objective.learns_pairs and not self.shared.are_shared:
             counted = self._pairs_in(samples)
         self.meter.wait_seconds += time.perf_counter() - start - (self.shared.waited_seconds - waited_before)
         self.begin_step(self.step_under_way)
@@ -224,7 +250,7 @@ class MeteredTrainer(SFTTrainer):
         draw_own_random(self.args.seed, step, ranks)
         self.shared.begin_passes(counts[0])
         takes_them = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        counted = pairs if self.objective.learns_pairs else trained_tokens
+        counted = pairs if self.descent.objective.learns_pairs else trained_tokens
         return (
             ours + [empty_batch()] * (count - len(ours)),
             torch.tensor(counted, device=device) if takes_them else None,
@@ -243,7 +269,7 @@ class MeteredTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The summed loss over tokens, or pairs, of the whole step; trl's own where the head does not allow tiles."""
-        if self.objective.learns_pairs:
+        if self.descent.objective.learns_pairs:
             loss = self._loss_of_pairs(inputs, num_items_in_batch)
         elif fused_cross_entropy.suits(self.model):
             output = model(**inputs, fused_loss=True)
@@ -254,9 +280,9 @@ class MeteredTrainer(SFTTrainer):
         return loss
 
     def _loss_of_pairs(self, inputs: dict[str, Any], totals: torch.Tensor | None) -> torch.Tensor:
-        pairs = pair_loss.pairs_of(self.model, inputs, self.objective, self.learner.loaded.as_base)
+        pairs = pair_loss.pairs_of(self.model, inputs, self.descent.objective, self.learner.loaded.as_base)
         totals = self._pairs_in([inputs]) if totals is None else totals
-        return pair_loss.loss_of(pairs, self.objective, self.beta, totals)
+        return pair_loss.loss_of(pairs, self.descent.objective, self.descent.beta, totals)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch that is a step by itself."""
@@ -294,8 +320,8 @@ class MeteredTrainer(SFTTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """`inputs` on the device, with the labelled positions found before, as a card would have to be waited for."""
-        if self.objective.learns_pairs:
-            inputs = pair_loss.laid_out(inputs, self.objective)
+        if self.descent.objective.learns_pairs:
+            inputs = pair_loss.laid_out(inputs, self.descent.objective)
         elif fused_cross_entropy.suits(self.model):
             inputs = {**inputs, "labelled": fused_cross_entropy.positions_before_labels(inputs["labels"])}
         return super()._prepare_inputs(inputs)

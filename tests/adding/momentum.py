@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
 
 
-def made() -> "tuple[type[TorchOptimizer], Mapping[str, Any]]":
+def made(steps: int) -> "tuple[type[TorchOptimizer], Mapping[str, Any]]":
     from torch.optim import SGD
 
     return SGD, {"momentum": 0.9}

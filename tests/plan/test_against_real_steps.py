@@ -137,6 +137,7 @@ def test_attention_kept_and_run_again(tiny_base: Path) -> None:
         ("adamw", False),
         pytest.param("adamw_8bit", False, marks=pytest.mark.long),
         ("paged_adamw_8bit", True),
+        *(pytest.param(name, True, marks=pytest.mark.long) for name in ("ademamix_8bit", "muon")),
     ],
 )
 def test_every_optimizer(qwen3: Path, optimizer: str, accumulates: bool) -> None:

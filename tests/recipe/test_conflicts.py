@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qtune.recipe.conflicts import idle, same_rows, unlike_rows
+from qtune.recipe.conflicts import idle, same_rows, unlike_rows, with_optimizer
 
 HUB = {"base": "org/model"}
 
@@ -46,6 +46,22 @@ def test_repeats_of_no_canary_are_idle() -> None:
 
 
 @pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"decay_fraction": 0.1}, ["decay_fraction"]),
+        ({"schedule": "cosine", "decay_fraction": 0.1, "cycles": 3}, ["decay_fraction", "cycles"]),
+        ({"schedule": "wsd", "decay_fraction": 0.1, "floor_fraction": 0.1}, []),
+        ({"schedule": "cosine_restarts", "cycles": 3}, []),
+        ({"schedule": "constant", "floor_fraction": 0.1}, ["floor_fraction"]),
+        ({"floor_fraction": 0.1}, []),
+        ({"optimizer": "schedule_free_adamw", "floor_fraction": 0.1}, ["floor_fraction"]),
+    ],
+)
+def test_what_another_schedule_would_need_is_idle(train: dict[str, Any], expected: list[str]) -> None:
+    assert [setting.key[-1] for setting in idle({"train": train})] == expected
+
+
+@pytest.mark.parametrize(
     ("evaluate", "expected"),
     [
         ({"metric": "code_tests", "rows": 0}, ["metric"]),
@@ -60,10 +76,42 @@ def test_a_metric_over_no_rows_is_idle(evaluate: dict[str, Any], expected: list[
     assert [setting.key[-1] for setting in idle({"evaluate": evaluate})] == expected
 
 
-@pytest.mark.parametrize("values", [{}, {"model": 3, "data": [1]}, {"data": {"train": 3, "held_out": {}}}])
+@pytest.mark.parametrize(
+    ("train", "lora", "expected"),
+    [
+        ({"optimizer": "muon"}, {}, []),
+        ({"optimizer": "muon"}, {"dora": True}, ["train.optimizer"]),
+        ({"optimizer": "muon"}, {"train_tokens": ["<|im_end|>"]}, ["train.optimizer"]),
+        ({"optimizer": "muon"}, {"dora": False, "train_tokens": [], "targets": ["q_proj"]}, []),
+        ({"optimizer": "muon"}, {"targets": ["q_proj", "experts"]}, ["train.optimizer"]),
+        ({"optimizer": "adamw"}, {"dora": True}, []),
+        ({"optimizer": "schedule_free_adamw"}, {}, []),
+        ({"optimizer": "schedule_free_adamw", "schedule": "constant"}, {}, []),
+        (
+            {"optimizer": "schedule_free_adamw", "schedule": "wsd"},
+            {"master_dtype": "bfloat16"},
+            ["train.schedule", "lora.master_dtype"],
+        ),
+    ],
+)
+def test_what_an_optimizer_cannot_be_beside_is_refused(train: dict, lora: dict, expected: list[str]) -> None:
+    assert [".".join(key) for key, _ in with_optimizer({"train": train, "lora": lora})] == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"model": 3, "data": [1]},
+        {"data": {"train": 3, "held_out": {}}},
+        {"train": {"optimizer": ["muon"]}, "lora": 3},
+        {"train": {"optimizer": "muon"}, "lora": {"targets": 3, "dora": []}},
+    ],
+)
 def test_values_of_any_shape_are_looked_at(values: dict[str, Any]) -> None:
     assert list(idle(values)) == []
     assert list(same_rows(values)) == []
+    assert list(with_optimizer(values)) == []
 
 
 def test_rows_cannot_be_trained_on_and_held_out() -> None:

@@ -48,9 +48,14 @@ SIZE = 'memory.budget must be "auto" or a size such as "6GiB" or "7.5 GiB",'
         (
             "train",
             {"schedule": "cosin"},
-            'train.schedule must be cosine, linear or constant, and is "cosin". Did you mean cosine?',
+            'train.schedule must be cosine, linear, constant, wsd or cosine_restarts, and is "cosin". Did you mean'
+            " cosine?",
         ),
-        ("train", {"schedule": 3}, "train.schedule must be cosine, linear or constant, and is 3."),
+        (
+            "train",
+            {"schedule": 3},
+            "train.schedule must be cosine, linear, constant, wsd or cosine_restarts, and is 3.",
+        ),
         ("model", {"quantization": "NF4"}, 'model.quantization must be nf4 or none, and is "NF4". Did you mean nf4?'),
         (
             "lora",
@@ -63,6 +68,12 @@ SIZE = 'memory.budget must be "auto" or a size such as "6GiB" or "7.5 GiB",'
 def test_a_value_that_does_not_fit(table: str, values: dict[str, Any], expected: str) -> None:
     base = {"base": "b"} if table == "model" else {}
     assert faults(**{table: base | values}) == [expected]
+
+
+def test_a_misspelt_optimizer_is_one_mistake_and_not_one_of_the_rate_too() -> None:
+    (only,) = faults(train={"optimizer": "muno"})
+    assert only.startswith("train.optimizer must be adamw_8bit,")
+    assert only.endswith("Did you mean muon?")
 
 
 def test_tables_and_names_that_do_not_fit() -> None:

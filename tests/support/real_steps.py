@@ -20,8 +20,9 @@ from qtune.plan.workload import BatchShape
 from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.dry_run import Rehearsal, rehearse
 from qtune.train.objectives import OBJECTIVES
+from qtune.train.optimizers import OPTIMIZERS
 
-OPTIMIZERS = {
+OF_TRANSFORMERS = {
     "adamw": torch.optim.AdamW,
     "adamw_8bit": bitsandbytes.optim.AdamW8bit,
     "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
@@ -70,7 +71,9 @@ class RealModel:
     def step(self, techniques: Techniques, batch: dict, accumulates: bool) -> Rehearsal:
         self.engine.switch_to(techniques)
         objective = OBJECTIVES[self.recipe.train.objective]
-        optimizer = OPTIMIZERS[self.recipe.train.optimizer](list(adapter.trained_parameters(self.model)), lr=1e-3)
+        name = self.recipe.train.optimizer
+        made, settings = OPTIMIZERS[name].made_with(1e-3, 9) or (OF_TRANSFORMERS[name], {"lr": 1e-3})
+        optimizer = made(list(adapter.trained_parameters(self.model)), **settings)
 
         def loss_of(batch: dict) -> torch.Tensor:
             with autocast("cpu", self.dtype):

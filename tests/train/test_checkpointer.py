@@ -84,20 +84,35 @@ def test_going_on_is_exact_from_anywhere(alone: Path, tmp_path: Path, step: int)
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "packing", "dropout"),
+    ("model", "train", "dropout"),
     [
-        pytest.param({"quantization": "none"}, "adamw", True, 0.2, marks=pytest.mark.long),
-        ({"quantization": "nf4"}, "adamw_8bit", True, 0.0),
+        pytest.param({"quantization": "none"}, {"optimizer": "adamw"}, 0.2, marks=pytest.mark.long),
+        ({"quantization": "nf4"}, {"optimizer": "adamw_8bit"}, 0.0),
+        (
+            {"quantization": "nf4"},
+            {"optimizer": "schedule_free_adamw", "lora_plus_ratio": 8.0, "neftune_alpha": 5.0, "eval_every": 2},
+            0.0,
+        ),
+        pytest.param(
+            {"quantization": "nf4"}, {"optimizer": "ademamix_8bit", "schedule": "wsd"}, 0.0, marks=pytest.mark.long
+        ),
+        pytest.param(
+            {"quantization": "nf4"},
+            {"optimizer": "muon", "schedule": "cosine_restarts", "lora_plus_ratio": 2.0},
+            0.0,
+            marks=pytest.mark.long,
+        ),
+        pytest.param({"quantization": "nf4"}, {"optimizer": "lion_8bit"}, 0.0, marks=pytest.mark.long),
     ],
 )
-def test_going_on_is_exact_for_other_ways_to_train(tiny_base, tmp_path, model, optimizer, packing, dropout) -> None:
+def test_going_on_is_exact_for_other_ways_to_train(tiny_base, tmp_path, model, train, dropout) -> None:
     recipe = write_recipe(
         tmp_path,
         tiny_base,
         model={"base": str(tiny_base), **model},
         lora={"dropout": dropout},
-        data={"packing": packing, "max_tokens": 64},
-        train={"optimizer": optimizer, "gradient_accumulation": 3},
+        data={"packing": True, "max_tokens": 64},
+        train={"gradient_accumulation": 3, **train},
         save={"every": 1, "keep": 100},
     )
     assert qtune("run", recipe, "--output", tmp_path / "alone") == 0
@@ -105,6 +120,17 @@ def test_going_on_is_exact_for_other_ways_to_train(tiny_base, tmp_path, model, o
     run = copy(tmp_path / "alone", tmp_path / "run", up_to=half - 1)
     assert qtune("resume", run) == 0
     assert_same(run, tmp_path / "alone")
+
+
+def test_a_run_that_goes_on_with_more_steps_says_at_what_rate(alone: Path, tmp_path: Path) -> None:
+    """A cosine that had come to its end begins to fall from higher up: that was done in silence."""
+    run = copy(alone, tmp_path / "run", up_to=STEPS)
+    assert qtune("resume", run, "--set", "train.epochs=3", "--allow-change", "train.epochs") == 0
+    (first,) = [done for done in told(run, StepDone) if done.step == STEPS + 2]  # two steps to a line
+    text = told(run, Resumed)[-1].text
+    assert "Step 9 is taken at a learning rate of" in text
+    assert "it would have been 0" in text
+    assert 0 < first.learning_rate < 3e-3
 
 
 def test_checkpoints_come_at_their_interval_at_the_best_loss_and_at_the_end(tiny_base, tmp_path) -> None:

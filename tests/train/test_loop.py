@@ -3,15 +3,18 @@
 import os
 import random
 import signal
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from crossed import crossed
 
 from qtune.data.packing import PackedRow
-from qtune.errors import TrainingDiverged
+from qtune.distributed.ranks import Ranks
+from qtune.errors import MachineError, TrainingDiverged
 from qtune.evaluate.held_out_loss import held_out_loss
 from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Rehearsed, Started, StepDone, Stopping
 from qtune.hardware import find_device
@@ -26,6 +29,7 @@ from qtune.recipe.schema import Data, Lora, Memory, Model, Recipe, Train
 from qtune.train.learner import Learner
 from qtune.train.loop import TrainingSession
 from qtune.train.rows import HeldOutLoss, TrainingRows
+from qtune.train.schedule_free import ScheduleFreeAdamW
 from qtune.train.trainer import Meter, MeteredTrainer
 
 LEARNABLE = "the quick brown fox jumps over the lazy dog"
@@ -250,14 +254,100 @@ def test_a_second_signal_drops_the_step_at_once(tiny_base, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), crossed(["paged_adamw_8bit", "adamw_8bit", "adamw"], ["cosine", "linear", "constant"])
+    ("optimizer", "schedule"),
+    [
+        ("paged_adamw_8bit", "cosine"),
+        ("adamw_8bit", "linear"),
+        ("adamw", "constant"),
+        ("lion_8bit", "cosine_restarts"),
+        ("ademamix_8bit", "wsd"),
+        ("muon", "cosine"),
+        ("schedule_free_adamw", "constant"),
+    ],
 )
 def test_every_optimizer_and_schedule_takes_its_steps(tiny_base, tmp_path, optimizer, schedule) -> None:
-    _, events = run(recipe_for(tiny_base, optimizer=optimizer, schedule=schedule, warmup_fraction=0.3), tmp_path)
+    train = {"optimizer": optimizer, "schedule": schedule, "lora_plus_ratio": 2.0, "warmup_fraction": 0.3}
+    _, events = run(recipe_for(tiny_base, **train), tmp_path)
     rates = [event.learning_rate for event in events if isinstance(event, StepDone)]
     assert max(rates) == pytest.approx(3e-3)
     assert rates[0] < rates[2]
     assert (rates[-1] < rates[4]) == (schedule != "constant")
+    before = next(event.loss for event in events if isinstance(event, StepDone))
+    assert events_of(Evaluated, events)[-1].loss < 0.95 * before
+
+
+def events_of(kind: type, events: list[Event]) -> list[Any]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_what_is_scored_and_left_is_the_average_where_the_optimizer_makes_one(tiny_base, monkeypatch) -> None:
+    """At every held-out loss, and at the end; the steps between go on from the weights that are trained."""
+    made, scored, init = [], [], ScheduleFreeAdamW.__init__
+
+    def noted(self: ScheduleFreeAdamW, *given: Any, **named: Any) -> None:
+        init(self, *given, **named)
+        made.append(self)
+
+    def is_average() -> bool:
+        states = made[-1].state.items()
+        return all(torch.allclose(0.9 * weight + 0.1 * state["z"], state["y"], atol=1e-6) for weight, state in states)
+
+    def scoring() -> float:
+        scored.append([weight.detach().clone() for weight in trained])
+        assert is_average()
+        return session.rows.held_out.of_largest()
+
+    monkeypatch.setattr(ScheduleFreeAdamW, "__init__", noted)
+    session, _ = session_of(recipe_for(tiny_base, optimizer="schedule_free_adamw", eval_every=2, max_steps=4))
+    trained = list(adapter.trained_parameters(session.learner.loaded.model))
+    held_out = HeldOutLoss(6, scoring, session.rows.held_out.of_largest)
+    replace(session, rows=replace(session.rows, held_out=held_out)).run()
+    assert len(scored) == 2
+    assert all(map(torch.equal, scored[-1], trained))
+    assert not all(map(torch.equal, scored[0], trained))
+    replace(session, rows=replace(session.rows, held_out=None)).run()
+    assert is_average()
+
+
+def test_an_optimizer_that_rounds_by_card_is_refused_on_cards_of_two_kinds(tiny_base) -> None:
+    session, _ = session_of(recipe_for(tiny_base, optimizer="muon"))
+
+    class Two(Ranks):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, "RTX 4090"]
+
+    with pytest.raises(MachineError, match=r"RTX 4090 would no longer train one run"):
+        replace(session, ranks=Two()).run()
+
+
+def test_noise_is_on_the_embeddings_of_training_passes_alone(tiny_base) -> None:
+    """The held-out loss before the second step is that of a run without noise whose first step changed nothing."""
+    told = {}
+    for alpha in (0.0, 50.0):
+        recipe = recipe_for(tiny_base, neftune_alpha=alpha, max_steps=2, eval_every=1, learning_rate=1e-12)
+        session, events = session_of(recipe)
+        session.run()
+        told[alpha] = losses(events), [event.loss for event in events_of(Evaluated, events)]
+        embedding = session.learner.loaded.model.get_base_model().get_input_embeddings()
+        assert not embedding._forward_hooks
+    assert told[0.0][1] == told[50.0][1]
+    assert all(
+        without != pytest.approx(noisy, rel=1e-4) for without, noisy in zip(told[0.0][0], told[50.0][0], strict=True)
+    )
+
+
+def test_noise_is_that_of_its_document_whatever_is_in_the_pass(tiny_base) -> None:
+    """In pieces of one document of micro-batches of two packs, and where a pass begins with other random numbers."""
+    model = {"quantization": "none", "compute_dtype": "float32"}
+    told = []
+    for size, pieces in ((1, 1), (2, sys.maxsize)):
+        train = {"micro_batch": size, "gradient_accumulation": 4 // size, "max_steps": 2, "neftune_alpha": 50.0}
+        session, events = session_of(recipe_for(tiny_base, model, **train))
+        session.learner.recovery.pieces = pieces
+        torch.manual_seed(size)
+        session.run()
+        told.append(losses(events))
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
 
 
 @pytest.mark.long  # of single passes: memory/test_gradient_checkpointing.py

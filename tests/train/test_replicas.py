@@ -26,6 +26,12 @@ CASES = {
         False,
     ),
     "llama apart": ({"gradient_accumulation": 4}, 7, True),
+    "llama on average": (
+        {"gradient_accumulation": 4, "optimizer": "schedule_free_adamw", "lora_plus_ratio": 4.0, "neftune_alpha": 5.0},
+        7,
+        False,
+    ),
+    "llama by matrices": ({"gradient_accumulation": 4, "optimizer": "muon", "schedule": "wsd"}, 7, False),
     UNLIKE: ({"gradient_accumulation": 5}, 9, False),
     "qwen3_5_text": ({"gradient_accumulation": 3}, 5, False),
     "qwen3_moe": ({"gradient_accumulation": 2}, 3, False),
@@ -37,7 +43,7 @@ BASES = {
 }
 
 
-QUICK = ("llama", UNLIKE, "qwen3_moe")
+QUICK = ("llama", "llama on average", UNLIKE, "qwen3_moe")
 
 
 def train_each(ranks: Ranks, folder: str, cases: tuple[str, ...]) -> None:

@@ -41,8 +41,7 @@ def test_what_the_recipe_says_is_what_is_trained_with(planned: tuple[Recipe, Pla
     made = sft_config(*planned, tmp_path)
     assert (made.learning_rate, made.weight_decay, made.max_grad_norm) == (3e-3, 0.07, 0.3)
     assert (made.seed, made.data_seed, made.logging_steps) == (11, 11, 5)
-    assert made.lr_scheduler_type == "constant_with_warmup"
-    assert (made.max_steps, made.warmup_steps) == (4, 2)
+    assert made.max_steps == 4
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (2, 3)
     assert made.use_cpu
 

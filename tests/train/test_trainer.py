@@ -28,7 +28,7 @@ from qtune.train.callbacks import Reporter
 from qtune.train.learner import Learner
 from qtune.train.replicas import tokens_in
 from qtune.train.rows import TrainingRows
-from qtune.train.trainer import Meter, MeteredTrainer, sft_config
+from qtune.train.trainer import Descent, Meter, MeteredTrainer, sft_config
 
 IDS = [[5, 6, 7, number] for number in range(8, 20)]
 PACKS = [{"input_ids": ids, "labels": [-100, *ids[1:]], "seq_lengths": [4]} for ids in IDS]
@@ -63,8 +63,8 @@ def trainer(tiny_base: Path, folder: Path, **train: str) -> MeteredTrainer:
     def places(numbers: Sequence[int]) -> list[str]:
         return [f"rows.jsonl:{number}" for number in numbers]
 
-    rows = TrainingRows(PACKS, places=places)
-    return MeteredTrainer(learner, sft_config(recipe, plan, folder), recipe.train, rows, None)
+    rows, descent = TrainingRows(PACKS, places=places), Descent.of(recipe, plan)
+    return MeteredTrainer(learner, sft_config(recipe, plan, folder), descent, rows, None)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,6 @@ ADAMW = Optimizer(
     "adamw",
     state_bytes,
     made_by="adamw_torch",
-    workspace_fraction=1.0,  # its foreach step makes a list of denominators as large as the weights; the CPU's does not
+    workspace_bytes=sum,  # its foreach step makes a list of denominators as large as the weights; the CPU's does not
     order=30,
 )

@@ -7,13 +7,17 @@ PAGED_FROM = 100_000  # elements, in bitsandbytes' Optimizer8bit.get_state_buffe
 CODE_BOOKS = ("qmap1", "qmap2")
 
 
-def state_bytes(elements: int) -> int:
-    """Two moments of 8 bits each with a float32 scale a block, or of 32 bits for a small tensor."""
+def moment_bytes(elements: int, moments: int = 1) -> int:
+    """Moments of 8 bits in one tensor, with a float32 scale a block, or of 32 bits where the weight is small."""
     from qtune.memory.memory_tracker import block_bytes
 
     if elements < EIGHT_BIT_FROM:
-        return 2 * block_bytes(4 * elements)
-    return 2 * (block_bytes(elements) + block_bytes(4 * -(-elements // BLOCK)))
+        return block_bytes(moments * 4 * elements)
+    return block_bytes(moments * elements) + block_bytes(moments * 4 * -(-elements // BLOCK))
+
+
+def state_bytes(elements: int) -> int:
+    return 2 * moment_bytes(elements)
 
 
 def paged_bytes(elements: int) -> int:
