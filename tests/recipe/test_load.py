@@ -109,7 +109,8 @@ def test_all_faults_are_told_at_once_each_with_its_line(folder: Path) -> None:
         "my.toml:9: lora.alhpa is not a setting. Did you mean alpha?",
         f"my.toml:11: data.train: there is no file rwos.jsonl in {folder}. Did you mean rows.jsonl?",
         "my.toml:12: data.columns.promt is not a setting. Did you mean prompt?",
-        'my.toml:14: train.schedule must be cosine, linear or constant, and is "cosin". Did you mean cosine?',
+        'my.toml:14: train.schedule must be cosine, linear, constant, wsd or cosine_restarts, and is "cosin". Did you'
+        " mean cosine?",
         "--set train.epochs=0: train.epochs must be more than 0, and is 0.",
         "--set train.learning_rat=1: train.learning_rat is not a setting. Did you mean learning_rate?",
     ]
