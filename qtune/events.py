@@ -43,6 +43,16 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """The same `prompts` as ever (evaluate.watch), answered after `step` steps."""
+
+    step: int
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    answer_seconds: float
+
+
+@dataclass(frozen=True)
 class MemoryMeasured:
     """Bytes held on the device after `step` steps: `parts` by name, in the order of `memory.memory_report.PARTS`.
 
@@ -160,16 +170,19 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Finished:
-    """Training ended after `steps` steps."""
+    """Training ended after `steps` steps; `without_better` is how many held-out losses in a row ended it early
+    (train.patience), 0 where none did."""
 
     steps: int
     train_seconds: float
+    without_better: int = 0
 
 
 Event = (
     Started
     | StepDone
     | Evaluated
+    | Answered
     | MemoryMeasured
     | RanksStanding
     | Rehearsed
@@ -187,6 +200,7 @@ EVENT_BY_NAME = {
     "started": Started,
     "step": StepDone,
     "held_out": Evaluated,
+    "answers": Answered,
     "memory": MemoryMeasured,
     "ranks": RanksStanding,
     "rehearsed": Rehearsed,

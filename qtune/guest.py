@@ -17,8 +17,8 @@ OFFLINE = "HF_HUB_OFFLINE"
 
 
 def sources(recipe: "Recipe") -> tuple[str | None, ...]:
-    """What a run reads: its base and its rows, on this machine or by names of the hub."""
-    return recipe.model.base, recipe.data.train, recipe.data.held_out
+    """What a run reads: its base, an adapter and its rows, on this machine or by names of the hub."""
+    return recipe.model.base, recipe.lora.start_from, recipe.data.train, recipe.data.held_out
 
 
 def are_here(*names: str | None) -> bool:

@@ -85,7 +85,8 @@ def make_plan(
     doing: "Doing | None" = None,
 ) -> "Plan":
     """How the run would fit, and what it costs, on this machine or on a card with `device_memory` ("8GiB", "RTX 4090",
-    or bytes) in a host with `host_memory`; nothing but a config.json is downloaded. `plan.fits` says whether it does.
+    or bytes) in a host with `host_memory`; nothing but a config.json, and an adapter to start from, is downloaded.
+    `plan.fits` says whether it does.
 
     Raises a UserError for anything that could not be trained on.
     """
@@ -271,6 +272,12 @@ class Run:
         return Listed.of(self.folder).state
 
     @property
+    def done_early(self) -> str | None:
+        """How `train.patience` ended training before its last step: `done at step 7 of 15, with no better held-out loss
+        in 3`; None where it did not."""
+        return self._record.done_early
+
+    @property
     def losses(self) -> dict[int, float]:
         """Of training, by step: nats per trained token, the mean over the steps since the last one that is told."""
         return {done.step: done.loss for done in self._record.steps}
@@ -283,6 +290,11 @@ class Run:
     def scores(self) -> dict[str, Any] | None:
         """Base and tuned on the held-out rows, as scores.json has them; None of a run without, or that was stopped."""
         return self._record.scores
+
+    @property
+    def watched(self) -> dict[str, dict[int, str]]:
+        """By prompt of `evaluate.watch`, what was answered to it after how many steps."""
+        return self._record.watched
 
     @property
     def samples(self) -> list[dict[str, Any]]:

@@ -76,6 +76,14 @@ class PackingProbe:
         return not self.by_loss <= self.rounding / 10
 
 
+@dataclass(frozen=True)
+class LockedStart:
+    """The adapter that the run started from: `name` as the recipe had it, and the SHA-256 of its weights."""
+
+    name: str
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lock:
     """`model` and `recipe` are settings as JSON, by the names of the version that wrote them; a `Model` and a `Recipe`
@@ -100,11 +108,12 @@ class Lock:
     seed: int | None
     versions: dict[str, str]
     packing_probe: PackingProbe | None = None
+    start: LockedStart | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Lock":
         """Raises LookupError or TypeError for what no version of qtune wrote; fields that are not known are left."""
-        quantization, probe = values["quantization"], values.get("packing_probe")
+        quantization, probe, start = values["quantization"], values.get("packing_probe"), values.get("start")
         return cls(
             name=values.get("name"),
             base=_made(LockedBase, values["base"]),
@@ -121,6 +130,7 @@ class Lock:
             seed=values.get("seed"),
             versions=_known_as(dict, values["versions"]),
             packing_probe=None if probe is None else _made(PackingProbe, probe),
+            start=None if start is None else _made(LockedStart, start),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qtune.plan.suggestions import refuse_unless_it_fits
 from qtune.plan.throughput import GRADIENT_BYTES
 from qtune.plan.workload import Work
 from qtune.plan.world import ALONE, World
-from qtune.ready import finding_base, work_of
+from qtune.ready import finding_base, started, work_of
 from qtune.recipe.schema import Recipe
 from qtune.report.progress_line import Doing
 from qtune.train.sampler import dealt
@@ -38,6 +38,7 @@ def plans_of_cards(recipe: Recipe, devices: Sequence[Device], world: World, doin
     base.quiet_libraries()
     with finding_base(recipe, doing):
         config = base.read_config_alone(recipe.model)
+    recipe = started(config, recipe, doing)
     sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
     is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
     if is_here:
@@ -93,6 +94,7 @@ def longest_contexts(recipe: Recipe, devices: Sequence[Device], doing: Doing) ->
     base.quiet_libraries()
     with finding_base(recipe, doing):
         config = base.read_config_alone(recipe.model)
+    recipe = started(config, recipe, doing)
     doing(f"planning for {counted(len(devices), 'card')}")
     return list(zip(devices, longest_on(recipe, devices, config), strict=True))
 

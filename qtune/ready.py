@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from qtune import __version__, logs
 from qtune.data.packing import packed_rows
@@ -20,7 +20,7 @@ from qtune.data.prepared import Prepared
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.distributed import agreement
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.errors import MachineError, ModelError, RecipeError, RunFolderError
+from qtune.errors import DataError, MachineError, ModelError, RunFolderError
 from qtune.evaluate.held_out import HeldOut, read_rows
 from qtune.events import Resumed
 from qtune.hardware import find_device
@@ -28,7 +28,9 @@ from qtune.lock import Lock, LockedBase
 from qtune.memory.techniques import TECHNIQUES
 from qtune.model import base, fingerprint
 from qtune.model.lora_inits import LORA_INITS
+from qtune.model.start_adapter import StartAdapter
 from qtune.model.tokenizer import trained_ids
+from qtune.plan import fake_model
 from qtune.plan.fake_model import refuse_unknown_targets
 from qtune.plan.plan import Plan, Settled
 from qtune.plan.planner import decide
@@ -94,6 +96,7 @@ class Ready:
             stop_token_ids=tuple(self.prepared.stop_token_ids),
             seed=recipe.train.seed,
             versions=versions(),
+            start=start.locked() if (start := StartAdapter.of(recipe.lora)) else None,
         )
 
 
@@ -125,6 +128,7 @@ def refuse_unlike_ranks(ranks: Ranks, ready: Ready) -> None:
         "template": ready.prepared.template_fingerprint,
         "device": ready.plan.device.name.partition(":")[0],
         "arithmetic": ready.plan.compute_dtype,
+        "start": start.locked().sha256 if (start := StartAdapter.of(ready.recipe.lora)) else None,
     }
     agreement.refuse_unlike(ranks, told)
 
@@ -140,18 +144,30 @@ def get_ready(
     doing = doing or Doing()
     with finding_base(recipe, doing):
         config = base.read_config_alone(recipe.model)
+    recipe = started(config, recipe, doing)
     refuse_unknown_targets(config, recipe)
     doing(f"reading {recipe.data.train}")
     read = read_rows(recipe, doing.rows)
     trained_ids(read.tokenizer, recipe.lora.train_tokens)
-    if recipe.save.result == "best" and not read.held_out.packs:
-        raise RecipeError(
-            'save.result: is "best", and no row is held out to tell which step that is. Name a file in data.held_out,'
-            ' or raise data.held_out_fraction; "last" needs none.'
-        )
+    if not read.held_out.packs:
+        _refuse_what_needs_held_out_rows(recipe)
     doing("planning")
     plan = decide(recipe, find_device(), config, work_of(read.prepared, recipe.train), settled, world=_world_of(ranks))
     return Ready(recipe, read.tokenizer, read.prepared, plan, read.held_out)
+
+
+def _refuse_what_needs_held_out_rows(recipe: Recipe) -> None:
+    """Raises DataError for settings that go by the held-out loss."""
+    wants = {
+        'save.result: is "best"': recipe.save.result == "best",
+        f"train.patience: is {recipe.train.patience}": recipe.train.patience is not None,
+    }
+    asked = [setting for setting, is_on in wants.items() if is_on]
+    if asked:
+        instead = "Name a file in data.held_out, or raise data.held_out_fraction."
+        raise DataError(
+            "\n".join(f"{each}, and no row is held out to tell which step is best. {instead}" for each in asked)
+        )
 
 
 def _world_of(ranks: Ranks) -> World:
@@ -189,6 +205,24 @@ def finding_base(recipe: Recipe, doing: Doing) -> contextlib.AbstractContextMana
         return doing.aside(f"asking the hub for {name}")
     doing(f"reading {name}")
     return contextlib.nullcontext()
+
+
+def started(config: PreTrainedConfig, recipe: Recipe, doing: Doing) -> Recipe:
+    """`recipe` with what the adapter that it starts from settles, which is held against the base by names and shapes.
+
+    Raises ModelError where they contradict, and what `StartAdapter.of` raises.
+    """
+    name = recipe.lora.start_from
+    if name is None:
+        return recipe
+    with doing.aside(f"asking the hub for {name}") if not Path(name).is_absolute() else contextlib.nullcontext():
+        doing(f"reading {name}")
+        start = StartAdapter.of(recipe.lora)
+    assert start is not None, "it has a name"
+    base_alone = fake_model.empty(config, recipe)
+    recipe = start.taken_over(recipe, base_alone)
+    start.refuse_unfit(fake_model.attached(base_alone, recipe), recipe.model.base)
+    return recipe
 
 
 def is_on_hub(recipe: Recipe) -> bool:
@@ -275,7 +309,7 @@ def get_ready_again(
         ready = get_ready(recipe, settled, doing, ranks)
     refuse_unlike_ranks(ranks, ready)
     ready = agree_on_layers(ranks, ready)
-    refuse_unless_it_fits(recipe, ready.plan)
+    refuse_unless_it_fits(ready.recipe, ready.plan)
     if run.lock.is_file():
         doing(f"hashing {recipe.model.base}")
         before = dataclasses.replace(run.read_lock(), recipe=recipe_then(run).model_dump(mode="json"))
@@ -290,6 +324,11 @@ def get_ready_again(
     elif checkpoint is not None and checkpoint.step < ready.plan.steps:
         rate = rate_of(recipe.train, ready.plan.steps, ready.plan.warmup_steps)
         why += checkpoint.rate_told(recipe.train.learning_rate * rate(checkpoint.values["schedule"]))
+    if checkpoint is not None and checkpoint.step < ready.plan.steps and checkpoint.ran_out_of(recipe.train.patience):
+        why += (
+            " Training is done: it ended there by train.patience. More of it takes another:"
+            f" --set train.patience={2 * (recipe.train.patience or 1)} --allow-change train.patience."
+        )
     return ready, GoingOn(checkpoint, Resumed(checkpoint.step if checkpoint else 0, why))
 
 

@@ -1,7 +1,8 @@
 """A finished run scored again: on its held-out rows, on rows of one's own, or on public benchmarks."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +25,11 @@ from qtune.evaluate.before_after import Score, compare, score
 from qtune.evaluate.held_out import HeldOut, refuse_unscorable, scored_examples
 from qtune.lock import Lock
 from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
+from qtune.model import adapter
 from qtune.model.loaded import Loaded
 from qtune.model.open_model import model_of, open_merged, open_run
+from qtune.model.open_model import open_merged, open_run
+from qtune.model.start_adapter import StartAdapter
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import GGUF_SUFFIX
 from qtune.recipe.schema import MAX_COUNT, Columns, Data, Evaluate, Recipe
@@ -142,10 +146,27 @@ def _both(run: RunDir, ask: Callable[[str, Loaded, T | None], T], doing: Doing) 
     doing("loading the model")
     opened = open_run(run)
     doing("scoring the base model")
-    with opened.as_base():
+    with _as_it_began(run, opened):
         before = ask("base", opened, None)
     doing("scoring the tuned model")
     return before, ask("tuned", opened, before)
+
+
+@contextlib.contextmanager
+def _as_it_began(run: RunDir, opened: Loaded) -> Iterator[None]:
+    """Within it what the run began with answers: the base, with the adapter on it that the run started from, if any.
+
+    Raises ModelError where that is gone, or is another.
+    """
+    start = StartAdapter.of(recipe_then(run).lora)
+    if start is None:
+        with opened.as_base():
+            yield
+        return
+    start.refuse_unless(run.read_lock().start)
+    start.put_on(opened.model)
+    yield
+    adapter.put_back(opened.model, run.adapter)
 
 
 def on_benchmarks(

@@ -36,6 +36,8 @@ CHANGEABLE = (
     "train.max_grad_norm",
     "train.eval_every",
     "train.log_every",
+    "train.patience",
+    "lora.start_from",  # another place for the same adapter, whose hash is held against it
     "model.base",  # another place for the same weights, whose hash is held against them
     "data.train",
     "data.held_out",
@@ -53,6 +55,7 @@ IGNORED = (
     "base.name",
     "base.glance_sha256",
     "base.has_towers",
+    "start.name",
     "packing_probe.",
     "model.",
     "seed",

@@ -16,6 +16,7 @@ from qtune.data.packing import PackedRow, packed_rows
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import MachineError, RankLost, UserError
 from qtune.evaluate.before_after import Score, compare, score_told
+from qtune.evaluate.generate import watched_answers
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
 from qtune.evaluate.held_out_pairs import PairLogs, loss_and_pairs
 from qtune.evaluate.memorization import memorised_told
@@ -30,6 +31,7 @@ from qtune.model import adapter, base, packing_probe
 from qtune.model.checkpoint import BaseCheckpoint
 from qtune.model.loaded import Loaded
 from qtune.model.lora_inits import LORA_INITS
+from qtune.model.start_adapter import StartAdapter
 from qtune.model.tokenizer import trained_ids
 from qtune.ready import GoingOn, Ready, is_on_hub
 from qtune.recipe import chat_templates
@@ -159,7 +161,7 @@ class Teller:
 def _load(
     ready: Ready, folder: RunDir, ledger: Ledger, tell: Listener, checkpoint: Checkpoint | None, ranks: Ranks
 ) -> tuple[Loaded, Engine]:
-    """The base with a fresh adapter, and the memory techniques of the plan switched on."""
+    """The base with a fresh adapter, or that which it starts from, and the plan's memory techniques switched on."""
     recipe, plan = ready.recipe, ready.plan
     tell(Notice(f"loading {recipe.model.base}"))
     with ranks.one_before_others("base"):  # which the first leaves in the cache, quantised, where it reads it whole
@@ -176,6 +178,9 @@ def _load(
         named = ", ".join(ready.tokenizer.convert_ids_to_tokens(unseen))
         tell(Notice(f"the base was never trained on {named}: rows of it begin as the mean of all"))
         trained_rows.begin_as_mean(frozen, unseen)
+    if start := StartAdapter.of(recipe.lora):
+        start.put_on(model)
+        tell(Notice(start.told(recipe.model)))
     tell(ledger.measure("load", 0, model))
     if checkpoint is None:
         _begin_by_weights(ready, model, tell, ranks)
@@ -323,4 +328,17 @@ def _rows(ready: Ready, learner: Learner) -> TrainingRows:
             of_all=lambda: loss_over(held_out.packs, learner.engine.ranks, held_out.base),
             of_largest=lambda: loss_over([largest]),
         )
-    return TrainingRows(packed_rows(examples, packs), measured, places)
+    answers = _answers_along_the_way(ready, learner) if held_out.watched else None
+    return TrainingRows(packed_rows(examples, packs), measured, answers, places)
+
+
+def _answers_along_the_way(ready: Ready, learner: Learner) -> Callable[[], list[tuple[str, str]]]:
+    """The prompts that are watched, with what the model as it then stands answers; each rank has a share of them."""
+    held_out, ranks, most = ready.held_out, learner.engine.ranks, ready.recipe.evaluate.max_new_tokens
+
+    def answers() -> list[tuple[str, str]]:
+        prompts = ranks.share([watched.ids for watched in held_out.watched])
+        told = ranks.in_order(watched_answers(learner.loaded, prompts, held_out.stop_token_ids, most))
+        return [(watched.text, text) for watched, text in zip(held_out.watched, told, strict=True)]
+
+    return answers

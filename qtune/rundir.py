@@ -31,6 +31,7 @@ from qtune import __version__, atomic_files
 from qtune.errors import RunFolderError
 from qtune.events import (
     EVENT_BY_NAME,
+    Answered,
     CheckpointSaved,
     Event,
     MemoryMeasured,
@@ -326,7 +327,7 @@ def _event_of(line: str) -> Event:
     if kind is MemoryMeasured:
         values["parts"] = tuple((name, size) for name, size in values["parts"])
         values.setdefault("is_rehearsal", values.get("phase", "").startswith("rehearsed "))  # as older runs said it
-    if kind is RanksStanding:
+    if kind in (RanksStanding, Answered):
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if kind is Rehearsed:
         values["climbed"] = tuple(values["climbed"])

@@ -13,10 +13,22 @@ import pytest
 import torch
 from at_a_terminal import AtTerminal
 from made_ranks import Ended, Launch
-from stopped_runs import ADAPTER, assert_same, before_step, checkpoints, copy, qtune, send, told, write_recipe
+from safetensors.torch import load_file
+from stopped_runs import (
+    ADAPTER,
+    assert_same,
+    before_step,
+    checkpoints,
+    copy,
+    held_out_losses,
+    qtune,
+    send,
+    told,
+    write_recipe,
+)
 
 from qtune import cli
-from qtune.events import CheckpointSaved, Notice, RanksStanding, Scored, StepDone
+from qtune.events import CheckpointSaved, Evaluated, Notice, RanksStanding, Scored, StepDone
 from qtune.model.adapter import trained_parameters
 from qtune.train.trainer import MeteredTrainer
 
@@ -246,6 +258,36 @@ def test_ctrl_c_at_a_terminal_ends_all_ranks_with_a_checkpoint(tiny_base, tmp_pa
     assert checkpoints(run)[-1] == steps[-1]
     assert b"qtune resume" in printed
     assert printed.count(b"Ctrl-C: ") <= 1
+
+
+LOSSES_OF_BEST = (3.0, 2.0, 4.0, 2.5)  # after every second step of eight: the fourth has the best
+
+
+def act_with_losses(path: str, verb: str, output: str) -> None:
+    """`qtune run` or `qtune resume` as a rank, with held-out losses that are said; one into `stopped` is, at step 6."""
+    known = len(told(Path(path), Evaluated)) if verb == "resume" else 0
+    stop = before_step(6, send(signal.SIGTERM)) if output.endswith("stopped") else contextlib.nullcontext()
+    with held_out_losses(*LOSSES_OF_BEST[known:]), stop:
+        sys.exit(cli.main([verb, path, *(["--output", output] if verb == "run" else [])]))
+
+
+@pytest.mark.long
+def test_the_best_of_two_ranks_is_the_result_after_a_stop_too(tiny_base, tmp_path) -> None:
+    """All ranks score the adapter of the best step, and not that of the last."""
+    train = {**TRAIN, "eval_every": 2}
+    of_best = {**OF_PAIR, "save": {"every": 100, "keep": 1, "result": "best"}, "train": train}
+    recipe = write_recipe(tmp_path, tiny_base, **of_best)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert [each.returncode for each in in_each(act_with_losses, recipe, "run", str(whole))] == [0, 0]
+    best, last = (load_file(whole / "checkpoints" / f"step-{step:08}" / ADAPTER) for step in (4, 8))
+    weights = load_file(whole / ADAPTER)
+    assert all(torch.equal(weights[name], best[name]) for name in best)
+    assert not all(torch.equal(weights[name], last[name]) for name in last)
+    scores = [[event.loss for event in told(each, Scored)] for each in (whole, whole / "ranks" / "0001")]
+    assert scores[0] == scores[1]
+    assert [each.returncode for each in in_each(act_with_losses, recipe, "run", str(stopped))] == [143, 143]
+    assert [each.returncode for each in in_each(act_with_losses, stopped, "resume", "")] == [0, 0]
+    assert_same(stopped, whole)
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from qtune.data.formats import Message, RowFault, thoughts
 from qtune.data.formats.tool_calls import as_text
 from qtune.data.rows import NOT_TRAINED, Conversation, Document, Dropped, Example
 from qtune.data.template_process import Untraceable
+from qtune.errors import ModelError
 
 T = TypeVar("T")
 
@@ -201,6 +202,16 @@ def _tokenized(
         pieces if isinstance(pieces, Dropped) else _example(item, pieces, next(encoded), encoder)
         for item, pieces in zip(items, cut, strict=True)
     ]
+
+
+def prompt_of(messages: Sequence[Message], template: ChatTemplate, encoder: Encoder) -> list[int]:
+    """The conversation so far as training would feed it, up to where the answer begins. Raises ModelError for one that
+    the chat template does not take."""
+    asked = Conversation((*messages, Message("assistant", "x")), "this conversation")
+    (example,) = tokenize([asked], template, encoder)
+    if isinstance(example, Dropped):
+        raise ModelError(f"{example.place}: {example.reason}.")
+    return example.prompt_ids
 
 
 def _pieces(items: Sequence[Conversation | Document], template: ChatTemplate | None) -> list[Sequence[Piece] | Dropped]:

@@ -13,6 +13,8 @@ from qtune.memory.oom_recovery import free_memory, is_out_of_memory, let_go
 from qtune.model.loaded import Loaded, can_cache
 
 BATCH_PROMPTS = 32
+MOST_WATCHED_TOKENS = 64  # of an answer that is only looked at while it trains; the schema's evaluate.watch says so
+NO_MEMORY = "(no answer: memory ran out)"
 HALF_A_CHARACTER = "\ufffd"  # what the bytes of a character decode to that is not whole yet
 
 
@@ -61,6 +63,16 @@ def answer(
         )
     model.train(was_training)
     return texts
+
+
+def watched_answers(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], stop_token_ids: Sequence[int], max_new_tokens: int
+) -> list[str]:
+    """Short answers in the middle of training, which go on where memory runs out for one."""
+    try:
+        return answer(loaded, prompts, stop_token_ids, min(max_new_tokens, MOST_WATCHED_TOKENS))
+    except OutOfMemory:
+        return [NO_MEMORY] * len(prompts)
 
 
 def _settings(

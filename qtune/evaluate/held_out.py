@@ -4,24 +4,28 @@ It loads no model, so that rows are read without one.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from qtune.data.chat_template import ChatTemplate
 from qtune.data.dataset import ExampleWriter
+from qtune.data.formats import Message
 from qtune.data.packing import PackedRow, PackedRows, pack, packed_rows
 from qtune.data.prepare import prepare
 from qtune.data.prepared import Prepared
 from qtune.data.rows import Document, Dropped, Example
 from qtune.data.sources import Tell
-from qtune.data.tokenize import Encoder, fit, tokenize
-from qtune.errors import DataError
+from qtune.data.tokenize import Encoder, fit, prompt_of, tokenize
+from qtune.errors import DataError, ModelError
 from qtune.evaluate.metrics import METRICS, FaultOf
 from qtune.model.tokenizer import load_tokenizer
+from qtune.recipe.error_messages import shown
 from qtune.recipe.schema import Evaluate, Recipe, Train
+from qtune.units import counted
 
 if TYPE_CHECKING:
     from qtune.evaluate.held_out_pairs import PairLogs
@@ -30,6 +34,14 @@ BUILTIN = Path(__file__).with_name("general.txt")
 MOST_TOKENS = 8192  # about a second of an 8-billion model on a card; enough for a loss that is sure to 0.02 nats
 LEARNED_ALONE = Train()  # each row by itself
 SHOWN_ROWS = 3  # of those that cannot be scored; they mostly have one fault in common
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A prompt that is answered at every held-out loss, as written and as the model sees it."""
+
+    text: str
+    ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -43,13 +55,42 @@ class HeldOut:
     general: Sequence[PackedRow] | None = None
     learned: Train = LEARNED_ALONE
     base: "Sequence[PairLogs]" = ()
+    watched: Sequence[Watched] = ()
 
     @classmethod
     def of(cls, prepared: Prepared, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
-        """Raises DataError for a text in `evaluate.general` that cannot be measured."""
+        """Raises DataError for a text in `evaluate.general` that cannot be measured, and for prompts to watch that are
+        not there or that the chat template does not take."""
         packs = packed_rows(prepared.held_out, prepared.held_out_packs)
         general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
-        return cls(packs, prepared.held_out, prepared.stop_token_ids, general, recipe.train)
+        watched = tuple(_watched(prepared.held_out, recipe, tokenizer))
+        return cls(packs, prepared.held_out, prepared.stop_token_ids, general, recipe.train, watched=watched)
+
+
+def _watched(held_out: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Watched]:
+    """The prompts of `evaluate.watch`: those of the first held-out rows that ask something, or the recipe's own."""
+    wanted = recipe.evaluate.watch
+    if isinstance(wanted, int):
+        asking = (row for row in held_out if row.prompt_ids) if wanted else ()
+        rows = list(itertools.islice(asking, wanted))
+        if len(rows) < wanted:
+            raise DataError(
+                f"evaluate.watch: is {wanted}, and {counted(len(rows), 'held-out row')} can be asked. Ask for no more,"
+                " or write prompts of your own."
+            )
+        yield from (Watched(row.prompt_text, row.prompt_ids) for row in rows)
+        return
+    encoder = Encoder.of(tokenizer)
+    template = ChatTemplate.of(tokenizer) if tokenizer.chat_template else None
+    system = [Message("system", recipe.data.system)] if recipe.data.system else []
+    for prompt in wanted:
+        if template is None:
+            yield Watched(prompt, encoder.with_one_bos(encoder.rows([[prompt]])[0][0]))
+            continue
+        try:
+            yield Watched(prompt, prompt_of([*system, Message("user", prompt)], template, encoder))
+        except ModelError as fault:
+            raise DataError(f"evaluate.watch: {shown(prompt)} cannot be asked ({fault})") from None
 
 
 def scored_examples(held_out: HeldOut, wanted: Evaluate) -> list[Example]:

@@ -16,6 +16,7 @@ from qtune.recipe.schema import Model
 from qtune.recipe.text_part import files_without_text
 
 DEMO_BASE = Path(__file__).resolve().parent.parent / "demo_base"
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 WEIGHT_FILES, SMALL_FILES = ["*.safetensors"], ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 
 
@@ -41,16 +42,23 @@ def without_weights(model: Model) -> Path:
     return _snapshot(model, SMALL_FILES)
 
 
+def adapter_on_hub(name: str, key: str) -> Path:
+    """The folder of an adapter on the hub, which the setting `key` names."""
+    return Path(_fetched(name, lambda: snapshot_download(name, allow_patterns=ADAPTER_FILES), key))
+
+
 def config_alone(model: Model) -> Path:
     """A hub model's folder with nothing but config.json in it for certain."""
-    return Path(_fetched(model, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))).parent
+    return Path(
+        _fetched(model.base, lambda: hf_hub_download(model.base, "config.json", revision=model.revision))
+    ).parent
 
 
 def _snapshot(model: Model, patterns: list[str], but: Sequence[str] = ()) -> Path:
     wanted = [*patterns, *(["*.py"] if model.trust_remote_code else [])]
     return Path(
         _fetched(
-            model,
+            model.base,
             lambda: snapshot_download(
                 model.base, revision=model.revision, allow_patterns=wanted, ignore_patterns=list(but) or None
             ),
@@ -58,22 +66,24 @@ def _snapshot(model: Model, patterns: list[str], but: Sequence[str] = ()) -> Pat
     )
 
 
-def _fetched(model: Model, fetch: Callable[[], str]) -> str:
+def _fetched(name: str, fetch: Callable[[], str], key: str = "model.base") -> str:
+    folder = "base" if key == "model.base" else "adapter"
     try:
         return fetch()
     except RepositoryNotFoundError:
         raise ModelError(
-            f"model.base: the hub has no model {model.base!r} that you may read. Check the name, log in with"
+            f"{key}: the hub has no model {name!r} that you may read. Check the name, log in with"
             " `hf auth login` for a gated model, or give a local folder."
         ) from None
     except RemoteEntryNotFoundError:
         raise ModelError(
-            f"model.base: {model.base!r} on the hub has no config.json, so it is no model that transformers loads: GGUF"
+            f"model.base: {name!r} on the hub has no config.json, so it is no model that transformers loads: GGUF"
             " files or an adapter, perhaps. Name the model that it was made from."
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        setting = key.rpartition(".")[2]
         raise MachineError(
-            f"model.base: {model.base!r} is not on this machine and the hub cannot be reached"
-            f" ({type(fault).__name__}). Download it where there is a network (`hf download {model.base}"
-            ' --local-dir base`) and write base = "./base", or try this recipe with --demo.'
+            f"{key}: {name!r} is not on this machine and the hub cannot be reached"
+            f" ({type(fault).__name__}). Download it where there is a network (`hf download {name}"
+            f' --local-dir {folder}`) and write {setting} = "./{folder}", or try this recipe with --demo.'
         ) from None

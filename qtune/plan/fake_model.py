@@ -59,8 +59,7 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
     if held and not held.is_given:
         _pack_experts(model, held.double, mode)
     mixture_of_experts.install(model)
-    with torch.device("meta"), dora_on_empty_weights():
-        peft_model = adapter.attach(model, recipe.lora, recipe.train.seed)
+    peft_model = attached(model, recipe)
     adapter.use_master_dtype(peft_model, recipe.lora.master_dtype)
     with mode:
         _fill(peft_model, held is not None and held.double)
@@ -71,6 +70,19 @@ def build(config: PreTrainedConfig, recipe: Recipe, compute_dtype: str, mode: Fa
 def _left_whole(config: PreTrainedConfig) -> list[str]:
     """The modules that files in 4 bits have in 16."""
     return (getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules") or []
+
+
+def empty(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedModel:
+    """The base on the meta device, not quantised, and ready for an adapter: names and shapes, nothing else."""
+    model = _without_weights(config, recipe, torch.float32)
+    mixture_of_experts.install(model)
+    return model
+
+
+def attached(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """A fresh adapter on a base that is on the meta device. Raises ModelError as `adapter.attach` does."""
+    with torch.device("meta"), dora_on_empty_weights():
+        return adapter.attach(model, recipe.lora, recipe.train.seed)
 
 
 def refuse_unknown_targets(config: PreTrainedConfig, recipe: Recipe) -> None:

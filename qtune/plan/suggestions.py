@@ -68,6 +68,8 @@ class Attempts:
     def narrower(self) -> str | None:
         """The largest half of the rank that fits; where the smallest does not, the others are not asked about."""
         recipe = self.ladder.recipe
+        if recipe.lora.start_from is not None:  # which has the rank that it has
+            return None
 
         def fits(rank: int) -> bool:
             lora = recipe.lora.model_copy(update={"rank": rank})

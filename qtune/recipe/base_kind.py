@@ -90,15 +90,13 @@ def _run(folder: Path) -> str | None:
     on = f" on {base['name']}" if isinstance(base, dict) and "name" in base else ""
     return (
         f"{folder} is a run of qtune{on}, and no model. `qtune resume {shlex.quote(str(folder))}` goes on with it."
-        f" {_merged(folder)}"
+        f" {_on_top(folder)}"
     )
 
 
-def _merged(run: Path) -> str:
-    return (
-        f"To train on top of it, merge it (`qtune merge {shlex.quote(str(run))} --output merged`) and name the result:"
-        ' base = "./merged".'
-    )
+def _on_top(adapter: Path) -> str:
+    name = json.dumps(str(adapter), ensure_ascii=False)
+    return f"To train on top of it, name its base there and write start_from = {name} under [lora]."
 
 
 def _adapter(folder: Path) -> str | None:
@@ -106,12 +104,7 @@ def _adapter(folder: Path) -> str | None:
         return None
     base = json_in(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     what = f"{folder} is an adapter{f' for {base}' if isinstance(base, str) and base else ''}, and no model"
-    if (folder.parent / LOCK).is_file():
-        return f"{what}. {_merged(folder.parent)}"
-    return (
-        f"{what}. Name the model it was trained on. To train on top of it, merge the two with peft (merge_and_unload,"
-        " then save_pretrained) and name the result."
-    )
+    return f"{what}. Name the model it was trained on. {_on_top(folder)}"
 
 
 def _gguf(folder: Path) -> str | None:

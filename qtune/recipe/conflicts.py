@@ -21,9 +21,9 @@ TRAIN, TRAIN_SPLIT, SUBSET = ("data", "train"), ("data", "train_split"), ("data"
 HELD_OUT, HELD_OUT_SPLIT = ("data", "held_out"), ("data", "held_out_split")
 HELD_OUT_FRACTION = ("data", "held_out_fraction")
 
+START_FROM, INIT, TRAIN_TOKENS = ("lora", "start_from"), ("lora", "init"), ("lora", "train_tokens")
 CANARIES, CANARY_REPEATS = ("evaluate", "canaries"), ("evaluate", "canary_repeats")
 METRIC, ROWS = ("evaluate", "metric"), ("evaluate", "rows")
-INIT, TRAIN_TOKENS = ("lora", "init"), ("lora", "train_tokens")
 OBJECTIVE, BETA = ("train", "objective"), ("train", "beta")
 FORMAT, ON_LONG = ("data", "format"), ("data", "on_long")
 OF_PAIRS = (("data", "columns", "chosen"), ("data", "columns", "rejected"))
@@ -88,6 +88,8 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
             candidates.append(Idle(key, SCHEDULE, f'without train.schedule = "{needed}"'))
     if schedule == "constant":
         candidates.append(Idle(FLOOR_FRACTION, SCHEDULE, 'with train.schedule = "constant", which does not fall'))
+    if value_of(values, START_FROM) is not None:
+        candidates.append(Idle(INIT, START_FROM, "with lora.start_from, whose adapter has begun already"))
     if not value_of(values, CANARIES):
         candidates.append(Idle(CANARY_REPEATS, CANARIES, "without evaluate.canaries"))
     return (candidate for candidate in candidates if value_of(values, candidate.key) is not None)
@@ -106,7 +108,13 @@ def same_rows(values: dict[str, Any]) -> Iterator[Fault]:
 
 
 def exclude_each_other(values: dict[str, Any]) -> Iterator[Fault]:
-    """Memory techniques that are asked for together and cannot be."""
+    """Settings that are asked for together and cannot be."""
+    if value_of(values, START_FROM) is not None and value_of(values, TRAIN_TOKENS):
+        yield (
+            TRAIN_TOKENS,
+            "lora.train_tokens and lora.start_from exclude each other: an adapter to start from has no rows of tokens."
+            " Leave one of them out.",
+        )
     keep = value_of(values, KEEP_LAYERS)
     for key, how in ELSEWHERE.items():
         count = value_of(values, key)
@@ -163,6 +171,12 @@ def unlike_rows(values: dict[str, Any]) -> Iterator[Fault]:
             INIT,
             f"lora.init = {shown(init)} does not go with {named}: the model would not begin as the base that it is"
             " measured against. Leave it out.",
+        )
+    if in_pairs and OBJECTIVES[objective].has_reference and value_of(values, START_FROM) is not None:
+        yield (
+            START_FROM,
+            f"lora.start_from does not go with {named}: answers are measured against the base without any adapter, and"
+            " the run would not begin there. `qtune merge` the adapter, and take what it writes as model.base.",
         )
     if in_pairs and value_of(values, CANARIES):
         yield CANARIES, f"evaluate.canaries does not go with {named}: planted rows are no pairs. Leave it out."

@@ -240,8 +240,9 @@ def _put(values: Any, key: Key, value: Any) -> Any:
 
 
 def _with_demo(values: Values, demo: Demo) -> Values:
-    """`values` with what --demo replaces: all that [demo.data] has, and of the other tables what is set."""
-    replaced = demo.model_dump(exclude_none=True)
+    """`values` with what --demo replaces: all that [demo.data] has, and of the other tables what is set. An adapter
+    of the recipe's base is none of the demo's."""
+    replaced = {**demo.model_dump(exclude_none=True), "lora": {"start_from": None}}
     replaced["data"] = {"held_out": None, **replaced["data"]}
     return {**values, **{table: {**values.get(table, {}), **fields} for table, fields in replaced.items()}}
 
@@ -249,7 +250,7 @@ def _with_demo(values: Values, demo: Demo) -> Values:
 def _faults_of_paths(values: Values, origin: Origin, demo: bool, needs_weights: bool) -> Iterator[Fault]:
     """Of the names that this run will use: with --demo, those of [demo] unless an override says otherwise."""
     runs_code = conflicts.value_of(values, conflicts.TRUST_REMOTE_CODE) is True
-    for key in (paths.MODELS[0], paths.TEMPLATES[0], *paths.DATA[:2]):
+    for key in (paths.MODELS[0], paths.START, paths.TEMPLATES[0], *paths.DATA[:2]):
         stays = key == paths.TEMPLATES[0] and conflicts.value_of(values, paths.TEMPLATES[1]) is None
         replaced = demo and not stays and origin.override(key) is None
         source = ("demo", *key) if replaced else key

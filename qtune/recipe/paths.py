@@ -19,6 +19,7 @@ DATA: tuple[Key, ...] = (
     ("demo", "data", "train"),
     ("demo", "data", "held_out"),
 )
+START: Key = ("lora", "start_from")  # an adapter, found as a base is
 GENERAL: Key = ("evaluate", "general")
 GENERAL_WORDS = ("builtin", "none")
 WORDS = {GENERAL: GENERAL_WORDS, **dict.fromkeys(TEMPLATES, tuple(BUILT_IN))}  # where a word is the name of no file
@@ -47,9 +48,9 @@ def fault_of(key: Key, value: Any) -> Fault | None:
     """What is wrong with what a setting names, after `made_absolute`; None where it is there or is a hub's name."""
     if value in WORDS.get(key, ()):
         return None
-    if key not in (*MODELS, *TEMPLATES, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
+    if key not in (*MODELS, START, *TEMPLATES, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
         return None
-    kind = "folder" if key in MODELS else "file"
+    kind = "folder" if key in (*MODELS, START) else "file"
     if not os.path.isabs(value):
         fits = value == "demo" or HUB_NAME.fullmatch(value.strip())
         wrong = f"{shown(value)} is neither a {kind} beside the recipe nor a hub name such as owner/name."
@@ -75,7 +76,7 @@ def _is_path(key: Key, value: str, folder: Path) -> bool:
     """Whether a name is a path: it looks like one, or something of that name lies in `folder`."""
     if key in WORDS:
         return bool(value)
-    if key not in MODELS + DATA or value in ("", "demo"):
+    if key not in (*MODELS, START, *DATA) or value in ("", "demo"):
         return False
     looks = value in (".", "..") or value.startswith(PATH_STARTS)
     if key in DATA:

@@ -77,6 +77,20 @@ def _steps_or_duration(value: Any) -> Any:
     raise PydanticCustomError("expected", 'a whole number of steps, or a duration such as "90s", "10min" or "1.5h"')
 
 
+def _rows_or_prompts(value: Any) -> Any:
+    """A number of held-out rows, or a TOML array of prompts as the tuple a strict model wants."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_WATCHED:
+        return value
+    is_some = isinstance(value, list | tuple) and 1 <= len(value) <= MOST_WATCHED
+    if is_some and all(isinstance(prompt, str) and prompt.strip() for prompt in value):
+        return tuple(value)
+    raise PydanticCustomError(
+        "expected",
+        f'a number of held-out rows, 0 to {MOST_WATCHED}, or a list of as many prompts such as ["Who are you?"]',
+    )
+
+
+MOST_WATCHED = 20  # prompts that are answered at every held-out loss; more are not read
 HOST_FRACTION = 0.8  # of the host's free memory: the rest is for data, the libraries and other programs
 MAX_TOKENS = 4_194_304  # 2^22; the planner finds the bound of a card far below
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -152,6 +166,11 @@ _Variants: Any = create_model("_Variants", __base__=_Pair, __doc__="A setting a 
 class Lora(_Variants):  # a setting for each variant of LoRA that there is
     """The adapter that is trained."""
 
+    start_from: NonEmpty | None = Field(
+        None,
+        description="An adapter to go on from: a PEFT folder, a run's folder or a hub name, on the same base; its rank,"
+        " alpha, targets and variant are taken over. Unset starts from none.",
+    )
     master_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What adapter weights are kept in; bfloat16 loses half of the small updates at 2e-5."
     )
@@ -373,6 +392,12 @@ class Train(Table):
     eval_every: int | None = Field(
         None, ge=1, le=MAX_COUNT, description="Steps between held-out losses; unset measures ten times in a run."
     )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_COUNT,
+        description="Held-out losses in a row without a better one that end training; unset takes all steps.",
+    )
     log_every: int = Field(1, ge=1, le=MAX_COUNT, description="Steps between log lines and dashboard points.")
     seed: int = Field(0, ge=0, le=MAX_COUNT, description="Seed of the split, the data order and the adapter's start.")
 
@@ -446,6 +471,11 @@ class Evaluate(Table):
     max_new_tokens: int = Field(64, ge=1, le=8192, description="Longest answer in tokens.")
     samples: int = Field(
         5, ge=0, le=100, description="Answers shown, drawn by the seed, and as many of those that scored lowest."
+    )
+    watch: Annotated[int | tuple[NonEmpty, ...], BeforeValidator(_rows_or_prompts)] = Field(
+        0,
+        description="How many held-out rows, or which prompts of your own, are answered at every held-out loss, in at"
+        " most 64 tokens, to be seen while it trains; 0 answers none and costs nothing.",
     )
     general: NonEmpty = Field(
         "builtin",

@@ -60,6 +60,10 @@ def run_page(run: RunDir) -> str:
         pace=summary.pace(found) if found.steps else "",
         loss=run_charts.loss(found),
         loss_rows=summary.loss_rows(found) if found.steps else (),
+        watched=[
+            (shortened(prompt), [(step, shortened(answer)) for step, answer in rows])
+            for prompt, rows in summary.watched_rows(found)
+        ],
         memory=_memory(found),
         speed=_speed(found),
         data_rows=summary.data_rows(found.data) if found.data else (),
@@ -213,6 +217,7 @@ def _ran_rows(found: Record) -> list[tuple[str, str]]:
     return [
         ("base", serving_snippets.base_title(found)),
         ("base weights", f"SHA-256 {lock.base.sha256}"),
+        *([("started from", start)] if (start := serving_snippets.started_from(found)) else []),
         *((name, f"SHA-256 {sha256}") for name, sha256 in hashes if sha256),
         *_probe_rows(lock.packing_probe),
         ("seed", str(lock.seed)),

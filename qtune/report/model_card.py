@@ -156,6 +156,8 @@ def _training_rows(found: Record) -> list[tuple[str, str]]:
     lock, data = found.lock, found.data
     assert lock is not None
     rows = [("base weights", f"SHA-256 {lock.base.sha256}")]
+    if start := serving_snippets.started_from(found):
+        rows.append(("started from", f"{start}; the base in the figures above has it on"))
     if lock.quantization:
         rows.append(("base held in", str(lock.quantization)))
     rows += _setting_rows(lock.recipe)

@@ -22,7 +22,8 @@ State = Literal["finished", "stopped", "running", "never began"]
 
 @dataclass(frozen=True)
 class Listed:
-    """One run. `steps` is how many the plan has, `score` what `before` and `after` are: a metric, or held-out loss."""
+    """One run. `steps` is how many the plan has, `without_better` how many held-out losses in a row ended it before
+    them, `score` what `before` and `after` are: a metric, or held-out loss."""
 
     path: Path
     name: str | None
@@ -31,6 +32,7 @@ class Listed:
     state: State
     steps_done: int
     steps: int | None
+    without_better: int
     score: str | None
     before: float | None
     after: float | None
@@ -41,16 +43,18 @@ class Listed:
     @classmethod
     def of(cls, run: RunDir) -> "Listed":
         """What can be read; what cannot, of a run that broke off or that another version wrote, is None."""
-        lock, steps, done = _values(run.lock), _dig(_values(run.plan), "steps"), _steps_done(run)
+        lock, steps = _values(run.lock), _dig(_values(run.plan), "steps")
+        done, without_better = _last(run, "step", "step"), _last(run, "finished", "without_better")
         score, before, after = _score(_values(run.scores))
         return cls(
             run.path,
             _dig(lock, "name"),
             _dig(lock, "base", "name"),
             datetime.fromtimestamp(run.recipe.stat().st_mtime),
-            _state(run, done, steps),
+            _state(run, done, steps, without_better > 0),
             done,
             steps,
+            without_better,
             score,
             before,
             after,
@@ -64,13 +68,17 @@ class Listed:
 
     @property
     def told(self) -> str:
-        """`finished, 440 steps`, `stopped at step 7 of 15`."""
+        """`finished, 440 steps`, `finished at step 7 of 15, with no better held-out loss in 3`, `stopped at step 7 of
+        15`."""
         if self.state == "never began":
             return self.state
+        of = "" if self.steps is None else f" of {self.steps:,}"
+        at = f"{self.state} at step {self.steps_done:,}{of}"
+        if self.state == "finished" and self.without_better:
+            return f"{at}, with no better held-out loss in {self.without_better:,}"
         if self.state == "finished":
             return f"finished, {counted(self.steps_done, 'step')}"
-        of = "" if self.steps is None else f" of {self.steps:,}"
-        return f"{self.state} at step {self.steps_done:,}{of}"
+        return at
 
 
 def runs_below(folder: Path) -> list[Listed]:
@@ -96,22 +104,24 @@ def _lines(run: Listed) -> tuple[Text, Text]:
     return head, Text(f"  {'   '.join(facts)}")
 
 
-def _state(run: RunDir, done: int, steps: int | None) -> State:
+def _state(run: RunDir, done: int, steps: int | None, is_done_early: bool) -> State:
     if run.is_held:
         return "running"
     if not run.lock.is_file():
         return "never began"
-    return "finished" if steps is not None and done >= steps and run.adapter.is_dir() else "stopped"
+    is_done = is_done_early or (steps is not None and done >= steps)
+    return "finished" if is_done and run.adapter.is_dir() else "stopped"
 
 
-def _steps_done(run: RunDir) -> int:
-    """The last step in the journal; half a line at its end, as of a killed run, does not count."""
+def _last(run: RunDir, event: str, field: str) -> int:
+    """A number of the last such event in the journal, 0 where there is none; half a line at its end, as of a killed
+    run, does not count."""
     lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines() if run.metrics.is_file() else []
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
             values = json.loads(line)
-            if _dig(values, "event") == "step" and isinstance(step := _dig(values, "step"), int):
-                return step
+            if _dig(values, "event") == event and isinstance(number := _dig(values, field), int):
+                return number
     return 0
 
 

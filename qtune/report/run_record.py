@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qtune.errors import RunFolderError
-from qtune.events import Evaluated, Event, Finished, Memorised, MemoryMeasured, Notice, Rehearsed, StepDone
+from qtune.events import Answered, Evaluated, Event, Finished, Memorised, MemoryMeasured, Notice, Rehearsed, StepDone
 from qtune.lock import Lock
-from qtune.report.wording import best_held_out, stopped_at
+from qtune.report.wording import best_held_out, done_at, stopped_at
 from qtune.rundir import RunDir, read_json
 
 LICENSE = re.compile(r"^license:[ \t]*[\"']?([a-z0-9][a-z0-9.-]*)[\"']?[ \t]*$", re.MULTILINE)
@@ -32,6 +32,7 @@ class Record:
     base_license: str | None
     steps: tuple[StepDone, ...]
     held_out: tuple[Evaluated, ...]
+    answered: tuple[Answered, ...]
     memory: MemoryMeasured | None
     memory_series: tuple[MemoryMeasured, ...]
     rehearsed: Rehearsed | None
@@ -47,7 +48,12 @@ class Record:
     @property
     def stopped(self) -> str | None:
         """`stopped at step 7 of 15` of a run that was; None for one that took all its steps, or may be at it yet."""
-        return stopped_at(self.finished.steps, self.plan["steps"]) if self.finished and self.plan else None
+        return stopped_at(self.finished, self.plan["steps"]) if self.finished and self.plan else None
+
+    @property
+    def done_early(self) -> str | None:
+        """`done at step 7 of 15, with no better held-out loss in 3` of a run that train.patience ended."""
+        return done_at(self.finished, self.plan["steps"]) if self.finished and self.plan else None
 
     @property
     def losses(self) -> list[tuple[float, float]]:
@@ -57,6 +63,15 @@ class Record:
     @property
     def held_out_losses(self) -> list[tuple[float, float]]:
         return [(float(each.step), each.loss) for each in self.held_out if math.isfinite(each.loss)]
+
+    @property
+    def watched(self) -> dict[str, dict[int, str]]:
+        """By prompt that was watched while it trained, the answers to it by step."""
+        told: dict[str, dict[int, str]] = {}
+        for event in self.answered:
+            for prompt, answer in zip(event.prompts, event.answers, strict=True):
+                told.setdefault(prompt, {})[event.step] = answer
+        return told
 
     @property
     def best(self) -> Evaluated | None:
@@ -116,6 +131,7 @@ def read(run: RunDir) -> Record:
         base_license=_license(Path(lock.base.folder)) if lock else None,
         steps=tuple(event for event in events if isinstance(event, StepDone)),
         held_out=tuple(event for event in events if isinstance(event, Evaluated)),
+        answered=tuple(event for event in events if isinstance(event, Answered)),
         memory=max(memory, key=lambda event: event.peak_bytes, default=None),
         memory_series=tuple(memory),
         rehearsed=next((event for event in reversed(events) if isinstance(event, Rehearsed)), None),

@@ -65,6 +65,12 @@ def base_title(found: Record) -> str:
     return "the demo base inside qtune" if name == "demo" else one_line(folder_name(name))
 
 
+def started_from(found: Record) -> str | None:
+    """The adapter that the run started from: its hub name, or its folder by the last part, and its hash."""
+    start = found.lock.start if found.lock else None
+    return f"the adapter {one_line(folder_name(start.name))}, SHA-256 {start.sha256}" if start else None
+
+
 def base_place(found: Record) -> str:
     """The hub name of the base, or its folder on this machine."""
     assert found.lock is not None, NO_BASE

@@ -35,6 +35,7 @@ def as_json(run: RunDir) -> dict[str, Any]:
         "run": str(run.path),
         "adapter": str(run.adapter) if found.has_adapter else None,
         "steps": last.step if last else 0,
+        "done_early": found.done_early,
         "loss": last.loss if last and math.isfinite(last.loss) else None,
         "best_held_out": {"step": best.step, "loss": best.loss} if best else None,
         "train_seconds": found.train_seconds,
@@ -45,6 +46,7 @@ def as_json(run: RunDir) -> dict[str, Any]:
         "plan": found.plan,
         "lock": found.lock.as_json() if found.lock else None,
         "scores": found.scores,
+        "watched": found.watched,
         "merge": found.merge,
         "notices": list(found.notices),
         "missing": list(found.missing),
@@ -93,6 +95,8 @@ def pace(found: Record) -> str:
     last = found.steps[-1]
     took = f" in {format_seconds(found.train_seconds)}" if found.train_seconds is not None else ""
     facts = [f"{format_loss(last.loss)} at step {last.step:,}{took}"]
+    if found.done_early:
+        facts.append(found.done_early)
     if found.tokens_per_second is not None:
         facts.append(f"{format_count(found.tokens_per_second)} tokens/s")
     if found.best is not None:
@@ -105,7 +109,7 @@ def pace(found: Record) -> str:
 def write_summary(run: RunDir) -> None:
     """summary.md: what was asked for, what was learned, what it took."""
     found = run_record.read(run)
-    sections = (_head, _before_and_after, _loss, _answers, _data, _memory, _plan, _recipe, _versions)
+    sections = (_head, _before_and_after, _loss, _watched, _answers, _data, _memory, _plan, _recipe, _versions)
     lines = [line for section in sections for line in section(found)]
     write_text(run.summary, "\n".join(lines).rstrip() + "\n")
 
@@ -117,9 +121,12 @@ def _head(found: Record) -> list[str]:
         about = lock.recipe.get("about")
         lines += [markdown.inline(about), ""] if about else []
         lines += [f"Base `{lock.base.name}`, weights SHA-256 `{lock.base.sha256[:16]}`.", ""]
+    if start := serving_snippets.started_from(found):
+        lines += [f"It started from {markdown.inline(start)}, which is on the base in the figures below.", ""]
     if found.stopped:
         commands = "\n".join(tables.next_commands(found))
         lines += [f"{found.stopped.capitalize()}. Next:", "", *markdown.fenced(commands, "sh"), ""]
+    lines += [f"{found.done_early.capitalize()} (train.patience).", ""] if found.done_early else []
     told = conclusions.text(found)
     lines += [markdown.inline(told), ""] if told else []
     for sentence in found.missing:
@@ -154,6 +161,22 @@ def loss_rows(found: Record) -> list[tuple[str, str, str, str]]:
         rows.append((f"{end:,}", format_loss(mean), format_loss(held_out[-1]) if held_out else "", rate))
         before = end
     return rows
+
+
+def _watched(found: Record) -> list[str]:
+    lines = ["## Answers while it trained", ""] if found.watched else []
+    for prompt, rows in watched_rows(found):
+        lines += [f"**Asked** {markdown.inline(prompt)}", "", *markdown.table(("step", "answer"), rows)]
+    return lines
+
+
+def watched_rows(found: Record) -> list[tuple[str, list[tuple[str, str]]]]:
+    """By prompt that was watched, step and answer on a line: of many steps a dozen, the last among them."""
+    told = []
+    for prompt, answers in found.watched.items():
+        steps = sorted(answers, reverse=True)[:: math.ceil(len(answers) / LOSS_ROWS)][::-1]
+        told.append((one_line(prompt), [(f"{step:,}", one_line(answers[step])) for step in steps]))
+    return told
 
 
 def _answers(found: Record) -> list[str]:

@@ -382,6 +382,8 @@ def end_of_run(run: RunDir) -> RenderableType:
     table = grid(2)
     if found.stopped:
         table.add_row(Text(found.stopped, "bold yellow"))
+    if found.done_early:
+        table.add_row("training was", found.done_early)
     for name, value in result_rows(found):
         table.add_row(Text(name), Text(value, "bold"))
     if found.memory:

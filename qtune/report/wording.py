@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from qtune.evaluate.metrics import label
 from qtune.events import (
+    Answered,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -22,6 +23,7 @@ from qtune.events import (
 )
 from qtune.units import counted, format_bytes, format_percent, format_seconds
 
+BRIEF_CHARACTERS = 60
 LEAST_WAITED_SECONDS = 0.1  # chosen: below it nobody would do anything about it
 
 # Zero-width and direction marks: nothing is seen of them, and a model learns them all the same. The joiners U+200C
@@ -89,6 +91,8 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...], steps: int) -> str | 
             return f"training on {counted(event.train_rows, 'sequence')}{held_out}"
         case Evaluated():
             return _held_out_sentence(event, earlier)
+        case Answered():
+            return _answers_sentence(event)
         case Rehearsed():
             return _rehearsal_sentence(event)
         case Scored():
@@ -105,7 +109,9 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...], steps: int) -> str | 
             return one_line(event.text)
         case Finished():
             took = finite(format_seconds, event.train_seconds)
-            stopped = stopped_at(event.steps, steps)
+            stopped, done = stopped_at(event, steps), done_at(event, steps)
+            if done:
+                return f"{done} ({took})"
             return f"{stopped} after {took}" if stopped else f"{counted(event.steps, 'step')} done in {took}"
         case Stopping():
             if event.drops:
@@ -114,9 +120,16 @@ def sentence(event: Event, earlier: tuple[Evaluated, ...], steps: int) -> str | 
     return None
 
 
-def stopped_at(step: int, steps: int) -> str | None:
-    """`stopped at step 7 of 15`; None for a run that took all of its steps."""
-    return f"stopped at step {step:,} of {steps:,}" if step < steps else None
+def stopped_at(event: Finished, steps: int) -> str | None:
+    """`stopped at step 7 of 15`; None for a run that is done."""
+    is_stopped = event.steps < steps and not event.without_better
+    return f"stopped at step {event.steps:,} of {steps:,}" if is_stopped else None
+
+
+def done_at(event: Finished, steps: int) -> str | None:
+    """`done at step 7 of 15, with no better held-out loss in 3`; None for a run that was not done early."""
+    told = f"done at step {event.steps:,} of {steps:,}, with no better held-out loss in {event.without_better:,}"
+    return told if event.without_better else None
 
 
 def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
@@ -128,6 +141,19 @@ def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
         return f"{change}, best so far"
     best = best_held_out(earlier)
     return f"{change}, best was {format_loss(best.loss)} at step {best.step:,}" if best else change
+
+
+def _answers_sentence(event: Answered) -> str:
+    """`answers: "who are you?" → "a model"; ... (1.2 s)`, each cut to what a line has room for."""
+    pairs = zip(event.prompts, event.answers, strict=True)
+    told = "; ".join(f'"{brief(asked)}" → "{brief(said)}"' for asked, said in pairs)
+    return f"answers: {told} ({finite(format_seconds, event.answer_seconds)})"
+
+
+def brief(text: str) -> str:
+    """On one line, and no longer than a sentence has room for."""
+    line = one_line(text)
+    return line if len(line) <= BRIEF_CHARACTERS else f"{line[: BRIEF_CHARACTERS - 1]}…"
 
 
 def _rehearsal_sentence(event: Rehearsed) -> str:

@@ -8,9 +8,7 @@ from typing import Protocol
 
 from qtune.data.chat_template import ChatTemplate
 from qtune.data.formats import Message
-from qtune.data.rows import Conversation, Dropped
-from qtune.data.tokenize import Encoder, tokenize
-from qtune.errors import ModelError
+from qtune.data.tokenize import Encoder, prompt_of
 from qtune.evaluate.generate import Choosing, answer_aloud
 from qtune.gguf.llama_cpp import GgufModel
 from qtune.model.loaded import Loaded
@@ -79,12 +77,7 @@ class InThisProcess:
         return self.loaded.as_base()
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation so far as training would feed it, up to where the answer begins."""
-        asked = Conversation((*messages, Message("assistant", "x")), "this conversation")
-        (example,) = tokenize([asked], self._template, self._encoder)
-        if isinstance(example, Dropped):
-            raise ModelError(f"{example.place}: {example.reason}.")
-        return example.prompt_ids
+        return prompt_of(messages, self._template, self._encoder)
 
 
 @dataclass

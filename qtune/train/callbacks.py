@@ -4,7 +4,7 @@ whatever goes wrong in there ends no run."""
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from qtune import accelerator
-from qtune.events import Evaluated, Listener, Notice, RanksStanding, StepDone
+from qtune.events import Answered, Evaluated, Listener, Notice, RanksStanding, StepDone
 from qtune.memory.documents import documents_here
 from qtune.model.adapter import trained_parameters
 from qtune.recipe.schema import Train
@@ -34,21 +34,36 @@ class Reporter(TrainerCallback):
         held_out: HeldOutLoss | None,
         listen: Listener,
         tracker: "TrackerCallback | None" = None,
+        patience: int | None = None,
+        answers: Callable[[], Sequence[tuple[str, str]]] | None = None,
     ):
         self.trainer, self.held_out, self.listen, self.tracker = trainer, held_out, listen, tracker
+        self.patience, self.answers = patience, answers
         self.best_loss, self.best_step, self.measured_at = math.inf, 0, 0.0
+        self.without_better = 0  # held-out losses since the best one
         self.first_loss: float | None = None
         self.has_warned, self.peak_bytes = False, 0
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether as many held-out losses in a row as `patience` were no better than the best."""
+        return self.patience is not None and self.without_better >= self.patience
 
     def standing(self) -> dict[str, Any]:
         """What a resumed run has to know of the steps before it, as JSON."""
         best = {"loss": self.best_loss, "step": self.best_step} if self.best_step else None
-        return {"best": best, "first_loss": self.first_loss, "has_warned": self.has_warned}
+        return {
+            "best": best,
+            "without_better": self.without_better,
+            "first_loss": self.first_loss,
+            "has_warned": self.has_warned,
+        }
 
     def resume(self, standing: dict[str, Any]) -> None:
         best = standing["best"]
         if best is not None:
             self.best_loss, self.best_step = best["loss"], best["step"]
+        self.without_better = standing.get("without_better", 0)  # older checkpoints did not count
         self.first_loss, self.has_warned = standing["first_loss"], standing["has_warned"]
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -107,6 +122,8 @@ class Reporter(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.evaluate(state.global_step)
+        self.ask(state.global_step)
+        control.should_training_stop |= self.is_out_of_patience
         self.trainer.may_drop = False
 
     def evaluate(self, step: int) -> None:
@@ -119,11 +136,22 @@ class Reporter(TrainerCallback):
         seconds = time.perf_counter() - start
         self.trainer.meter.other_seconds += seconds
         is_best = loss < self.best_loss
+        self.without_better = 0 if is_best else self.without_better + 1
         if is_best:
             self.best_loss, self.best_step = loss, step
         self.listen(Evaluated(step, loss, is_best, seconds))
         if self.tracker is not None:
             self.tracker.tell_held_out(loss)
+
+    def ask(self, step: int) -> None:
+        """Have the prompts that are watched answered, and report that."""
+        if self.answers is None:
+            return
+        start = time.perf_counter()
+        pairs = self.answers()
+        seconds = time.perf_counter() - start
+        self.trainer.meter.other_seconds += seconds
+        self.listen(Answered(step, tuple(asked for asked, _ in pairs), tuple(told for _, told in pairs), seconds))
 
 
 class NoisyEmbeddings(TrainerCallback):

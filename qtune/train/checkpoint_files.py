@@ -73,6 +73,10 @@ class Checkpoint:
             f" {before:.3g}: the schedule is laid anew over the steps that there are now."
         )
 
+    def ran_out_of(self, patience: int | None) -> bool:
+        """Whether training ended with it, as so many held-out losses in a row were no better than the best."""
+        return patience is not None and self.values["reporter"].get("without_better", 0) >= patience
+
     @property
     def micro_batch(self) -> int:
         return int(self.values["micro_batch"])

@@ -148,7 +148,6 @@ class Saver(TrainerCallback):
             trainer.accelerator.scaler.load_state_dict(values["scaler"])
         trainer.learner.recovery.pieces = values["pieces"]
         trainer.meter = Meter.from_json(values["meter"])
-        self._reporter.resume(values["reporter"])
         self._best = values["best"]
         shares = trainer.shared.shares
         if shares.are_measured and len(values.get("shares", ())) == len(shares.of_ranks):
@@ -179,7 +178,8 @@ class SaveWhen(TrainerCallback):
             self._save(control)
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.reporter.best_step == state.global_step or self.stop.is_asked:
+        is_last = self.reporter.is_out_of_patience or self.stop.is_asked
+        if is_last or self.reporter.best_step == state.global_step:
             self._save(control)
 
     def _save(self, control: TrainerControl) -> None:
@@ -203,16 +203,16 @@ def _interval(every: int | str) -> int | float:
     return seconds
 
 
-def train_from(trainer: MeteredTrainer) -> int:
+def train_from(trainer: MeteredTrainer, is_out_of_patience: bool) -> int:
     """Train all steps, or those after the checkpoint to go on from; says after how many training ended.
 
-    The trainer finds its place in the data by a state file that says no more. Of a run whose steps are all done there
-    is only what was saved to put back, as the trainer would take one more.
+    The trainer finds its place in the data by a state file that says no more. Of a run whose steps are all done, or
+    that is out of patience, there is only what was saved to put back, as the trainer would take one more.
     """
     checkpoint = trainer.going_on_from
     if checkpoint is None or checkpoint.step == 0:
         trainer.train()
-    elif checkpoint.step < trainer.args.max_steps:
+    elif checkpoint.step < trainer.args.max_steps and not is_out_of_patience:
         state = TrainerState(global_step=checkpoint.step, train_batch_size=trainer.args.train_batch_size)
         state.compute_steps(trainer.args, trainer.args.max_steps)
         with tempfile.TemporaryDirectory(prefix="qtune-") as folder:

@@ -17,6 +17,7 @@ from qtune.events import Finished, Listener, Started
 from qtune.memory.oom_recovery import refusing
 from qtune.memory.split_batch import split_batch
 from qtune.model.adapter import use_master_dtype
+from qtune.model.start_adapter import StartAdapter
 from qtune.plan.workload import heaviest_first
 from qtune.recipe.schema import Recipe
 from qtune.rundir import RunDir
@@ -78,10 +79,12 @@ class TrainingSession:
         self._refuse_unlike_cards(descent.optimizer)
         trainer.shared.shares = self._shares()
         use_master_dtype(trainer.model, self.recipe.lora.master_dtype)
+        if checkpoint is None and (start := StartAdapter.of(self.recipe.lora)):
+            start.put_on(trainer.model)  # again, as the trainer rounded it
         told = self.recipe.report.to if self.ranks.is_first else None
         tracker = TrackerCallback(told, trainer, self.listen) if told else None
         noise = NoisyEmbeddings(trainer.model, self.recipe.train)
-        reporter = Reporter(trainer, self.rows.held_out, self.listen, tracker)
+        reporter = self._reporter(trainer, tracker)
         stopping = Stop(trainer, self.listen, stop or threading.Event())
         saver = Saver(self.recipe, self.kept_in, trainer, reporter, self.listen) if self.kept_in else None
         when = SaveWhen(self.recipe.save.every, self.kept_in, reporter, stopping) if self.kept_in else None
@@ -96,7 +99,7 @@ class TrainingSession:
         watched = stopping.catching_signals() if catches_signals else contextlib.nullcontext()
         try:
             with watched, refusing(lambda: trainer.step_under_way):
-                steps = train_from(trainer)
+                steps = train_from(trainer, reporter.is_out_of_patience)
             if saver is not None and self.recipe.save.result == "best" and not stopping.is_asked:
                 saver.go_to_best()
         except StepDropped:
@@ -115,7 +118,8 @@ class TrainingSession:
         caught = next((number for number in self.ranks.gather(stopping.caught) if number is not None), None)
         was_stopped = stopping.is_asked or caught is not None
         fitted = Fitted(steps, trainer.seconds, was_stopped, None if caught is None else signal.Signals(caught))
-        self.listen(Finished(fitted.steps, fitted.seconds))
+        is_early = reporter.is_out_of_patience and steps < self.plan.steps and not was_stopped
+        self.listen(Finished(steps, fitted.seconds, reporter.without_better if is_early else 0))
         return fitted
 
     def _refuse_unlike_cards(self, optimizer: Optimizer) -> None:
@@ -127,6 +131,13 @@ class TrainingSession:
                 f" otherwise: {', '.join(sorted(set(labels)))} would no longer train one run. Take another optimizer,"
                 " or cards of one kind."
             )
+
+    def _reporter(self, trainer: MeteredTrainer, tracker: TrackerCallback | None) -> Reporter:
+        rows, patience = self.rows, self.recipe.train.patience
+        reporter = Reporter(trainer, rows.held_out, self.listen, tracker, patience, rows.answers)
+        if self.going_on_from is not None:
+            reporter.resume(self.going_on_from.values["reporter"])
+        return reporter
 
     def _shares(self) -> Shares:
         """Ranks are alike that have such a card, and what the plan switches on."""

@@ -22,10 +22,14 @@ def no_places(packs: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """Sequences to train on; `places` names the rows of the data that those of these numbers were made of."""
+    """Sequences to train on; `places` names the rows of the data that those of these numbers were made of.
+
+    `answers` are the prompts that are watched, each with what the model as it stands answers to it.
+    """
 
     packs: Sequence[PackedRow]
     held_out: HeldOutLoss | None = None
+    answers: Callable[[], Sequence[tuple[str, str]]] | None = None
     places: Callable[[Sequence[int]], list[str]] = no_places
 
     @property

@@ -151,9 +151,10 @@ def test_bases_are_let_through(tiny_base: Path, tmp_path: Path) -> None:
     assert fault_of(own, trust_remote_code=True) is None
 
 
-def test_the_adapter_of_a_run_leads_to_merging(tmp_path: Path) -> None:
+def test_an_adapter_leads_to_a_start_from_it(tmp_path: Path) -> None:
     folder_with(lock__json={}, adapter___adapter_config__json={})(tmp_path)
-    assert f"`qtune merge {tmp_path} --output merged`" in str(fault_of(tmp_path / "adapter"))
+    for folder in (tmp_path, tmp_path / "adapter"):
+        assert f'name its base there and write start_from = "{folder}" under [lora]' in str(fault_of(folder))
 
 
 @pytest.mark.parametrize(

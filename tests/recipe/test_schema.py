@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from qtune.recipe import schema
-from qtune.recipe.schema import Data, DemoData, Lora, Recipe, Table, Train
+from qtune.recipe.schema import Data, DemoData, Evaluate, Lora, Recipe, Table, Train
 
 TABLES = [table for table in vars(schema).values() if isinstance(table, type) and issubclass(table, Table)]
 
@@ -52,6 +52,13 @@ def test_the_demo_data_are_a_part_of_the_data() -> None:
         (Lora, {"targets": "q_proj"}),
         (Train, {"max_grad_norm": float("inf")}),
         (Train, {"max_steps": 2**31}),
+        (Train, {"patience": 0}),
+        (Evaluate, {"watch": True}),
+        (Evaluate, {"watch": -1}),
+        (Evaluate, {"watch": 21}),
+        (Evaluate, {"watch": []}),
+        (Evaluate, {"watch": ["a", " "]}),
+        (Evaluate, {"watch": "Who are you?"}),
         (Data, {"train": " "}),
         (Data, {"train": "x.jsonl", "system": ""}),
     ],

@@ -2,7 +2,18 @@ import math
 
 import pytest
 
-from qtune.events import Evaluated, Finished, MemoryMeasured, Notice, Rehearsed, Saved, Scored, Started, Stopping
+from qtune.events import (
+    Answered,
+    Evaluated,
+    Finished,
+    MemoryMeasured,
+    Notice,
+    Rehearsed,
+    Saved,
+    Scored,
+    Started,
+    Stopping,
+)
 from qtune.report.wording import best_held_out, format_duration, format_loss, one_line, sentence, visible
 
 
@@ -59,6 +70,11 @@ def test_one_line_is_one_line() -> None:
         (Notice("[bold]loading\x1b"), "[bold]loading␛"),
         (Finished(282, 1_104.0), "282 steps done in 18 min 24 s"),
         (Finished(7, 61.0), "stopped at step 7 of 282 after 1 min 01 s"),
+        (Finished(7, 61.0, 3), "done at step 7 of 282, with no better held-out loss in 3 (1 min 01 s)"),
+        (
+            Answered(7, ("who\nare you?", "x" * 80), ("a model", ""), 0.5),
+            f'answers: "who↵ are you?" → "a model"; "{"x" * 59}…" → "" (0.5 s)',
+        ),
         (Stopping("Ctrl-C", drops=False), "finishing this step, then saving; Ctrl-C again drops it"),
         (Stopping("Ctrl-C", drops=True), "dropping this step, then saving the one before"),
         (Started(1, 1, 0), "training on 1 sequence, none held out"),

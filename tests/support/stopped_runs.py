@@ -1,5 +1,6 @@
 """Real runs of the tiny base, in this process, that are stopped, damaged and resumed."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from qtune import cli
 from qtune import ready as readiness
 from qtune.plan.planner import decide
 from qtune.rundir import RunDir
+from qtune.train.callbacks import Reporter
 from qtune.train.trainer import MeteredTrainer
 
 ROWS = 24
@@ -111,6 +113,20 @@ def send(*numbers: signal.Signals) -> Callable[[], None]:
             os.kill(os.getpid(), number)
 
     return act
+
+
+@contextmanager
+def held_out_losses(*said: float) -> Iterator[None]:
+    """These are measured, one after another, whatever the model is."""
+    left, measured = iter(said), Reporter.evaluate
+
+    def evaluate(reporter: Reporter, step: int) -> None:
+        reporter.held_out = dataclasses.replace(reporter.held_out, of_all=lambda: next(left))
+        measured(reporter, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "evaluate", evaluate)
+        yield
 
 
 @contextmanager

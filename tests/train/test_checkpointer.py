@@ -15,17 +15,19 @@ from stopped_runs import (
     before_step,
     checkpoints,
     copy,
+    held_out_losses,
     plans_made_once,
     qtune,
     send,
     told,
+    without_times,
     write_recipe,
 )
 
 from qtune import atomic_files
 from qtune.errors import RunFolderError
-from qtune.events import CheckpointSaved, Evaluated, Finished, Notice, Resumed, StepDone
-from qtune.train import loop
+from qtune.events import Answered, CheckpointSaved, Evaluated, Finished, Notice, Resumed, Scored, StepDone
+from qtune.library import open_run
 from qtune.train.callbacks import Reporter
 from qtune.train.checkpoint_files import Checkpoint
 from qtune.train.trainer import MeteredTrainer
@@ -314,22 +316,18 @@ def test_a_checkpoint_of_another_version_is_not_guessed_at(alone, tmp_path) -> N
         Checkpoint.read(path)
 
 
+def recipe_of_best(folder: Path, base: Path, keep: int = 1, every: int = 100, **train: object) -> Path:
+    """Eight steps with a held-out loss after every second of them; the best one's adapter is the result."""
+    save = {"every": every, "keep": keep, "result": "best"}
+    return write_recipe(folder, base, data={"max_rows": 14}, save=save, train={**TRAIN, "eval_every": 2, **train})
+
+
 @pytest.fixture(scope="module")
 def of_best(tiny_base, tmp_path_factory) -> Path:
     """A run whose held-out loss is said to be best after four steps of eight."""
     folder = tmp_path_factory.mktemp("of_best")
-    save = {"every": 100, "keep": 1, "result": "best"}
-    recipe = write_recipe(folder, tiny_base, data={"max_rows": 14}, save=save, train={**TRAIN, "eval_every": 2})
-    with pytest.MonkeyPatch.context() as patch:
-        said = iter([4.0, 2.0, 3.0, 2.5])
-        measured = loop.Reporter.evaluate
-
-        def evaluate(reporter: Reporter, step: int) -> None:
-            reporter.held_out = dataclasses.replace(reporter.held_out, of_all=lambda: next(said))
-            measured(reporter, step)
-
-        patch.setattr(loop.Reporter, "evaluate", evaluate)
-        assert qtune("run", recipe, "--output", folder / "run") == 0
+    with held_out_losses(4.0, 2.0, 3.0, 2.5):
+        assert qtune("run", recipe_of_best(folder, tiny_base), "--output", folder / "run") == 0
     return folder / "run"
 
 
@@ -349,8 +347,139 @@ def test_a_run_that_is_done_and_gone_on_with_has_the_best_again(of_best: Path, t
 
 
 def test_the_best_is_refused_where_no_row_is_held_out(tiny_base, tmp_path: Path, capsys) -> None:
-    data = {"held_out_fraction": 0.0}
-    recipe = write_recipe(tmp_path, tiny_base, data=data, save={"result": "best"}, evaluate={"rows": 0})
+    """The sentence came a letter a line."""
+    data, settings = {"held_out_fraction": 0.0}, {"save": {"result": "best"}, "train": {"patience": 2}}
+    recipe = write_recipe(tmp_path, tiny_base, data=data, evaluate={"rows": 0}, **settings)
     assert qtune("run", recipe, "--output", tmp_path / "run") == 2
-    assert "data.held_out_fraction" in "".join(capsys.readouterr().err.split())
+    said = capsys.readouterr().err
+    lines = recipe.read_text().split("\n")
+    for setting, key in (('result = "best"', 'save.result: is "best"'), ("patience = 2", "train.patience: is 2")):
+        assert f"t.toml:{lines.index(setting) + 1}: {key}, and no row is held out to tell which step is best." in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_run_that_was_stopped_has_the_best_all_the_same(of_best: Path, tiny_base, tmp_path, step: int) -> None:
+    """Before the best one, and after one that was no better; only what its checkpoint says is known then."""
+    run, losses = tmp_path / "run", (4.0, 2.0, 3.0, 2.5)
+    with held_out_losses(*losses), before_step(step, send(signal.SIGTERM)):
+        assert qtune("run", recipe_of_best(tmp_path, tiny_base), "--output", run) == 143
+    with held_out_losses(*losses[len(told(run, Evaluated)) :]):
+        assert qtune("resume", run) == 0
+    assert_same(run, of_best)
+    best = run / "checkpoints" / "step-00000004" / ADAPTER
+    assert (run / ADAPTER).read_bytes() == best.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def out_of_patience(tiny_base, tmp_path_factory) -> Path:
+    """A run that is done after six steps of eight, as two held-out losses were no better than the first."""
+    folder = tmp_path_factory.mktemp("out_of_patience")
+    recipe = recipe_of_best(folder, tiny_base, keep=100, every=1, patience=2)
+    with held_out_losses(2.0, 3.0, 2.5):
+        assert qtune("run", recipe, "--output", folder / "run") == 0
+    return folder / "run"
+
+
+def test_training_ends_when_patience_does(out_of_patience: Path) -> None:
+    ended = told(out_of_patience, Finished)[-1]
+    assert (ended.steps, ended.without_better) == (6, 2)
+    assert [event.step for event in told(out_of_patience, Evaluated)] == [2, 4, 6]
+    best = out_of_patience / "checkpoints" / "step-00000002" / ADAPTER
+    assert (out_of_patience / ADAPTER).read_bytes() == best.read_bytes()
+    assert [event.who for event in told(out_of_patience, Scored)] == ["base", "tuned"]
+
+
+def test_that_it_is_done_is_told_everywhere(out_of_patience: Path, capsys) -> None:
+    sentence = "done at step 6 of 8, with no better held-out loss in 2"
+    assert qtune("report", out_of_patience) == 0
+    assert sentence in " ".join(capsys.readouterr().out.split())
+    assert qtune("report", out_of_patience, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["done_early"] == sentence
+    assert qtune("ls", out_of_patience, "--json") == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["state"], listed["steps_done"], listed["without_better"]) == ("finished", 6, 2)
+    assert qtune("ls", out_of_patience) == 0
+    assert "finished at step 6 of 8, with no better held-out loss in 2" in capsys.readouterr().out
+    summary = (out_of_patience / "summary.md").read_text()
+    assert "Done at step 6 of 8, with no better held-out loss in 2 (train.patience)." in summary
+    assert "qtune resume" not in summary
+    run = open_run(out_of_patience)
+    assert (run.state, run.done_early) == ("finished", sentence)
+
+
+def test_patience_counts_over_a_stop(out_of_patience: Path, tiny_base, tmp_path) -> None:
+    """Stopped when one loss of two was no better."""
+    run, losses = tmp_path / "run", (2.0, 3.0, 2.5)
+    recipe = recipe_of_best(tmp_path, tiny_base, keep=100, every=1, patience=2)
+    with held_out_losses(*losses), before_step(5, send(signal.SIGTERM)):
+        assert qtune("run", recipe, "--output", run) == 143
+    with held_out_losses(*losses[len(told(run, Evaluated)) :]):
+        assert qtune("resume", run) == 0
+    assert_same(run, out_of_patience)
+
+
+def test_a_run_that_ended_by_patience_says_that_it_is_done(out_of_patience: Path, tmp_path: Path) -> None:
+    run = copy(out_of_patience, tmp_path / "run", up_to=STEPS)
+    with held_out_losses():
+        assert qtune("resume", run) == 0
+    assert "Training is done: it ended there by train.patience." in told(run, Resumed)[-1].text
+    assert_same(run, out_of_patience)
+    with held_out_losses(1.0):
+        more = ("--set", "train.patience=3", "--allow-change", "train.patience")
+        assert qtune("resume", run, *more) == 0
+    assert told(run, Finished)[-1] == dataclasses.replace(told(run, Finished)[-1], steps=STEPS, without_better=0)
+
+
+def test_patience_that_the_last_step_ends_too_is_an_end_like_any_other(tiny_base, tmp_path: Path) -> None:
+    recipe = recipe_of_best(tmp_path, tiny_base, patience=3)
+    with held_out_losses(1.0, 2.0, 2.0, 2.0):
+        assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    ended = told(tmp_path / "run", Finished)[-1]
+    assert (ended.steps, ended.without_better) == (STEPS, 0)
+
+
+def test_a_loss_that_is_no_number_is_no_better_one(tiny_base, tmp_path: Path) -> None:
+    recipe = recipe_of_best(tmp_path, tiny_base, patience=2)
+    with held_out_losses(float("nan"), float("nan")):
+        assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    assert told(tmp_path / "run", Finished)[-1].without_better == 2
+
+
+def test_rows_that_are_watched_are_answered_at_every_held_out_loss(tiny_base, tmp_path, capsys) -> None:
+    """The run is the same with and without, but for what it says, and goes on to the bit."""
+    changes = {"data": {"max_rows": 14}, "train": {**TRAIN, "eval_every": 3}, "save": {"every": 1, "keep": 100}}
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    for run, evaluate in ((plain, {}), (watched, {"watch": 2, "max_new_tokens": 3})):
+        recipe = write_recipe(tmp_path, tiny_base, evaluate=evaluate, **changes)
+        assert qtune("run", recipe, "--output", run) == 0
+    said, answered = capsys.readouterr().out, told(watched, Answered)
+    assert [event.step for event in answered] == [event.step for event in told(watched, Evaluated)] == [3, 6, 8]
+    assert len({event.prompts for event in answered}) == 1
+    assert all(len(event.prompts) == len(event.answers) == 2 for event in answered)
+    assert (watched / ADAPTER).read_bytes() == (plain / ADAPTER).read_bytes()
+    assert [each for each in without_times(watched) if each["event"] != "answers"] == without_times(plain)
+    assert f'answers: "{answered[0].prompts[0]}" → ' in said
+    assert "## Answers while it trained" in (watched / "summary.md").read_text()
+    assert open_run(watched).watched[answered[0].prompts[1]][8] == answered[-1].answers[1]
+    assert qtune("report", watched, "--html") == 0
+    assert '<h2 id="watched">' in (watched / "report.html").read_text()
+    run = copy(watched, tmp_path / "run", up_to=4)
+    assert qtune("resume", run) == 0
+    assert_same(run, watched)
+
+
+def test_prompts_of_ones_own_are_watched_without_held_out_rows(tiny_base, tmp_path: Path) -> None:
+    data, prompts = {"held_out_fraction": 0.0, "max_rows": 5}, ["who are you?", "what is x?"]
+    recipe = write_recipe(tmp_path, tiny_base, data=data, evaluate={"watch": prompts, "max_new_tokens": 2})
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 0
+    assert all(list(event.prompts) == prompts for event in told(tmp_path / "run", Answered))
+    assert told(tmp_path / "run", Answered)
+    assert told(tmp_path / "run", Evaluated) == []
+
+
+def test_more_rows_than_are_held_out_cannot_be_watched(tiny_base, tmp_path: Path, capsys) -> None:
+    recipe = write_recipe(tmp_path, tiny_base, data={"max_rows": 14}, evaluate={"watch": 9})
+    assert qtune("run", recipe, "--output", tmp_path / "run") == 2
+    line = recipe.read_text().split("\n").index("watch = 9") + 1
+    assert f"t.toml:{line}: evaluate.watch: is 9, and 3 held-out rows can be asked." in capsys.readouterr().err
