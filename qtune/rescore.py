@@ -28,7 +28,6 @@ from qtune.memory.oom_recovery import Recovery, pieces_to_begin_with
 from qtune.model import adapter
 from qtune.model.loaded import Loaded
 from qtune.model.open_model import model_of, open_merged, open_run
-from qtune.model.open_model import open_merged, open_run
 from qtune.model.start_adapter import StartAdapter
 from qtune.model.tokenizer import load_tokenizer
 from qtune.recipe.base_kind import GGUF_SUFFIX
