@@ -143,6 +143,13 @@ def test_rows_go_with_the_objective(train: dict, data: dict, evaluate: dict, tol
     assert told is None or told in faults[0][1]
 
 
+@pytest.mark.parametrize(("objective", "faults"), [("dpo", 1), ("orpo", 0), ("sft", 0)])
+def test_an_adapter_to_start_from_is_none_that_pairs_are_measured_against(objective: str, faults: int) -> None:
+    """The reference is the base with no adapter on it, and the first loss would not be that of equals."""
+    told = list(unlike_rows({"train": {"objective": objective}, "lora": {"start_from": "runs/a"}}))
+    assert [key for key, _ in told] == [("lora", "start_from")] * faults
+
+
 def test_what_pairs_alone_have_is_idle_without_them() -> None:
     data = {"columns": {"chosen": "a", "rejected": "b"}}
     assert [setting.key[-1] for setting in idle({"train": {"beta": 0.2}, "data": data})] == [
