@@ -12,6 +12,7 @@ from qtune.errors import MachineError, RunFolderError
 PLACES = ("model.base", "data.train", "data.held_out")  # may have another name on each machine; their content is hashed
 SEEN_WITHIN_SECONDS = 5.0  # chosen: NFS asks the server for a name that nobody has asked for, other disks may lag
 ASK_SECONDS = 0.1
+TOKEN = ".shared-"  # how the file begins that rank 0 puts where all should see it
 
 
 def refuse_unlike(ranks: Ranks, told: Mapping[str, Any]) -> None:
@@ -42,9 +43,12 @@ def shown(value: Any) -> str:
 
 def refuse_unshared(ranks: Ranks, folder: Path) -> None:
     """Raises RunFolderError where a rank does not see in `folder` what rank 0 puts there."""
+    if ranks.is_first:
+        for left in folder.glob(f"{TOKEN}*"):  # by one that was killed just then
+            left.unlink(missing_ok=True)
     if ranks.size == 1:
         return
-    token = folder / f".shared-{ranks.broadcast(secrets.token_hex(8))}"
+    token = folder / f"{TOKEN}{ranks.broadcast(secrets.token_hex(8))}"
     if ranks.is_first:
         token.touch()
     ranks.gather("it is there")
