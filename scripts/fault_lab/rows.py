@@ -16,7 +16,7 @@ from fault_lab.workshop import Workshop, isolated
 from qtune.data.prepare import prepare
 from qtune.errors import DataError, ModelError
 from qtune.model.tokenizer import load_tokenizer
-from qtune.recipe.schema import Data, Model, Recipe
+from qtune.recipe.schema import Data, Model, Recipe, Train
 
 WHAT = "data files of every kind with bytes, values and rows changed"
 HANGS_SECONDS = 5.0
@@ -82,7 +82,10 @@ def run(cases: int, seed: int, folder: Path) -> Iterator[str | None]:
             train_on=rng.choice(["all", "last"]),
         )
         try:
-            report = prepare(Recipe(name="t", model=Model(base=str(shop.base)), data=data), tokenizer).report
+            train = Train(objective=rng.choice(["sft", "sft", "dpo", "orpo"]))
+            report = prepare(
+                Recipe(name="t", model=Model(base=str(shop.base)), data=data, train=train), tokenizer
+            ).report
         except (DataError, ModelError) as refusal:
             is_placed = path.name in str(refusal) or "data." in str(refusal)
             return None if is_placed else f"{suffix}: {refusal}"
@@ -196,7 +199,21 @@ def _calls(rng: random.Random) -> Rows:
     return [copy.deepcopy(rng.choice(shapes)) for _ in range(rng.randint(1, 4))]
 
 
-GOOD = (_questions, _questions, _chats, _texts, _thoughts, _calls, _calls)
+def _pairs(rng: random.Random) -> Rows:
+    """Two answers to a question: as text, as messages, as whole conversations, and as transcripts."""
+    good, bad = ("x" * rng.randint(1, 9) + end for end in "ab")
+    asked, turns = {"role": "user", "content": "why?"}, [{"role": "assistant", "content": text} for text in (good, bad)]
+    shapes: list[dict[str, Any]] = [
+        {"prompt": "why?", "chosen": good, "rejected": bad},
+        {"prompt": [asked], "chosen": [turns[0]], "rejected": [turns[1]]},
+        {"chosen": [asked, turns[0]], "rejected": [asked, turns[1]]},
+        {name: f"\n\nHuman: why?\n\nAssistant: {text}" for name, text in (("chosen", good), ("rejected", bad))},
+        {"conversations": [{"from": "human", "value": "why?"}], "chosen": turns[0], "rejected": turns[1]},
+    ]
+    return [copy.deepcopy(rng.choice(shapes)) for _ in range(rng.randint(1, 5))]
+
+
+GOOD = (_questions, _questions, _chats, _texts, _thoughts, _calls, _calls, _pairs)
 
 
 def _jsonl(rows: Rows) -> bytes:
