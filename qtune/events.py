@@ -34,12 +34,14 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The held-out loss after `step` steps, in nats per trained token."""
+    """The held-out loss after `step` steps, in nats per trained token, and where there are several sources that over
+    the rows of each, by name."""
 
     step: int
     loss: float
     is_best: bool
     eval_seconds: float
+    by_source: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ OFFLINE = "HF_HUB_OFFLINE"
 
 def sources(recipe: "Recipe") -> tuple[str | None, ...]:
     """What a run reads: its base, an adapter and its rows, on this machine or by names of the hub."""
-    return recipe.model.base, recipe.lora.start_from, recipe.data.train, recipe.data.held_out
+    rows = (part.train for part in recipe.data.parts.values())
+    return recipe.model.base, recipe.lora.start_from, *rows, recipe.data.held_out
 
 
 def are_here(*names: str | None) -> bool:

@@ -72,7 +72,7 @@ def check_data(recipe: Recipe, doing: "Doing | None" = None) -> "Checked":
         tokenizer = load_tokenizer(recipe.model)
         if recipe.evaluate.general not in GENERAL_WORDS:
             general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)  # a run refuses one without text
-        doing(f"reading {recipe.data.train}")
+        doing(f"reading {recipe.data.title}")
         asked, in_pairs = fault_asked(recipe.evaluate), recipe.train.learns_pairs
         found = audit(recipe.data, tokenizer, doing.rows, asked, in_pairs)
         return judge(found, recipe.data, refusals(found, recipe, tokenizer))

@@ -18,6 +18,7 @@ from qtune.plan.throughput import GRADIENT_BYTES
 from qtune.plan.workload import Work
 from qtune.plan.world import ALONE, World
 from qtune.ready import finding_base, started, work_of
+from qtune.recipe.data_files import files_of
 from qtune.recipe.schema import Recipe
 from qtune.report.progress_line import Doing
 from qtune.train.sampler import dealt
@@ -39,10 +40,12 @@ def plans_of_cards(recipe: Recipe, devices: Sequence[Device], world: World, doin
     with finding_base(recipe, doing):
         config = base.read_config_alone(recipe.model)
     recipe = started(config, recipe, doing)
-    sources = [recipe.data.train, *([recipe.data.held_out] if recipe.data.held_out else [])]
-    is_here = has_tokenizer_here(recipe.model) and all(Path(source).is_file() for source in sources)
+    names = [*(part.train for part in recipe.data.parts.values()), recipe.data.held_out]
+    is_here = has_tokenizer_here(recipe.model) and all(
+        Path(name).is_absolute() and files_of(Path(name)) for name in names if name
+    )
     if is_here:
-        doing(f"reading {recipe.data.train}")
+        doing(f"reading {recipe.data.title}")
         tokenizer = load_tokenizer(recipe.model)
         trained_ids(tokenizer, recipe.lora.train_tokens)
         work = work_of(prepare(recipe, tokenizer, doing.rows), recipe.train)

@@ -146,7 +146,7 @@ def get_ready(
         config = base.read_config_alone(recipe.model)
     recipe = started(config, recipe, doing)
     refuse_unknown_targets(config, recipe)
-    doing(f"reading {recipe.data.train}")
+    doing(f"reading {recipe.data.title}")
     read = read_rows(recipe, doing.rows)
     trained_ids(read.tokenizer, recipe.lora.train_tokens)
     if not read.held_out.packs:

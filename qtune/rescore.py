@@ -190,11 +190,11 @@ def on_benchmarks(
 
 
 def _held_out(run: RunDir, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, lock: Lock, doing: Doing) -> HeldOut:
-    doing(f"reading {recipe.data.train}")
+    doing(f"reading {recipe.data.title}")
     prepared = prepare(recipe, tokenizer, doing.rows)
     if prepared.fingerprint != lock.data_sha256:
         raise DataError(
-            f"{recipe.data.train}: does not give the rows of {run.path} any more, so what is held out now may have been"
+            f"{recipe.data.title}: does not give the rows of {run.path} any more, so what is held out now may have been"
             " trained on. Put back the data that the run names, or name rows with --data."
         )
     if not len(prepared.held_out):

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from qtune.distributed.agreement import shown
+from qtune.distributed.agreement import names_rows, shown
 from qtune.errors import RecipeError, RunFolderError
 from qtune.lock import Lock
 from qtune.recipe import load
@@ -39,8 +39,6 @@ CHANGEABLE = (
     "train.patience",
     "lora.start_from",  # another place for the same adapter, whose hash is held against it
     "model.base",  # another place for the same weights, whose hash is held against them
-    "data.train",
-    "data.held_out",
     "data.check.",
     "device",
     "versions.",
@@ -92,7 +90,7 @@ class Change:
     @property
     def may_be_allowed(self) -> bool:
         is_named = any(self.field == name or (name[-1] == "." and self.field.startswith(name)) for name in CHANGEABLE)
-        return is_named and self.field not in FIXED
+        return (is_named or names_rows(self.field)) and self.field not in FIXED
 
     def sentence(self) -> str:
         told = f"{self.field}: was {shown(self.before)}, is {shown(self.now)}"

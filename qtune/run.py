@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from qtune import accelerator, card_faults
 from qtune.atomic_files import write_text
-from qtune.data.packing import PackedRow, packed_rows
+from qtune.data.packing import packed_rows
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.errors import MachineError, RankLost, UserError
+from qtune.errors import MachineError, ModelError, RankLost, UserError
 from qtune.evaluate.before_after import Score, compare, score_told
 from qtune.evaluate.generate import watched_answers
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
-from qtune.evaluate.held_out_pairs import PairLogs, loss_and_pairs
+from qtune.evaluate.held_out_pairs import loss_and_pairs, measured
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
 from qtune.hardware import Device, prepare
-from qtune.memory import attention_kernels, trained_rows
+from qtune.memory import attention_kernels, fused_cross_entropy, trained_rows
 from qtune.memory.engine import Engine
 from qtune.memory.memory_report import Ledger
 from qtune.merge.live_weights import held
@@ -181,6 +181,11 @@ def _load(
     if start := StartAdapter.of(recipe.lora):
         start.put_on(model)
         tell(Notice(start.told(recipe.model)))
+    if ready.prepared.train.weights is not None and not fused_cross_entropy.suits(model):
+        raise ModelError(
+            f"{recipe.model.base}: data.sources weigh differently, and the loss of a base with such a head is made"
+            " where tokens have no weights. Leave out the weights; a share says how much of each is read."
+        )
     tell(ledger.measure("load", 0, model))
     if checkpoint is None:
         _begin_by_weights(ready, model, tell, ranks)
@@ -314,22 +319,19 @@ def _rows(ready: Ready, learner: Learner) -> TrainingRows:
     """The packs to train on, and the held-out loss of the model as it then stands."""
     examples, packs, held_out = ready.prepared.train, ready.prepared.train_packs, ready.held_out
 
-    def loss_over(some: Sequence[PackedRow], ranks: Ranks = ALONE, base: Sequence[PairLogs] = ()) -> float:
-        return loss_and_pairs(learner.loaded, some, held_out.learned, learner.recovery, ranks, base)[0]
-
     def places(numbers: Sequence[int]) -> list[str]:
         return [examples[i].place for number in numbers for i in packs[number]]
 
-    measured = None
+    loss = None
     if held_out.packs:
         largest = max(held_out.packs, key=lambda pack: len(pack["input_ids"]))
-        measured = HeldOutLoss(
+        loss = HeldOutLoss(
             rows=len(held_out.examples),
-            of_all=lambda: loss_over(held_out.packs, learner.engine.ranks, held_out.base),
-            of_largest=lambda: loss_over([largest]),
+            of_all=lambda: measured(learner.loaded, held_out, learner.recovery, learner.engine.ranks)[:2],
+            of_largest=lambda: loss_and_pairs(learner.loaded, [largest], held_out.learned, learner.recovery)[0],
         )
     answers = _answers_along_the_way(ready, learner) if held_out.watched else None
-    return TrainingRows(packed_rows(examples, packs), measured, answers, places)
+    return TrainingRows(packed_rows(examples, packs), loss, answers, places)
 
 
 def _answers_along_the_way(ready: Ready, learner: Learner) -> Callable[[], list[tuple[str, str]]]:

@@ -33,6 +33,7 @@ from qtune.events import (
     EVENT_BY_NAME,
     Answered,
     CheckpointSaved,
+    Evaluated,
     Event,
     MemoryMeasured,
     RanksStanding,
@@ -327,6 +328,8 @@ def _event_of(line: str) -> Event:
     if kind is MemoryMeasured:
         values["parts"] = tuple((name, size) for name, size in values["parts"])
         values.setdefault("is_rehearsal", values.get("phase", "").startswith("rehearsed "))  # as older runs said it
+    if kind is Evaluated:
+        values["by_source"] = tuple((name, loss) for name, loss in values.get("by_source", ()))
     if kind in (RanksStanding, Answered):
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if kind is Rehearsed:
@@ -434,8 +437,10 @@ def read_json(path: Path) -> Any:
 
 
 def leaves(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested JSON objects that is no object itself, by its dotted name."""
+    """Every value of nested JSON objects, and lists of objects, that is no object itself, by its dotted name."""
     for name, value in values.items():
+        if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+            value = {str(number): each for number, each in enumerate(value)}
         if isinstance(value, Mapping):
             yield from leaves(value, f"{above}{name}.")
         else:

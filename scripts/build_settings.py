@@ -21,19 +21,25 @@ def page() -> str:
     return HEAD + "".join(_sections(schema, schema, ""))
 
 
-def _sections(schema: dict[str, Any], table: dict[str, Any], name: str) -> list[str]:
-    """`table` as a section called `name`, then the tables in it."""
+def _sections(schema: dict[str, Any], table: dict[str, Any], name: str, is_list: bool = False) -> list[str]:
+    """`table`, or each of a list of them, as a section called `name`, then the tables in it."""
     tables = {key: found for key, value in table["properties"].items() if (found := _table(schema, value))}
     rows = [_row(key, value) for key, value in table["properties"].items() if key not in tables]
-    title = f"`[{name}]`" if name else "At the top of the file"
+    header = f"[[{name}]]" if is_list else f"[{name}]"
+    title = f"`{header}`" if name else "At the top of the file"
     head = f"\n## {title}\n\n| setting | default | what it does |\n|---|---|---|\n" if rows else ""
-    inner = (part for key, found in tables.items() for part in _sections(schema, found, f"{name}.{key}".lstrip(".")))
+    inner = (
+        part
+        for key, found in tables.items()
+        for part in _sections(schema, found, f"{name}.{key}".lstrip("."), "items" in table["properties"][key])
+    )
     return [head, *rows, *inner]
 
 
 def _table(schema: dict[str, Any], value: dict[str, Any]) -> dict[str, Any] | None:
     """What `value` refers to, where that is a table of settings."""
-    names = [each["$ref"].split("/")[-1] for each in (value, *value.get("anyOf", ())) if "$ref" in each]
+    places = (value, *value.get("anyOf", ()), value.get("items", {}))
+    names = [each["$ref"].split("/")[-1] for each in places if "$ref" in each]
     return next((table for each in names if "properties" in (table := schema["$defs"][each])), None)
 
 

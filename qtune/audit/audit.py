@@ -5,6 +5,7 @@ place and a digest, 32 bytes, and 256 bytes in a temporary file. Nothing stops a
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,13 @@ from qtune.data.file_readers import read_file
 from qtune.data.formats import DataFormat
 from qtune.data.row_stream import Encoding, Parsed, UnknownColumns, format_of, parsed_rows
 from qtune.data.rows import Cut, RawRow
-from qtune.data.sources import Source, Tell
+from qtune.data.sources import Part, Source, Tell, parts_of
 from qtune.data.stop_tokens import StopChain, stop_chain
 from qtune.data.text_files import FileFault, kind_of
 from qtune.data.tokenize import Encoder
 from qtune.data.unused_columns import Unused, unused_of
 from qtune.evaluate.metrics import FaultOf
+from qtune.recipe.data_files import is_pattern
 from qtune.recipe.schema import Data
 from qtune.units import format_percent
 
@@ -98,14 +100,13 @@ def audit(
     with Likeness() as likeness:
         seen = Seen(likeness, Taken(fault_of))
         counts, chains = [], []
-        for source, is_held_out in ((Source.of_train(data), False), (Source.of_held_out(data), True)):
-            if source is None:
-                continue
-            count, chain = _see_source(source, is_held_out, data, tokenizer, seen, tell, in_pairs)
+        for part in parts_of(data):
+            count, chain = _see_source(part, tokenizer, seen, tell, in_pairs)
             counts.append(count)
             chains.append(chain)
         tell("comparing", len(likeness), None)
-        _group_alike(seen, counts[0].usable_rows, data.check.near_duplicate_similarity)
+        train_rows = sum(count.usable_rows for count in counts if not count.is_held_out)
+        _group_alike(seen, train_rows, data.check.near_duplicate_similarity)
     stops = next(filter(None, chains), None)
     tokens = _token_counts(seen, data.max_tokens) if seen.tokens else None
     unused = unused_of(seen.unused)
@@ -113,14 +114,9 @@ def audit(
 
 
 def _see_source(
-    source: Source,
-    is_held_out: bool,
-    data: Data,
-    tokenizer: PreTrainedTokenizerBase,
-    seen: Seen,
-    tell: Tell,
-    in_pairs: bool,
+    part: Part, tokenizer: PreTrainedTokenizerBase, seen: Seen, tell: Tell, in_pairs: bool
 ) -> tuple[SourceCounts, StopChain | None]:
+    source, data = part.source, part.data
     before, taken_before = len(seen.places), len(seen.taken.rows)
     progress, form, chain = Progress(None), None, None
     with source.unchanged(), _as_utf8(source, seen.groups, progress) as readable:
@@ -137,7 +133,7 @@ def _see_source(
             chain = stop_chain(template, tokenizer) if form else None
     usable, taken = len(seen.places) - before, len(seen.taken.rows) - taken_before
     name = form.name if form else ""
-    return SourceCounts(source.name, is_held_out, name, progress.rows, usable, taken), chain
+    return SourceCounts(source.name, part.is_held_out, name, progress.rows, usable, taken), chain
 
 
 @contextlib.contextmanager
@@ -148,11 +144,12 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         yield source
         return
     try:
-        read_file(path, source.table)
+        if not is_pattern(path):
+            read_file(path, source.table)
         is_text = kind_of(path) in TEXT_SUFFIXES and path.is_file()
         written = encodings.encoding_of(path) if is_text else FileEncoding(0, False, (), None)
     except FileFault as fault:
-        _group_file_fault(fault, groups)
+        _group_file_fault(fault, source, groups)
         yield None
         return
     progress.lines = written.lines if kind_of(path) == ".jsonl" else None
@@ -161,11 +158,12 @@ def _as_utf8(source: Source, groups: Groups, progress: Progress) -> Iterator[Sou
         yield source
         return
     if written.has_bom and not is_sheet:  # Excel writes one and wants one
-        groups.add("byte-order-mark", f"{path.name}:1", "begins with a byte-order mark")
+        groups.add("byte-order-mark", f"{source.folder}{path.name}:1", "begins with a byte-order mark")
     for line in written.bad_lines:
-        groups.add("not-utf8", f"{path.name}:{line:,}", f"is not UTF-8 but {encodings.called(written.probably)}")
+        place = f"{source.folder}{path.name}:{line:,}"
+        groups.add("not-utf8", place, f"is not UTF-8 but {encodings.called(written.probably)}")
     with encodings.as_utf8(path, written) as copy:
-        yield Source(str(copy), table=source.table)
+        yield dataclasses.replace(source, name=str(copy))
 
 
 def _recognise(source: Source, data: Data, in_pairs: bool, groups: Groups) -> DataFormat | None:
@@ -190,12 +188,13 @@ def _readable_rows(
             if not isinstance(row, RawRow):
                 yield row
     except FileFault as fault:
-        _group_file_fault(fault, groups)
+        _group_file_fault(fault, source, groups)
 
 
-def _group_file_fault(fault: FileFault, groups: Groups) -> None:
+def _group_file_fault(fault: FileFault, source: Source, groups: Groups) -> None:
     """A fault of the file, under its line where it has one."""
-    place = fault.path.name if fault.line is None else f"{fault.path.name}:{fault.line:,}"
+    name = source.folder + fault.path.name
+    place = name if fault.line is None else f"{name}:{fault.line:,}"
     groups.add("unreadable-file", place, fault.told)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +11,7 @@ from qtune.data.chat_template import ChatTemplate, special_tokens
 from qtune.data.chunking import fitted
 from qtune.data.row_stream import format_of
 from qtune.data.rows import Dropped, Example, RawRow, as_learned, parse_row
-from qtune.data.sources import Source
+from qtune.data.sources import Part, parts_of
 from qtune.data.tokenize import Encoder, Stretch, stretches, tokenize, with_thoughts
 from qtune.errors import DataError
 from qtune.recipe.schema import Data
@@ -48,11 +47,11 @@ def show_row(
 
     Raises DataError for a source without such a row, or one that cannot be read up to it, ModelError for a template.
     """
-    source = _source(data, is_held_out)
-    number, row = _find(source, wanted)
+    number, row, part = _find(_parts(data, is_held_out), wanted)
+    data = part.data
     if isinstance(row, Dropped):
         return _left_out(number, row, "", data)
-    form = format_of(source, data, in_pairs)
+    form = format_of(part.source, data, in_pairs)
     assert form is not None, "a row that can be read has columns"
     item = as_learned(parse_row(row, form, data.columns.mapped, data.system), data)
     if isinstance(item, Dropped):
@@ -67,27 +66,26 @@ def show_row(
     return dataclasses.replace(_shown(number, example, parts, form.name, data, tokenizer), unused=unused)
 
 
-def _source(data: Data, is_held_out: bool) -> Source:
-    if not is_held_out:
-        return Source.of_train(data)
-    source = Source.of_held_out(data)
-    if source is None:
+def _parts(data: Data, is_held_out: bool) -> list[Part]:
+    parts = [part for part in parts_of(data) if part.is_held_out == is_held_out]
+    if not parts:
         raise DataError(
             "--held-out: this recipe names no data.held_out; its held-out rows are rows of data.train, so show them"
             " without --held-out."
         )
-    return source
+    return parts
 
 
-def _find(source: Source, wanted: str) -> tuple[int, RawRow | Dropped]:
-    """The row and its number, read no further than to it."""
+def _find(parts: Sequence[Part], wanted: str) -> tuple[int, RawRow | Dropped, Part]:
+    """The row, its number through all of the parts, and the part it is of, read no further than to it."""
     plain = wanted.replace(",", "")
     number, before = 0, None
-    for number, row in enumerate(source.read(), start=1):
+    every = ((row, part) for part in parts for row in part.source.read())
+    for number, (row, part) in enumerate(every, start=1):
         if plain == (str(number) if plain.isdecimal() else row.place.replace(",", "")):
-            return number, row
+            return number, row, part
         before = row if _is_before(row, plain) else before
-    name = Path(source.name).name
+    name = ", ".join(each.name for each in parts)
     if plain.isdecimal():
         raise DataError(f"{name}: has {number:,} rows, so there is no row {wanted}.")
     near = f" The row before it begins at {before.place}." if before else ""

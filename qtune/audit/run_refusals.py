@@ -12,7 +12,7 @@ from qtune.audit.row_checks import NOT_ASKED, NOT_SCORABLE
 from qtune.audit.thresholds import NOTHING_LEFT
 from qtune.data.canaries import Phrasing, planted_rows
 from qtune.data.formats import FORMATS
-from qtune.data.held_out_split import held_out_of
+from qtune.data.mixture import parted
 from qtune.errors import DataError
 from qtune.recipe.schema import Recipe
 from qtune.units import counted
@@ -45,10 +45,11 @@ def _no_rows(audited: Audit) -> Iterator[Issue]:
 
 def _held_out(audited: Audit, recipe: Recipe) -> Sequence[int]:
     """The positions of held-out rows among those that a run takes, in order. Raises DataError where all would be."""
-    train = audited.sources[0]
-    if recipe.data.held_out is not None:
-        return range(train.taken_rows, len(audited.taken.rows))
-    return held_out_of(train.taken_rows, FORMATS[train.format].is_text, recipe.data, recipe.train.seed)
+    counts = [source.taken_rows for source in audited.sources]
+    are_texts = [FORMATS[source.format].is_text for source in audited.sources]
+    _, apart = parted(counts, are_texts, recipe.data, recipe.train.seed)
+    held_out: list[int] = apart.tolist()
+    return held_out
 
 
 def _unscorable(audited: Audit, recipe: Recipe, held_out: Sequence[int]) -> Iterator[Issue]:

@@ -45,7 +45,7 @@ def _without_plan(options: Namespace) -> None:
             from qtune.report import tables
 
         logs.quiet_libraries()
-        doing(f"reading {recipe.data.train}")
+        doing(f"reading {recipe.data.title}")
         data = dataclasses.asdict(read_rows(recipe, doing.rows).prepared.report)
     if options.json:
         terminal.print_json({"data": data, "plan": None})

@@ -57,7 +57,7 @@ def show(options: Namespace) -> None:
             from qtune.report.row_table import row_table
 
         logs.quiet_libraries()
-        doing(f"reading {recipe.data.train}")
+        doing(f"reading {recipe.data.title}")
         row = show_row(
             recipe.data, options.row, options.held_out, load_tokenizer(recipe.model), recipe.train.learns_pairs
         )

@@ -51,9 +51,13 @@ class Phrasing:
     @classmethod
     def of(cls, recipe: Recipe, form: str, tokenizer: PreTrainedTokenizerBase) -> "Phrasing":
         """For rows in the format `form`."""
-        return cls(
-            Encoder.of(tokenizer), None if FORMATS[form].is_text else ChatTemplate.of(tokenizer), recipe.data.system
-        )
+        template = None if FORMATS[form].is_text else ChatTemplate.of(tokenizer)
+        return cls(Encoder.of(tokenizer), template, cls.system_of(recipe))
+
+    @staticmethod
+    def system_of(recipe: Recipe) -> str | None:
+        """That of the first source."""
+        return next(iter(recipe.data.parts.values())).system
 
     def rows(self, canary: Canary, secrets: Sequence[str]) -> list[Example]:
         """Raises DataError where the chat template refuses them."""

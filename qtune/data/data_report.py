@@ -59,6 +59,29 @@ class DataReport:
     overlap_rows: int
     notices: tuple[str, ...]
     sample: tuple[tuple[str, bool], ...]
+    sources: tuple["SourceFigures", ...] = ()
+
+    @property
+    def first_format(self) -> str:
+        """That of the first source."""
+        return self.sources[0].format if self.sources else self.format
+
+
+@dataclass(frozen=True)
+class SourceFigures:
+    """What one of several sources gives: rows read, and of those that can be used how many are trained on, held out,
+    and left out for its share. `tokens` are those of the rows trained on, and what a trained one counts for is its
+    `weight`."""
+
+    name: str
+    format: str
+    rows_read: int
+    train_rows: int
+    held_out_rows: int
+    left_out_rows: int
+    tokens: int
+    trained_tokens: int
+    weight: float
 
 
 # Rows that are bad in another way than those before are told of once these are mended: they may follow from them.
@@ -176,7 +199,7 @@ class SourceRows:
     def refuse(self, data: Data) -> None:
         """Raises DataError for what the recipe does not let pass, and where no row is left."""
         if not self.rows:
-            raise DataError(f"{self.source.name}: holds no rows.")
+            raise DataError(f"{self.source.told}: holds no rows.")
         if data.on_bad_row == "error":
             self.refuse_bad()
         if data.on_long == "error" and not self.is_text:
@@ -187,7 +210,7 @@ class SourceRows:
     def _nothing_left_message(self) -> str:
         rows = sum(tally.rows for tally in self.dropped)
         reason = group_dropped(self.dropped)[0]
-        message = f"{self.source.name}: no row can be used. {reason.rows:,} of {rows:,} rows: {reason.reason}."
+        message = f"{self.source.told}: no row can be used. {reason.rows:,} of {rows:,} rows: {reason.reason}."
         if self.lengths.rows:
             message += f" The shortest row has {self.lengths.shortest:,} tokens: raise data.max_tokens."
         return message

@@ -173,10 +173,13 @@ def map_blocks(path: Path, index: Index) -> Blocks:
 
 
 class Examples(Sequence[Example]):
-    """Rows of `blocks` in the order of `indices`, which count through all of them. A slice is a view."""
+    """Rows of `blocks` in the order of `indices`, which count through all of them. A slice is a view.
 
-    def __init__(self, blocks: Blocks, indices: Ints | None = None):
-        self.blocks = blocks
+    `weights` says of each row of the blocks what its trained tokens count for; None where all are alike.
+    """
+
+    def __init__(self, blocks: Blocks, indices: Ints | None = None, weights: NDArray[numpy.float32] | None = None):
+        self.blocks, self.weights = blocks, weights
         self.indices: Ints = numpy.arange(blocks.rows, dtype=numpy.int32) if indices is None else indices
 
     def __len__(self) -> int:
@@ -188,7 +191,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, at: slice) -> "Examples": ...
     def __getitem__(self, at: int | slice) -> "Example | Examples":
         if isinstance(at, slice):
-            return Examples(self.blocks, self.indices[at])
+            return Examples(self.blocks, self.indices[at], self.weights)
         block, row = self.blocks.holding(int(self.indices[at]))
         return block.example(row)
 
@@ -203,11 +206,14 @@ class Examples(Sequence[Example]):
         """The rows at `positions` of these, in that order."""
         if not isinstance(positions, numpy.ndarray):
             positions = numpy.fromiter(positions, numpy.int64)
-        return Examples(self.blocks, self.indices[positions])
+        return Examples(self.blocks, self.indices[positions], self.weights)
 
     def followed_by(self, others: "Examples") -> "Examples":
         """These rows, then `others`, which are of the same blocks."""
-        return Examples(self.blocks, numpy.concatenate([self.indices, others.indices]))
+        return Examples(self.blocks, numpy.concatenate([self.indices, others.indices]), self.weights)
+
+    def weight(self, at: int) -> float:
+        return 1.0 if self.weights is None else float(self.weights[self.indices[at]])
 
     def arrays(self, at: int) -> tuple[Ints, Ints]:
         """`input_ids` and `labels` of one row, (T,) each."""

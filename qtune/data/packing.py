@@ -4,7 +4,7 @@ import bisect
 import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, overload
+from typing import Any, NotRequired, TypedDict, overload
 
 import numpy
 import torch
@@ -17,11 +17,13 @@ CHUNK_ROWS = 1 << 16  # as Python's numbers at once
 
 
 class PackedRow(TypedDict):
-    """One sequence: the token ids and labels of its documents, joined, and how long each document is."""
+    """One sequence: the token ids and labels of its documents, joined, how long each document is, and what its trained
+    tokens count for where they are not all alike."""
 
     input_ids: Sequence[int] | Ints
     labels: Sequence[int] | Ints
     seq_lengths: Sequence[int]
+    weights: NotRequired[Sequence[float]]
 
 
 class PackedRows(Sequence[PackedRow]):
@@ -41,11 +43,14 @@ class PackedRows(Sequence[PackedRow]):
         if isinstance(at, slice):
             return PackedRows(self.examples, self.packs[at])
         ids, labels = zip(*(self.examples.arrays(i) for i in self.packs[at]), strict=True)
-        return {
-            "input_ids": numpy.concatenate(ids),
-            "labels": numpy.concatenate(labels),
-            "seq_lengths": self._documents(at) if self.examples.are_pairs else [len(part) for part in ids],
-        }
+        row = PackedRow(
+            input_ids=numpy.concatenate(ids),
+            labels=numpy.concatenate(labels),
+            seq_lengths=self._documents(at) if self.examples.are_pairs else [len(part) for part in ids],
+        )
+        if self.examples.weights is not None:
+            row["weights"] = [self.examples.weight(i) for i in self.packs[at]]
+        return row
 
     def _documents(self, at: int) -> list[int]:
         """How long those of a sequence of pairs are, two of each."""
@@ -125,8 +130,24 @@ def seq_lengths(rows: Sequence[PackedRow]) -> Ragged:
     return rows.seq_lengths if isinstance(rows, PackedRows) else Ragged.of(row["seq_lengths"] for row in rows)
 
 
+def pack_apart(lengths: Ints, groups: Ints, max_tokens: int | None) -> Ragged:
+    """The same, with the documents of each group in sequences of their own, those of the first group first; each
+    document by itself where there is no `max_tokens`."""
+    values, ends, held = [], [], 0
+    for group in numpy.unique(groups):
+        members = numpy.flatnonzero(groups == group)
+        packs = pack(lengths[members], max_tokens) if max_tokens else Ragged.each_alone(len(members))
+        values.append(members[packs.values])
+        ends.append(held + packs.ends)
+        held += len(members)
+    if not values:
+        return Ragged.each_alone(0)
+    return Ragged(numpy.concatenate(values).astype(numpy.int32), numpy.concatenate(ends))
+
+
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A micro-batch as one row of N tokens: `input_ids`, `labels`, `position_ids` (1, N) and `document_lengths`.
+    """A micro-batch as one row of N tokens: `input_ids`, `labels`, `position_ids` (1, N) and `document_lengths`; and
+    `token_weights` (1, N) in float32 where its rows have weights.
 
     Positions start at 0 in every document, and a document's first token is never a label: nothing before it is its own.
     """
@@ -134,12 +155,16 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     labels = _joined([row["labels"] for row in rows])
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     labels[positions == 0] = NOT_TRAINED
-    return {
+    batch = {
         "input_ids": _joined([row["input_ids"] for row in rows]),
         "labels": labels,
         "position_ids": positions,
         "document_lengths": lengths,
     }
+    if "weights" in rows[0]:
+        weights = torch.tensor([weight for row in rows for weight in row["weights"]])
+        batch["token_weights"] = weights.repeat_interleave(torch.tensor(lengths))[None]
+    return batch
 
 
 def _joined(parts: Sequence[Sequence[int] | Ints]) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """The data room's one door: a recipe and a tokenizer give rows ready to train on, and a report of them."""
 
 import contextlib
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy
 from transformers import PreTrainedTokenizerBase
 
 from qtune import cache_dir
@@ -24,13 +24,13 @@ from qtune.data.data_report import (
 )
 from qtune.data.dataset import Examples, ExampleWriter
 from qtune.data.formats import DataFormat
-from qtune.data.held_out_split import held_out_of
+from qtune.data.mixture import Mixture
 from qtune.data.packing import pack
 from qtune.data.prepared import Prepared
 from qtune.data.ragged import Ragged
 from qtune.data.row_stream import Encoding, Parsed, format_of, parsed_rows, unlooked
 from qtune.data.rows import Dropped
-from qtune.data.sources import Source, Tell
+from qtune.data.sources import Part, Source, Tell, parts_of
 from qtune.data.stop_tokens import stop_token_ids
 from qtune.data.tokenize import Encoder, stretches
 from qtune.data.unused_columns import unused_of
@@ -52,8 +52,8 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
     """
     data = recipe.data
     encoder = Encoder.of(tokenizer)
-    sources = [source for source in (Source.of_train(data), Source.of_held_out(data)) if source is not None]
-    key = token_cache.key_of(recipe, sources, tokenizer) if cache_dir.root() else None
+    parts = parts_of(data)
+    key = token_cache.key_of(recipe, [part.source for part in parts], tokenizer) if cache_dir.root() else None
     cached = token_cache.load(key) if key else None
     if cached is None:
         with token_cache.being_made(
@@ -61,17 +61,17 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tell: Tell = _ke
         ) as waited:
             cached = token_cache.load(key) if key and waited else None
             if cached is None:
-                return _made(recipe, sources, encoder, key, tell)
-    return Prepared.from_cache(cached, data.train)
+                return _made(recipe, parts, encoder, key, tell)
+    return Prepared.from_cache(cached, data)
 
 
-def _made(recipe: Recipe, sources: Sequence[Source], encoder: Encoder, key: str | None, tell: Tell) -> Prepared:
+def _made(recipe: Recipe, parts: Sequence[Part], encoder: Encoder, key: str | None, tell: Tell) -> Prepared:
     """Made now, and kept under `key`."""
+    sources = [part.source for part in parts]
     with token_cache.staged() as folder:
-        if recipe.data.max_rows is None:
-            token_cache.refuse_without_room(folder, sources)
+        token_cache.refuse_without_room(folder, parts)
         writer = ExampleWriter(folder)
-        prepared = _prepare(recipe, sources, encoder, writer, tell)
+        prepared = _prepare(recipe, parts, encoder, writer, tell)
         if key and writer.folder and key == token_cache.key_of(recipe, sources, encoder.tokenizer):  # past midnight?
             what = " and ".join(Path(source.name).name for source in sources)
             token_cache.keep(key, writer.folder, *prepared.for_cache(), what)
@@ -80,35 +80,43 @@ def _made(recipe: Recipe, sources: Sequence[Source], encoder: Encoder, key: str 
 
 def _prepare(
     recipe: Recipe,
-    sources: Sequence[Source],
+    parts: Sequence[Part],
     encoder: Encoder,
     writer: ExampleWriter,
     tell: Tell,
 ) -> Prepared:
     data, tokenizer = recipe.data, encoder.tokenizer
-    forms = [format_of(source, data, recipe.train.learns_pairs) for source in sources]
+    forms = [format_of(part.source, part.data, recipe.train.learns_pairs) for part in parts]
     encoding = encoding_of(forms, encoder)
-    taken = [take_rows(*each, encoding, data, writer, tell) for each in zip(sources, forms, strict=True)]
+    taken = [
+        take_rows(part.source, form, encoding, part.data, writer, tell) for part, form in zip(parts, forms, strict=True)
+    ]
     template = encoding.template
-    planted = planted_rows(recipe, Phrasing(encoder, None if taken[0].is_text else template, data.system))
+    planted = planted_rows(
+        recipe, Phrasing(encoder, None if taken[0].is_text else template, Phrasing.system_of(recipe))
+    )
     for row in planted:
         writer.add(row)
     examples = writer.finish()
-    rows = len(examples) - len(planted)
-    real, held_out = _parted(examples[:rows], taken, recipe)
-    train = real.followed_by(examples[rows:])
+    mixture = Mixture.of(examples, taken, recipe)
+    train = mixture.train.followed_by(examples[len(examples) - len(planted) :])
+    held_out = mixture.held_out
     if len(train) > TOLD_ROWS:
         tell("packing", len(train), None)
     train_packs = _packs(train, data)
+    held_out_packs, held_out_sources = mixture.held_out_packs(parts)
     return Prepared(
         train=train,
         held_out=held_out,
         train_packs=train_packs,
-        held_out_packs=_packs(held_out, data),
+        held_out_packs=held_out_packs,
         stop_token_ids=stop_token_ids(template, tokenizer),
-        report=_report(recipe, taken, train, held_out, len(train_packs), encoding),
+        report=dataclasses.replace(
+            _report(recipe, taken, train, held_out, len(train_packs), encoding), sources=mixture.figures(parts, taken)
+        ),
         fingerprint=_fingerprint(train, held_out, tell),
         template_fingerprint=hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest(),
+        held_out_sources=held_out_sources,
     )
 
 
@@ -169,16 +177,6 @@ def _none_after_a_bad_one(rows: Iterable[Parsed]) -> Iterator[Parsed]:
             yield row
 
 
-def _parted(examples: Examples, taken: Sequence[SourceRows], recipe: Recipe) -> tuple[Examples, Examples]:
-    """Train and held-out rows, both in file order."""
-    if recipe.data.held_out is not None:
-        return examples[: taken[0].examples], examples[taken[0].examples :]
-    apart = held_out_of(len(examples), taken[0].is_text, recipe.data, recipe.train.seed)
-    is_kept = numpy.ones(len(examples), bool)
-    is_kept[apart] = False
-    return examples.take(numpy.flatnonzero(is_kept)), examples.take(apart)
-
-
 def _packs(examples: Examples, data: Data) -> Ragged:
     return pack(examples.tokens, data.max_tokens) if data.packing else Ragged.each_alone(len(examples))
 
@@ -197,9 +195,10 @@ def _report(
     tokens = int(train.tokens.sum())
     shown = stretches(train[0], data.max_tokens, encoding.encoder.tokenizer)
     systems = [each.system for each in taken if each.system is not None]
+    forms = [each.form for each in taken[: len(data.parts)]]
     return DataReport(
-        source=data.train,
-        format=taken[0].form.name if taken[0].form else data.format,
+        source=data.title,
+        format=", ".join(dict.fromkeys(form.name for form in forms if form)) or data.format,
         rows_read=sum(each.rows for each in taken),
         dropped=group_dropped(tally for each in taken for tally in each.dropped),
         unused=unused_of(sum((each.unused for each in taken), Counter())),

@@ -6,6 +6,7 @@ what of the others is cut or left out. Memory holds a batch a core.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -39,7 +40,7 @@ class UnknownColumns(DataError):
 
     def __init__(self, source: Source, place: str, reason: str):
         self.place, self.reason = place, reason
-        super().__init__(f"{source.name}: {reason}")
+        super().__init__(f"{source.told}: {reason}")
 
 
 def format_of(source: Source, data: Data, in_pairs: bool = False) -> DataFormat | None:
@@ -59,7 +60,8 @@ def format_of(source: Source, data: Data, in_pairs: bool = False) -> DataFormat 
     try:
         return recognise(data.format, [first, RawRow(dict(columns), first.place)], data.columns.mapped, in_pairs)
     except DataError as fault:
-        raise UnknownColumns(source, first.place, str(fault)) from None
+        reason = re.sub(r"\bdata\.(?=format|columns)", f"{source.key}.", str(fault))
+        raise UnknownColumns(source, first.place, reason) from None
 
 
 def parsed_rows(source: Source, form: DataFormat, data: Data) -> Iterator[Parsed]:

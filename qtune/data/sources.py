@@ -1,9 +1,12 @@
-"""Where rows come from: files and hub datasets. Each row remembers its place.
+"""Where rows come from: files and hub datasets, one or several. Each row remembers its place.
 
 `datasets` takes a second to import and brings pandas along, so it is imported for a dataset and not for a file.
 """
 
 import contextlib
+import dataclasses
+import glob
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +22,7 @@ from qtune.data.file_readers import read_file
 from qtune.data.rows import Dropped, RawRow
 from qtune.data.text_files import COMPRESSED, count_lines, kind_of
 from qtune.errors import DataError, MachineError
-from qtune.recipe.data_files import files_in
+from qtune.recipe.data_files import files_of, is_pattern
 from qtune.recipe.schema import Data
 
 SHOWN_FAULTS = 3
@@ -31,12 +34,18 @@ Tell = Callable[[str, int, int | None], None]  # what is being done, rows done, 
 
 @dataclass(frozen=True)
 class Source:
-    """A file (an absolute path) or a hub dataset (a name), whose rows can be read again and again; `table` is which
-    one of a database."""
+    """A file, a folder, a pattern of files (absolute paths) or a hub dataset (a name), whose rows can be read again and
+    again; `table` is which one of a database.
+
+    `key` is the table of the recipe that names it. `folder` stands before the places of rows where another source has a
+    file of the same name.
+    """
 
     name: str
     dataset: Iterable[dict[str, Any]] | None = None
     table: str | None = None
+    key: str = "data"
+    folder: str = ""
 
     @classmethod
     def open(cls, name: str, split: str = "train", subset: str | None = None, streaming: str = "auto") -> "Source":
@@ -47,6 +56,7 @@ class Source:
 
     @classmethod
     def of_train(cls, data: Data) -> "Source":
+        assert data.train is not None, "one part of [data]"
         return cls.open(data.train, data.train_split, data.subset, data.streaming)
 
     @classmethod
@@ -59,7 +69,7 @@ class Source:
     def read(self, max_rows: int | None = None) -> Iterator[RawRow | Dropped]:
         """The rows one by one, `max_rows` of them at the most. Raises DataError for a file that cannot be read."""
         rows = 0
-        for item in read_file(Path(self.name), self.table) if self.dataset is None else self._of_dataset(self.dataset):
+        for item in self._of_files() if self.dataset is None else self._of_dataset(self.dataset):
             if max_rows is not None and rows >= max_rows:
                 return
             rows += isinstance(item, RawRow)
@@ -69,11 +79,25 @@ class Source:
         """How many rows `read` gives, where that is soon told, else None; an empty line of a JSONL file counts too."""
         if isinstance(self.dataset, Sized):
             rows = len(self.dataset)
-        elif self.dataset is None and kind_of(Path(self.name)) == ".jsonl":
-            rows = count_lines(Path(self.name))
+        elif self.files and all(kind_of(path) == ".jsonl" for path in self.files):
+            rows = sum(map(count_lines, self.files))
         else:
             return None
         return rows if max_rows is None else min(rows, max_rows)
+
+    def _of_files(self) -> Iterator[RawRow | Dropped]:
+        name = Path(self.name)
+        paths = self.files if is_pattern(name) else [name]
+        for path in paths:
+            before = self.folder + self._within(path)
+            for item in read_file(path, self.table):
+                yield dataclasses.replace(item, place=before + item.place) if before else item
+
+    def _within(self, path: Path) -> str:
+        """The folder of a file of a pattern, from where its wildcards begin: `chats/`."""
+        parts = Path(self.name).parent.parts
+        fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+        return "".join(f"{part}/" for part in path.parent.parts[fixed:]) if is_pattern(Path(self.name)) else ""
 
     def _of_dataset(self, dataset: Iterable[dict[str, Any]]) -> Iterator[RawRow]:
         for number, values in enumerate(dataset, start=1):
@@ -85,8 +109,13 @@ class Source:
 
         Raises DataError for one that is not to be read.
         """
-        path = Path(self.name)
-        return Sheet.of(path).notice if self.dataset is None and kind_of(path) in SUFFIXES else None
+        sheets = [path for path in self.files if kind_of(path) in SUFFIXES]
+        return next((notice for path in sheets if (notice := Sheet.of(path).notice)), None)
+
+    @property
+    def told(self) -> str:
+        """Its name, behind the setting that names it where it is one of several."""
+        return self.name if self.key == "data" else f"{self.key}.train: {self.name}"
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -94,36 +123,69 @@ class Source:
         if self.dataset is not None:
             return getattr(self.dataset, "_fingerprint", None)
         try:
-            return atomic_files.digest_of_all(self._files) if self.standing else None
+            return atomic_files.digest_of_all(self.files) if self.standing else None
         except OSError:
             return None
 
     @cached_property
     def standing(self) -> tuple[int, ...] | None:
         """What changes when a file is written to, as it was when this was first asked for."""
-        return _standing(self._files) if self.dataset is None else None
+        return _standing(self.files) if self.dataset is None else None
 
     @property
-    def _files(self) -> list[Path]:
-        path = Path(self.name)
-        return files_in(path) if path.is_dir() else [path]
+    def files(self) -> list[Path]:
+        """What is read of it on this machine."""
+        return files_of(Path(self.name)) if self.dataset is None else []
 
     @property
     def bytes(self) -> int:
         """The size of a file, unpacked as far as can be told; 0 for what is no file."""
-        size = sum(self.standing[::3]) if self.standing else 0
-        return size * (COMPRESSED_TIMES if Path(self.name).suffix.lower() in {*COMPRESSED, ".parquet"} else 1)
+        sizes = zip(self.files, self.standing[::3], strict=False) if self.standing else ()
+        return sum(
+            size * (COMPRESSED_TIMES if path.suffix.lower() in {*COMPRESSED, ".parquet"} else 1) for path, size in sizes
+        )
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
         """Raises DataError where a file that is read within is no longer as it was when its `standing` was noted."""
         before = self.standing
         yield
-        if before and _standing(self._files) != before:
+        if before and _standing(self.files) != before:
             raise DataError(
                 f"{self.name}: changed while it was read, so some rows are of one file and some of another. Start again"
                 " once nothing writes to it."
             )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source and how its rows are read, as if they were all there are. `name` tells it from the others."""
+
+    name: str
+    source: Source
+    data: Data
+    is_held_out: bool = False
+
+
+def parts_of(data: Data) -> list[Part]:
+    """The sources that are trained on, in the recipe's order, then that of the held-out rows where it is another.
+
+    Raises as `Source.open` does.
+    """
+    parts = [(dataclasses.replace(Source.of_train(each), key=key), each) for key, each in data.parts.items()]
+    files = Counter(name for source, _ in parts for name in {path.name for path in source.files})
+    opened = []
+    for source, each in parts:
+        is_alone = all(files[path.name] == 1 for path in source.files)
+        folder = "" if len(parts) == 1 or is_alone else f"{Path(source.name).parent.name}/"
+        name = source.name if source.dataset is not None else folder + Path(source.name).name
+        opened.append(Part(name, dataclasses.replace(source, folder=folder), each))
+    names = Counter(part.name for part in opened)
+    for number, part in enumerate(opened):
+        if names[part.name] > 1:
+            opened[number] = dataclasses.replace(part, name=f"{part.name} ({number + 1})")
+    held_out = Source.of_held_out(data)
+    return opened if held_out is None else [*opened, Part(Path(held_out.name).name, held_out, data, True)]
 
 
 def _standing(files: Sequence[Path]) -> tuple[int, ...] | None:

@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from qtune import cache_dir
 from qtune.data.dataset import FILE, MOST_UNWRITTEN_BYTES, Blocks, map_blocks, read_index
-from qtune.data.ragged import Ints
-from qtune.data.sources import Source
+from qtune.data.sources import Part, Source
 from qtune.data.tokenize import tokenizer_sha256
 from qtune.errors import MachineError
 from qtune.recipe.schema import Recipe
@@ -46,7 +46,7 @@ class CachedRows:
     """What is kept: rows, arrays of numbers about them, and facts that JSON can hold."""
 
     blocks: Blocks
-    arrays: dict[str, Ints]
+    arrays: dict[str, NDArray[Any]]
     facts: dict[str, Any]
 
 
@@ -90,8 +90,9 @@ def being_made(key: str | None, say_waiting: Callable[[], None]) -> Iterator[boo
         yield has_waited
 
 
-def refuse_without_room(folder: Path | None, sources: Sequence[Source]) -> None:
+def refuse_without_room(folder: Path | None, parts: Sequence[Part]) -> None:
     """Raises MachineError where `folder` has no room for the tokens of files that memory would not hold either."""
+    sources = [part.source for part in parts if part.data.max_rows is None]
     needed = ROOM_OF_A_BYTE * sum(source.bytes for source in sources)
     if folder is None or needed <= MOST_UNWRITTEN_BYTES:
         return
@@ -104,7 +105,7 @@ def refuse_without_room(folder: Path | None, sources: Sequence[Source]) -> None:
         )
 
 
-def keep(key: str, path: Path, arrays: dict[str, Ints], facts: dict[str, Any], what: str) -> None:
+def keep(key: str, path: Path, arrays: dict[str, NDArray[Any]], facts: dict[str, Any], what: str) -> None:
     """Make the staged folder at `path`, which holds all blocks, the entry `key`; where that fails there is none."""
     with suppress(SafetensorError, OSError):
         save_file(arrays, path / ARRAYS)
@@ -135,11 +136,12 @@ def key_of(recipe: Recipe, sources: Sequence[Source], tokenizer: PreTrainedToken
     dates = _dates_written(str(tokenizer.chat_template or ""), datetime.now())
     if tokenizer_facts is None or dates is None or None in contents:
         return None
-    names = [Path(source.name).name if source.dataset is None else source.name for source in sources]
-    settings = recipe.data.model_dump(mode="json", exclude={"check", "streaming"}) | {
-        "train": names[0],
-        "held_out": names[1:],
-    }
+    names = [source.folder + Path(source.name).name if source.dataset is None else source.name for source in sources]
+    settings = [
+        names,
+        recipe.data.model_dump(mode="json", exclude={"check", "streaming", "train", "held_out", "sources"}),
+    ]
+    settings += [source.model_dump(mode="json", exclude={"train"}) for source in recipe.data.sources]
     planted = [recipe.evaluate.canaries, recipe.evaluate.canary_repeats]
     versions = [platform.python_version(), *map(importlib.metadata.version, LIBRARIES)]
     facts = [contents, settings, planted, recipe.train.seed, tokenizer_facts, dates, versions, _code_sha256()]

@@ -1,5 +1,6 @@
 """What the ranks of a run must have in common before they train, and how it is said that they have not."""
 
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -9,16 +10,22 @@ from typing import Any
 from qtune.distributed.ranks import Ranks
 from qtune.errors import MachineError, RunFolderError
 
-PLACES = ("model.base", "data.train", "data.held_out")  # may have another name on each machine; their content is hashed
+ROWS = re.compile(r"data\.(?:train|held_out|sources\.\d+\.train)")
 SEEN_WITHIN_SECONDS = 5.0  # chosen: NFS asks the server for a name that nobody has asked for, other disks may lag
 ASK_SECONDS = 0.1
 TOKEN = ".shared-"  # how the file begins that rank 0 puts where all should see it
 
 
+def names_rows(field: str) -> bool:
+    """Whether a setting says where rows lie; their content is hashed."""
+    return ROWS.fullmatch(field) is not None
+
+
 def refuse_unlike(ranks: Ranks, told: Mapping[str, Any]) -> None:
     """Raises MachineError where `told`, JSON by field, is not the same on all ranks: by field, and who has what."""
     of_all = ranks.gather(dict(told))
-    fields = [field for field in dict.fromkeys(name for each in of_all for name in each) if field not in PLACES]
+    told_by_any = dict.fromkeys(name for each in of_all for name in each)
+    fields = [each for each in told_by_any if each != "model.base" and not names_rows(each)]  # may lie elsewhere
     unlike = [field for field in fields if any(each.get(field) != of_all[0].get(field) for each in of_all)]
     if unlike:
         lines = ["The ranks of this run do not have the same, so they would not train one adapter."]

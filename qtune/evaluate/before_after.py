@@ -14,7 +14,7 @@ from qtune.distributed.ranks import ALONE, Ranks
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
 from qtune.evaluate.held_out_loss import held_out_loss
-from qtune.evaluate.held_out_pairs import PairLogs, loss_and_pairs
+from qtune.evaluate.held_out_pairs import PairLogs, measured
 from qtune.evaluate.metrics import METRICS, mean_parts
 from qtune.events import Listener, Notice, Scored
 from qtune.memory.oom_recovery import Recovery
@@ -31,7 +31,8 @@ class Score:
     """One model's result; `scores` and `answers` are empty where no metric was asked for.
 
     `parts` are the means of what the metric's score is made of, by name; `general_loss` is that over text which has
-    nothing to do with the task. `pairs` are the held-out rows where they are preferences.
+    nothing to do with the task, `by_source` those over the held-out rows of each of several sources. `pairs` are the
+    held-out rows where they are preferences.
     """
 
     who: str
@@ -42,6 +43,7 @@ class Score:
     parts: dict[str, float] = field(default_factory=dict)
     general_loss: float | None = None
     pairs: tuple[PairLogs, ...] = ()
+    by_source: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -68,6 +70,7 @@ class Score:
         return {
             "held_out_loss": self.loss,
             "general_loss": self.general_loss,
+            "by_source": self.by_source,
             "score": self.mean,
             "low": low,
             "high": high,
@@ -96,13 +99,13 @@ def score(
     Raises OutOfMemory where one row alone does not fit and `recovery` has nothing left to give up.
     """
     start = time.monotonic()
-    packs, learned = held_out.packs, held_out.learned
-    loss, pairs = loss_and_pairs(loaded, packs, learned, recovery, ranks, held_out.base)
+    of_rows = measured(loaded, held_out, recovery, ranks)
     general = held_out_loss(loaded, held_out.general, recovery, ranks) if held_out.general else None
     asked = scored_examples(held_out, wanted)
     prompts = ranks.share([example.prompt_ids for example in asked])
     answers = ranks.in_order(answer(loaded, prompts, held_out.stop_token_ids, wanted.max_new_tokens))
-    return replace(marked(who, loss, general, answers, asked, wanted.metric, time.monotonic() - start), pairs=pairs)
+    score = marked(who, of_rows.loss, general, answers, asked, wanted.metric, time.monotonic() - start)
+    return replace(score, pairs=of_rows.pairs, by_source=of_rows.by_source)
 
 
 def score_told(

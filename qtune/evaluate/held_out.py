@@ -47,7 +47,8 @@ class Watched:
 @dataclass(frozen=True)
 class HeldOut:
     """What both models are asked: packed rows for the loss of what is `learned`, examples for the score, and general
-    text where wanted. `base` is what the base made of pairs, once that is known."""
+    text where wanted. `base` is what the base made of pairs, once that is known; `sources` names that of each pack
+    where there are several."""
 
     packs: Sequence[PackedRow]
     examples: Sequence[Example]
@@ -56,6 +57,7 @@ class HeldOut:
     learned: Train = LEARNED_ALONE
     base: "Sequence[PairLogs]" = ()
     watched: Sequence[Watched] = ()
+    sources: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, prepared: Prepared, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> "HeldOut":
@@ -63,8 +65,9 @@ class HeldOut:
         not there or that the chat template does not take."""
         packs = packed_rows(prepared.held_out, prepared.held_out_packs)
         general = general_packs(recipe.evaluate.general, tokenizer, recipe.data.max_tokens)
-        watched = tuple(_watched(prepared.held_out, recipe, tokenizer))
-        return cls(packs, prepared.held_out, prepared.stop_token_ids, general, recipe.train, watched=watched)
+        watched, sources = tuple(_watched(prepared.held_out, recipe, tokenizer)), prepared.held_out_sources
+        asked = (packs, prepared.held_out, prepared.stop_token_ids)
+        return cls(*asked, general, recipe.train, watched=watched, sources=sources)
 
 
 def _watched(held_out: Sequence[Example], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Watched]:

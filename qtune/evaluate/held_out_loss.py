@@ -30,11 +30,38 @@ def held_out_loss(
     run again with what `recovery` can give up, in pieces at the least; raises OutOfMemory when that does not help.
     Of several ranks each runs its share, and all add up the same numbers in the same order as one would.
     """
+    return _mean(_summed_packs(loaded, rows, recovery, ranks))
+
+
+def losses_by_source(
+    loaded: Loaded,
+    rows: Sequence[PackedRow],
+    sources: Sequence[str],
+    recovery: Recovery | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[float, dict[str, float]]:
+    """The same, and the losses over the rows of each of `sources`, which name that of every pack; none where there are
+    no names."""
+    summed = _summed_packs(loaded, rows, recovery, ranks)
+    named = list(zip(sources, summed, strict=True)) if sources else []
+    return _mean(summed), {
+        source: _mean([each for name, each in named if name == source]) for source in dict.fromkeys(sources)
+    }
+
+
+def _mean(summed: Sequence[tuple[float, float]]) -> float:
     nats = tokens = 0.0
-    for pieces in of_packs(loaded, rows, _summed, recovery or Recovery(), ranks):
-        of_pack = [sum(column, 0.0) for column in zip(*pieces, strict=True)]
-        nats, tokens = nats + of_pack[0], tokens + of_pack[1]
+    for loss, count in summed:
+        nats, tokens = nats + loss, tokens + count
     return nats / tokens
+
+
+def _summed_packs(
+    loaded: Loaded, rows: Sequence[PackedRow], recovery: Recovery | None, ranks: Ranks
+) -> list[tuple[float, float]]:
+    """Summed loss in nats and trained tokens of every pack, in order."""
+    every = of_packs(loaded, rows, _summed, recovery or Recovery(), ranks)
+    return [(sum(nats, 0.0), sum(tokens, 0.0)) for nats, tokens in (zip(*pieces, strict=True) for pieces in every)]
 
 
 def of_packs(

@@ -72,7 +72,7 @@ def memorised_told(
     if not recipe.evaluate.canaries:
         return None
     listen(Notice(f"asking for the secrets of {counted(recipe.evaluate.canaries, 'canary')}"))
-    phrasing = canaries.Phrasing.of(recipe, prepared.report.format, loaded.tokenizer)
+    phrasing = canaries.Phrasing.of(recipe, prepared.report.first_format, loaded.tokenizer)
     planted, never = (canaries.probes(kind(recipe), phrasing) for kind in (canaries.planted, canaries.never_planted))
     result = memorised(loaded, planted, never, recipe.evaluate.canary_repeats, prepared.stop_token_ids, ranks)
     listen(result)

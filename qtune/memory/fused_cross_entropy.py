@@ -38,7 +38,7 @@ SHARE_OF_ROWS = 8  # a tile of an eighth of all rows is no more than a layer hol
 @dataclass
 class SummedLoss(ModelOutput):
     """`nats`: the summed loss of all labelled tokens, a scalar, or the loss of each, (N,); `tokens`: how many there
-    are."""
+    are. Where they have weights both are of what each counts for."""
 
     nats: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
@@ -64,6 +64,7 @@ def install(model: PreTrainedModel) -> None:
         fused_loss: bool = False,
         of_each: bool = False,
         labelled: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if not fused_loss:
@@ -73,7 +74,8 @@ def install(model: PreTrainedModel) -> None:
         memory_tracker.enter_phase("loss")
         with memory_tracker.part_of_new("loss"):
             made = head_logits.made_of(self) or PLAIN
-            return summed_loss(hidden, self.get_output_embeddings(), labels, labelled, made, of_each)
+            head = self.get_output_embeddings()
+            return summed_loss(hidden, head, labels, labelled, made, of_each, token_weights)
 
     model.forward = types.MethodType(forward, model)
 
@@ -85,9 +87,11 @@ def summed_loss(
     labelled: torch.Tensor | None = None,
     made: MadeOf = PLAIN,
     of_each: bool = False,
+    token_weights: torch.Tensor | None = None,
 ) -> SummedLoss:
     """Loss of predicting each next label from `hidden` (B, T, H) by the linear `head`, of whose products the logits are
-    `made`; `labels` are (B, T). Summed up, or `of_each` labelled token.
+    `made`; `labels` are (B, T), and so are the `token_weights` of what each of them counts for, where they differ.
+    Summed up, or `of_each` labelled token.
 
     `labelled` (N,) are the flat positions before a label, found from `labels` unless given: a forecast has no labels.
     """
@@ -97,8 +101,12 @@ def summed_loss(
     chosen = hidden.flatten(0, 1).index_select(0, labelled)
     place = trained_rows.place_of(head)
     trained = None if place is None else place.rows
-    nats = _TiledCrossEntropy.apply(chosen, head, wanted, made, trained, of_each)
-    return SummedLoss(nats=nats, tokens=labelled.new_tensor(len(labelled)))
+    weights = None if token_weights is None else token_weights.flatten().index_select(0, labelled + 1)
+    nats = _TiledCrossEntropy.apply(chosen, head, wanted, made, trained, of_each or weights is not None)
+    if weights is None:
+        return SummedLoss(nats=nats, tokens=labelled.new_tensor(len(labelled)))
+    assert not of_each, "pairs have no weights"
+    return SummedLoss(nats=(nats * weights).sum(), tokens=weights.sum())
 
 
 def positions_before_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,16 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from pydantic_core import ErrorDetails
 
 from qtune.data.formats import FORMATS
 from qtune.model import lora_inits
-from qtune.recipe.data_files import TABLES_SUFFIXES
+from qtune.recipe.data_files import TABLES_SUFFIXES, files_of
 from qtune.recipe.error_messages import Fault, dotted, shown
+from qtune.recipe.paths import SOURCES
 from qtune.recipe.toml_reader import Key
 from qtune.train.objectives import OBJECTIVES
 from qtune.train.optimizers import OPTIMIZERS, Optimizer
@@ -20,6 +24,7 @@ QUANTIZATION, DOUBLE_QUANTIZATION = ("model", "quantization"), ("model", "double
 TRAIN, TRAIN_SPLIT, SUBSET = ("data", "train"), ("data", "train_split"), ("data", "subset")
 HELD_OUT, HELD_OUT_SPLIT = ("data", "held_out"), ("data", "held_out_split")
 HELD_OUT_FRACTION = ("data", "held_out_fraction")
+NO_ROWS = ErrorDetails(type="missing", loc=TRAIN, msg="", input=None)
 
 START_FROM, INIT, TRAIN_TOKENS = ("lora", "start_from"), ("lora", "init"), ("lora", "train_tokens")
 CANARIES, CANARY_REPEATS = ("evaluate", "canaries"), ("evaluate", "canary_repeats")
@@ -52,8 +57,23 @@ def value_of(values: dict[str, Any], key: Key) -> Any:
     """The value of a setting as written; None where it is not."""
     found: Any = values
     for part in key:
-        found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            found = found.get(part) if isinstance(found, dict) else None
     return found
+
+
+def keys_of_sources(values: dict[str, Any]) -> list[Key]:
+    """Of each [[data.sources]] table."""
+    tables = value_of(values, SOURCES)
+    return [(*SOURCES, str(number)) for number in range(len(tables))] if isinstance(tables, list) else []
+
+
+def names_no_rows(values: dict[str, Any]) -> bool:
+    """Whether [data] names nothing to train on; where there is no such table that is another fault."""
+    data = values.get("data")
+    return isinstance(data, dict) and data.get("train") is None and data.get("sources") is None
 
 
 def idle(values: dict[str, Any]) -> Iterator[Idle]:
@@ -92,7 +112,100 @@ def idle(values: dict[str, Any]) -> Iterator[Idle]:
         candidates.append(Idle(INIT, START_FROM, "with lora.start_from, whose adapter has begun already"))
     if not value_of(values, CANARIES):
         candidates.append(Idle(CANARY_REPEATS, CANARIES, "without evaluate.canaries"))
+    candidates += _idle_in_sources(values)
     return (candidate for candidate in candidates if value_of(values, candidate.key) is not None)
+
+
+def _idle_in_sources(values: dict[str, Any]) -> Iterator[Idle]:
+    sources = keys_of_sources(values)
+    for source in sources:
+        train = value_of(values, (*source, "train"))
+        if _is_file(train):
+            yield Idle((*source, "train_split"), (*source, "train"), "on a file, which has no splits")
+        if not _has_subsets(train):
+            yield Idle((*source, "subset"), (*source, "train"), "on files other than SQLite databases and workbooks")
+        if value_of(values, HELD_OUT) is not None:
+            yield Idle((*source, "held_out_fraction"), HELD_OUT, "beside data.held_out")
+        if len(sources) == 1:
+            yield from (Idle((*source, name), SOURCES, "on the only source") for name in ("share", "weight"))
+
+
+def of_sources(values: dict[str, Any]) -> Iterator[Fault]:
+    """What is wrong with [[data.sources]] beside [data], and beside one another."""
+    keys = keys_of_sources(values)
+    if not keys:
+        if value_of(values, SOURCES) == [] and value_of(values, TRAIN) is None:
+            yield (
+                SOURCES,
+                "data.sources is empty, so there is nothing to train on. Write a [[data.sources]] table.",
+            )
+        return
+    if value_of(values, TRAIN) is not None:
+        yield (
+            TRAIN,
+            "data.train is there beside data.sources, and rows come from one or the other. Make it a [[data.sources]]"
+            " table of its own, or leave it out.",
+        )
+    for key in keys:
+        if None not in (value_of(values, (*key, "share")), value_of(values, (*key, "max_rows"))):
+            yield (
+                (*key, "share"),
+                f"{dotted((*key, 'share'))} and max_rows both say how much of this source is taken. Leave one out.",
+            )
+    shares = [value_of(values, (*key, "share")) for key in keys]
+    given = [each for each in shares if isinstance(each, int | float)]
+    if len(given) < len(shares) and sum(given) >= 1:
+        yield (
+            next((*key, "share") for key, share in zip(keys, shares, strict=True) if share in given),
+            f"The shares of data.sources sum to {sum(given):g}, which leaves nothing for those that have none. Lower"
+            " them, or give each source one.",
+        )
+    yield from _unlike_weights(values, keys)
+    yield from _same_files(values, keys)
+
+
+def _unlike_weights(values: dict[str, Any], keys: list[Key]) -> Iterator[Fault]:
+    """What does not go with tokens that count for more or less than one."""
+    weighs = next(((*key, "weight") for key in keys if value_of(values, (*key, "weight")) is not None), None)
+    objective = value_of(values, OBJECTIVE)
+    if weighs is not None and objective in PAIRED:
+        yield (
+            weighs,
+            f"{dotted(weighs)} does not go with train.objective = {shown(objective)}, of whose loss every pair is as"
+            " large a part. Leave it out; a share says how much of each source is read.",
+        )
+    if weighs is not None and value_of(values, TRAIN_TOKENS):
+        yield (
+            TRAIN_TOKENS,
+            f"lora.train_tokens does not go with {dotted(weighs)}: rows of the head are trained by the mean over tokens"
+            " alone. Leave one out.",
+        )
+
+
+def _same_files(values: dict[str, Any], keys: list[Key]) -> Iterator[Fault]:
+    """A file, or a part of a hub dataset, that two sources read, or one and data.held_out."""
+    readers: dict[tuple[str, ...], Key] = {}
+    for key in [*((*key, "train") for key in keys), HELD_OUT]:
+        read = _read_by(values, key)
+        twice = next((each for each in read if each in readers), None)
+        if twice is not None:
+            yield key, f"{dotted(key)}: {shown(twice[0])} is read by {dotted(readers[twice])} already. Leave one out."
+        readers |= dict.fromkeys(read, key)
+
+
+def _read_by(values: dict[str, Any], key: Key) -> list[tuple[str, ...]]:
+    """Each file that a setting names, or the hub dataset, with which part of it is read."""
+    name, split_key, default = value_of(values, key), "train_split", "train"
+    if key == HELD_OUT:
+        split_key, default = "held_out_split", "test"
+    if not isinstance(name, str):
+        return []
+    subset, split = (
+        value_of(values, (*key[:-1], each)) or value_of(values, ("data", each)) for each in ("subset", split_key)
+    )
+    if _is_file(name):
+        return [(os.path.realpath(path), str(subset)) for path in files_of(Path(name))]
+    return [(name, str(subset), str(split or default))]
 
 
 def same_rows(values: dict[str, Any]) -> Iterator[Fault]:

@@ -1,5 +1,6 @@
 """What names of files say that they hold, and what is read of a folder."""
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,21 @@ TABLES_SUFFIXES = (*DATABASE_SUFFIXES, WORKBOOK_SUFFIX)  # of files that may hol
 ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", *TABLES_SUFFIXES)
 DATA_SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES, *PACKED_SUFFIXES)
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk of `datasets` writes beside its files
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a name of rows stands for: one, what is read of a folder, or those that a pattern fits, by name;
+    nothing where there are none."""
+    if os.path.isdir(path):
+        return files_in(path)
+    if not is_pattern(path):
+        return [path] if os.path.isfile(path) else []
+    return [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a name has wildcards (*, ?, [a-c], ** for folders within) and is none of a file or folder."""
+    return glob.has_magic(str(path)) and not os.path.lexists(path)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -152,8 +152,16 @@ def explain(errors: Sequence[ErrorDetails], unread: Collection[Key] = ()) -> lis
             meant.add(near)
         else:
             faults.append((key, _misfit(key, error)))
-    unsaid = [key for key in missing if not any(key[:length] in meant for length in range(1, len(key) + 1))]
+    named = {_unnumbered(key) for key in meant}
+    unsaid = [
+        key for key in missing if not any(_unnumbered(key[:length]) in named for length in range(1, len(key) + 1))
+    ]
     return faults + [(key, _missing(key)) for key in unsaid]
+
+
+def _unnumbered(key: Key) -> Key:
+    """The header of a line that is no TOML has the name of a list of tables without the number."""
+    return tuple(part for part in key if not part.isdecimal())
 
 
 def unknown(key: Key) -> tuple[str, Key]:
@@ -167,6 +175,8 @@ def unknown(key: Key) -> tuple[str, Key]:
     elsewhere = [table for table in _tables() if (table[:1] == ("demo",)) == (key[0] == "demo")]
     homes = [table for table in elsewhere if name in _fields(table)]
     says = f"{dotted(key)} is not a setting"
+    if is_list(tuple(parents)):
+        return f"{says}: {dotted(tuple(parents))} is a list, and {dotted((*parents, '0', name))} is of its first.", ()
     if not here:
         return f"{says}: {dotted(tuple(parents))} is a single value.", ()
     if key in NAMES_IN_A_TABLE:
@@ -178,7 +188,7 @@ def unknown(key: Key) -> tuple[str, Key]:
     meant = _meant(name, tuple(parents), elsewhere)
     if meant:
         return f"{says}. Did you mean {meant[-1] if meant[:-1] == key[:-1] else dotted(meant)}?", meant
-    place = f"[{dotted(tuple(parents))}]" if parents else "A recipe"
+    place = header(tuple(parents)) if parents else "A recipe"
     return f"{says}. {place} takes {_listed(list(here), 'and')}.", ()
 
 
@@ -195,7 +205,10 @@ def _meant(name: str, here: Key, elsewhere: Sequence[Key]) -> Key:
 
 
 def field_of(key: Key) -> FieldInfo | None:
-    """The schema's field for a full name; None where there is none. A table of names of the user's own is one field."""
+    """The schema's field for a full name; None where there is none. A table of names of the user's own is one field,
+    and of a list of tables each has the list's."""
+    if key[-1].isdecimal() and is_list(key[:-1]):
+        return field_of(key[:-1])
     above = _fields(key[:-2]).get(key[-2]) if len(key) > 1 else None
     return above if above is not None and get_origin(above.annotation) is dict else _fields(key[:-1]).get(key[-1])
 
@@ -209,6 +222,12 @@ def settings() -> dict[str, FieldInfo]:
 def dotted(key: Key) -> str:
     """`data.columns.prompt`; a part that TOML would quote is quoted."""
     return ".".join(part if BARE.fullmatch(part) else shown(part) for part in key)
+
+
+def header(table: Key) -> str:
+    """`[data]`, or `[[data.sources]]` for each table of that list, and `[data.sources.columns]` for one in the last."""
+    named = dotted(_unnumbered(table))
+    return f"[[{named}]]" if table[-1].isdecimal() else f"[{named}]"
 
 
 def shown(value: Any) -> str:
@@ -235,26 +254,44 @@ def _tables(key: Key = ()) -> Iterator[Key]:
 
 
 def _fields(table: Key) -> dict[str, FieldInfo]:
-    """What a table may hold, by name; nothing for a key that is no table."""
+    """What a table may hold, by name; nothing for a key that is no table, such as that of a list of them."""
     model: type[BaseModel] | None = Recipe
+    element: type[BaseModel] | None = None
     for part in table:
         field = model.model_fields.get(part) if model else None
-        model = _model(field) if field else None
+        model = _model(field) if field else element if part.isdecimal() else None
+        element = _element(field) if field else None
     return model.model_fields if model else {}
+
+
+def is_list(key: Key) -> bool:
+    """Whether a setting is a list of tables, whose names are numbers."""
+    field = field_of(key) if key and not key[-1].isdecimal() else None
+    return field is not None and _element(field) is not None
 
 
 def _model(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a field that is a table, be it optional."""
-    kinds = (field.annotation, *get_args(field.annotation))
+    return None if _element(field) else _table_in(field.annotation)
+
+
+def _element(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of the tables of a field that is a list of them."""
+    return _table_in(field.annotation) if get_origin(field.annotation) is tuple else None
+
+
+def _table_in(annotation: Any) -> type[BaseModel] | None:
+    kinds = (annotation, *get_args(annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _required(key: Key) -> list[Key]:
-    """The setting itself, or for a table the settings in it that have no default."""
+    """The setting itself, or for a table the settings in it that must be there, which have examples."""
     fields = _fields(key)
     if not fields:
         return [key]
-    return [leaf for name, field in fields.items() if field.is_required() for leaf in _required((*key, name))]
+    needed = (name for name, field in fields.items() if field.is_required() or field.examples)
+    return [leaf for name in needed for leaf in _required((*key, name))]
 
 
 def _missing(key: Key) -> str:
@@ -265,7 +302,7 @@ def _missing(key: Key) -> str:
 
 
 def _in_table(table: Key) -> str:
-    return f"in [{dotted(table)}]" if table else "at the top, before the first [table]"
+    return f"in {header(table)}" if table else "at the top, before the first [table]"
 
 
 def _misfit(key: Key, error: ErrorDetails) -> str:
@@ -273,6 +310,8 @@ def _misfit(key: Key, error: ErrorDetails) -> str:
     value, choices = error["input"], _choices(key)
     if error["type"] == "model_type":
         instead = _as_table(key, value)
+    elif key == ("data", "train") and isinstance(value, list):
+        instead = " Several have a [[data.sources]] table each, with a train of its own."
     elif error["type"] == "expected":
         instead = _as_expected(value, error["msg"])
     else:
@@ -290,10 +329,10 @@ def _as_expected(value: Any, wanted: str) -> str:
 def _as_table(key: Key, value: Any) -> str:
     """The two lines to write where a table was given the one text that it needs."""
     fields = _fields(key)
-    needed = [name for name, field in fields.items() if field.is_required() or len(fields) == 1]
+    needed = [name for name, field in fields.items() if field.examples or len(fields) == 1]
     if not isinstance(value, str) or len(needed) != 1:
         return ""
-    return f" Write [{dotted(key)}] on a line of its own, and {needed[0]} = {shown(value)} on the next."
+    return f" Write {header(key)} on a line of its own, and {needed[0]} = {shown(value)} on the next."
 
 
 def _wanted(error: ErrorDetails, choices: Sequence[str]) -> str:
@@ -308,7 +347,8 @@ def _wanted(error: ErrorDetails, choices: Sequence[str]) -> str:
 def _choices(key: Key) -> list[str]:
     """The words a setting may be; none for a setting that is not one of a few words."""
     field = field_of(key)
-    return [word for word in get_args(field.annotation) if isinstance(word, str)] if field else []
+    kinds = [field.annotation, *get_args(field.annotation)] if field else []
+    return [word for kind in kinds for word in get_args(kind) if isinstance(word, str)]
 
 
 def _nearest(value: Any, choices: Sequence[str]) -> str:

@@ -15,12 +15,12 @@ from pydantic_core import core_schema
 
 from qtune.errors import RecipeError
 from qtune.recipe import base_kind, conflicts, paths, toml_reader
-from qtune.recipe.error_messages import BARE, Fault, dotted, explain, field_of, unknown
+from qtune.recipe.error_messages import BARE, Fault, dotted, explain, field_of, header, unknown
 from qtune.recipe.schema import Demo, Recipe
 from qtune.recipe.toml_reader import Broken, Key, placed
 
 Values = dict[str, Any]
-SETTING = re.compile(r"(?:\S+: )?([a-z_]+(?:\.[a-z_]+)+)\b")
+SETTING = re.compile(r"(?:\S+: )?([a-z_]+(?:\.(?:[a-z_]+|\d+))+)\b")
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,19 @@ def _written(recipe: Recipe) -> Values:
 def _toml_lines(table: Values, name: Key) -> Iterator[str]:
     """A TOML value is written as JSON writes it, as long as it is none of JSON's objects and no null."""
     if name:
-        yield f"[{dotted(name)}]"
-    inner = {key: value for key, value in table.items() if isinstance(value, dict)}
+        yield header(name)
+    inner: dict[Key, Values] = {}
     for key, value in table.items():
-        if key not in inner:
+        if isinstance(value, dict):
+            inner[key,] = value
+        elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            inner |= {(key, str(number)): each for number, each in enumerate(value)}
+        else:
             quoted = key if BARE.fullmatch(key) else json.dumps(key, ensure_ascii=False)
             yield f"{quoted} = {json.dumps(value, ensure_ascii=False)}"
     yield ""
-    for key, value in inner.items():
-        yield from _toml_lines(value, (*name, key))
+    for within, value in inner.items():
+        yield from _toml_lines(value, (*name, *within))
 
 
 def blamed(message: str, path: Path, overrides: Sequence[str], demo: bool) -> str:
@@ -193,10 +197,11 @@ class _TomlSchema(GenerateJsonSchema):
 
 
 def _validate(values: Values, unread: Sequence[Key] = ()) -> tuple[Recipe | None, list[Fault]]:
+    lacking = [conflicts.NO_ROWS] if conflicts.names_no_rows(values) else []
     try:
-        return Recipe.model_validate(values), []
+        return Recipe.model_validate(values), explain(lacking, unread)
     except ValidationError as found:
-        return None, explain(found.errors(include_url=False), unread)
+        return None, explain([*found.errors(include_url=False), *lacking], unread)
 
 
 def _parse_overrides(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -235,6 +240,9 @@ def _put_all(values: Values, overrides: Sequence[Override]) -> Values:
 def _put(values: Any, key: Key, value: Any) -> Any:
     if not key:
         return value
+    if isinstance(values, list) and key[0].isdecimal():  # the next one where there are not as many
+        at = int(key[0])
+        return [*values[:at], _put(dict(enumerate(values)).get(at), key[1:], value), *values[at + 1 :]]
     table = values if isinstance(values, dict) else {}
     return {**table, key[0]: _put(table.get(key[0]), key[1:], value)}
 
@@ -243,14 +251,15 @@ def _with_demo(values: Values, demo: Demo) -> Values:
     """`values` with what --demo replaces: all that [demo.data] has, and of the other tables what is set. An adapter
     of the recipe's base is none of the demo's."""
     replaced = {**demo.model_dump(exclude_none=True), "lora": {"start_from": None}}
-    replaced["data"] = {"held_out": None, **replaced["data"]}
+    replaced["data"] = {"held_out": None, "sources": (), **replaced["data"]}
     return {**values, **{table: {**values.get(table, {}), **fields} for table, fields in replaced.items()}}
 
 
 def _faults_of_paths(values: Values, origin: Origin, demo: bool, needs_weights: bool) -> Iterator[Fault]:
     """Of the names that this run will use: with --demo, those of [demo] unless an override says otherwise."""
     runs_code = conflicts.value_of(values, conflicts.TRUST_REMOTE_CODE) is True
-    for key in (paths.MODELS[0], paths.START, paths.TEMPLATES[0], *paths.DATA[:2]):
+    of_rows = () if demo else [(*source, "train") for source in conflicts.keys_of_sources(values)]
+    for key in (paths.MODELS[0], paths.START, paths.TEMPLATES[0], *paths.DATA[:2], *of_rows):
         stays = key == paths.TEMPLATES[0] and conflicts.value_of(values, paths.TEMPLATES[1]) is None
         replaced = demo and not stays and origin.override(key) is None
         source = ("demo", *key) if replaced else key
@@ -268,6 +277,7 @@ def _faults_together(values: Values, origin: Origin, demo: bool) -> Iterator[Fau
     """What is wrong with settings beside one another."""
     yield from _idle(values, origin)
     yield from conflicts.same_rows(values)
+    yield from conflicts.of_sources(values)
     yield from conflicts.exclude_each_other(values)
     yield from conflicts.starts_otherwise(values)
     yield from conflicts.unlike_rows(values)

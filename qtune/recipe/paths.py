@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qtune.recipe.chat_templates import BUILT_IN
-from qtune.recipe.data_files import DATA_SUFFIXES, SAVED, SAVED_SPLITS, files_in
+from qtune.recipe.data_files import DATA_SUFFIXES, SAVED, SAVED_SPLITS, files_of, is_pattern
 from qtune.recipe.error_messages import Fault, dotted, shown
 from qtune.recipe.toml_reader import Key
 
@@ -20,6 +20,7 @@ DATA: tuple[Key, ...] = (
     ("demo", "data", "held_out"),
 )
 START: Key = ("lora", "start_from")  # an adapter, found as a base is
+SOURCES: Key = ("data", "sources")
 GENERAL: Key = ("evaluate", "general")
 GENERAL_WORDS = ("builtin", "none")
 WORDS = {GENERAL: GENERAL_WORDS, **dict.fromkeys(TEMPLATES, tuple(BUILT_IN))}  # where a word is the name of no file
@@ -36,6 +37,9 @@ def made_absolute(values: dict[str, Any], folder: Path, above: Key = ()) -> dict
         key = (*above, name)
         if isinstance(value, dict):
             value = made_absolute(value, folder, key)
+        elif key == SOURCES and isinstance(value, list | tuple):
+            tables = ((str(number), each) for number, each in enumerate(value))
+            value = [made_absolute({number: each}, folder, key)[number] for number, each in tables]
         elif isinstance(value, str) and value.strip() in WORDS.get(key, ()):
             value = value.strip()
         elif isinstance(value, str) and _is_path(key, value.strip(), folder):
@@ -44,11 +48,17 @@ def made_absolute(values: dict[str, Any], folder: Path, above: Key = ()) -> dict
     return made
 
 
+def names_rows(key: Key) -> bool:
+    """Whether a setting names rows to read."""
+    return key in DATA or (key[:-2] == SOURCES and key[-1] == "train")
+
+
 def fault_of(key: Key, value: Any) -> Fault | None:
     """What is wrong with what a setting names, after `made_absolute`; None where it is there or is a hub's name."""
     if value in WORDS.get(key, ()):
         return None
-    if key not in (*MODELS, START, *TEMPLATES, GENERAL, *DATA) or not isinstance(value, str) or not value.strip():
+    is_asked = key in (*MODELS, START, *TEMPLATES, GENERAL) or names_rows(key)
+    if not is_asked or not isinstance(value, str) or not value.strip():
         return None
     kind = "folder" if key in (*MODELS, START) else "file"
     if not os.path.isabs(value):
@@ -57,8 +67,10 @@ def fault_of(key: Key, value: Any) -> Fault | None:
         return None if fits else (key, f"{dotted(key)}: {wrong}")
     if os.path.isdir(value) if kind == "folder" else os.path.isfile(value):
         return None
-    if key in DATA and files_in(Path(value)):
+    if names_rows(key) and files_of(Path(value)):
         return None
+    if names_rows(key) and is_pattern(Path(value)):
+        return key, f"{dotted(key)}: no file is named like {shown(value)}."
     return (
         key,
         f"{dotted(key)}: {_what_is_there(Path(value), kind)}{_built_in(Path(value)) if key in TEMPLATES else ''}",
@@ -76,11 +88,12 @@ def _is_path(key: Key, value: str, folder: Path) -> bool:
     """Whether a name is a path: it looks like one, or something of that name lies in `folder`."""
     if key in WORDS:
         return bool(value)
-    if key not in (*MODELS, START, *DATA) or value in ("", "demo"):
+    if (key not in (*MODELS, START) and not names_rows(key)) or value in ("", "demo"):
         return False
     looks = value in (".", "..") or value.startswith(PATH_STARTS)
-    if key in DATA:
-        return looks or value.lower().endswith(DATA_SUFFIXES) or os.path.exists(folder / value)
+    if names_rows(key):
+        path = folder / value
+        return looks or value.lower().endswith(DATA_SUFFIXES) or os.path.exists(path) or is_pattern(path)
     return looks or value.lower().endswith(FILES_OF_MODELS) or os.path.isdir(folder / value)
 
 

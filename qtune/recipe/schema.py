@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable
+from os.path import isabs
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -88,6 +90,13 @@ def _rows_or_prompts(value: Any) -> Any:
         "expected",
         f'a number of held-out rows, 0 to {MOST_WATCHED}, or a list of as many prompts such as ["Who are you?"]',
     )
+
+
+def _list_of_tables(value: Any) -> Any:
+    """A TOML array of tables as the tuple a strict model wants."""
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    raise PydanticCustomError("expected", "tables, each begun with [[data.sources]]")
 
 
 MOST_WATCHED = 20  # prompts that are answered at every held-out loss; more are not read
@@ -243,14 +252,54 @@ class DataCheck(Table):
     )
 
 
+class DataSource(Table):
+    """One of several sources, each with its own shape; what it leaves unsaid is as in [data]."""
+
+    train: NonEmpty = Field(
+        description="A file, folder, pattern of files or hub dataset, as in data.train.", examples=["data/chats.jsonl"]
+    )
+    train_split: NonEmpty | None = Field(None, description="Split of a hub dataset.")
+    subset: NonEmpty | None = Field(None, description="Configuration of a hub dataset, table or sheet.")
+    format: FormatName | None = Field(None, description="How a row of this source is read.")
+    columns: Columns | None = Field(None, description="This source's column names.")
+    system: NonEmpty | None = Field(None, description="System prompt of its rows that have none of their own.")
+    max_rows: int | None = Field(None, ge=1, le=MAX_COUNT, description="Read at most this many of its rows, a cap.")
+    held_out_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Share of its rows kept apart when data.held_out is unset; 0 keeps none."
+    )
+    share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of all tokens to train on that it is to be, by rows that the seed draws, none twice; sources"
+        " without one are taken whole. Where all have one they count by their sum.",
+    )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="What a trained token of it counts for in the mean that the loss is, beside 1 of the others.",
+    )
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What of it has the place of a setting in [data]."""
+        return {name: value for name, value in self if value is not None and name not in ("share", "weight")}
+
+
 class Data(Table):
     """What is learned from."""
 
-    train: NonEmpty = Field(
+    train: NonEmpty | None = Field(
+        None,
         description="A .jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt or .md file, also compressed (.jsonl.gz); a"
         " SQLite database (.db, .sqlite, .sqlite3) or Excel workbook (.xlsx); a folder of texts, or one that"
-        " save_to_disk of datasets wrote; or a hub dataset's name.",
+        " save_to_disk of datasets wrote; a pattern of files (data/*.jsonl); or a hub dataset's name. Needed, unless"
+        " there are [[data.sources]].",
         examples=["data/train.jsonl"],
+    )
+    sources: Annotated[tuple[DataSource, ...], BeforeValidator(_list_of_tables)] = Field(
+        (), description="Several sources in place of train, a [[data.sources]] table each, mixed by the seed."
     )
     train_split: NonEmpty = Field("train", description="Split of a hub dataset; files have none.")
     subset: NonEmpty | None = Field(
@@ -306,6 +355,24 @@ class Data(Table):
         True, description="Join short rows into full sequences that cannot see one another; often twice as fast."
     )
     check: DataCheck = Field(DataCheck(), description="What `qtune data check` lets pass.")
+
+    @property
+    def parts(self) -> "dict[str, Data]":
+        """Each source as if it were all there is, by the key of its table: "data.sources.0", or "data" for the one that
+        data.train names."""
+        if not self.sources:
+            return {"data": self}
+        return {
+            f"data.sources.{number}": self.model_copy(update={"sources": (), **each.said})
+            for number, each in enumerate(self.sources)
+        }
+
+    @property
+    def title(self) -> str:
+        """What data.train names; of several sources the names of their files, without their folders."""
+        if not self.sources:
+            return str(self.train)
+        return ", ".join(PurePath(each.train).name if isabs(each.train) else each.train for each in self.sources)
 
 
 def _of_optimizer(setting: str) -> Callable[[dict[str, Any]], Any]:

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qtune.distributed.agreement import names_rows
 from qtune.errors import UserError
 from qtune.evaluate.metrics import label
 from qtune.lock import Lock
@@ -20,7 +21,6 @@ from qtune.units import counted, format_count, format_seconds
 UNTOLD = "–"
 # None of these changes what is learned, and where the data lies does not as long as it is the same data.
 BESIDE_THE_POINT = ("name", "about", "demo.", "report.", "save.", "data.check.")
-PLACES_OF_DATA = ("data.train", "data.held_out")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _settings(records: Sequence[Record]) -> Iterator[ComparedRow]:
     is_same_data = len(hashes) == 1 and None not in hashes
     for field in dict.fromkeys(field for recipe in recipes for field in recipe):
         values = [recipe.get(field) for recipe in recipes]
-        if field.startswith(BESIDE_THE_POINT) or (is_same_data and field in PLACES_OF_DATA):
+        if field.startswith(BESIDE_THE_POINT) or (is_same_data and names_rows(field)):
             continue
         if any(value != values[0] for value in values):
             shown = tuple(_shown(value) for value in values)

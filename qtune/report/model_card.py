@@ -79,7 +79,8 @@ def _data(found: Record) -> dict[str, Any]:
 
 def _hub_datasets(found: Record) -> list[str]:
     """The names of the data that is on the hub; files of this machine are nobody else's business."""
-    names = (_data(found).get("train"), _data(found).get("held_out"))
+    data = _data(found)
+    names = (data.get("train"), *(each["train"] for each in data.get("sources", ())), data.get("held_out"))
     return list(dict.fromkeys(name for name in names if name and not Path(name).is_absolute()))
 
 

@@ -205,6 +205,7 @@ def data_rows(data: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("source", f"{serving_snippets.folder_name(data['source'])} ({data['format']})"),
         ("rows", f"{data['rows_read']:,} read, {data['train_rows']:,} to train on, {data['held_out_rows']:,} held out"),
+        *tables.source_rows(data),
         *tables.canary_rows(data),
         ("tokens", f"{data['tokens']:,}, of which {data['trained_tokens']:,} trained"),
         ("longest row", f"{data['longest_row_tokens']:,} tokens"),

@@ -50,7 +50,7 @@ def data_table(report: dict[str, Any]) -> RenderableType:
 
 def add_notes(table: Table, report: dict[str, Any]) -> None:
     """A row of `table` for each thing to know of the rows."""
-    for name, told in canary_rows(report):
+    for name, told in (*source_rows(report), *canary_rows(report)):
         table.add_row(Text(), Text(f"{name}: {told}"))
     for warning in data_warnings(report):
         table.add_row(Text(), Text(warning, WARNING_STYLE))
@@ -179,7 +179,11 @@ def score_cells(scores: dict[str, Any], names: Sequence[str] = BOTH) -> list[tup
     """(what, one figure a model) of the main figures, of what the metric is made of, and of what was forgotten."""
     figures = [scores[name] for name in names]
     parts = dict.fromkeys(name for each in figures for name in each.get("parts", ()))
-    rows = main_cells(scores, names) + [(name, *(_part(each, name) for each in figures)) for name in parts]
+    rows = main_cells(scores, names) + [
+        (f"loss on {one_line(name)}", *(_of_source(each, name) for each in figures))
+        for name in figures[-1].get("by_source", ())
+    ]
+    rows += [(name, *(_part(each, name) for each in figures)) for name in parts]
     if figures[-1].get("general_loss") is not None:
         rows.append(("loss on general text", *(format_loss(each["general_loss"]) for each in figures)))
     return rows
@@ -212,6 +216,27 @@ def _part(figures: dict[str, Any], name: str) -> str:
     """One of the things that a score is made of; empty where no row has it."""
     value = figures.get("parts", {}).get(name)
     return "" if value is None else format_score(value)
+
+
+def _of_source(figures: dict[str, Any], name: str) -> str:
+    """The loss over the rows of a source; empty where it was not measured."""
+    value = figures.get("by_source", {}).get(name)
+    return "" if value is None else format_loss(value)
+
+
+def source_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What each of several sources gives, by name; nothing where there is one."""
+    return [(one_line(each["name"]), _source_told(each, report)) for each in report.get("sources", ())]
+
+
+def _source_told(each: dict[str, Any], report: dict[str, Any]) -> str:
+    share = format_percent(each["tokens"] / max(1, report["tokens"]))
+    left = f", {each['left_out_rows']:,} left out for its share" if each["left_out_rows"] else ""
+    weight = f", each token counts {each['weight']:g}" if each["weight"] != 1 else ""
+    return (
+        f"{counted(each['rows_read'], 'row')} ({each['format']}): {each['train_rows']:,} to train on, {share} of the"
+        f" tokens, {each['held_out_rows']:,} held out{left}{weight}"
+    )
 
 
 def difference(figures: dict[str, float]) -> str:

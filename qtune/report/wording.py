@@ -134,13 +134,15 @@ def done_at(event: Finished, steps: int) -> str | None:
 
 def _held_out_sentence(event: Evaluated, earlier: tuple[Evaluated, ...]) -> str:
     now = format_loss(event.loss)
+    each = ", ".join(f"{one_line(name)} {format_loss(loss)}" for name, loss in event.by_source)
+    of_each = f" ({each})" if each else ""
     if not earlier:
-        return f"held-out {now}"
+        return f"held-out {now}{of_each}"
     change = f"held-out {format_loss(earlier[-1].loss)} → {now}"
     if event.is_best:
-        return f"{change}, best so far"
+        return f"{change}, best so far{of_each}"
     best = best_held_out(earlier)
-    return f"{change}, best was {format_loss(best.loss)} at step {best.step:,}" if best else change
+    return (f"{change}, best was {format_loss(best.loss)} at step {best.step:,}" if best else change) + of_each
 
 
 def _answers_sentence(event: Answered) -> str:

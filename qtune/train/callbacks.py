@@ -132,14 +132,14 @@ class Reporter(TrainerCallback):
             return
         start = time.perf_counter()
         self.trainer.be_the_result()
-        loss = self.held_out.of_all()
+        loss, by_source = self.held_out.of_all()
         seconds = time.perf_counter() - start
         self.trainer.meter.other_seconds += seconds
         is_best = loss < self.best_loss
         self.without_better = 0 if is_best else self.without_better + 1
         if is_best:
             self.best_loss, self.best_step = loss, step
-        self.listen(Evaluated(step, loss, is_best, seconds))
+        self.listen(Evaluated(step, loss, is_best, seconds, tuple(by_source.items())))
         if self.tracker is not None:
             self.tracker.tell_held_out(loss)
 

@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 import torch
@@ -101,6 +102,15 @@ def tokens_in(batches: Iterable[Batch]) -> tuple[int, int]:
     return tokens, sum(int((batch["labels"] != NOT_TRAINED).sum()) for batch in batches)
 
 
+def counted_in(batches: Iterable[Batch]) -> int | float:
+    """What the labels count for together: how many there are, unless they have weights."""
+    batches = list(batches)
+    if not any("token_weights" in batch for batch in batches):
+        return tokens_in(batches)[1]
+    has_label = ((batch["labels"] != NOT_TRAINED, batch["token_weights"]) for batch in batches if not is_empty(batch))
+    return sum(float(weights[labelled].double().sum()) for labelled, weights in has_label)
+
+
 def draw_own_random(seed: int, step: int, ranks: Ranks) -> None:
     """Have this rank drop out what no other does, from numbers that follow from seed, step and rank.
 
@@ -144,7 +154,7 @@ class SharedSteps:
         """Over so many of this rank's; `add_up` ends them."""
         self._began, self._tokens = time.perf_counter(), tokens
 
-    def total(self, counts: Sequence[int]) -> list[int]:
+    def total(self, counts: Sequence[float]) -> list[Any]:
         """Each of `counts` over all ranks."""
         start = time.perf_counter()
         of_all = self.ranks.gather(list(counts))

@@ -9,10 +9,11 @@ from qtune.train.sampler import DataOrder
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """The held-out loss of the model as it stands: over all `rows`, and over the largest sequence of them alone."""
+    """The held-out loss of the model as it stands: over all `rows`, with that of each of several sources by name, and
+    over the largest sequence of them alone."""
 
     rows: int
-    of_all: Callable[[], float]
+    of_all: Callable[[], tuple[float, dict[str, float]]]
     of_largest: Callable[[], float]
 
 

@@ -13,7 +13,6 @@ from trl import SFTConfig, SFTTrainer
 
 from qtune import accelerator
 from qtune.data.packing import collate
-from qtune.data.rows import NOT_TRAINED
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import TrainingDiverged
 from qtune.hardware import Device
@@ -28,7 +27,7 @@ from qtune.train.lr_schedule import Rate, quicken, rate_of, wind
 from qtune.train.objectives import OBJECTIVES, Objective
 from qtune.train.optimizer_state import Tensors, put_random_back, take_random
 from qtune.train.optimizers import OPTIMIZERS, Optimizer
-from qtune.train.replicas import SharedSteps, draw_own_random, empty_batch, in_batches, is_empty, tokens_in
+from qtune.train.replicas import SharedSteps, counted_in, draw_own_random, empty_batch, in_batches, is_empty, tokens_in
 from qtune.train.rows import TrainingRows
 from qtune.train.sampler import DataOrder
 
@@ -245,16 +244,23 @@ class MeteredTrainer(SFTTrainer):
         rows = self.order.of_step(step, size, self.args.gradient_accumulation_steps)
         ours = in_batches(self.shared.ours_of(rows, self.train_dataset), self.train_dataset, size)
         counts = tokens_in(ours)
-        tokens, trained_tokens, *pairs = self.shared.total([*counts, *pair_loss.totals_of(ours)])
+        totals = [*counts, counted_in(ours), *pair_loss.totals_of(ours)]
+        tokens, trained_tokens, items, *pairs = self.shared.total(totals)
         self.meter.count(tokens, trained_tokens)
         draw_own_random(self.args.seed, step, ranks)
         self.shared.begin_passes(counts[0])
         takes_them = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        counted = pairs if self.descent.objective.learns_pairs else trained_tokens
+        counted = pairs if self.descent.objective.learns_pairs else items
         return (
             ours + [empty_batch()] * (count - len(ours)),
             torch.tensor(counted, device=device) if takes_them else None,
         )
+
+    def _get_num_items_in_batch(self, batches: list[Batch], device: torch.device) -> Any:
+        """What a step's loss is divided by: all labels, by what they count for."""
+        items = super()._get_num_items_in_batch(batches, device)
+        is_weighted = any("token_weights" in batch for batch in batches)
+        return torch.tensor(counted_in(batches), device=device) if is_weighted and items is not None else items
 
     def begin_step(self, where: str) -> None:
         """Have the passes that come belong to one optimizer step, called `where` in what is told of it."""
@@ -309,7 +315,7 @@ class MeteredTrainer(SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None
     ) -> torch.Tensor:
         if num_items_in_batch is None:  # a model of the user's own that takes no such argument
-            num_items_in_batch = (inputs["labels"][:, 1:] != NOT_TRAINED).sum()
+            num_items_in_batch = torch.tensor(counted_in([inputs]))
 
         def run(piece: Batch) -> torch.Tensor:
             return super(MeteredTrainer, self).training_step(model, piece, num_items_in_batch)

@@ -257,3 +257,43 @@ def test_the_loss_is_the_mean_over_the_answers_that_are_to_be_learned(settings: 
             count += 1
     assert int(loss.tokens) == count
     assert float(loss.nats) / count == pytest.approx(nats / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 30, 128])
+def test_tokens_count_for_what_their_weights_say_whatever_the_tile_and_head(monkeypatch, tile_rows: int) -> None:
+    """Value, gradient and what they are divided by, against a loop over tokens in float64."""
+    monkeypatch.setattr(fused_cross_entropy, "TILE_BYTES", 1)
+    for module in (fused_cross_entropy, chunked_cross_entropy):
+        monkeypatch.setattr(module, "TILE_ROWS", tile_rows)
+    hidden, weight, labels = rows(95)
+    token_weights = torch.rand(1, 95) * 3
+    reference = hidden.clone().requires_grad_()
+    exact, counted = torch.zeros((), dtype=torch.double), 0.0
+    for place in range(94):
+        label = int(labels[0, place + 1])
+        if label != -100:
+            logits = reference[0, place] @ weight.T
+            counts = float(token_weights[0, place + 1])
+            exact = exact + counts * (logits.logsumexp(0) - logits[label])
+            counted += counts
+    exact.backward()
+    ours = hidden.float().requires_grad_()
+    loss = summed_loss(ours, head_of(weight), labels, token_weights=token_weights)
+    loss.nats.backward()
+    parts = [slice(0, 100), slice(100, len(weight))]
+    head = chunked_cross_entropy.SlicedHead(
+        parts, lambda times: ((part, weight[part].float()) for part in parts * times)
+    )
+    labelled = positions_before_labels(labels)
+    each, gradient = chunked_cross_entropy.of_sliced_head(
+        hidden[0, labelled].float(), head, labels[0, labelled + 1], with_gradient=True, of_each=True
+    )
+    weights = token_weights[0, labelled + 1]
+    sliced, gradient = (each * weights).sum(), gradient * weights[:, None]
+    assert loss.tokens.item() == pytest.approx(counted, rel=1e-6)
+    for nats in (loss.nats, sliced):
+        assert nats.item() == pytest.approx(exact.item(), rel=1e-5)
+    for mine, right in ((ours.grad, reference.grad), (gradient, reference.grad[0, labelled])):
+        torch.testing.assert_close(mine.double(), right, atol=4e-4, rtol=1e-4)
+    same = summed_loss(hidden.float(), head_of(weight), labels, token_weights=torch.ones(1, 95))
+    assert same.nats.item() == pytest.approx(summed_loss(hidden.float(), head_of(weight), labels).nats.item(), rel=1e-6)

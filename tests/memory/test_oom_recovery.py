@@ -184,7 +184,9 @@ class Run:
         self.loaded = Loaded(self.model, load_tokenizer(recipe.model), plan.device.name, plan.compute_dtype)
         self.recovery = Recovery(self.hear, self.climb, self.engine.forget_pass)
         learner = Learner(self.loaded, self.engine, self.recovery, ledger)
-        rows = TrainingRows(packs(STEPS * BATCHES), HeldOutLoss(len(self.held_out), self.measure, self.measure))
+        rows = TrainingRows(
+            packs(STEPS * BATCHES), HeldOutLoss(len(self.held_out), lambda: (self.measure(), {}), self.measure)
+        )
         session = TrainingSession(recipe, plan, learner, rows, self.hear)
         self.weights: list[list[torch.Tensor]] = [self.weights_now()]
         if disturb is not None:

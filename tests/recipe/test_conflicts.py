@@ -1,10 +1,12 @@
 """Settings that have no effect beside others."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtune.recipe.conflicts import idle, same_rows, unlike_rows, with_optimizer
+from qtune.recipe.conflicts import Idle, idle, of_sources, same_rows, unlike_rows, with_optimizer
 
 HUB = {"base": "org/model"}
 
@@ -158,3 +160,85 @@ def test_what_pairs_alone_have_is_idle_without_them() -> None:
         "rejected",
     ]
     assert list(idle({"train": {"objective": "dpo", "beta": 0.2}, "data": data})) == []
+
+
+def told(**data: Any) -> list[str]:
+    values = {"data": data}
+    every = [*idle(values), *of_sources(values)]
+    return [each.fault[1] if isinstance(each, Idle) else each[1] for each in every]
+
+
+def test_sources_that_go_together_are_let_pass() -> None:
+    first, second = {"train": "org/a", "share": 0.2}, {"train": "/b.db", "subset": "rows", "weight": 2}
+    assert told(sources=[first, second], held_out="org/a") == []  # the split "test" of it
+    assert told(sources=[first, {"train": "org/a", "train_split": "more"}]) == []
+    assert told(sources=[{"train": "/b.db", "subset": "one"}, {"train": "/b.db", "subset": "two"}]) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"train": "/a.csv", "sources": [{"train": "/b.csv"}]}, "data.train is there beside data.sources, and rows"),
+        ({"sources": []}, "data.sources is empty, so there is nothing to train on. Write"),
+        (
+            {"sources": [{"train": "org/a"}, {"train": "org/b", "share": 0.1, "max_rows": 3}]},
+            "data.sources.1.share and max_rows both say how much of this source is taken. Leave one out.",
+        ),
+        (
+            {"sources": [{"train": "org/a"}, {"train": "org/b", "share": 0.5}, {"train": "org/c", "share": 0.6}]},
+            "The shares of data.sources sum to 1.1, which leaves nothing for those that have none.",
+        ),
+        (
+            {"sources": [{"train": "org/a", "train_split": "train"}, {"train": "org/a"}]},
+            'data.sources.1.train: "org/a" is read by data.sources.0.train already. Leave one out.',
+        ),
+        (
+            {"sources": [{"train": "org/a"}], "held_out": "org/a", "held_out_split": "train"},
+            'data.held_out: "org/a" is read by data.sources.0.train already.',
+        ),
+        (
+            {"sources": [{"train": "/a.csv", "train_split": "x"}, {"train": "org/b"}]},
+            "data.sources.0.train_split has no effect on a file, which has no splits. Leave it out.",
+        ),
+        (
+            {"sources": [{"train": "/a.csv", "subset": "x"}, {"train": "org/b"}]},
+            "data.sources.0.subset has no effect on files other than",
+        ),
+        (
+            {"sources": [{"train": "org/a", "held_out_fraction": 0.1}, {"train": "org/b"}], "held_out": "org/c"},
+            "data.sources.0.held_out_fraction has no effect beside data.held_out.",
+        ),
+        ({"sources": [{"train": "org/a", "weight": 2}]}, "data.sources.0.weight has no effect on the only source."),
+        ({"sources": [{"train": "org/a", "share": 0.5}]}, "data.sources.0.share has no effect on the only source."),
+    ],
+)
+def test_sources_that_do_not_go_together_are_refused(data: dict[str, Any], expected: str) -> None:
+    found = told(**data)
+    assert len(found) == 1
+    assert found[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [({"train": {"objective": "dpo"}}, "weight"), ({"lora": {"train_tokens": ["<a>"]}}, "train_tokens"), ({}, None)],
+)
+def test_what_has_no_place_for_weights_is_refused_beside_them(more: dict[str, Any], key: str | None) -> None:
+    sources = [{"train": "org/a"}, {"train": "org/b", "weight": 2.0}]
+    assert [fault[0][-1] for fault in of_sources({"data": {"sources": sources}, **more})] == [key] * (key is not None)
+
+
+def test_the_same_file_is_found_through_a_link_a_pattern_and_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    for again in ("link.txt", "*.txt", ""):
+        named = (str(tmp_path / "a.txt"), os.path.join(tmp_path, again).rstrip("/"))
+        (found,) = told(sources=[{"train": name} for name in named])
+        assert found.endswith(" is read by data.sources.0.train already. Leave one out.")
+
+
+@pytest.mark.parametrize(
+    "sources", [3, [3], {}, [{}], [{"train": 3, "share": "x", "max_rows": {}}], [[], {"share": True}]]
+)
+def test_sources_of_any_shape_are_looked_at(sources: Any) -> None:
+    """What is no list of tables is told by the schema."""
+    told(sources=sources)

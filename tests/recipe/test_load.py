@@ -10,7 +10,7 @@ import pytest
 
 from qtune.errors import RecipeError
 from qtune.recipe import shipped_recipes
-from qtune.recipe.load import blamed, json_schema, load
+from qtune.recipe.load import as_toml, bare, blamed, json_schema, load, make_recipe
 from qtune.recipe.schema import Recipe
 
 GOOD = """\
@@ -408,3 +408,115 @@ def test_a_demo_may_have_a_chat_template_of_its_own(folder: Path) -> None:
     assert read(folder, text).model.chat_template is None
     (folder / "demo.jinja").unlink()
     assert "demo.model.chat_template" in faults(folder, text, demo=True)[0]
+
+
+SEVERAL = """\
+name = "several"
+[model]
+base = "demo"
+[data]
+system = "Be brief."
+[[data.sources]]
+train = "rows.jsonl"
+columns = { prompt = "question", completion = "answer" }
+[[data.sources]]
+train = "texts"
+share = 0.1
+"""
+
+
+@pytest.fixture
+def sources(folder: Path) -> Path:
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.md").write_text("Some text.")
+    return folder
+
+
+def test_several_sources_are_read_and_written(sources: Path) -> None:
+    recipe = read(sources, SEVERAL)
+    assert [part.train for part in recipe.data.parts.values()] == [str(sources / "rows.jsonl"), str(sources / "texts")]
+    assert recipe.data.parts["data.sources.0"].columns.mapped == {"prompt": "question", "completion": "answer"}
+    assert {part.system for part in recipe.data.parts.values()} == {"Be brief."}
+    assert recipe.data.title == "rows.jsonl, texts"
+    assert read(sources, as_toml(bare(recipe))) == recipe
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+    assert list(make_recipe(**tomllib.loads(as_toml(recipe))).data.sources) == list(recipe.data.sources)
+
+
+def test_settings_of_a_source_can_be_overridden(sources: Path) -> None:
+    (sources / "more.jsonl").write_text("{}\n")
+    recipe = read(
+        sources, SEVERAL, [f"data.sources.{each}" for each in ("1.share=0.2", "1.weight=3", "0.format=alpaca")]
+    )
+    assert (recipe.data.sources[1].share, recipe.data.sources[1].weight) == (0.2, 3.0)
+    assert recipe.data.sources[0].format == "alpaca"
+    whole = read(sources, SEVERAL, [f'data.sources=[{{train = "{sources}/more.jsonl"}}]'])
+    assert [source.train for source in whole.data.sources] == [str(sources / "more.jsonl")]
+    assert faults(sources, SEVERAL, ["data.sources.weight=3"]) == [
+        "--set data.sources.weight=3: data.sources.weight is not a setting: data.sources is a list, and"
+        " data.sources.0.weight is of its first."
+    ]
+    third = read(sources, SEVERAL, [f"data.sources.2.train={sources}/more.jsonl", "data.sources.2.weight=3"])
+    assert [source.weight for source in third.data.sources] == [1.0, 1.0, 3.0]
+    (missing,) = faults(sources, SEVERAL, ["data.sources.2.weight=3"])
+    assert missing.startswith("my.toml:6: data.sources.2.train is missing. Put it in [[data.sources]]")
+
+
+def test_the_demo_of_several_sources_has_its_own_rows(sources: Path) -> None:
+    text = SEVERAL.replace("texts", "not there") + '[demo.data]\ntrain = "small.jsonl"\n[demo.train]\nepochs = 1\n'
+    recipe = read(sources, text, demo=True)
+    assert (recipe.data.train, recipe.data.sources) == (str(sources / "small.jsonl"), ())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("share = 0.1", "share = 0", "my.toml:11: data.sources.1.share must be more than 0, and is 0."),
+        ("share = 0.1", "share = 1", "my.toml:11: The shares of data.sources sum to 1, which leaves nothing for those"),
+        ("share = 0.1", "share = 0.1\nmax_rows = 9", "my.toml:11: data.sources.1.share and max_rows both say"),
+        ("share = 0.1", 'weight = "2"', "my.toml:11: data.sources.1.weight must be a number, and is"),
+        ("share = 0.1", "weight = 0", "my.toml:11: data.sources.1.weight must be more than 0, and is 0."),
+        ("share = 0.1", "shares = 0.1", "my.toml:11: data.sources.1.shares is not a setting. Did you mean share?"),
+        ("share = 0.1", 'path = "x"', "my.toml:11: data.sources.1.path is not a setting. Did you mean train?"),
+        ("share = 0.1", "zzz = 1", "my.toml:11: data.sources.1.zzz is not a setting. [[data.sources]] takes train,"),
+        ("share = 0.1", 'format = "alpac"', "my.toml:11: data.sources.1.format must be "),
+        ('train = "texts"\n', "", "my.toml:9: data.sources.1.train is missing. Put it in [[data.sources]], such as"),
+        ('train = "texts"', "train = texts", 'my.toml:10: text needs quotes: train = "texts". The line is'),
+        ('"texts"', '"./text"', "my.toml:10: data.sources.1.train: "),
+        ('"texts"', '"texts/*.txt"', 'my.toml:10: data.sources.1.train: no file is named like "'),
+        ('"texts"', '"rows.jsonl"', "my.toml:10: data.sources.1.train: "),
+        ('"texts"', '"*.jsonl"', "my.toml:10: data.sources.1.train: "),
+        ('"texts"', '["texts"]', "my.toml:10: data.sources.1.train must be text, and is"),
+        ('system = "Be brief."', 'train = "small.jsonl"', "my.toml:5: data.train is there beside data.sources"),
+        ('system = "Be brief."', 'held_out = "rows.jsonl"', "my.toml:5: data.held_out: "),
+    ],
+)
+def test_what_is_wrong_with_a_source_has_its_key_and_line(sources: Path, old: str, new: str, expected: str) -> None:
+    (found,) = faults(sources, SEVERAL.replace(old, new))
+    assert found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("[data]\n", "my.toml:4: data.train is missing. Put it in [data], such as train = "),
+        ("", "my.toml: data.train is missing. Put it in [data], such as train = "),
+        ("[data]\nsources = []\n", "my.toml:5: data.sources is empty, so there is nothing to train on."),
+        (
+            '[data]\nsources = "rows.jsonl"\n',
+            "my.toml:5: data.sources must be tables, each begun with",
+        ),
+        ('[data]\nsources = ["rows.jsonl"]\n', "my.toml:5: data.sources.0 must be a table of settings, and is"),
+        ('[data.sources]\ntrain = "rows.jsonl"\n', "my.toml:4: data.sources must be tables, each begun with"),
+        ('[data]\ntrain = ["rows.jsonl", "small.jsonl"]\n', "my.toml:5: data.train must be text, and is"),
+    ],
+)
+def test_what_names_no_rows_is_told(folder: Path, data: str, expected: str) -> None:
+    (found,) = faults(folder, f'name = "x"\n[model]\nbase = "demo"\n{data}')
+    assert found.startswith(expected)
+
+
+def test_a_fault_of_a_source_that_is_found_later_has_the_line_of_it(sources: Path) -> None:
+    (sources / "my.toml").write_text(SEVERAL)
+    for fault, line in (("data.sources.1.train: /x: holds no rows.", 10), ("data.sources.1.columns.prompt: no", 9)):
+        assert blamed(fault, sources / "my.toml", (), False) == f"{sources}/my.toml:{line}: {fault}"

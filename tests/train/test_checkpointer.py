@@ -150,7 +150,7 @@ def test_the_best_is_kept_however_old_it_is(tiny_base, tmp_path) -> None:
     recipe = write_recipe(tmp_path, tiny_base, save={"every": 1, "keep": 1}, train={"eval_every": 1})
     after = iter([1.0, 0.5, *[2.0] * STEPS])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qtune.run.loss_and_pairs", lambda *args: (next(after), None))
+        patch.setattr("qtune.run.measured", lambda *args: (next(after), {}))
         with before_step(5, send(signal.SIGTERM)):
             assert qtune("run", recipe, "--output", tmp_path / "run") == 143
         first = checkpoints(tmp_path / "run")

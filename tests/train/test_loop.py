@@ -15,7 +15,7 @@ import torch
 from qtune.data.packing import PackedRow
 from qtune.distributed.ranks import Ranks
 from qtune.errors import MachineError, TrainingDiverged
-from qtune.evaluate.held_out_loss import held_out_loss
+from qtune.evaluate.held_out_loss import held_out_loss, losses_by_source
 from qtune.events import Evaluated, Event, Finished, MemoryMeasured, Rehearsed, Started, StepDone, Stopping
 from qtune.hardware import find_device
 from qtune.memory.engine import Engine
@@ -82,7 +82,7 @@ def session_of(recipe: Recipe, packs: int = 20, listen=None) -> tuple[TrainingSe
             listen(event)
 
     measured = HeldOutLoss(
-        len(held_out), lambda: held_out_loss(loaded, held_out), lambda: held_out_loss(loaded, held_out[:1])
+        len(held_out), lambda: losses_by_source(loaded, held_out, ()), lambda: held_out_loss(loaded, held_out[:1])
     )
     learner = Learner.of(loaded, engine, ledger, plan, told)
     return TrainingSession(recipe, plan, learner, TrainingRows(train, measured), told), events
@@ -384,3 +384,36 @@ def test_it_trains_off_the_main_thread_as_on_it(tiny_base, tmp_path) -> None:
     thread.start()
     thread.join()
     assert losses(told_there) == losses(told_here)
+
+
+def weighed(packs: list[PackedRow]) -> list[PackedRow]:
+    """Documents that count for different things."""
+    return [{**pack, "weights": [0.25 + i % 3, 2.0 - i % 2]} for i, pack in enumerate(packs)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "pieces"),
+    [({"gradient_accumulation": 4}, 1), ({"gradient_accumulation": 2, "micro_batch": 2}, 1), ({"micro_batch": 2}, 9)],
+)
+def test_the_loss_of_a_step_is_the_mean_over_weighed_tokens(tiny_base, settings: dict, pieces: int) -> None:
+    """Against a loop over documents with the whole logits in float64; the first step's is the base's own."""
+    plain = {"quantization": "none", "compute_dtype": "float32"}
+    session, events = session_of(recipe_for(tiny_base, plain, max_steps=1, **settings))
+    packs = weighed(session.rows.packs)
+    session = replace(session, rows=replace(session.rows, packs=packs))
+    session.learner.recovery.pieces = pieces
+    model, recipe = session.learner.loaded.model, session.recipe
+    first = session.rows.order(0).of_step(1, recipe.train.micro_batch, recipe.train.gradient_accumulation)
+    nats = counted = 0.0
+    with torch.no_grad():
+        for pack in (packs[i] for i in first):
+            start = 0
+            for length, counts in zip(pack["seq_lengths"], pack["weights"], strict=True):
+                ids, labels = (torch.tensor(pack[name][start : start + length]) for name in ("input_ids", "labels"))
+                start += length
+                scores = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+                for place, label in enumerate(labels[1:].tolist()):
+                    if label != -100:
+                        nats, counted = nats - counts * float(scores[place, label]), counted + counts
+    session.run()
+    assert losses(events) == pytest.approx([nats / counted], rel=1e-5)

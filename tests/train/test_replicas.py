@@ -8,7 +8,7 @@ import pytest
 import torch
 from made_bases import make_base
 from made_ranks import all_well, launch
-from test_loop import losses, recipe_for, session_of
+from test_loop import losses, recipe_for, session_of, weighed
 
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.model.adapter import trained_parameters
@@ -18,6 +18,7 @@ from qtune.train.trainer import MeteredTrainer
 
 # By name: what of the recipe differs, how many packs, whether documents go apart. The last step of 7 packs has 3.
 UNLIKE = "llama on unlike cards"  # the second rank is said to be four times as slow as the first, then measured
+WEIGHED = "llama weighed"  # documents count for different things
 CASES = {
     "llama": ({"gradient_accumulation": 4}, 7, False),
     "llama clipped in micro-batches": (
@@ -25,6 +26,7 @@ CASES = {
         7,
         False,
     ),
+    WEIGHED: ({"gradient_accumulation": 4}, 7, False),
     "llama apart": ({"gradient_accumulation": 4}, 7, True),
     "llama on average": (
         {"gradient_accumulation": 4, "optimizer": "schedule_free_adamw", "lora_plus_ratio": 4.0, "neftune_alpha": 5.0},
@@ -43,7 +45,7 @@ BASES = {
 }
 
 
-QUICK = ("llama", "llama on average", UNLIKE, "qwen3_moe")
+QUICK = (WEIGHED, "llama on average", UNLIKE, "qwen3_moe")
 
 
 def train_each(ranks: Ranks, folder: str, cases: tuple[str, ...]) -> None:
@@ -63,6 +65,8 @@ def trained(ranks: Ranks, folder: Path, name: str) -> dict[str, object]:
     often = {"max_steps": 2, "max_grad_norm": 1e9, "learning_rate": 1e-6, "eval_every": 2, "optimizer": "adamw"}
     recipe = recipe_for(folder / name.split()[0], model, **{**often, **train})
     session, events = session_of(recipe, packs)
+    if name == WEIGHED:
+        session = replace(session, rows=replace(session.rows, packs=weighed(session.rows.packs)))
     if is_apart:
         session = replace(session, plan=session.plan.with_documents_apart("of a test"))
         session.learner.recovery.pieces = sys.maxsize
