@@ -15,10 +15,10 @@ from qtune.atomic_files import write_text
 from qtune.data.packing import packed_rows
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.errors import MachineError, ModelError, RankLost, UserError
-from qtune.evaluate.before_after import Score, compare, score_told
+from qtune.evaluate.before_after import Score, compare, measured, score_told
 from qtune.evaluate.generate import watched_answers
 from qtune.evaluate.held_out_loss import document_loss, held_out_loss
-from qtune.evaluate.held_out_pairs import loss_and_pairs, measured
+from qtune.evaluate.held_out_pairs import loss_and_pairs
 from qtune.evaluate.memorization import memorised_told
 from qtune.events import Event, Listener, Notice
 from qtune.hardware import Device, prepare

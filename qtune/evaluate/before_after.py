@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -13,8 +13,8 @@ from qtune.data.rows import Example
 from qtune.distributed.ranks import ALONE, Ranks
 from qtune.evaluate.generate import answer
 from qtune.evaluate.held_out import HeldOut, scored_examples
-from qtune.evaluate.held_out_loss import held_out_loss
-from qtune.evaluate.held_out_pairs import PairLogs, measured
+from qtune.evaluate.held_out_loss import held_out_loss, losses_by_source
+from qtune.evaluate.held_out_pairs import PairLogs, loss_and_pairs
 from qtune.evaluate.metrics import METRICS, mean_parts
 from qtune.events import Listener, Notice, Scored
 from qtune.memory.oom_recovery import Recovery
@@ -83,6 +83,22 @@ class Score:
         low, high = interval(self.preferred)
         margin = sum(pair.margin for pair in self.pairs) / len(self.pairs)
         return {"score": sum(self.preferred) / len(self.pairs), "low": low, "high": high, "margin": margin}
+
+
+class Measured(NamedTuple):
+    """The loss of all held-out rows; of each of several sources, by name; and what was made of pairs."""
+
+    loss: float
+    by_source: dict[str, float]
+    pairs: tuple[PairLogs, ...] = ()
+
+
+def measured(loaded: Loaded, held_out: HeldOut, recovery: Recovery | None = None, ranks: Ranks = ALONE) -> Measured:
+    """Raises OutOfMemory as `held_out_loss`. Losses of pairs are not told by source."""
+    if held_out.learned.learns_pairs:
+        every = loss_and_pairs(loaded, held_out.packs, held_out.learned, recovery, ranks, held_out.base)
+        return Measured(every[0], {}, every[1])
+    return Measured(*losses_by_source(loaded, held_out.packs, held_out.sources, recovery, ranks))
 
 
 def score(

@@ -5,21 +5,18 @@ base, so that base, tuned and merged models are measured alike, and long answers
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from qtune.data.packing import PackedRow
 from qtune.distributed.ranks import ALONE, Ranks
-from qtune.evaluate.held_out_loss import held_out_loss, losses_by_source, of_packs
+from qtune.evaluate.held_out_loss import held_out_loss, of_packs
 from qtune.memory import pair_loss
 from qtune.memory.oom_recovery import Batch, Recovery
 from qtune.model.loaded import Loaded
 from qtune.recipe.schema import Train
 from qtune.train.objectives import OBJECTIVES, Pairs
-
-if TYPE_CHECKING:
-    from qtune.evaluate.held_out import HeldOut
 
 
 class PairLogs(NamedTuple):
@@ -41,22 +38,6 @@ class PairLogs(NamedTuple):
     def is_preferred(self) -> float:
         """1 or 0; a half where neither answer is."""
         return 0.5 if self.margin == 0 else float(self.margin > 0)
-
-
-class Measured(NamedTuple):
-    """The loss of all held-out rows; of each of several sources, by name; and what was made of pairs."""
-
-    loss: float
-    by_source: dict[str, float]
-    pairs: tuple[PairLogs, ...] = ()
-
-
-def measured(loaded: Loaded, held_out: "HeldOut", recovery: Recovery | None = None, ranks: Ranks = ALONE) -> Measured:
-    """Raises OutOfMemory as `held_out_loss`. Losses of pairs are not told by source."""
-    if held_out.learned.learns_pairs:
-        every = loss_and_pairs(loaded, held_out.packs, held_out.learned, recovery, ranks, held_out.base)
-        return Measured(every[0], {}, every[1])
-    return Measured(*losses_by_source(loaded, held_out.packs, held_out.sources, recovery, ranks))
 
 
 def loss_and_pairs(

@@ -162,4 +162,4 @@ def test_memory_of_real_processes(tmp_path) -> None:
     for each in parts:
         assert each["layers"] <= 0.27 * whole["layers"]
         assert each["held"] <= 0.27 * whole["held"] + 24 * MIB  # and what libraries keep: 0 to 18 seen
-        assert each["most"] <= whole["most"] - 0.7 * whole["layers"]  # beside the matrices on their way to 4 bits
+        assert each["most"] <= whole["most"] - 0.6 * whole["layers"]  # beside the matrices on their way to 4 bits

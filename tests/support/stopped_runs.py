@@ -121,7 +121,7 @@ def held_out_losses(*said: float) -> Iterator[None]:
     left, measured = iter(said), Reporter.evaluate
 
     def evaluate(reporter: Reporter, step: int) -> None:
-        reporter.held_out = dataclasses.replace(reporter.held_out, of_all=lambda: next(left))
+        reporter.held_out = dataclasses.replace(reporter.held_out, of_all=lambda: (next(left), {}))
         measured(reporter, step)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -292,10 +292,10 @@ def test_what_is_scored_and_left_is_the_average_where_the_optimizer_makes_one(ti
         states = made[-1].state.items()
         return all(torch.allclose(0.9 * weight + 0.1 * state["z"], state["y"], atol=1e-6) for weight, state in states)
 
-    def scoring() -> float:
+    def scoring() -> tuple[float, dict[str, float]]:
         scored.append([weight.detach().clone() for weight in trained])
         assert is_average()
-        return session.rows.held_out.of_largest()
+        return session.rows.held_out.of_largest(), {}
 
     monkeypatch.setattr(ScheduleFreeAdamW, "__init__", noted)
     session, _ = session_of(recipe_for(tiny_base, optimizer="schedule_free_adamw", eval_every=2, max_steps=4))
