@@ -115,7 +115,7 @@ def test_steps_are_means_over_pairs_whatever_passes_they_are_in(tiny_base: Path,
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=pytest.mark.long)])
 def test_two_ranks_train_what_one_does(objective: str, tiny_base: Path, tmp_path: Path) -> None:
     exact = {"model": {"base": str(tiny_base), "quantization": "none", "compute_dtype": "float32"}}
     exact |= {"lora": {**LORA, "dropout": 0.0}, "memory": {"rehearse": False}}

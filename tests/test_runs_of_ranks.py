@@ -190,6 +190,7 @@ def run_out_of_memory(run: str, times: int) -> None:
         sys.exit(cli.main(["resume", run]))
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_on_one_rank_changes_nothing(pair, tmp_path) -> None:
     """In a pass and in the sum over all ranks, whose gradients it needs anew."""
     run = copy(pair[0], tmp_path / "run", up_to=6)
@@ -233,6 +234,7 @@ def test_ranks_whose_adapters_differ_are_told_at_the_next_checkpoint(pair, tmp_p
     assert checkpoints(run)[-1] == 6
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="a terminal of its own")
 def test_ctrl_c_at_a_terminal_ends_all_ranks_with_a_checkpoint(tiny_base, tmp_path) -> None:
     recipe = write_recipe(tmp_path, tiny_base, data={"max_rows": 14}, train={**TRAIN, "epochs": 200}, save=SAVE)

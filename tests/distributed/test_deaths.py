@@ -42,6 +42,7 @@ def wait_for_checkpoint(run: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long  # test_ranks has one that is killed between two calls
 def test_one_dies_the_other_saves_and_it_goes_on_exactly(tmp_path: Path, tiny_base: Path) -> None:
     write_recipe(tmp_path, tiny_base, data={"train": "rows.jsonl", "held_out_fraction": 0.2, "max_tokens": 128})
     alone = qtune(tmp_path, "run", "t.toml", "--output", "alone")

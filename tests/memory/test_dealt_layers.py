@@ -73,6 +73,7 @@ def test_layers_are_read_by_turns(tmp_path) -> None:
     all_well(launch(2, dealt, bases(tmp_path, "llama", "qwen3 moe"), True))
 
 
+@pytest.mark.long  # as above
 def test_also_from_the_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(nf4_cache, "LEAST_BYTES", 0)
     monkeypatch.setenv(cache_dir.VARIABLE, str(tmp_path / "cache"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config
+from crossed import crossed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -84,8 +85,9 @@ def test_it_is_the_rule_token_by_token(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=3e-5 * rounding)
 
 
-@pytest.mark.parametrize("by_channel", [False, True])
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 64 * CHUNK), (48, CHUNK), (6, 8 * CHUNK - 3)])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "by_channel"), crossed([(1, 64 * CHUNK), (48, CHUNK), (6, 8 * CHUNK - 3)], [False, True])
+)
 def test_no_more_is_held_than_of_a_segment(
     rows: int, tokens: int, by_channel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
