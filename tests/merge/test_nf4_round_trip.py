@@ -66,6 +66,7 @@ def test_blocks_of_nothing_of_one_weight_and_of_extremes(dtype, double) -> None:
     assert_bitsandbytes_bits(weight, quantization(double))
 
 
+@pytest.mark.long  # bitsandbytes asks torch's compiler for these
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [(5, 63), (4, 96), (7, 1), (2, 100)], ids=str)
 def test_rows_that_do_not_end_on_a_block_are_bitsandbytes_own(double, shape) -> None:
