@@ -105,7 +105,7 @@ def test_a_recipe_in_a_page_is_one_that_qtune_takes(
     given = tomllib.loads(snippet)
     needed = {"name": "name=my", "model": "model.base=demo", "data": "data.train=rows.jsonl"}
     sets = [value for key, value in needed.items() if key not in given]
-    if "data" in given and "train" not in given["data"]:
+    if "data" in given and not {"train", "sources"} & given["data"].keys():
         sets.append(needed["data"])
     load.load(tmp_path / "my.toml", sets, False)
 
