@@ -148,6 +148,7 @@ class Reporter(TrainerCallback):
         if self.answers is None:
             return
         start = time.perf_counter()
+        self.trainer.be_the_result()
         pairs = self.answers()
         seconds = time.perf_counter() - start
         self.trainer.meter.other_seconds += seconds

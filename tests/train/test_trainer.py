@@ -181,6 +181,19 @@ def test_a_loss_that_is_no_number_among_others_ends_its_step(built: MeteredTrain
             built.refuse_unless_finite([torch.ones(2)])
 
 
+def test_watched_prompts_are_answered_by_what_is_kept_also_without_held_out_rows(built, monkeypatch) -> None:
+    """Where an optimizer takes gradients elsewhere than it has come to, they were answered from there."""
+    order: list[str] = []
+
+    def answers() -> list[tuple[str, str]]:
+        order.append("asked")
+        return []
+
+    monkeypatch.setattr(built, "be_the_result", lambda: order.append("the result"))
+    Reporter(built, None, unheard, answers=answers).ask(3)
+    assert order == ["the result", "asked"]
+
+
 def test_a_loss_is_said_to_rise_once_it_is_three_times_the_first(built: MeteredTrainer) -> None:
     heard: list[Event] = []
     reporter = Reporter(built, None, heard.append)
